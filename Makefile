@@ -1,0 +1,52 @@
+# Each target that needs a virtual environment makes it first; a second run finds it and starts at once.
+PYTHON ?= python3
+WORKERS ?= 2
+ARGS ?=
+
+VENV := .venv
+READY := $(VENV)/.ready
+# The pinned torch, except where a GPU asks for whatever build suits it.
+CONSTRAINTS = $(shell nvidia-smi -L >/dev/null 2>&1 || echo -c constraints.txt)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format bench gpu clean
+
+help:  ## this text
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
+	@echo
+	@echo "Settings: PYTHON=$(PYTHON) makes the virtual environment (3.10 or newer) and runs 'make gpu';"
+	@echo "WORKERS=$(WORKERS) test processes; ARGS=... goes to the demo, pytest or the benchmark; OUT=folder for 'make gpu'."
+
+$(READY): pyproject.toml setup.py constraints.txt
+	$(PYTHON) -m venv --clear $(VENV)
+	$(VENV)/bin/python -m pip install $(CONSTRAINTS) --editable ".[dev]"
+	touch $@
+
+demo: $(READY)  ## train, quantize and compare on a CPU; writes gradl1-demo/report.html
+	$(VENV)/bin/gradl1 demo $(ARGS)
+
+test: $(READY)  ## all tests; those that need a GPU are skipped where there is none
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+
+lint: $(READY)  ## style, formatting, docstrings and types
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+format: $(READY)  ## put the code into the form that lint asks for
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+bench: $(READY)  ## time and memory of a training step on this machine's CPU
+	$(VENV)/bin/python -m bench.step $(ARGS)
+
+# Uses the python at hand and installs nothing. The benchmark runs even when a test fails; either failure counts.
+gpu:  ## all that needs a GPU: its tests, then the measurements, into OUT (default bench/results)
+	@export PYTHONPATH=".$${PYTHONPATH:+:$$PYTHONPATH}"; status=0; \
+	$(PYTHON) -m pytest tests/gpu || status=1; \
+	$(PYTHON) -m bench.gpu --out "$${OUT:-bench/results}" || status=1; \
+	exit $$status
+
+clean:  ## remove the virtual environment, caches, builds and the demo's output
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis gradl1-demo
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,117 @@
+"""Who computes: the contract of the raw operations, and the one place that chooses a backend.
+
+A backend is a module (or package) that holds, for each operation it supports, the sweeps of that
+operation under the names below. It knows tensors and nothing of autograd; it never changes its
+arguments and never returns one of them. The reference is the definition of every sweep: another
+backend has the same signatures and agrees with it.
+
+==================  ==========================================================================
+operation           sweeps
+==================  ==========================================================================
+``tap``             ``tap_backward``, ``tap_double_backward`` (the forward is the identity)
+``fake_quantize``   ``fake_quantize_forward``, ``..._backward``, ``..._double_backward``
+``l1_norm``         ``l1_norm_forward``, ``..._backward``, ``..._double_backward``
+``conv``            ``conv_forward``, ``..._backward``, ``..._double_backward``
+``linear``          ``linear_forward``, ``..._backward``, ``..._double_backward``
+``batch_norm_act``  ``batch_norm_act_forward``, ``..._backward``, ``..._double_backward``
+==================  ==========================================================================
+
+In the arguments, the first sweep's gradients are ``dy, dx``; the second prefixes ``d_``, which reads
+"derivative of the objective with respect to". A gradient that nobody asked for is an empty tensor
+of shape ``(0,)``; one that did not arrive is ``None``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import logging
+import os
+from collections.abc import Callable, Iterator
+from types import ModuleType
+
+import torch
+
+from gradl1_fast.backends import reference
+
+__all__ = ["OPERATIONS", "Unavailable", "available", "backend", "resolve"]
+
+OPERATIONS = ("tap", "fake_quantize", "l1_norm", "conv", "linear", "batch_norm_act")
+
+_log = logging.getLogger("gradl1_fast")
+
+
+class Unavailable(RuntimeError):
+    """A backend was asked for by name and cannot compute the operation; the message says why."""
+
+
+def _load_reference(op: str, device: torch.device) -> ModuleType:
+    return reference
+
+
+# Each loader returns the backend for an operation on a device, or raises Unavailable with the reason.
+# The order is the automatic one: the first that can, computes.
+_LOADERS: dict[str, Callable[[str, torch.device], ModuleType]] = {"reference": _load_reference}
+
+_forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("gradl1_fast_backend", default=None)
+_logged: set[tuple[str, str]] = set()
+
+
+def available() -> tuple[str, ...]:
+    """Return the names that :func:`backend` and ``GRADL1_BACKEND`` accept."""
+    return tuple(_LOADERS)
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Compute every operation inside the ``with`` block with the named backend.
+
+    Args:
+        name: one of :func:`available`.
+
+    Raises:
+        ValueError: the name is not known. An operation that the named backend cannot compute raises
+            :class:`Unavailable` when it is called.
+    """
+    _check_name(name, "gradl1_fast.backend()")
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def resolve(op: str, tensor: torch.Tensor) -> ModuleType:
+    """Return the backend that computes ``op`` for ``tensor``.
+
+    Precedence: :func:`backend`, then the environment variable ``GRADL1_BACKEND``, then automatic.
+    """
+    name = _forced.get() or os.environ.get("GRADL1_BACKEND")
+    if name:
+        _check_name(name, "GRADL1_BACKEND")
+        return _LOADERS[name](op, tensor.device)
+    return _first_that_can(op, tensor.device)
+
+
+def _first_that_can(op: str, device: torch.device) -> ModuleType:
+    reasons = []
+    for name, load in _LOADERS.items():
+        try:
+            chosen = load(op, device)
+        except Unavailable as reason:
+            reasons.append(f"{name}: {reason}")
+            continue
+        _log_once(op, device, name, reasons)
+        return chosen
+    raise Unavailable(f"no backend can compute {op} on {device}: " + "; ".join(reasons))
+
+
+def _log_once(op: str, device: torch.device, name: str, reasons: list[str]) -> None:
+    if (op, device.type) not in _logged:
+        _logged.add((op, device.type))
+        _log.info("%s on %s: %s%s", op, device.type, name, "".join(f"; not {r}" for r in reasons))
+
+
+def _check_name(name: str, source: str) -> None:
+    if name not in _LOADERS:
+        raise ValueError(f"{source}: unknown backend {name!r}; choose one of {', '.join(_LOADERS)}")

@@ -1,0 +1,40 @@
+"""What the reference operations share: types of sums, layout of outputs, the l1 term."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the type in which values of ``dtype`` are summed and scaled: float32, or float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def widen(x: Tensor) -> Tensor:
+    """Return ``x`` in the type of its sums."""
+    return x.to(sum_dtype(x.dtype))
+
+
+def in_layout_of(out: Tensor, x: Tensor) -> Tensor:
+    """Return ``out`` with the type of ``x`` and the strides that ``torch.empty_like(x)`` has."""
+    like = torch.empty_like(x)
+    return out if (out.dtype, out.stride()) == (like.dtype, like.stride()) else like.copy_(out)
+
+
+def absent(like: Tensor) -> Tensor:
+    """Return the empty tensor that stands for a result nobody asked for."""
+    return like.new_empty((0,))
+
+
+def l1(x: Tensor) -> Tensor:
+    """Return ``sum |x|`` as a scalar in the type of the sums of ``x``."""
+    return x.abs().sum(dtype=sum_dtype(x.dtype))
+
+
+def add_l1_gradient(d_dy: Tensor | None, d_l1: Tensor | None, dy: Tensor) -> Tensor:
+    """Return ``d_dy + d_l1 * sign(dy)`` in the type and layout of ``dy``; an absent term counts as zero."""
+    if d_l1 is None:
+        return torch.zeros_like(dy) if d_dy is None else in_layout_of(d_dy, dy)
+    term = widen(dy).sign().mul_(d_l1)
+    return in_layout_of(term if d_dy is None else term.add_(d_dy), dy)

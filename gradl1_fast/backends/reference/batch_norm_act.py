@@ -1,0 +1,183 @@
+"""Batch normalisation, an optional residual and an activation: forward, backward, double backward.
+
+With ``xh = (x - mean) * rstd`` the first gradient is ``dx = N(g) = gamma * rstd * (g - A/M - xh * B/M)``
+for the per-channel sums ``A = sum g``, ``B = sum g * xh`` over M values. N is symmetric, so the
+gradient with respect to ``g`` is N again, applied to the incoming ``d_dx``: PyTorch's own first-order
+routine serves both. The gradient with respect to x has the closed form of `_d_x_training`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gradl1_fast.backends.reference._tensors import absent, add_l1_gradient, in_layout_of, l1, widen
+
+
+def batch_norm_act_forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    residual: Tensor | None,
+    training: bool,
+    eps: float,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ``y = act(norm(x) * weight + bias + residual)`` with the mean and 1/std of each channel.
+
+    In training they are the batch's (biased variance), otherwise the running ones.
+    """
+    wide = widen(x)
+    weight, bias = _widen(weight), _widen(bias)
+    if training:
+        z, mean, rstd = torch.native_batch_norm(wide, weight, bias, None, None, True, 0.0, eps)
+    else:
+        # A copy: an operator must not return what it was given.
+        mean, rstd = widen(running_mean).clone(), (widen(running_var) + eps).rsqrt()
+        z = torch.native_batch_norm(wide, weight, bias, mean, widen(running_var), False, 0.0, eps)[0]
+    if residual is not None:
+        z.add_(residual)
+    return in_layout_of(_activate_(z, activation), x), mean, rstd
+
+
+def batch_norm_act_backward(
+    dy: Tensor,
+    x: Tensor,
+    y: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    training: bool,
+    activation: str,
+    with_residual: bool,
+    with_l1: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return ``dx, dweight, dbias, dresidual, l1`` with ``l1 = sum |dy|``.
+
+    ``dresidual`` and ``l1`` are absent where not asked for; so is ``dresidual`` without an
+    activation, when it is ``dy`` itself. The mask of the activation comes from ``y``, which the
+    next operation keeps anyway; ``bias`` lets a kernel recompute it from ``x`` instead.
+    """
+    wide = widen(x)
+    g = _masked(_dense(dy, wide), y, activation)
+    dx, dweight, dbias = _normalise_backward(g, wide, weight, mean, rstd, training)
+    masked_residual = with_residual and activation != "none"
+    return (
+        in_layout_of(dx, x),
+        dweight,
+        dbias,
+        in_layout_of(g, x) if masked_residual else absent(x),
+        l1(dy) if with_l1 else absent(mean),
+    )
+
+
+def batch_norm_act_double_backward(
+    d_dx: Tensor | None,
+    d_dweight: Tensor | None,
+    d_dbias: Tensor | None,
+    d_dresidual: Tensor | None,
+    d_l1: Tensor | None,
+    dy: Tensor,
+    x: Tensor,
+    y: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    training: bool,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ``d_dy, d_x, d_weight`` for the cotangents of the five results of the backward."""
+    wide = widen(x)
+    g = _masked(_dense(dy, wide), y, activation)
+    v = torch.zeros_like(wide) if d_dx is None else _dense(d_dx, wide)
+    d_g, q, p = _normalise_backward(v, wide, weight, mean, rstd, training)
+    s = (g * v).sum(_pixels(x))
+    xh = (wide - _column(mean, x)).mul_(_column(rstd, x))
+    if d_dweight is not None:
+        d_g.addcmul_(xh, _column(d_dweight, x))
+    for term in (None if d_dbias is None else _column(d_dbias, x), d_dresidual):
+        if term is not None:
+            d_g.add_(term)
+    if training:
+        d_x, d_weight = _d_x_training(xh, g, v, _widen(weight), rstd, d_dweight, (p, q, s))
+    else:
+        d_x = torch.zeros_like(g) if d_dweight is None else g * _column(d_dweight * rstd, x)
+        d_weight = rstd * s
+    d_dy = add_l1_gradient(_masked(d_g, y, activation), d_l1, dy)
+    return d_dy, in_layout_of(d_x, x), d_weight
+
+
+def _d_x_training(
+    xh: Tensor,
+    g: Tensor,
+    v: Tensor,
+    weight: Tensor | None,
+    rstd: Tensor,
+    d_dweight: Tensor | None,
+    sums: tuple[Tensor, Tensor, Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of ``sum v * N(g) + sum d_dweight * B`` with respect to x and to the weight.
+
+    Derived by hand from N; with P = sum v, Q = sum v * xh, S = sum g * v::
+
+        d_x = gamma * rstd^2 / M * (xh * (A*P/M - S + 3*B*Q/M) + Q * (A/M - g) + B * (P/M - v))
+              + d_dweight * rstd * (g - A/M - xh * B/M)
+        d_weight = rstd * (S - A*P/M - B*Q/M)
+
+    ``xh`` is overwritten.
+    """
+    m = g.numel() // max(g.shape[1], 1)
+    a, b = g.sum(_pixels(g)), (g * xh).sum(_pixels(g))
+    p, q, s = sums
+    k = rstd * rstd / m if weight is None else weight * rstd * rstd / m
+    direct = torch.zeros_like(rstd) if d_dweight is None else d_dweight * rstd
+    of_xh = k * (a * p / m - s + 3 * b * q / m) - direct * b / m
+    of_one = k * (q * a + b * p) / m - direct * a / m
+    d_x = xh.mul_(_column(of_xh, g)).add_(_column(of_one, g))
+    d_x.addcmul_(g, _column(direct - k * q, g)).addcmul_(v, _column(-k * b, g))
+    return d_x, rstd * (s - a * p / m - b * q / m)
+
+
+def _normalise_backward(
+    g: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, training: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ``N(g)``, ``sum g * xh`` and ``sum g``."""
+    weight = _widen(weight)
+    # The saved statistics stand in for the running ones: the routine takes 1/sqrt(var + eps) from var.
+    var = None if training else rstd.square().reciprocal()
+    return torch.ops.aten.native_batch_norm_backward(
+        g, x, weight, None if training else mean, var, mean, rstd, training, 0.0, [True, True, True]
+    )
+
+
+def _activate_(z: Tensor, activation: str) -> Tensor:
+    if activation == "relu":
+        return z.relu_()
+    return z.clamp_(0, 6) if activation == "relu6" else z
+
+
+def _masked(g: Tensor, y: Tensor, activation: str) -> Tensor:
+    """Return ``g`` where the activation with output ``y`` has slope 1, and 0 elsewhere."""
+    if activation == "relu":
+        return torch.ops.aten.threshold_backward(g, widen(y), 0)
+    return torch.where((y > 0) & (y < 6), g, 0) if activation == "relu6" else g
+
+
+def _widen(x: Tensor | None) -> Tensor | None:
+    return None if x is None else widen(x)
+
+
+def _dense(x: Tensor, like: Tensor) -> Tensor:
+    return in_layout_of(x, like)
+
+
+def _pixels(x: Tensor) -> list[int]:
+    return [0, *range(2, x.dim())]
+
+
+def _column(values: Tensor, x: Tensor) -> Tensor:
+    return values.reshape(1, -1, *[1] * (x.dim() - 2))

@@ -1,0 +1,101 @@
+"""Convolution in 1, 2 and 3 dimensions by fprop, dgrad and wgrad only, at every order.
+
+Convolution is linear in its input and in its weight, so each of its gradients is one of three
+routines: fprop (input and weight to output), dgrad (output gradient and weight to input gradient)
+and wgrad (input and output gradient to weight gradient). Their gradients are the same three again.
+PyTorch's own double backward computes the weight gradient as a forward convolution with a filter as
+large as the image; here it is a wgrad.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gradl1_fast.backends.reference._tensors import absent
+
+Geometry = tuple[list[int], list[int], list[int], int]
+
+
+def conv_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    """Return ``y = fprop(x, weight) + bias``."""
+    return _fprop(x, weight, bias, (stride, padding, dilation, groups))
+
+
+def conv_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    output_mask: list[bool],
+) -> tuple[Tensor, Tensor]:
+    """Return ``dx = dgrad(dy, weight)`` and ``dweight = wgrad(x, dy)``, each where the mask asks for it."""
+    geometry = (stride, padding, dilation, groups)
+    dx = _dgrad(dy, x, weight, geometry) if output_mask[0] else absent(x)
+    dweight = _wgrad(dy, x, weight, geometry) if output_mask[1] else absent(weight)
+    return dx, dweight
+
+
+def conv_double_backward(
+    d_dx: Tensor | None,
+    d_dweight: Tensor | None,
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    output_mask: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ``d_dy, d_x, d_weight``, each where the mask asks for it.
+
+    ``d_dy = fprop(d_dx, weight) + fprop(x, d_dweight)``, ``d_x = dgrad(dy, d_dweight)``,
+    ``d_weight = wgrad(d_dx, dy)``.
+    """
+    geometry = (stride, padding, dilation, groups)
+    d_dy, d_x, d_weight = absent(dy), absent(x), absent(weight)
+    if output_mask[0]:
+        terms = [_fprop(d_dx, weight, None, geometry)] if d_dx is not None else []
+        terms += [_fprop(x, d_dweight, None, geometry)] if d_dweight is not None else []
+        d_dy = torch.zeros_like(dy) if not terms else terms[0] if len(terms) == 1 else terms[0].add_(terms[1])
+    if output_mask[1]:
+        d_x = torch.zeros_like(x) if d_dweight is None else _dgrad(dy, x, d_dweight, geometry)
+    if output_mask[2]:
+        d_weight = torch.zeros_like(weight) if d_dx is None else _wgrad(dy, d_dx, weight, geometry)
+    return d_dy, d_x, d_weight
+
+
+def _fprop(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+    stride, padding, dilation, groups = geometry
+    return torch.ops.aten.convolution(
+        x, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups
+    )
+
+
+def _dgrad(dy: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+    return _convolution_backward(dy, x, weight, geometry, [True, False, False])[0]
+
+
+def _wgrad(dy: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+    return _convolution_backward(dy, x, weight, geometry, [False, True, False])[1]
+
+
+def _convolution_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, mask: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    stride, padding, dilation, groups = geometry
+    return torch.ops.aten.convolution_backward(
+        dy, x, weight, None, stride, padding, dilation, False, [0] * len(stride), groups, mask
+    )

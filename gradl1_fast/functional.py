@@ -1,0 +1,263 @@
+"""The differentiable functions. Everything here can be differentiated exactly twice.
+
+Each function checks its arguments and calls a registered operator. Under
+``torch.autograd.grad(..., create_graph=True)`` the "gradient" of a ``probe`` is the l1 norm of the
+gradient at the function's output, as a tensor that can be differentiated once more; in an ordinary
+backward pass the probe receives nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import gradl1_fast.ops  # noqa: F401  registers torch.ops.gradl1_fast
+from gradl1_fast import _checks as check
+
+__all__ = ["batch_norm_act", "conv", "fake_quantize", "l1_norm", "linear", "quantization_grid", "tap"]
+
+ACTIVATIONS = ("none", "relu", "relu6")
+
+_ops = torch.ops.gradl1_fast
+
+
+def tap(x: Tensor, probe: Tensor) -> Tensor:
+    """Return ``x`` itself; the probe's gradient is ``sum |dL/dy|``.
+
+    Args:
+        x: any shape and floating type.
+        probe: a scalar leaf with ``requires_grad=True`` on the device of ``x``.
+
+    Returns:
+        A view of ``x``: nothing is copied.
+
+    Raises:
+        ValueError: the probe is not a scalar or on another device.
+
+    Differentiable twice; ``sign(0) = 0``. Source: section 3 of arXiv 2002.07520 and ``ops/tap.py``.
+    """
+    check.probe("tap", x, probe)
+    return _ops.tap_forward(x, probe) if torch.is_grad_enabled() else x
+
+
+def fake_quantize(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    q_min: int,
+    q_max: int,
+    *,
+    axis: int | None = None,
+    probe: Tensor | None = None,
+) -> Tensor:
+    """Return ``scale * (clamp(rint(x / scale) + zero_point, q_min, q_max) - zero_point)``.
+
+    Rounding is half to even; NaN stays NaN and infinities go to the ends of the range.
+
+    Args:
+        x: any shape and floating type; half precision is computed in float32.
+        scale: size of a step, in units of ``x``: one value, or one for each channel along ``axis``.
+        zero_point: whole numbers in floating point, in the shape of ``scale``.
+        q_min: smallest code.
+        q_max: largest code, ``0 <= q_max - q_min < 2**16``.
+        axis: the channel axis of ``x``; None for one range for the whole tensor.
+        probe: see :func:`tap`; it measures the gradient at the *output*, before the mask.
+
+    Returns:
+        A tensor like ``x``.
+
+    Raises:
+        ValueError: the grid does not fit ``x``, or ``scale`` requires a gradient, which the
+            straight-through estimator does not give.
+
+    Differentiable twice, by the straight-through estimator: the gradient passes unchanged where the
+    code was not clamped and is zero elsewhere. Source: ``ops/fake_quantize.py``.
+    """
+    check.probe("fake_quantize", x, probe)
+    axis = check.grid("fake_quantize", x, scale, zero_point, (q_min, q_max), axis)
+    return _ops.fake_quantize_forward(x, scale, zero_point, q_min, q_max, axis, probe)
+
+
+def l1_norm(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the vector of ``sum |t|``, one entry for each tensor, computed together.
+
+    Args:
+        tensors: at least one tensor, of any shapes and floating types, on one device.
+
+    Returns:
+        Shape ``(len(tensors),)``; float64 if any tensor is, else float32.
+
+    Raises:
+        ValueError: there is no tensor, or they are on different devices.
+
+    Differentiable twice; ``sign(0) = 0``.
+    """
+    check.one_device("l1_norm", tensors)
+    return _ops.l1_norm_forward(list(tensors))
+
+
+def conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> Tensor:
+    """Convolve in 1, 2 or 3 dimensions, as ``torch.nn.functional.conv1d``, ``conv2d``, ``conv3d`` do.
+
+    Args:
+        x: ``(N, C_in, *size)`` or, without a batch, ``(C_in, *size)``.
+        weight: ``(C_out, C_in / groups, *kernel)``; its dimensions decide between 1d, 2d and 3d.
+        bias: ``(C_out,)`` or None.
+        stride: one number, or one for each dimension of space.
+        padding: likewise, or ``"same"`` or ``"valid"``.
+        dilation: likewise.
+        groups: number of groups; ``C_in`` for a depthwise convolution.
+
+    Returns:
+        ``(N, C_out, *size_out)``, in the layout that PyTorch's convolution chooses.
+
+    Raises:
+        ValueError: dimensions or devices do not match. Other shape errors are PyTorch's own.
+
+    Differentiable twice, with fprop, dgrad and wgrad only. Under autocast it computes in its type.
+    """
+    x, weight, bias = check.operands("conv", x, weight, bias)
+    n = check.conv_dimensions(x, weight)
+    stride, dilation = check.tuple_of("stride", stride, n), check.tuple_of("dilation", dilation, n)
+    if x.dim() == n + 1:
+        return conv(x[None], weight, bias, stride=stride, padding=padding, dilation=dilation, groups=groups)[
+            0
+        ]
+    x, padding = check.pad(x, weight, padding, stride, dilation)
+    return _ops.conv_forward(x, weight, bias, stride, padding, dilation, groups)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return ``x @ weight.T + bias``, as ``torch.nn.functional.linear`` does.
+
+    Args:
+        x: ``(*, in)``.
+        weight: ``(out, in)``.
+        bias: ``(out,)`` or None.
+
+    Returns:
+        ``(*, out)``.
+
+    Raises:
+        ValueError: devices do not match. Shape errors are PyTorch's own.
+
+    Differentiable twice. Under autocast it computes in its type.
+    """
+    x, weight, bias = check.operands("linear", x, weight, bias)
+    return _ops.linear_forward(x, weight, bias)
+
+
+def batch_norm_act(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    residual: Tensor | None = None,
+    activation: str = "none",
+    probe: Tensor | None = None,
+) -> Tensor:
+    """Return ``act(batch_norm(x) + residual)``, as ``torch.nn.functional.batch_norm`` normalises.
+
+    Args:
+        x: ``(N, C, *size)``.
+        running_mean: ``(C,)``, updated in place in training if given; needed in evaluation.
+        running_var: likewise, with the unbiased variance.
+        weight: ``(C,)`` or None.
+        bias: ``(C,)`` or None.
+        training: normalise by the batch's statistics rather than by the running ones.
+        momentum: share of the batch in the update of the running statistics.
+        eps: added to the variance.
+        residual: added before the activation; must broadcast to the shape of ``x``.
+        activation: ``"none"``, ``"relu"`` or ``"relu6"``.
+        probe: see :func:`tap`; it measures the gradient at the output of the activation.
+
+    Returns:
+        A tensor like ``x``, in its layout.
+
+    Raises:
+        ValueError: an unknown activation, statistics missing in evaluation, different devices; or
+            a single value per channel in training, which is PyTorch's own error.
+
+    Differentiable twice with respect to x, weight, bias, residual. Source:
+    ``backends/reference/batch_norm_act.py``.
+    """
+    check.probe("batch_norm_act", x, probe)
+    check.normalisation(x, (running_mean, running_var, weight, bias, residual), training, activation)
+    if residual is not None:
+        residual = residual.expand_as(x).to(x.dtype)
+    y, mean, rstd = _ops.batch_norm_act_forward(
+        x, weight, bias, running_mean, running_var, residual, training, eps, activation, probe
+    )
+    if training and running_mean is not None:
+        _update_statistics(running_mean, running_var, mean, rstd, momentum, eps, x)
+    return y
+
+
+def quantization_grid(
+    low: Tensor, high: Tensor, bits: int, *, symmetric: bool
+) -> tuple[Tensor, Tensor, int, int]:
+    """Return the grid that covers a range: ``scale, zero_point, q_min, q_max`` for :func:`fake_quantize`.
+
+    Zero is exactly representable on every grid. A range without width gets the smallest normal
+    number as its scale.
+
+    Args:
+        low: lower end of the range, one value or one for each channel; ends above 0 count as 0.
+        high: upper end; ends below 0 count as 0.
+        bits: 1 to 16.
+        symmetric: codes around zero, from ``-(2**(bits-1) - 1)`` to ``2**(bits-1) - 1`` (at 1 bit -1
+            and 0), and zero point 0. Otherwise codes from 0 to ``2**bits - 1``.
+
+    Returns:
+        ``scale`` and ``zero_point`` in the shape of ``low``, and the smallest and largest code.
+
+    Raises:
+        TypeError: ``bits`` is not an int.
+        ValueError: ``bits`` is out of range.
+
+    The scale is differentiable with respect to the ends of the range.
+    """
+    check.bits(bits, "bits")
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    tiny = torch.finfo(low.dtype).tiny
+    if symmetric:
+        limit = max(2 ** (bits - 1) - 1, 1)
+        scale = (torch.maximum(-low, high) / limit).clamp(min=tiny)
+        return scale, torch.zeros_like(scale), -limit, limit if bits > 1 else 0
+    # Divided before subtracting: the width of the range may overflow where its ends do not.
+    scale = (high / (2**bits - 1) - low / (2**bits - 1)).clamp(min=tiny)
+    zero_point = (-low.detach() / scale.detach()).round().clamp(0, 2**bits - 1)
+    return scale, zero_point, 0, 2**bits - 1
+
+
+@torch.no_grad()
+def _update_statistics(
+    running_mean: Tensor,
+    running_var: Any,
+    mean: Tensor,
+    rstd: Tensor,
+    momentum: float,
+    eps: float,
+    x: Tensor,
+) -> None:
+    count = x.numel() // x.shape[1]
+    variance = (rstd.square().reciprocal() - eps).clamp_(min=0) * (count / (count - 1))
+    running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+    running_var.lerp_(variance.to(running_var.dtype), momentum)

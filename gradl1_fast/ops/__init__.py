@@ -1,0 +1,5 @@
+"""The registered operators ``torch.ops.gradl1_fast.*`` with their derivatives. It names no backend."""
+
+from gradl1_fast.ops import batch_norm_act, conv, fake_quantize, l1_norm, linear, tap
+
+__all__ = ["batch_norm_act", "conv", "fake_quantize", "l1_norm", "linear", "tap"]

@@ -1,0 +1,25 @@
+"""Operators of the linear layer; the derivation stands in the reference."""
+
+from __future__ import annotations
+
+from gradl1_fast.backends import reference
+from gradl1_fast.ops._bilinear import differentiate_bilinear
+from gradl1_fast.ops._library import define
+
+define(
+    "linear",
+    "linear_forward(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    reference.linear_forward,
+)
+define(
+    "linear",
+    "linear_backward(Tensor dy, Tensor x, Tensor weight, bool[] output_mask) -> (Tensor, Tensor)",
+    reference.linear_backward,
+)
+define(
+    "linear",
+    "linear_double_backward(Tensor? d_dx, Tensor? d_dweight, Tensor dy, Tensor x, Tensor weight, "
+    "bool[] output_mask) -> (Tensor, Tensor, Tensor)",
+    reference.linear_double_backward,
+)
+differentiate_bilinear("linear", channel_axis=-1)

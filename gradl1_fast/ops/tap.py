@@ -1,0 +1,68 @@
+"""Operators of the tap: the identity whose probe receives ``sum |dy|``.
+
+Derivation: ``dx = dy`` and ``l1 = sum |dy|``, so ``d_dy = d_dx + d_l1 * sign(dy)``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradl1_fast.ops._library import below_autograd, define, differentiate, differentiate_by, end_of_the_line
+
+_ops = torch.ops.gradl1_fast
+
+
+class _Tap(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, probe: Tensor) -> Tensor:
+        return x.view_as(x)  # the identity costs nothing: the operator itself would have to copy
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None]:
+        # The l1 term exists for double backprop; an ordinary backward pass does not pay for it.
+        return _TapBackward.apply(dy) if torch.is_grad_enabled() else (dy, None)
+
+
+class _TapBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(dy)
+        with below_autograd():
+            return dy.view_as(dy), _ops.tap_backward(dy)
+
+    @staticmethod
+    def backward(ctx: Any, d_dx: Tensor | None, d_l1: Tensor | None) -> Tensor:
+        return _ops.tap_double_backward(d_dx, d_l1, *ctx.saved_tensors)
+
+
+def _save_dy(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _l1_alone(ctx: Any, d_l1: Tensor) -> Tensor:
+    return _ops.tap_double_backward(None, d_l1, *ctx.saved_tensors)
+
+
+define(
+    "tap",
+    "tap_forward(Tensor x, Tensor probe) -> Tensor",
+    lambda x, probe: torch.empty_like(x),
+    compute=lambda x, probe: x.clone(),
+)
+define(
+    "tap",
+    "tap_backward(Tensor dy) -> Tensor",
+    lambda dy: dy.new_empty((), dtype=torch.float64 if dy.dtype == torch.float64 else torch.float32),
+)
+define(
+    "tap",
+    "tap_double_backward(Tensor? d_dx, Tensor? d_l1, Tensor dy) -> Tensor",
+    lambda d_dx, d_l1, dy: torch.empty_like(dy),
+)
+differentiate_by("tap_forward", lambda x, probe: _Tap.apply(x, probe))
+differentiate("tap_backward", _save_dy, _l1_alone)
+end_of_the_line("tap_double_backward")

@@ -34,14 +34,14 @@ import torch
 
 from gradl1_fast.backends import reference
 
-__all__ = ["OPERATIONS", "Unavailable", "available", "backend", "resolve"]
+__all__ = ["OPERATIONS", "UnavailableError", "available", "backend", "resolve"]
 
 OPERATIONS = ("tap", "fake_quantize", "l1_norm", "conv", "linear", "batch_norm_act")
 
 _log = logging.getLogger("gradl1_fast")
 
 
-class Unavailable(RuntimeError):
+class UnavailableError(RuntimeError):
     """A backend was asked for by name and cannot compute the operation; the message says why."""
 
 
@@ -49,7 +49,7 @@ def _load_reference(op: str, device: torch.device) -> ModuleType:
     return reference
 
 
-# Each loader returns the backend for an operation on a device, or raises Unavailable with the reason.
+# Each loader returns the backend for an operation on a device, or raises UnavailableError with the reason.
 # The order is the automatic one: the first that can, computes.
 _LOADERS: dict[str, Callable[[str, torch.device], ModuleType]] = {"reference": _load_reference}
 
@@ -71,7 +71,7 @@ def backend(name: str) -> Iterator[None]:
 
     Raises:
         ValueError: the name is not known. An operation that the named backend cannot compute raises
-            :class:`Unavailable` when it is called.
+            :class:`UnavailableError` when it is called.
     """
     _check_name(name, "gradl1_fast.backend()")
     token = _forced.set(name)
@@ -98,12 +98,12 @@ def _first_that_can(op: str, device: torch.device) -> ModuleType:
     for name, load in _LOADERS.items():
         try:
             chosen = load(op, device)
-        except Unavailable as reason:
+        except UnavailableError as reason:
             reasons.append(f"{name}: {reason}")
             continue
         _log_once(op, device, name, reasons)
         return chosen
-    raise Unavailable(f"no backend can compute {op} on {device}: " + "; ".join(reasons))
+    raise UnavailableError(f"no backend can compute {op} on {device}: " + "; ".join(reasons))
 
 
 def _log_once(op: str, device: torch.device, name: str, reasons: list[str]) -> None:

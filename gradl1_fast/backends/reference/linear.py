@@ -9,7 +9,7 @@ from gradl1_fast.backends.reference._tensors import absent
 
 
 def linear_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return ``y = x @ weight.T + bias`` for ``x`` of shape ``(*, in)`` and ``weight`` of shape ``(out, in)``."""
+    """Return ``y = x @ weight.T + bias`` for ``x`` of ``(*, in)`` and ``weight`` of ``(out, in)``."""
     return torch.nn.functional.linear(x, weight, bias)
 
 

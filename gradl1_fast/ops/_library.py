@@ -40,10 +40,13 @@ def differentiate(name: str, setup_context: Callable[..., None], backward: Calla
     """Register the derivative formula of operator ``name``.
 
     The gradient of a result that nobody used arrives as None; the formula is not called without any.
+    An empty tensor that stands for a result nobody asked for cannot be differentiated.
     """
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.set_materialize_grads(False)
+        if isinstance(output, tuple):
+            ctx.mark_non_differentiable(*[t for t in output if t.shape == (0,)])
         ctx.nothing = tuple([None] * len(i) if _is_list_of_tensors(i) else None for i in inputs)
         setup_context(ctx, inputs, output)
 

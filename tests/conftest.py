@@ -1,0 +1,25 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _no_backend_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GRADL1_BACKEND", raising=False)
+
+
+@pytest.fixture
+def trace_autograd() -> Iterator[None]:
+    """torch.compile with autograd.grad inside the compiled region; nothing compiled outlives the test."""
+    with torch._dynamo.config.patch(trace_autograd_ops=True):
+        torch._dynamo.reset()
+        yield
+        torch._dynamo.reset()

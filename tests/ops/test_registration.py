@@ -1,0 +1,125 @@
+"""torch.library.opcheck on every registered operator: schema, fakes, autograd, tracing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.ops.layouts import channels_last, transposed
+from tests.ops.sweeps import leaf
+
+Call = tuple[str, tuple[Any, ...]]
+Arguments = Callable[[], Iterator[Call]]
+_ops = torch.ops.gradl1_fast
+
+
+def values(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, dtype=dtype)
+
+
+def tap() -> Iterator[Call]:
+    for layout in (torch.clone, transposed, channels_last):
+        x, dy = leaf(layout(values(2, 3, 4, 5))), layout(values(2, 3, 4, 5))
+        yield "tap_forward", (x, leaf(torch.zeros(())))
+        yield "tap_backward", (leaf(dy),)
+        yield "tap_double_backward", (dy, torch.ones(()), dy)
+    yield "tap_double_backward", (None, torch.ones(()), dy)
+    yield "tap_double_backward", (dy, None, dy)
+
+
+def fake_quantize() -> Iterator[Call]:
+    for layout in (torch.clone, transposed):
+        for axis, channels, dtype in ((None, (), torch.float32), (1, (3,), torch.bfloat16)):
+            x, dy = leaf(layout(values(2, 3, 4, dtype=dtype))), values(2, 3, 4, dtype=dtype)
+            grid = (torch.full(channels, 0.5), torch.zeros(channels), -3, 3, axis)
+            yield "fake_quantize_forward", (x, *grid, None)
+            yield "fake_quantize_forward", (x, *grid, leaf(torch.zeros(())))
+            yield "fake_quantize_backward", (leaf(dy), x, *grid, True)
+            yield "fake_quantize_backward", (leaf(dy), x, *grid, False)
+            for d_dx, d_l1 in ((dy, torch.ones(())), (None, torch.ones(())), (dy, None)):
+                yield "fake_quantize_double_backward", (d_dx, d_l1, dy, x.detach(), *grid)
+
+
+def l1_norm() -> Iterator[Call]:
+    for tensors in (
+        [values(3, 4)],
+        [values(3, 4).t(), values(5, dtype=torch.float64), values(2, dtype=torch.bfloat16), values()],
+    ):
+        count = values(len(tensors), dtype=torch.float64 if len(tensors) > 1 else torch.float32)
+        yield "l1_norm_forward", ([leaf(t) for t in tensors],)
+        yield "l1_norm_backward", (leaf(count), tensors)
+        yield "l1_norm_double_backward", (tensors, tensors)
+
+
+def conv() -> Iterator[Call]:
+    for layout in (torch.clone, channels_last):
+        for n, groups in ((1, 1), (2, 1), (2, 4), (3, 2)):
+            x, w = layout(values(2, 4, *[5] * n)), layout(values(4, 4 // groups, *[3] * n))
+            geometry = ([2] * n, [1] * n, [1] * n, groups)
+            dy = torch.empty_like(_ops.conv_forward(x, w, None, *geometry)).normal_()
+            for bias in (None, leaf(values(4))):
+                yield "conv_forward", (leaf(x), leaf(w), bias, *geometry)
+            for mask in ([True, True], [True, False], [False, True]):
+                yield "conv_backward", (leaf(dy), leaf(x), leaf(w), *geometry, mask)
+            for v, u in ((x, w), (None, w), (x, None)):
+                yield (
+                    "conv_double_backward",
+                    (v, u, dy, x, w, *geometry, [True, u is not None, v is not None]),
+                )
+
+
+def linear() -> Iterator[Call]:
+    for layout in (torch.clone, transposed):
+        x, w, dy = layout(values(6, 5)), layout(values(3, 5)), layout(values(6, 3))
+        yield "linear_forward", (leaf(x), leaf(w), leaf(values(3)))
+        yield "linear_forward", (leaf(values(2, 6, 5)), leaf(w), None)
+        for mask in ([True, True], [True, False], [False, True]):
+            yield "linear_backward", (leaf(dy), leaf(x), leaf(w), mask)
+        for v, u in ((x, w), (None, w), (x, None)):
+            yield "linear_double_backward", (v, u, dy, x, w, [True, u is not None, v is not None])
+
+
+def batch_norm_act() -> Iterator[Call]:
+    for layout, dtype in ((torch.clone, torch.float32), (channels_last, torch.bfloat16)):
+        x, dy, residual = (layout(values(3, 4, 2, 5, dtype=dtype)) for _ in range(3))
+        weight, bias, mean = values(4), values(4), values(4)
+        rstd, l1 = mean.abs() + 0.5, torch.ones(())
+        for activation, training in (("relu", True), ("relu6", False), ("none", True)):
+            statistics = (None, None) if training else (mean, rstd)
+            x_, w_, b_, r_ = (leaf(t) for t in (x, weight, bias, residual))
+            yield (
+                "batch_norm_act_forward",
+                (x_, w_, b_, *statistics, r_, training, 1e-5, activation, leaf(l1 * 0)),
+            )
+            yield (
+                "batch_norm_act_forward",
+                (x_, None, None, *statistics, None, training, 1e-5, activation, None),
+            )
+            y = None if activation == "none" else residual
+            saved = (y, weight, bias, mean, rstd, training, activation)
+            yield "batch_norm_act_backward", (leaf(dy), x_, *saved, True, True)
+            yield "batch_norm_act_backward", (leaf(dy), x_, *saved, False, False)
+            d_dresidual = residual if y is not None else None
+            yield "batch_norm_act_double_backward", (x, mean, mean, d_dresidual, l1, dy, x, *saved)
+            yield "batch_norm_act_double_backward", (x, None, None, None, None, dy, x, *saved)
+            yield "batch_norm_act_double_backward", (None, mean, None, None, None, dy, x, *saved)
+
+
+SETS = [tap, fake_quantize, l1_norm, conv, linear, batch_norm_act]
+
+
+@pytest.mark.parametrize("arguments", SETS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("sweep", ["forward", "backward", "double_backward"])
+def test_opcheck(arguments: Arguments, sweep: str) -> None:
+    sets = [args for name, args in arguments() if name == f"{arguments.__name__}_{sweep}"]
+    assert sets
+    for args in sets:
+        torch.library.opcheck(getattr(_ops, f"{arguments.__name__}_{sweep}").default, args)
+
+
+def test_opcheck_scale_probe() -> None:
+    torch.library.opcheck(_ops.scale_probe.default, (leaf(torch.zeros(())), torch.ones(())))

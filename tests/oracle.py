@@ -1,0 +1,174 @@
+"""Float64 truth by ordinary automatic differentiation. It imports nothing of gradl1_fast.
+
+The first half are the operations in plain PyTorch; the second computes the loss, the penalty and the
+total gradient of any plain network by ``create_graph=True``, term by term as the paper writes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from operator import attrgetter
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+
+def tap(x: Tensor) -> Tensor:
+    return x * 1
+
+
+def fake_quantize(
+    x: Tensor, scale: Tensor, zero_point: Tensor, q_min: int, q_max: int, axis: int | None = None
+) -> Tensor:
+    """Round to the grid; the gradient passes between the ends of the grid, half a step further out."""
+    if axis is not None:
+        shape = [x.shape[i] if i == axis % x.dim() else 1 for i in range(x.dim())]
+        scale, zero_point = scale.view(shape), zero_point.view(shape)
+    steps = torch.round(x.detach() / scale)
+    inside = (steps + zero_point >= q_min) & (steps + zero_point <= q_max)
+    rounded = scale * torch.minimum(torch.maximum(steps, q_min - zero_point), q_max - zero_point)
+    passing = torch.where(inside, x, x.detach())
+    return passing - passing.detach() + rounded
+
+
+def l1_norm(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.stack([t.abs().sum() for t in tensors])
+
+
+def conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, **geometry: object) -> Tensor:
+    return {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[weight.dim()](x, weight, bias, **geometry)
+
+
+linear = F.linear
+
+
+def batch_norm_act(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    activation: str = "none",
+    **options: object,
+) -> Tensor:
+    y = F.batch_norm(x, running_mean, running_var, weight, bias, **options)
+    y = y if residual is None else y + residual
+    return {"none": lambda t: t, "relu": F.relu, "relu6": F.relu6}[activation](y)
+
+
+class FakeQuantize(nn.Module):
+    """Fake quantization as a layer, or as a parametrization of a weight."""
+
+    def __init__(self, scale: Tensor, zero_point: Tensor, q_min: int, q_max: int, axis: int | None = None):
+        super().__init__()
+        self.grid = (scale, zero_point, q_min, q_max, axis)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return fake_quantize(x, *self.grid)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a network computes in one step: its loss, and the tensors whose gradients are penalised."""
+
+    loss: Tensor
+    weights: dict[str, Tensor]
+    activations: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Penalised:
+    """Loss, penalty, its unweighted terms ``sum |dL/dT|``, and the gradient of loss + penalty."""
+
+    loss: Tensor
+    penalty: Tensor
+    terms: dict[str, Tensor]
+    gradients: dict[str, Tensor]
+
+
+def penalised_gradients(
+    model_fn: Callable[[], Measured],
+    parameters: dict[str, Tensor],
+    *,
+    lambda_w: float,
+    lambda_a: float,
+    scale: str = "none",
+    weight_bits: int = 4,
+    activation_bits: int = 4,
+) -> Penalised:
+    """Differentiate ``loss + lambda_w * sum |dL/dW| + lambda_a * sum |dL/dY|``.
+
+    Args:
+        model_fn: computes the network from ``parameters``; see :func:`measure` for an ``nn.Module``.
+            A quantized weight is the tensor that the layer used, not the parameter behind it.
+        parameters: the leaves to differentiate with respect to.
+        lambda_w: factor of the terms of the weights.
+        lambda_a: factor of the terms of the activations.
+        scale: "step" multiplies each term by the tensor's quantization step, a function of the tensor.
+        weight_bits: width at which the step of a weight is taken, on a symmetric grid.
+        activation_bits: width at which the step of an activation is taken, on an affine grid.
+    """
+    measured = model_fn()
+    sites = [(n, t, lambda_w, symmetric_step(t, weight_bits)) for n, t in measured.weights.items()]
+    sites += [(n, t, lambda_a, affine_step(t, activation_bits)) for n, t in measured.activations.items()]
+    gradients = torch.autograd.grad(measured.loss, [t for _, t, _, _ in sites], create_graph=True)
+    penalty = torch.zeros_like(measured.loss)
+    terms = {}
+    for (name, _, factor, step), gradient in zip(sites, gradients, strict=True):
+        term = gradient.abs().sum()
+        penalty = penalty + factor * (term * step if scale == "step" else term)
+        terms[name] = term.detach()
+    total = torch.autograd.grad(
+        measured.loss + penalty, list(parameters.values()), allow_unused=True, materialize_grads=True
+    )
+    return Penalised(
+        measured.loss.detach(), penalty.detach(), terms, dict(zip(parameters, total, strict=True))
+    )
+
+
+def symmetric_step(t: Tensor, bits: int) -> Tensor:
+    return t.abs().max() / max(2 ** (bits - 1) - 1, 1)
+
+
+def affine_step(t: Tensor, bits: int) -> Tensor:
+    return (t.max().clamp(min=0) - t.min().clamp(max=0)) / (2**bits - 1)
+
+
+def measure(
+    module: nn.Module,
+    loss_fn: Callable[[nn.Module], Tensor],
+    *,
+    weights: Iterable[str] = (),
+    outputs_of: Iterable[str] = (),
+    inputs_of: Iterable[str] = (),
+) -> Measured:
+    """Run ``loss_fn(module)`` and keep the named tensors.
+
+    Args:
+        module: a plain network, without in-place operations on what is kept.
+        loss_fn: takes the module, returns the loss.
+        weights: names such as ``"features.0.weight"``; of a parametrized one, the tensor in use.
+        outputs_of: modules whose output is a penalised activation.
+        inputs_of: modules whose first input is one. A tensor that both name counts once.
+    """
+    kept: dict[str, Tensor] = {}
+
+    def keep(name: str, t: Tensor) -> None:
+        if all(t is not other for other in kept.values()):
+            kept[f"{name} #{len(kept)}" if name in kept else name] = t
+
+    find = module.get_submodule
+    hooks = [find(n).register_forward_hook(lambda _, i, out, n=n: keep(n, out)) for n in outputs_of]
+    hooks += [find(n).register_forward_pre_hook(lambda _, i, n=n: keep(n, i[0])) for n in inputs_of]
+    try:
+        with parametrize.cached():
+            loss = loss_fn(module)
+            return Measured(loss, {name: attrgetter(name)(module) for name in weights}, kept)
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,3 +1,33 @@
-"""Training with gradient-l1 regularisation, and quantization on demand."""
+"""Training with gradient-l1 regularisation, and quantization of one set of weights on demand.
+
+Source: Alizadeh et al., "Gradient l1 Regularization for Quantization Robustness", ICLR 2020,
+arXiv 2002.07520.
+"""
+
+from gradl1_fast import functional, nn
+from gradl1_fast.backends import UnavailableError, backend
+from gradl1_fast.nn import BatchNormAct2d, QConv1d, QConv2d, QConv3d, QLinear, convert, report
+from gradl1_fast.penalty import GradL1
+from gradl1_fast.quantization import Table, bits, calibrate, set_bits, sweep
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "BatchNormAct2d",
+    "GradL1",
+    "QConv1d",
+    "QConv2d",
+    "QConv3d",
+    "QLinear",
+    "Table",
+    "UnavailableError",
+    "backend",
+    "bits",
+    "calibrate",
+    "convert",
+    "functional",
+    "nn",
+    "report",
+    "set_bits",
+    "sweep",
+]

@@ -17,7 +17,17 @@ from torch import Tensor
 import gradl1_fast.ops  # noqa: F401  registers torch.ops.gradl1_fast
 from gradl1_fast import _checks as check
 
-__all__ = ["batch_norm_act", "conv", "fake_quantize", "l1_norm", "linear", "quantization_grid", "tap"]
+__all__ = [
+    "batch_norm_act",
+    "conv",
+    "fake_quantize",
+    "l1_norm",
+    "linear",
+    "quantization_grid",
+    "scale_probe",
+    "tap",
+    "value_range",
+]
 
 ACTIVATIONS = ("none", "relu", "relu6")
 
@@ -41,6 +51,26 @@ def tap(x: Tensor, probe: Tensor) -> Tensor:
     """
     check.probe("tap", x, probe)
     return _ops.tap_forward(x, probe) if torch.is_grad_enabled() else x
+
+
+def scale_probe(probe: Tensor, scale: Tensor) -> Tensor:
+    """Return a probe whose gradient, passed on to ``probe``, is multiplied by ``scale``.
+
+    Args:
+        probe: see :func:`tap`.
+        scale: a scalar; the double backward differentiates it, the first backward does not.
+
+    Returns:
+        A scalar to be used as a probe: ``probe`` then receives ``scale * sum |dL/dy|``.
+
+    Raises:
+        ValueError: one of them is not a scalar, or they are on different devices.
+
+    Differentiable once more than the first backward, which is all a penalty needs.
+    """
+    check.probe("scale_probe", scale, probe)
+    check.probe("scale_probe", probe, scale)
+    return _ops.scale_probe(probe, scale)
 
 
 def fake_quantize(
@@ -208,6 +238,19 @@ def batch_norm_act(
     if training and running_mean is not None:
         _update_statistics(running_mean, running_var, mean, rstd, momentum, eps, x)
     return y
+
+
+def value_range(x: Tensor, axis: int | None = None) -> tuple[Tensor, Tensor]:
+    """Return the smallest and the largest value of ``x``, of each channel along ``axis`` if given.
+
+    In float32, or float64 for float64. Differentiable; a gradient is shared evenly among equal
+    extremes. NaN propagates.
+    """
+    x = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    if axis is not None:
+        x = x.transpose(0, axis).flatten(1)
+    dims = [] if axis is None else [1]
+    return x.amin(dims), x.amax(dims)
 
 
 def quantization_grid(

@@ -11,7 +11,7 @@ from gradl1_fast.ops._library import define, differentiate, end_of_the_line
 
 _ops = torch.ops.gradl1_fast
 _SAVED = (
-    "Tensor dy, Tensor x, Tensor y, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd, "
+    "Tensor dy, Tensor x, Tensor? y, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd, "
     "bool training, str activation"
 )
 
@@ -20,7 +20,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
     x, weight, bias, _, _, residual, ctx.training, _, ctx.activation, probe = inputs
     y, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
-    ctx.save_for_backward(x, y, weight, bias, mean, rstd)
+    # Without an activation nothing needs y, and changing it in place is then no error.
+    ctx.save_for_backward(x, None if ctx.activation == "none" else y, weight, bias, mean, rstd)
     ctx.has_residual, ctx.has_probe = residual is not None, probe is not None
 
 

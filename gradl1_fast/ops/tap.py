@@ -39,6 +39,19 @@ class _TapBackward(torch.autograd.Function):
         return _ops.tap_double_backward(d_dx, d_l1, *ctx.saved_tensors)
 
 
+class _ScaleProbe(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, probe: Tensor, scale: list[Tensor]) -> Tensor:
+        # In a list the scale is saved without becoming an edge: the first backward owes it nothing.
+        ctx.save_for_backward(*scale)
+        return probe.view_as(probe)
+
+    @staticmethod
+    def backward(ctx: Any, l1: Tensor) -> tuple[Tensor, None]:
+        (scale,) = ctx.saved_tensors
+        return l1 * scale, None
+
+
 def _save_dy(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
@@ -55,6 +68,12 @@ define(
 )
 define(
     "tap",
+    "scale_probe(Tensor probe, Tensor scale) -> Tensor",
+    lambda probe, scale: torch.empty_like(probe),
+    compute=lambda probe, scale: probe.clone(),
+)
+define(
+    "tap",
     "tap_backward(Tensor dy) -> Tensor",
     lambda dy: dy.new_empty((), dtype=torch.float64 if dy.dtype == torch.float64 else torch.float32),
 )
@@ -64,5 +83,6 @@ define(
     lambda d_dx, d_l1, dy: torch.empty_like(dy),
 )
 differentiate_by("tap_forward", lambda x, probe: _Tap.apply(x, probe))
+differentiate_by("scale_probe", lambda probe, scale: _ScaleProbe.apply(probe, [scale]))
 differentiate("tap_backward", _save_dy, _l1_alone)
 end_of_the_line("tap_double_backward")

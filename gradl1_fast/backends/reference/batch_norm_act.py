@@ -31,6 +31,9 @@ def batch_norm_act_forward(
     """
     wide = widen(x)
     weight, bias = _widen(weight), _widen(bias)
+    if not x.numel():
+        # PyTorch's routines below divide by the number of values.
+        return torch.empty_like(x), *(wide.new_ones((2, x.shape[1])).unbind())
     if training:
         z, mean, rstd = torch.native_batch_norm(wide, weight, bias, None, None, True, 0.0, eps)
     else:
@@ -45,7 +48,7 @@ def batch_norm_act_forward(
 def batch_norm_act_backward(
     dy: Tensor,
     x: Tensor,
-    y: Tensor,
+    y: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     mean: Tensor,
@@ -59,7 +62,8 @@ def batch_norm_act_backward(
 
     ``dresidual`` and ``l1`` are absent where not asked for; so is ``dresidual`` without an
     activation, when it is ``dy`` itself. The mask of the activation comes from ``y``, which the
-    next operation keeps anyway; ``bias`` lets a kernel recompute it from ``x`` instead.
+    next operation keeps anyway (None without an activation); ``bias`` lets a kernel recompute it
+    from ``x`` instead.
     """
     wide = widen(x)
     g = _masked(_dense(dy, wide), y, activation)
@@ -82,7 +86,7 @@ def batch_norm_act_double_backward(
     d_l1: Tensor | None,
     dy: Tensor,
     x: Tensor,
-    y: Tensor,
+    y: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     mean: Tensor,
@@ -130,7 +134,7 @@ def _d_x_training(
 
     ``xh`` is overwritten.
     """
-    m = g.numel() // max(g.shape[1], 1)
+    m = max(g.numel(), 1) // max(g.shape[1], 1)
     a, b = g.sum(_pixels(g)), (g * xh).sum(_pixels(g))
     p, q, s = sums
     k = rstd * rstd / m if weight is None else weight * rstd * rstd / m
@@ -147,6 +151,8 @@ def _normalise_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return ``N(g)``, ``sum g * xh`` and ``sum g``."""
     weight = _widen(weight)
+    if not g.numel():
+        return torch.empty_like(g), torch.zeros_like(mean), torch.zeros_like(mean)
     # The saved statistics stand in for the running ones: the routine takes 1/sqrt(var + eps) from var.
     var = None if training else rstd.square().reciprocal()
     return torch.ops.aten.native_batch_norm_backward(
@@ -160,7 +166,7 @@ def _activate_(z: Tensor, activation: str) -> Tensor:
     return z.clamp_(0, 6) if activation == "relu6" else z
 
 
-def _masked(g: Tensor, y: Tensor, activation: str) -> Tensor:
+def _masked(g: Tensor, y: Tensor | None, activation: str) -> Tensor:
     """Return ``g`` where the activation with output ``y`` has slope 1, and 0 elsewhere."""
     if activation == "relu":
         return torch.ops.aten.threshold_backward(g, widen(y), 0)

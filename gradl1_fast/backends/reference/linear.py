@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -45,4 +47,5 @@ def linear_double_backward(
 
 
 def _wgrad(dy: Tensor, x: Tensor) -> Tensor:
-    return dy.reshape(-1, dy.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
+    rows = math.prod(x.shape[:-1])  # spelled out: -1 is ambiguous without features
+    return dy.reshape(rows, dy.shape[-1]).t() @ x.reshape(rows, x.shape[-1])

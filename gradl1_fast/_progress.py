@@ -1,0 +1,25 @@
+"""Progress bars where there is a terminal to show them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
+
+T = TypeVar("T")
+
+__all__ = ["track"]
+
+
+def track(items: Sequence[T], what: str, *, show: bool = True) -> Iterator[T]:
+    """Yield the items, with a bar on standard error if it is a terminal and rich is installed."""
+    if show and sys.stderr.isatty():
+        try:
+            from rich.console import Console
+            from rich.progress import track as rich_track
+        except ImportError:
+            pass  # a bar is a courtesy: without rich the work goes on without one
+        else:
+            yield from rich_track(items, what, console=Console(stderr=True), transient=True)
+            return
+    yield from items

@@ -1,0 +1,59 @@
+"""A look at an autograd graph for what cannot be differentiated twice and would not say so."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["refuse_once_differentiable", "require_gradients"]
+
+_WRAPPER = torch.autograd.function.once_differentiable(lambda ctx: None).__code__
+
+
+def refuse_once_differentiable(loss: Tensor) -> None:
+    """Raise if a custom function that is differentiable only once contributes to ``loss``.
+
+    Its backward returns constants, so a penalty on gradients loses its own gradient there without a
+    sound. Operations of PyTorch that lack a second derivative raise by themselves.
+
+    Raises:
+        RuntimeError: names the function.
+    """
+    for node in _nodes(loss):
+        function = getattr(node, "_forward_cls", None)
+        if function is not None and getattr(function.backward, "__code__", None) is _WRAPPER:
+            raise RuntimeError(
+                f"{function.__module__}.{function.__qualname__} is once_differentiable: the gradient of a "
+                "penalty on gradients would be lost in it; give its backward a derivative of its own"
+            )
+
+
+def _nodes(loss: Tensor) -> Iterator[Any]:
+    seen: set[Any] = set()
+    pending = [loss.grad_fn]
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        yield node
+        pending.extend(parent for parent, _ in node.next_functions)
+
+
+def require_gradients(names: Sequence[str], grads: Sequence[Tensor | None]) -> list[Tensor]:
+    """Return the gradients, after checking that each has arrived.
+
+    Raises:
+        RuntimeError: names what got none.
+    """
+    missing = [name for name, grad in zip(names, grads, strict=True) if grad is None]
+    if missing:
+        raise RuntimeError(
+            f"GradL1: no gradient reached {', '.join(missing)}. The loss does not depend on them, or the "
+            "graph is cut on the way (detach, no_grad). Freeze a weight that is not meant to be used, or "
+            "make the penalty for the part of the model that is"
+        )
+    return [grad for grad in grads if grad is not None]

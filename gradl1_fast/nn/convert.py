@@ -1,0 +1,142 @@
+"""Conversion of a float model: layers replaced and fused, quantizers placed, weights shared."""
+
+from __future__ import annotations
+
+import operator
+import warnings
+
+from torch import fx, nn
+
+from gradl1_fast.nn.batch_norm_act import BatchNormAct2d
+from gradl1_fast.nn.converted import ConvertedModel
+from gradl1_fast.nn.layers import QuantizedLayer
+from gradl1_fast.nn.placement import LAYERS, place_layers, place_quantizers
+from gradl1_fast.nn.quantizers import ActivationQuantizer
+from gradl1_fast.nn.report import unconverted_layers
+from gradl1_fast.nn.rewrite import fuse_batch_norms, remove_in_place, replace_module
+from gradl1_fast.nn.twins import copy_structure
+
+__all__ = ["convert"]
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class _NotTraceableError(Exception):
+    """The model's forward pass cannot be taken as one graph; the message says why."""
+
+
+def convert(model: nn.Module, *, per_channel: bool = False) -> nn.Module:
+    """Return the model with layers that can be penalised and quantized on demand.
+
+    By ``torch.fx``: convolutions and linear layers become ``QConv*`` and ``QLinear``, batch norms
+    take in the residual sum and the ReLU or ReLU6 behind them, and each distinct activation tensor
+    that feeds a convolution or linear layer gets one quantizer at its producer. Every width is
+    float at first: outputs and gradients equal the original's.
+
+    The result shares parameters and buffers with ``model``, which stays as it is, so an optimizer
+    made for one serves the other. State dicts have the same keys. A model that is already
+    converted is returned unchanged. The result is a ``torch.fx.GraphModule``: methods of the
+    original's class other than ``forward`` are not part of it.
+
+    Args:
+        model: any module, in any mode and on any device.
+        per_channel: quantize each weight with one range for each output channel.
+
+    Returns:
+        The converted model. If the forward pass cannot be traced, a copy of the original in which
+        each layer quantizes its own input; a warning says why, and such a model counts a tensor
+        once for each layer it feeds, and its input as an activation.
+
+    Raises:
+        ValueError: the model has no convolution and no linear layer.
+    """
+    if any(isinstance(m, QuantizedLayer | BatchNormAct2d) for m in model.modules()):
+        return model
+    layer = LAYERS.get(type(model))
+    if layer is not None:
+        return _lone_layer(layer, model, per_channel)
+    tree = copy_structure(model)
+    try:
+        converted = _by_graph(tree, per_channel)
+    except _NotTraceableError as reason:
+        warnings.warn(
+            f"gradl1_fast.convert: {type(model).__name__} cannot be traced ({reason}); every layer "
+            "quantizes its own input and nothing is fused",
+            stacklevel=2,
+        )
+        converted = _layer_by_layer(tree, per_channel)
+    _check_layers(converted)
+    return converted
+
+
+def _lone_layer(layer: type[QuantizedLayer], model: nn.Module, per_channel: bool) -> nn.Module:
+    converted = layer.from_float(model, per_channel=per_channel)
+    converted.input_quantizer = ActivationQuantizer(penalized=False).to(converted.weight)  # fed with data
+    return converted.train(model.training)
+
+
+def _by_graph(tree: nn.Module, per_channel: bool) -> nn.Module:
+    graph = _trace(tree)
+    graph.owning_module = tree  # what is impure depends on the modules called
+    remove_in_place(tree, graph)
+    graph.eliminate_dead_code()
+    fuse_batch_norms(tree, graph)
+    place_layers(tree, graph, per_channel)
+    place_quantizers(tree, graph)
+    graph.lint()
+    return ConvertedModel.assemble(tree.__dict__, graph, type(tree).__name__)
+
+
+def _layer_by_layer(tree: nn.Module, per_channel: bool) -> nn.Module:
+    for module in list(tree.modules()):
+        layer = LAYERS.get(type(module))
+        if layer is not None:
+            new = layer.from_float(module, per_channel=per_channel)
+            replace_module(tree, module, new.train(module.training))
+        elif type(module) is nn.BatchNorm2d:
+            replace_module(tree, module, BatchNormAct2d.from_float(module))
+    return tree
+
+
+def _trace(tree: nn.Module) -> fx.Graph:
+    """Return the graph of the forward pass, the same in training and in evaluation."""
+    _refuse_hooks(tree)
+    modes = {module: module.training for module in tree.modules()}
+    try:
+        graphs = []
+        for training in (True, False):
+            for module in modes:
+                module.training = training
+            graphs.append(fx.Tracer().trace(tree))
+    except Exception as error:  # the model's own code runs in here: it may raise anything
+        raise _NotTraceableError(f"{type(error).__name__}: {error}".splitlines()[0]) from error
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    if str(graphs[0]) != str(graphs[1]):
+        raise _NotTraceableError("its forward pass differs between training and evaluation")
+    if any(node.target is operator.setitem for node in graphs[0].nodes):
+        raise _NotTraceableError("it assigns to parts of a tensor")
+    return graphs[0]
+
+
+def _refuse_hooks(tree: nn.Module) -> None:
+    """Refuse hooks on the modules that tracing takes apart: they would run once, and never again."""
+    tracer = fx.Tracer()
+    for name, module in tree.named_modules():
+        hooked = any(table for key, table in vars(module).items() if key.endswith(_HOOKS))
+        if name and hooked and not tracer.is_leaf_module(module, name):
+            raise _NotTraceableError(f"module {name!r} has hooks, which tracing would lose")
+
+
+def _check_layers(model: nn.Module) -> None:
+    """Warn about layers that were left as they are; refuse a model in which nothing was replaced."""
+    left = unconverted_layers(model)
+    if left:
+        warnings.warn(
+            "gradl1_fast.convert: left in float and out of the penalty, being subclasses, parametrized, "
+            "inside another module of torch.nn, or called as functions: " + ", ".join(left),
+            stacklevel=3,
+        )
+    if not any(isinstance(m, QuantizedLayer) for m in model.modules()):
+        raise ValueError("gradl1_fast.convert: the model has no convolution or linear layer to convert")

@@ -1,0 +1,54 @@
+"""A module and its twin: the same parameters, buffers, hooks and mode under another class."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import TypeVar
+
+from torch import nn
+
+M = TypeVar("M", bound=nn.Module)
+
+_TABLES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+
+
+def retype(module: nn.Module, expected: type[nn.Module], cls: type[M], without: Sequence[str] = ()) -> M:
+    """Return a shallow copy of ``module`` as a ``cls``, leaving out the named submodules.
+
+    Raises:
+        TypeError: ``module`` is not exactly of the expected class.
+    """
+    if type(module) is not expected:
+        raise TypeError(
+            f"{cls.__name__} stands in for {expected.__name__} exactly, got {type(module).__name__}: "
+            "a subclass or a parametrized module may compute something else"
+        )
+    twin = shallow_copy(module)
+    for name in without:
+        twin._modules.pop(name, None)
+        twin.__dict__.pop(name, None)
+    twin.__class__ = cls
+    return twin  # type: ignore[return-value]
+
+
+def shallow_copy(module: nn.Module) -> nn.Module:
+    """Return a copy with tables of its own that hold the same parameters, buffers, submodules and hooks."""
+    twin = copy.copy(module)
+    for name, value in vars(module).items():
+        if name in _TABLES or name.endswith("_hooks"):
+            twin.__dict__[name] = copy.copy(value)
+    return twin
+
+
+def copy_structure(module: nn.Module, memo: dict[int, nn.Module] | None = None) -> nn.Module:
+    """Return a copy of the tree of modules around the same parameters and buffers.
+
+    A module that stands in several places does so in the copy as well.
+    """
+    memo = {} if memo is None else memo
+    if id(module) not in memo:
+        memo[id(module)] = twin = shallow_copy(module)
+        for name, child in module._modules.items():
+            twin._modules[name] = None if child is None else copy_structure(child, memo)
+    return memo[id(module)]

@@ -1,0 +1,323 @@
+"""The regulariser: gradient-l1 penalty by exact double backprop, or by a finite difference."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradl1_fast.finite_difference import Measured, add_gradients
+from gradl1_fast.functional import l1_norm
+from gradl1_fast.graph_checks import refuse_once_differentiable, require_gradients
+from gradl1_fast.nn.layers import QuantizedLayer
+from gradl1_fast.nn.sites import Site, activation_sites, named_layers
+
+__all__ = ["GradL1"]
+
+SCALES = ("none", "step")
+METHODS = ("exact", "finite_difference")
+
+
+class GradL1:
+    """The penalty ``lambda_w * sum_l ||dL/dW_l||_1 + lambda_a * sum_l ||dL/dY_l||_1``.
+
+    W_l are the weights of the quantizable layers that require a gradient, Y_l the activations
+    behind quantizers, both as they are at the present width; dL/dW_l is the whole gradient of a
+    weight that several layers share. To train, with ``loss`` the mini-batch mean::
+
+        loss = criterion(model(x), y)
+        (loss + penalty(loss)).backward()
+
+    The penalty is 1-homogeneous in the loss: with a ``GradScaler`` pass it the scaled loss. Gradient
+    sums are float32 at least, and the first backward runs outside autocast.
+
+    Args:
+        model: a converted model, or one that contains layers of this library.
+        lambda_w: coefficient of the weights' term, 0 or more; 0 costs nothing.
+        lambda_a: coefficient of the activations' term, likewise.
+        scale: ``"none"``, or ``"step"`` to multiply each norm by the quantization step of its
+            tensor at ``step_bits``, for its present range; the gradient flows through the step too,
+            so that ranges shrink as well. Half of ``step * norm`` is the worst first-order change
+            of the loss at that width.
+        every: apply the penalty on each ``every``-th call only, multiplied by ``every``; other
+            calls return 0 at no cost.
+        method: ``"exact"``, or ``"finite_difference"`` for the approximation of :meth:`backward`.
+        step_bits: the width at which ``scale="step"`` measures steps.
+        epsilon: size of the finite difference, in units of the weights and activations.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is out of range, the model has nothing to penalise, or it has a
+            weight that is no parameter (recomputed by a hook) or is quantized to 1 bit.
+
+    Attributes:
+        terms: after a call, the norm (times the step, with ``scale="step"``) of each weight and
+            activation by name, detached; a call that ``every`` skips leaves it as it was.
+        lambda_w: may be changed between calls.
+        lambda_a: likewise, except from or to 0 under ``torch.compile``, which compiles again.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lambda_w: float,
+        lambda_a: float,
+        scale: str = "none",
+        every: int = 1,
+        *,
+        method: str = "exact",
+        step_bits: int = 4,
+        epsilon: float = 1e-3,
+    ) -> None:
+        self.lambda_w, self.lambda_a = lambda_w, lambda_a
+        self.scale, self.method = _one_of("scale", scale, SCALES), _one_of("method", method, METHODS)
+        self.every = _count("every", every)
+        self.step_bits = _count("step_bits", step_bits)
+        self.epsilon = _coefficient("epsilon", epsilon)
+        self.model = model
+        self.layers = named_layers(model)
+        self.sites = activation_sites(model)
+        self.terms: dict[str, Tensor] = {}
+        self._calls = 0
+        self._graph_checked = False
+        _check_model(self)
+        self._set_step_bits()
+
+    @property
+    def lambda_w(self) -> float:
+        """Coefficient of the weights' term."""
+        return self._lambda_w
+
+    @lambda_w.setter
+    def lambda_w(self, value: float) -> None:
+        self._lambda_w = _coefficient("lambda_w", value)
+
+    @property
+    def lambda_a(self) -> float:
+        """Coefficient of the activations' term."""
+        return self._lambda_a
+
+    @lambda_a.setter
+    def lambda_a(self, value: float) -> None:
+        self._lambda_a = _coefficient("lambda_a", value)
+
+    def __call__(self, loss: Tensor) -> Tensor:
+        """Return the penalty, a scalar to be added to the loss and differentiated with it.
+
+        Args:
+            loss: a single value with its graph, from a forward pass of the model. A NaN or infinite
+                loss gives a NaN or infinite penalty: nothing here waits for the device to look.
+
+        Raises:
+            RuntimeError: the loss has no graph, gradients are disabled, something measured got no
+                gradient, or the penalty would not depend on the parameters.
+            TypeError: the loss is not a tensor.
+            ValueError: the loss has more than one value, or the method is the finite difference,
+                which takes a closure: see :meth:`backward`.
+
+        It may be called twice for one loss and gives the same value. Source: section 3 of
+        arXiv 2002.07520.
+        """
+        if self.method != "exact":
+            raise ValueError("GradL1: with method='finite_difference' call penalty.backward(closure) instead")
+        _check_loss(loss)
+        if not self._is_due() or not (self.lambda_w or self.lambda_a):
+            return loss.new_zeros(())
+        self._check_step_bits()
+        self._check_graph(loss)
+        weights = self._weights()
+        sites = self.sites if self.lambda_a else []
+        grads = self._gradients(loss, weights, sites)
+        return self.every * self._combine(weights, grads[: len(weights)], sites, grads[len(weights) :])
+
+    def backward(self, closure: Callable[[], Tensor]) -> Tensor:
+        """Add the gradient of loss plus penalty to each parameter's ``grad``; return the loss, detached.
+
+        With ``method="finite_difference"`` the penalty's gradient ``H sign(g)`` is approximated by
+        ``(grad L(W + e s_W, Y + e s_Y) - grad L) / e`` with ``s = sign(g)``: two ordinary steps. Its
+        error falls with ``epsilon`` until rounding takes over. With ``method="exact"`` this is
+        ``(loss + penalty(loss)).backward()``.
+
+        Args:
+            closure: computes the forward pass and returns the loss; it is called twice, with the
+                same random numbers, and the buffers (batch-norm statistics) keep what the first call
+                left.
+
+        Raises:
+            RuntimeError: something measured got no gradient.
+        """
+        if self.method == "exact":
+            loss = closure()
+            (loss + self(loss)).backward()
+            return loss.detach()
+        if not self._is_due() or not (self.lambda_w or self.lambda_a):
+            return _plain_backward(closure)
+        loss, self.terms = add_gradients(self.model, self._measured(), closure, self.epsilon, self.every)
+        return loss
+
+    def _measured(self) -> list[Measured]:
+        step = self.scale == "step"
+        weights = [
+            Measured(
+                f"{name}.weight",
+                layer.weight,
+                self.lambda_w,
+                partial(layer.weight_quantizer.step, bits=self.step_bits) if step else None,
+            )
+            for name, layer in self._weights().items()
+        ]
+        activations = [
+            Measured(
+                site.name,
+                site.producer,
+                self.lambda_a,
+                partial(site.quantizer.step, bits=self.step_bits) if step else None,
+            )
+            for site in (self.sites if self.lambda_a else [])
+        ]
+        return weights + activations
+
+    def _is_due(self) -> bool:
+        if self.every == 1:
+            return True
+        self._calls += 1
+        return self._calls % self.every == 0
+
+    def _weights(self) -> dict[str, QuantizedLayer]:
+        """Return the layers whose weights are penalised, one for each distinct parameter."""
+        if not self.lambda_w:
+            return {}
+        one_bit = [name for name, layer in self.layers.items() if layer.weight_quantizer.bits == 1]
+        if one_bit:  # half of the weights are clamped there, and dL/dW is not what reaches the output
+            raise RuntimeError(
+                f"GradL1: weights are penalised in float or from 2 bits up, not {one_bit[0]} at 1 bit"
+            )
+        distinct = {id(layer.weight): name for name, layer in reversed(self.layers.items())}
+        return {
+            name: layer
+            for name, layer in self.layers.items()
+            if layer.weight.requires_grad and distinct[id(layer.weight)] == name
+        }
+
+    def _gradients(self, loss: Tensor, layers: dict[str, QuantizedLayer], sites: list[Site]) -> list[Tensor]:
+        inputs = [layer.weight for layer in layers.values()] + [site.probe for site in sites]
+        if not inputs:
+            raise RuntimeError("GradL1: every weight is frozen and no activation is penalised")
+        with _no_autocast(loss.device.type):
+            grads = torch.autograd.grad(loss, inputs, create_graph=True, allow_unused=True)
+        names = [f"{name}.weight" for name in layers] + [site.name for site in sites]
+        found = require_gradients(names, grads)
+        if not any(grad.requires_grad for grad in found):
+            raise RuntimeError("GradL1: the penalty is constant: no gradient depends on a parameter")
+        return found
+
+    def _combine(
+        self,
+        layers: dict[str, QuantizedLayer],
+        weight_grads: list[Tensor],
+        sites: list[Site],
+        activation_terms: list[Tensor],
+    ) -> Tensor:
+        parts = []
+        if layers:
+            norms = l1_norm(self._by_step(layers, weight_grads))
+            self.terms = {f"{n}.weight": v for n, v in zip(layers, norms.detach(), strict=True)}
+            parts.append(self.lambda_w * norms.sum())
+        else:
+            self.terms = {}
+        if sites:
+            norms = torch.stack([term.to(activation_terms[0].device) for term in activation_terms])
+            self.terms |= {s.name: v for s, v in zip(sites, norms.detach(), strict=True)}
+            parts.append(self.lambda_a * norms.sum())
+        return parts[0] if len(parts) == 1 else parts[0] + parts[1]
+
+    def _by_step(self, layers: dict[str, QuantizedLayer], grads: list[Tensor]) -> list[Tensor]:
+        """Return the weights' gradients, multiplied by the steps of the weights if asked for."""
+        if self.scale == "none":
+            return grads
+        steps = [layer.weight_quantizer.step(layer.weight, self.step_bits) for layer in layers.values()]
+        return [step * grad for step, grad in zip(steps, grads, strict=True)]
+
+    def _set_step_bits(self) -> None:
+        for site in self.sites:
+            site.quantizer.step_bits = self._site_step_bits()
+
+    def _check_step_bits(self) -> None:
+        wrong = [s.name for s in self.sites if s.quantizer.step_bits != self._site_step_bits()]
+        if wrong:
+            raise RuntimeError(
+                f"GradL1: another penalty with a different scale was made for this model ({wrong[0]}); "
+                "make this one again before using it"
+            )
+
+    def _site_step_bits(self) -> int | None:
+        return self.step_bits if self.scale == "step" and self.method == "exact" else None
+
+    def _check_graph(self, loss: Tensor) -> None:
+        """Look once for what would drop the penalty's gradient in silence."""
+        if not self._graph_checked and not torch.compiler.is_compiling():
+            refuse_once_differentiable(loss)
+            self._graph_checked = True
+
+
+def _plain_backward(closure: Callable[[], Tensor]) -> Tensor:
+    loss = closure()
+    loss.backward()
+    return loss.detach()
+
+
+def _no_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
+    if torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return contextlib.nullcontext()
+
+
+def _check_model(penalty: GradL1) -> None:
+    if penalty.lambda_w and not penalty.layers:
+        raise ValueError("GradL1: the model has no quantizable layer; call gradl1_fast.convert first")
+    if penalty.lambda_a and not penalty.sites:
+        raise ValueError(
+            "GradL1: lambda_a needs activation quantizers and the model has none that is penalised; "
+            "call gradl1_fast.convert first, or set lambda_a=0"
+        )
+    for name, layer in penalty.layers.items():
+        if not isinstance(layer.weight, nn.Parameter):
+            raise ValueError(f"GradL1: {name}.weight is not a parameter (a hook recomputes it)")
+
+
+def _check_loss(loss: Tensor) -> None:
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"GradL1: the loss must be a tensor, got {type(loss).__name__}")
+    if loss.numel() != 1:
+        raise ValueError(f"GradL1: the loss must be a single value, got shape {tuple(loss.shape)}")
+    if not torch.is_grad_enabled():
+        raise RuntimeError("GradL1: called with gradients disabled (no_grad or inference_mode)")
+    if not loss.requires_grad:
+        raise RuntimeError("GradL1: the loss has no graph; was it computed under no_grad or detached?")
+
+
+def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> str:
+    if value not in allowed:
+        raise ValueError(f"GradL1: {name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+    return str(value)
+
+
+def _coefficient(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"GradL1: {name} must be a number, got {value!r}")
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"GradL1: {name} must be finite and 0 or more, got {value}")
+    return float(value)
+
+
+def _count(name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"GradL1: {name} must be an int, got {value!r}")
+    if value < 1:
+        raise ValueError(f"GradL1: {name} must be 1 or more, got {value}")
+    return value

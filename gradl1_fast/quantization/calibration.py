@@ -1,0 +1,108 @@
+"""Activation ranges from data."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradl1_fast.nn.quantizers import ActivationQuantizer
+from gradl1_fast.nn.sites import named_quantizers
+from gradl1_fast.quantization.bits import bits
+
+__all__ = ["MinMax", "calibrate"]
+
+
+class MinMax:
+    """Smallest and largest value over all batches; memory does not grow with their number.
+
+    Attributes:
+        low: smallest value so far, or None before the first batch.
+        high: largest value so far.
+    """
+
+    def __init__(self) -> None:
+        self.low: Tensor | None = None
+        self.high: Tensor | None = None
+
+    def update(self, x: Tensor) -> None:
+        """Widen the range to hold ``x``; NaN in ``x`` makes it NaN."""
+        if not x.numel():
+            return
+        low, high = x.float().aminmax() if x.dtype != torch.float64 else x.aminmax()
+        self.low = low if self.low is None else torch.minimum(self.low, low)
+        self.high = high if self.high is None else torch.maximum(self.high, high)
+
+
+def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
+    """Set the range of every activation quantizer to what one pass over ``batches`` shows.
+
+    The pass runs in evaluation mode, in float and without gradients: batch-norm statistics and
+    weights stay as they are, and the mode of each module is given back.
+
+    Args:
+        model: a converted model.
+        batches: inputs of the model, or tuples or lists whose first entry is the input, such as a
+            data loader gives. Tensors are moved to the device of the model's first parameter.
+
+    Raises:
+        ValueError: there is no batch, the model has no activation quantizers, or a tensor holds
+            NaN or infinity; the message names the quantizer. The ranges are then as they were.
+        RuntimeError: a quantizer was never reached.
+    """
+    quantizers = named_quantizers(model)
+    if not quantizers:
+        raise ValueError("the model has no activation quantizers: call gradl1_fast.convert(model) first")
+    observers = {name: MinMax() for name in quantizers}
+    with bits(model, w=None, a=None), _evaluation(model), _observed(quantizers, observers), torch.no_grad():
+        _run(model, batches)
+    ranges = {name: _checked(name, observer) for name, observer in observers.items()}
+    for name, (low, high) in ranges.items():
+        quantizers[name].low, quantizers[name].high = low, high
+
+
+def _run(model: nn.Module, batches: Iterable[Any]) -> None:
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    count = 0
+    for batch in batches:
+        x = batch[0] if isinstance(batch, tuple | list) else batch
+        model(x.to(device) if isinstance(x, Tensor) else x)
+        count += 1
+    if not count:
+        raise ValueError("calibrate: got no batches; an iterator that was used before is empty")
+
+
+def _checked(name: str, observer: MinMax) -> tuple[Tensor, Tensor]:
+    if observer.low is None or observer.high is None:
+        raise RuntimeError(f"calibrate: no value reached the quantizer {name!r}")
+    if not (torch.isfinite(observer.low) and torch.isfinite(observer.high)):
+        raise ValueError(
+            f"calibrate: the values at {name!r} go from {float(observer.low)} to {float(observer.high)}; "
+            "NaN and infinity make no range. Look for them in the batches or in the layers before"
+        )
+    return observer.low, observer.high
+
+
+@contextlib.contextmanager
+def _observed(quantizers: dict[str, ActivationQuantizer], observers: dict[str, MinMax]) -> Iterator[None]:
+    for name, quantizer in quantizers.items():
+        quantizer.observer = observers[name]
+    try:
+        yield
+    finally:
+        for quantizer in quantizers.values():
+            quantizer.observer = None
+
+
+@contextlib.contextmanager
+def _evaluation(model: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training

@@ -1,0 +1,124 @@
+"""One model, evaluated at many widths."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from gradl1_fast._progress import track
+from gradl1_fast.quantization.bits import bits
+
+__all__ = ["Row", "Table", "sweep"]
+
+Width = tuple[int | None, int | None]
+
+
+@dataclass(frozen=True)
+class Row:
+    """The result at one width.
+
+    Attributes:
+        w: bits of the weights, None for float.
+        a: bits of the activations, None for float.
+        value: what ``evaluate`` returned.
+    """
+
+    w: int | None
+    a: int | None
+    value: float
+
+
+class Table:
+    """Results of a sweep.
+
+    Attributes:
+        rows: one :class:`Row` for each width, in the order asked for.
+    """
+
+    def __init__(self, rows: Iterable[Row]) -> None:
+        self.rows = list(rows)
+
+    def __str__(self) -> str:
+        """Return the table as text."""
+        lines = [f"{'w':>5}  {'a':>5}  value"]
+        lines += [f"{_name(row.w):>5}  {_name(row.a):>5}  {row.value:.4f}" for row in self.rows]
+        return "\n".join(lines)
+
+    def __getitem__(self, width: Width) -> float:
+        """Return the value at ``(w, a)``; KeyError if it was not evaluated."""
+        for row in self.rows:
+            if (row.w, row.a) == tuple(width):
+                return row.value
+        raise KeyError(f"no row for (w, a) = {width}; there are {[(r.w, r.a) for r in self.rows]}")
+
+    def to_csv(self, path: str | os.PathLike[str]) -> None:
+        """Write the columns w, a, value; a float width is an empty cell."""
+        with open(path, "w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(("w", "a", "value"))
+            writer.writerows((_cell(row.w), _cell(row.a), row.value) for row in self.rows)
+
+    def to_json(self, path: str | os.PathLike[str]) -> None:
+        """Write a list of objects with the keys w, a, value; a float width is null."""
+        Path(path).write_text(json.dumps([vars(row) for row in self.rows], indent=1) + "\n")
+
+    def plot(self, path: str | os.PathLike[str], *, title: str = "") -> None:
+        """Draw the values over widths as a heat map into an image file; needs matplotlib.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        from gradl1_fast.quantization.plots import heat_map, save
+
+        save(heat_map(self.rows, title=title), path)
+
+
+def sweep(
+    model: nn.Module,
+    evaluate: Callable[[nn.Module], float],
+    widths: Sequence[Width],
+    *,
+    progress: bool = True,
+) -> Table:
+    """Evaluate a model at each width and put its widths back.
+
+    Args:
+        model: a converted, calibrated model, in the mode in which it is to be evaluated.
+        evaluate: takes the model and returns one number.
+        widths: pairs ``(w, a)``; None stands for float.
+        progress: show a progress bar where there is a terminal and rich is installed.
+
+    Raises:
+        TypeError: a width is not a pair.
+        ValueError: there is no width, or one is out of range.
+        RuntimeError: an activation has no range yet.
+    """
+    checked = [_pair(width) for width in widths]
+    if not checked:
+        raise ValueError("sweep: widths is empty; give pairs such as [(8, 8), (4, 4)]")
+    rows = []
+    for w, a in track(checked, "sweep", show=progress):
+        with bits(model, w=w, a=a):
+            rows.append(Row(w, a, float(evaluate(model))))
+    return Table(rows)
+
+
+def _pair(width: Any) -> Width:
+    if not isinstance(width, tuple | list) or len(width) != 2:
+        raise TypeError(f"sweep: a width is a pair (w, a), got {width!r}")
+    return width[0], width[1]
+
+
+def _name(bits: int | None) -> str:
+    return "float" if bits is None else str(bits)
+
+
+def _cell(bits: int | None) -> int | str:
+    return "" if bits is None else bits

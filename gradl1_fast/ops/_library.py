@@ -39,18 +39,17 @@ def define(op: str, schema: str, fake: Callable[..., Any], compute: Callable[...
 def differentiate(name: str, setup_context: Callable[..., None], backward: Callable[..., Any]) -> None:
     """Register the derivative formula of operator ``name``.
 
-    The gradient of a result that nobody used arrives as None; the formula is not called without any.
-    An empty tensor that stands for a result nobody asked for cannot be differentiated.
+    The gradient of a result that nobody used, or asked for, arrives as None; the formula is not
+    called without any.
     """
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.set_materialize_grads(False)
-        if isinstance(output, tuple):
-            ctx.mark_non_differentiable(*[t for t in output if t.shape == (0,)])
         ctx.nothing = tuple([None] * len(i) if _is_list_of_tensors(i) else None for i in inputs)
         setup_context(ctx, inputs, output)
 
     def formula(ctx: Any, *grads: Any) -> Any:
+        grads = tuple([None if isinstance(g, Tensor) and g.shape == (0,) else g for g in grads])
         arrived = any(
             g is not None for grad in grads for g in (grad if isinstance(grad, list | tuple) else [grad])
         )

@@ -114,8 +114,12 @@ def pad(
 def normalisation(x: Tensor, vectors: Sequence[Tensor | None], training: bool, activation: str) -> None:
     """Check the arguments of ``batch_norm_act``; the batch size as PyTorch checks it."""
     one_device("batch_norm_act", (x, *vectors))
+    if x.dim() < 2:
+        raise ValueError(f"batch_norm_act: x must have shape (N, C, *size), got {tuple(x.shape)}")
     if activation not in ("none", "relu", "relu6"):
         raise ValueError(f"batch_norm_act: activation must be 'none', 'relu' or 'relu6', got {activation!r}")
+    if (vectors[0] is None) != (vectors[1] is None):
+        raise ValueError("batch_norm_act: give both running_mean and running_var, or neither")
     if training:
         torch.nn.functional._verify_batch_size(x.size())
     elif vectors[0] is None or vectors[1] is None:

@@ -206,7 +206,7 @@ def batch_norm_act(
     """Return ``act(batch_norm(x) + residual)``, as ``torch.nn.functional.batch_norm`` normalises.
 
     Args:
-        x: ``(N, C, *size)``.
+        x: ``(N, C, *size)``; an empty one leaves the running statistics as they are.
         running_mean: ``(C,)``, updated in place in training if given; needed in evaluation.
         running_var: likewise, with the unbiased variance.
         weight: ``(C,)`` or None.
@@ -235,7 +235,7 @@ def batch_norm_act(
     y, mean, rstd = _ops.batch_norm_act_forward(
         x, weight, bias, running_mean, running_var, residual, training, eps, activation, probe
     )
-    if training and running_mean is not None:
+    if training and running_mean is not None and x.numel():
         _update_statistics(running_mean, running_var, mean, rstd, momentum, eps, x)
     return y
 

@@ -33,7 +33,7 @@ def batch_norm_act_forward(
     weight, bias = _widen(weight), _widen(bias)
     if not x.numel():
         # PyTorch's routines below divide by the number of values.
-        return torch.empty_like(x), *(wide.new_ones((2, x.shape[1])).unbind())
+        return torch.empty_like(x), wide.new_zeros(x.shape[1]), wide.new_ones(x.shape[1])
     if training:
         z, mean, rstd = torch.native_batch_norm(wide, weight, bias, None, None, True, 0.0, eps)
     else:
@@ -134,7 +134,7 @@ def _d_x_training(
 
     ``xh`` is overwritten.
     """
-    m = max(g.numel(), 1) // max(g.shape[1], 1)
+    m = max(g.numel() // max(g.shape[1], 1), 1)
     a, b = g.sum(_pixels(g)), (g * xh).sum(_pixels(g))
     p, q, s = sums
     k = rstd * rstd / m if weight is None else weight * rstd * rstd / m

@@ -42,6 +42,12 @@ def random(shape: tuple[int, ...], seed: int) -> Tensor:
     return torch.randn(shape, generator=generator).to(torch.bfloat16).half().double()
 
 
+def _beside(x: Tensor, operation: Callable[..., Tensor], t: Tensor) -> Tensor:
+    """Return ``t`` in the type of ``x``, which the truth needs, or at least float32, as a module keeps it."""
+    mixed = operation.__module__ == ours.__name__
+    return t.bfloat16().to(torch.promote_types(x.dtype, torch.float32) if mixed else x.dtype)
+
+
 def _conv(name: str, x: tuple[int, ...], w: tuple[int, ...], bias: bool = True, **geometry: Any) -> Case:
     shapes = (x, w, (w[0],)) if bias else (x, w)
     return Case(f"conv {name}", partial(ours.conv, **geometry), partial(oracle.conv, **geometry), shapes)
@@ -87,8 +93,8 @@ def _batch_norm(
     def call(operation: Callable[..., Tensor], *inputs: Tensor, **probe: Any) -> Tensor:
         x, *rest = inputs
         last = None if residual is None else rest.pop()
-        statistics = [0.1 * random(channels, 7), 0.5 + random(channels, 8).abs()]
-        statistics = [s.to(torch.promote_types(x.dtype, torch.float32)) for s in statistics]
+        statistics = [random(channels, 7), 0.5 + random(channels, 8).abs()]
+        statistics = [_beside(x, operation, s) for s in statistics]
         return operation(x, *statistics, *rest, residual=last, **options, **probe)
 
     function = partial(call, ours.batch_norm_act)
@@ -124,7 +130,7 @@ def _fake_quantize(
     shape = () if axis is None else (channels,)
 
     def call(operation: Callable[..., Tensor], x: Tensor, **probe: Any) -> Tensor:
-        grid = (t.reshape(shape).to(torch.promote_types(x.dtype, torch.float32)) for t in (scale, zero_point))
+        grid = (_beside(x, operation, t.reshape(shape)) for t in (scale, zero_point))
         return operation(x, *grid, *codes, axis=axis, **probe)
 
     function, truth = partial(call, ours.fake_quantize), partial(call, oracle.fake_quantize)

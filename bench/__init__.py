@@ -1,0 +1,1 @@
+"""Measurements: run the modules of this package with ``python -m bench.<name>``."""

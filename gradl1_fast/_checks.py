@@ -122,7 +122,7 @@ def normalisation(x: Tensor, vectors: Sequence[Tensor | None], training: bool, a
     if (vectors[0] is None) != (vectors[1] is None):
         raise ValueError("batch_norm_act: give both running_mean and running_var, or neither")
     if training:
-        torch.nn.functional._verify_batch_size(x.size())
+        torch.nn.functional._verify_batch_size(x.size())  # type: ignore[attr-defined]
     elif vectors[0] is None or vectors[1] is None:
         raise ValueError("batch_norm_act: evaluation needs running_mean and running_var")
     names = ("running_mean", "running_var", "weight", "bias")

@@ -43,7 +43,7 @@ def differentiate_bilinear(
             for index, operand in enumerate((x, weight))
             if operand.requires_grad
         ]
-        if recorded(bias):
+        if bias is not None and recorded(bias):
             edges.append(_bias_edge(bias, y, channel_axis))
         return _Output.apply([y], *edges)
 

@@ -135,8 +135,8 @@ def _below_autograd_and_autocast(device: str) -> Any:
 
 def _below_autograd(device: str) -> contextlib.AbstractContextManager[None]:
     if torch.is_autocast_enabled(device):
-        return _below_autograd_and_autocast(device)  # type: ignore[no-any-return]
-    return torch._C._AutoDispatchBelowAutograd()  # type: ignore[no-any-return]
+        return _below_autograd_and_autocast(device)
+    return torch._C._AutoDispatchBelowAutograd()
 
 
 def _is_ordinary(args: tuple[Any, ...]) -> bool:

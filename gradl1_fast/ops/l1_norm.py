@@ -22,7 +22,7 @@ class _L1Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *tensors: Tensor) -> Tensor:
         ctx.save_for_backward(*tensors)
-        return l1_norm_forward.values(list(tensors))  # type: ignore[no-any-return]
+        return l1_norm_forward.values(list(tensors))
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:
@@ -45,7 +45,7 @@ class _L1NormDoubleBackward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *pairs: Tensor) -> Tensor:
         half = len(pairs) // 2
-        return l1_norm_double_backward.values(list(pairs[:half]), list(pairs[half:]))  # type: ignore[no-any-return]
+        return l1_norm_double_backward.values(list(pairs[:half]), list(pairs[half:]))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> None:

@@ -37,6 +37,7 @@ def batch_norm_act_forward(
     if training:
         z, mean, rstd = torch.native_batch_norm(wide, weight, bias, None, None, True, 0.0, eps)
     else:
+        assert running_mean is not None and running_var is not None  # functional.batch_norm_act has checked
         # A copy: an operator must not return what it was given.
         mean, rstd = widen(running_mean).clone(), (widen(running_var) + eps).rsqrt()
         z = torch.native_batch_norm(wide, weight, bias, mean, widen(running_var), False, 0.0, eps)[0]
@@ -189,11 +190,13 @@ def _activate_(z: Tensor, activation: str) -> Tensor:
 
 def _masked(g: Tensor, y: Tensor | None, activation: str, into: Tensor | None = None) -> Tensor:
     """Return ``g`` where the activation with output ``y`` has slope 1, and 0 elsewhere."""
-    if activation == "relu":
-        if into is not None:
-            return torch.ops.aten.threshold_backward.grad_input(g, widen(y), 0, grad_input=into)
-        return torch.ops.aten.threshold_backward(g, widen(y), 0)
-    return torch.where((y > 0) & (y < 6), g, 0) if activation == "relu6" else g
+    if activation == "none" or y is None:
+        return g
+    if activation == "relu6":
+        return torch.where((y > 0) & (y < 6), g, 0)
+    if into is not None:
+        return torch.ops.aten.threshold_backward.grad_input(g, widen(y), 0, grad_input=into)
+    return torch.ops.aten.threshold_backward(g, widen(y), 0)
 
 
 def _widen(x: Tensor | None) -> Tensor | None:

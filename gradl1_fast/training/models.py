@@ -129,26 +129,27 @@ def mobilenet_like(width: int = 32, classes: int = 10, channels: int = 3) -> nn.
         classes: number of outputs.
         channels: of the images.
     """
-    layers = _conv_bn_relu(channels, width)
-    inputs = width
-    for outputs, stride in ((2, 1), (4, 2), (4, 1), (8, 2), (8, 1), (16, 2), (16, 1)):
-        layers += _conv_bn_relu(inputs, inputs, stride=stride, groups=inputs)
-        layers += _conv_bn_relu(inputs, outputs * width, kernel=1)
-        inputs = outputs * width
-    return nn.Sequential(*layers, *_classifier(inputs, classes))
+    blocks = ((2, 1), (4, 2), (4, 1), (8, 2), (8, 1), (16, 2), (16, 1))
+    return _separable(width, [(factor * width, stride) for factor, stride in blocks], classes, channels)
 
 
 def digits_net(width: int = 16, classes: int = 10) -> nn.Sequential:
-    """Return the demo's network for 8x8 images of one channel: four convolutions with batch norm.
+    """Return the demo's network for 8x8 images of one channel: like :func:`mobilenet_like`, with four blocks.
 
     Args:
-        width: channels of the first convolution; the others have 2, 2 and 4 times as many.
+        width: channels of the first layer; the last has 4 times as many.
         classes: number of outputs.
     """
-    return nn.Sequential(
-        *_conv_bn_relu(1, width),
-        *_conv_bn_relu(width, 2 * width),
-        *_conv_bn_relu(2 * width, 2 * width, stride=2),
-        *_conv_bn_relu(2 * width, 4 * width, stride=2),
-        *_classifier(4 * width, classes),
-    )
+    blocks = ((2, 1), (4, 2), (4, 1), (4, 2))
+    return _separable(width, [(factor * width, stride) for factor, stride in blocks], classes, channels=1)
+
+
+def _separable(width: int, blocks: list[tuple[int, int]], classes: int, channels: int) -> nn.Sequential:
+    """Return a convolution, depthwise-separable blocks ``(channels, stride)`` and a linear classifier."""
+    layers = _conv_bn_relu(channels, width)
+    inputs = width
+    for outputs, stride in blocks:
+        layers += _conv_bn_relu(inputs, inputs, stride=stride, groups=inputs)
+        layers += _conv_bn_relu(inputs, outputs, kernel=1)
+        inputs = outputs
+    return nn.Sequential(*layers, *_classifier(inputs, classes))

@@ -1,0 +1,153 @@
+"""The demo's results as one HTML page that needs nothing beside it, and as JSON."""
+
+from __future__ import annotations
+
+import base64
+import json
+from html import escape
+from pathlib import Path
+from string import Template
+
+from gradl1_fast.quantization.plots import new_figure
+from gradl1_fast.training.charts import accuracy_chart, grids_chart, speed_chart
+from gradl1_fast.training.demo import PENALISED, PLAIN, Results, Settings
+from gradl1_fast.training.page import PAGE
+from gradl1_fast.training.speed import EAGER, OURS
+from gradl1_fast.training.speed import PLAIN as PLAIN_STEP
+
+__all__ = ["accuracy_rows", "html", "prepare", "speed_rows", "verdict", "write"]
+
+Rows = list[tuple[str, ...]]
+
+
+def prepare(folder: Path) -> None:
+    """Make the folder, try to write to it and to draw, before any work is done.
+
+    Raises:
+        OSError: it cannot be made or written to.
+        ImportError: matplotlib is not installed.
+    """
+    new_figure(1, 1)
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = folder / ".write-test"
+    probe.touch()
+    probe.unlink()
+
+
+def write(results: Results, folder: Path) -> tuple[Path, Path]:
+    """Write ``report.html`` and ``results.json``; return their paths."""
+    page, numbers = folder / "report.html", folder / "results.json"
+    numbers.write_text(json.dumps(results.to_dict(), indent=1) + "\n", encoding="utf-8")
+    page.write_text(html(results), encoding="utf-8")
+    return page, numbers
+
+
+def accuracy_rows(results: Results) -> Rows:
+    """Return bits, plain, penalised and gain, for equal bits of weights and activations."""
+    rows: Rows = []
+    for bits in results.settings.bits:
+        gain = results.gain(bits, bits)
+        rows.append(
+            (
+                "float" if bits is None else f"{bits}",
+                str(results.spread(PLAIN, bits, bits)),
+                str(results.spread(PENALISED, bits, bits)),
+                f"{gain.mean:+.1f}",
+                f"{sum(value > 0 for value in gain.values)} of {len(gain.values)}",
+            )
+        )
+    return rows
+
+
+def speed_rows(results: Results) -> Rows:
+    """Return network, kind of step, median time and ratio to the plain step."""
+    return [
+        (speed.network, kind, f"{speed.median(kind):.1f} ms", f"{speed.ratio(kind):.2f}×")
+        for speed in results.speeds
+        for kind in speed.times
+    ]
+
+
+def verdict(results: Results) -> list[str]:
+    """Return what was found, in sentences, whatever it is."""
+    settings = results.settings
+    lines = [
+        f"{_width(bits)}: plain {results.spread(PLAIN, bits, bits).mean:.1f} %, penalised "
+        f"{results.spread(PENALISED, bits, bits).mean:.1f} %: {_gain(results, bits)}."
+        for bits in (None, 8, 4, 3)
+        if bits in settings.bits
+    ]
+    for speed in results.speeds:
+        lines.append(
+            f"{speed.network}: a penalised step takes {speed.ratio(OURS):.1f} times as long as a plain one "
+            f"({speed.median(PLAIN_STEP):.1f} ms); with ordinary double backprop it takes "
+            f"{speed.ratio(EAGER):.1f} times as long."
+        )
+    return lines
+
+
+def html(results: Results) -> str:
+    """Return the report."""
+    settings = results.settings
+    return Template(PAGE).substitute(
+        verdict="".join(f"<li>{escape(line)}</li>" for line in verdict(results)),
+        grids=_image(grids_chart(results), "Accuracy over weight and activation bits", narrow=False),
+        accuracy=_image(accuracy_chart(results), "Accuracy of both kinds of network over bits"),
+        speed=_image(speed_chart(results.speeds), "Median time of a training step"),
+        accuracy_table=_table(
+            ("bits", "plain, %", "penalised, %", "gain", "seeds with a gain"), accuracy_rows(results)
+        ),
+        speed_table=_table(("network", "step", "median", "ratio"), speed_rows(results)),
+        disagreement=f"{max(speed.disagreement for speed in results.speeds):.0e}",
+        settings=_table(("setting", "value"), _settings_rows(settings)),
+        environment=_table(
+            ("what", "value"),
+            [(name, value) for group in results.environment.values() for name, value in group.items()],
+        ),
+        seeds=settings.seeds,
+        epochs=settings.recipe.epochs,
+        penalty_epochs=settings.recipe.penalty_epochs,
+        coefficient=settings.recipe.coefficient,
+        rounds=settings.rounds,
+        minutes=f"{sum(results.seconds.values()) / 60:.1f}",
+    )
+
+
+def _settings_rows(settings: Settings) -> Rows:
+    recipe = settings.recipe
+    return [
+        ("data", "digits of scikit-learn: 1200 to train and calibrate, 597 to test; each seed splits anew"),
+        (
+            "network",
+            f"digits_net({settings.width}): a convolution and 4 depthwise-separable blocks, batch norm",
+        ),
+        ("training", f"{recipe.epochs} epochs in batches of {recipe.batch_size}"),
+        ("optimizer", f"Adam, from {recipe.learning_rate} along a cosine to 0"),
+        ("penalty", f"in the last {recipe.penalty_epochs} epochs, on weights and on activations"),
+        ("coefficient", f"{recipe.coefficient}, scale={recipe.scale!r}"),
+        ("weights' range", "symmetric, one for each tensor, from the largest absolute value"),
+        ("activations' range", "affine, one for each tensor, from the extremes on the training images"),
+        ("step times", f"median of {settings.rounds} steps of each kind, in turn; both terms of the penalty"),
+    ]
+
+
+def _width(bits: int | None) -> str:
+    return "Float" if bits is None else f"{bits}-bit weights and activations"
+
+
+def _gain(results: Results, bits: int | None) -> str:
+    gain = results.gain(bits, bits)
+    better = sum(value > 0 for value in gain.values)
+    return f"{gain.mean:+.1f} points, the penalised twin is ahead in {better} of {len(gain.values)} pairs"
+
+
+def _image(svg: str, text: str, *, narrow: bool = True) -> str:
+    data = base64.b64encode(svg.encode()).decode()
+    kind = ' class="narrow"' if narrow else ""
+    return f'<img{kind} alt="{escape(text)}" src="data:image/svg+xml;base64,{data}">'
+
+
+def _table(header: tuple[str, ...], rows: Rows) -> str:
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
+    body = "".join("<tr>" + "".join(f"<td>{escape(c)}</td>" for c in row) + "</tr>" for row in rows)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"

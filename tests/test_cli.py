@@ -1,0 +1,93 @@
+"""The gradl1 command, as a user types it."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from gradl1_fast import __version__, backends
+from gradl1_fast.cli import app
+
+WIDE = {"COLUMNS": "160", "TERM": "dumb", "NO_COLOR": "1"}
+
+
+def gradl1(*args, **env):
+    return CliRunner(env={**WIDE, **env}).invoke(app, list(args))
+
+
+@pytest.mark.parametrize("args", [["--help"], ["info", "--help"], ["demo", "--help"]])
+def test_help_teaches_by_an_example(args):
+    result = gradl1(*args)
+    assert result.exit_code == 0
+    assert "gradl1 demo" in result.output or "gradl1 info" in result.output
+
+
+def test_help_of_the_demo_says_how_long_it_takes():
+    assert "minutes" in gradl1("demo", "--help").output
+
+
+def test_version():
+    assert gradl1("--version").output.strip() == f"gradl1-fast {__version__}"
+
+
+def test_info_names_versions_devices_and_a_backend_for_each_operation():
+    output = gradl1("info").output
+    assert all(word in output for word in ("torch", "python", "Backends on cpu", "reference"))
+    assert all(op in output for op in backends.OPERATIONS)
+
+
+def test_info_shows_the_variables_in_force():
+    output = gradl1("info", GRADL1_BACKEND="reference").output
+    assert "GRADL1_BACKEND" in output
+
+
+def test_info_gives_the_reason_why_a_backend_cannot(monkeypatch):
+    def refuse(op, device):
+        raise backends.UnavailableError("the moon is full")
+
+    monkeypatch.setattr(backends, "_LOADERS", {"lunar": refuse, **backends._LOADERS})
+    assert "not lunar: the moon is full" in gradl1("info").output
+
+
+def test_info_refuses_an_unknown_backend_in_one_sentence():
+    result = gradl1("info", GRADL1_BACKEND="wrong")
+    assert result.exit_code == 1
+    assert "GRADL1_BACKEND: unknown backend 'wrong'" in result.output
+
+
+def test_the_demo_prints_its_tables_and_writes_its_files(tmp_path):
+    result = gradl1("demo", "--quick", "--seeds", "1", "--out", str(tmp_path / "new" / "folder"))
+    assert result.exit_code == 0, result.output
+    assert "Test accuracy" in result.output
+    assert "eager double backprop" in result.output
+    page = (tmp_path / "new" / "folder" / "report.html").read_text()
+    assert page.count("data:image/svg+xml") == 3
+    numbers = json.loads((tmp_path / "new" / "folder" / "results.json").read_text())
+    assert set(numbers) == {"settings", "environment", "accuracy_percent", "step_time", "seconds"}
+    assert len(numbers["accuracy_percent"]) == 2 * 16
+
+
+def test_a_folder_that_cannot_be_written_is_named_before_the_work(tmp_path):
+    (tmp_path / "file").touch()
+    result = gradl1("demo", "--out", str(tmp_path / "file"))
+    assert result.exit_code == 1
+    assert "cannot write to" in result.output
+    assert "--out" in result.output
+
+
+@pytest.mark.parametrize("missing", ["sklearn.datasets", "matplotlib.figure"])
+def test_a_missing_package_is_named_before_the_work(missing, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, missing, None)
+    result = gradl1("demo", "--out", str(tmp_path))
+    assert result.exit_code == 1
+    assert "pip install 'gradl1-fast[cli]'" in result.output
+
+
+@pytest.mark.parametrize("missing", ["typer", "rich"])
+def test_without_its_packages_the_command_says_what_to_install(missing):
+    code = f"import sys; sys.modules['{missing}'] = None\nfrom gradl1_fast.__main__ import main; main()"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert result.stderr == ("The gradl1 command needs typer and rich: pip install 'gradl1-fast[cli]'\n")

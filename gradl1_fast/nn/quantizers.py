@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -65,7 +66,7 @@ class ActivationQuantizer(nn.Module):
 
     Attributes:
         bits: 1 to 16, or None for float. Set it with :func:`gradl1_fast.set_bits`.
-        low: lower end of the range, a scalar, or None before calibration.
+        low: lower end of the range, a scalar, or None before calibration; see :meth:`set_range`.
         high: upper end of the range.
         probe: the scalar leaf whose gradient is ``sum |dL/dy|`` once it requires one, which a penalty
             on activations asks for; None where not penalized.
@@ -99,6 +100,21 @@ class ActivationQuantizer(nn.Module):
             return x if probe is None else F.tap(x, probe)
         scale, zero_point, q_min, q_max = F.quantization_grid(*self._range(x), self.bits, symmetric=False)
         return F.fake_quantize(x, scale, zero_point, q_min, q_max, probe=probe)
+
+    def set_range(self, low: Tensor, high: Tensor) -> None:
+        """Store the range of the activation; it takes a look at the values, which waits for the device.
+
+        Raises:
+            ValueError: an end is no single number, is NaN or infinite, or the ends are inverted.
+        """
+        if low.numel() != 1 or high.numel() != 1:
+            raise ValueError(f"a range has two single ends, got {tuple(low.shape)} and {tuple(high.shape)}")
+        ends = float(low), float(high)
+        if not all(map(math.isfinite, ends)):
+            raise ValueError(f"from {ends[0]} to {ends[1]}: NaN and infinity make no range")
+        if ends[0] > ends[1]:
+            raise ValueError(f"from {ends[0]} to {ends[1]}: the range is inverted")
+        self.low, self.high = low.detach().reshape(()), high.detach().reshape(())
 
     def step(self, x: Tensor, bits: int) -> Tensor:
         """Return the step at ``bits`` for the present range of ``x``, a differentiable scalar."""

@@ -27,8 +27,8 @@ def set_bits(model: nn.Module, *, w: int | None, a: int | None) -> None:
         ValueError: a width is out of range, or the model has no quantizers.
         RuntimeError: an activation has no range yet. The model is then as it was.
     """
-    _check_width("w", w)
-    _check_width("a", a)
+    check_width("w", w)
+    check_width("a", a)
     quantizers = _quantizers(model)
     uncalibrated = [name for name, q in named_quantizers(model).items() if q.low is None]
     if a is not None and uncalibrated:
@@ -62,6 +62,7 @@ def _quantizers(model: nn.Module) -> list[WeightQuantizer | ActivationQuantizer]
     return found
 
 
-def _check_width(name: str, value: int | None) -> None:
+def check_width(name: str, value: int | None) -> None:
+    """Check a width: an int from 1 to 16, or None for float."""
     if value is not None:
         check.bits(value, f"{name} (None for float)")

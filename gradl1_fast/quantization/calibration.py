@@ -59,9 +59,14 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
     observers = {name: MinMax() for name in quantizers}
     with bits(model, w=None, a=None), _evaluation(model), _observed(quantizers, observers), torch.no_grad():
         _run(model, batches)
-    ranges = {name: _checked(name, observer) for name, observer in observers.items()}
-    for name, (low, high) in ranges.items():
-        quantizers[name].low, quantizers[name].high = low, high
+    before = {quantizer: (quantizer.low, quantizer.high) for quantizer in quantizers.values()}
+    try:
+        for name, quantizer in quantizers.items():
+            _set_range(name, quantizer, observers[name])
+    except BaseException:
+        for quantizer, (low, high) in before.items():
+            quantizer.low, quantizer.high = low, high
+        raise
 
 
 def _run(model: nn.Module, batches: Iterable[Any]) -> None:
@@ -75,15 +80,16 @@ def _run(model: nn.Module, batches: Iterable[Any]) -> None:
         raise ValueError("calibrate: got no batches; an iterator that was used before is empty")
 
 
-def _checked(name: str, observer: MinMax) -> tuple[Tensor, Tensor]:
+def _set_range(name: str, quantizer: ActivationQuantizer, observer: MinMax) -> None:
     if observer.low is None or observer.high is None:
         raise RuntimeError(f"calibrate: no value reached the quantizer {name!r}")
-    if not (torch.isfinite(observer.low) and torch.isfinite(observer.high)):
+    try:
+        quantizer.set_range(observer.low, observer.high)
+    except ValueError as error:
         raise ValueError(
-            f"calibrate: the values at {name!r} go from {float(observer.low)} to {float(observer.high)}; "
-            "NaN and infinity make no range. Look for them in the batches or in the layers before"
-        )
-    return observer.low, observer.high
+            f"calibrate: the values at {name!r} go {error}. "
+            "Look for them in the batches or in the layers before"
+        ) from error
 
 
 @contextlib.contextmanager

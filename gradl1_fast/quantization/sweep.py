@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from gradl1_fast._progress import track
-from gradl1_fast.quantization.bits import bits
+from gradl1_fast.quantization.bits import bits, check_width
 
 __all__ = ["Row", "Table", "sweep"]
 
@@ -96,7 +96,7 @@ def sweep(
         progress: show a progress bar where there is a terminal and rich is installed.
 
     Raises:
-        TypeError: a width is not a pair.
+        TypeError: a width is not a pair of numbers of bits.
         ValueError: there is no width, or one is out of range.
         RuntimeError: an activation has no range yet.
     """
@@ -113,6 +113,8 @@ def sweep(
 def _pair(width: Any) -> Width:
     if not isinstance(width, tuple | list) or len(width) != 2:
         raise TypeError(f"sweep: a width is a pair (w, a), got {width!r}")
+    check_width("w", width[0])
+    check_width("a", width[1])
     return width[0], width[1]
 
 

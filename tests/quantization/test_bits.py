@@ -1,0 +1,113 @@
+"""Widths: what may be asked for, and that they are put back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import gradl1_fast as gl
+from gradl1_fast.nn import ActivationQuantizer, WeightQuantizer
+from tests.networks import NETWORKS, RESNET, VGG, Network
+
+
+def calibrated(network: Network = VGG) -> nn.Module:
+    model = gl.convert(network.make().eval())
+    gl.calibrate(model, [network.batch()])
+    return model
+
+
+def widths(model: nn.Module) -> set[tuple[str, int | None]]:
+    kinds = {WeightQuantizer: "w", ActivationQuantizer: "a"}
+    return {(kinds[type(m)], m.bits) for m in model.modules() if type(m) in kinds}
+
+
+@pytest.mark.parametrize(("w", "a"), [(4, 3), (1, 1), (16, 16), (None, 8), (8, None), (None, None)])
+def test_every_quantizer_gets_its_width(w: int | None, a: int | None) -> None:
+    model = calibrated()
+    gl.set_bits(model, w=w, a=a)
+    assert widths(model) == {("w", w), ("a", a)}
+    assert model(VGG.batch()[0]).isfinite().all()
+
+
+WRONG: list[tuple[Any, type[Exception]]] = [
+    (0, ValueError),
+    (-1, ValueError),
+    (17, ValueError),
+    (True, TypeError),
+    (4.0, TypeError),
+    ("4", TypeError),
+]
+
+
+@pytest.mark.parametrize(("value", "error"), WRONG)
+@pytest.mark.parametrize("which", ["w", "a"])
+def test_a_wrong_width_is_refused_and_changes_nothing(which: str, value: Any, error: type[Exception]) -> None:
+    model = calibrated()
+    gl.set_bits(model, w=5, a=6)
+    arguments = {"w": 8, "a": 8, which: value}
+    with pytest.raises(error, match=rf"{which} \(None for float\) must be .*from 1 to 16"):
+        gl.set_bits(model, **arguments)
+    with pytest.raises(error), gl.bits(model, **arguments):
+        pass
+    with pytest.raises(error):
+        gl.sweep(model, lambda m: pytest.fail("evaluated"), [(8, 8), (arguments["w"], arguments["a"])])
+    assert widths(model) == {("w", 5), ("a", 6)}
+
+
+def test_widths_come_back_after_the_block_and_after_exceptions() -> None:
+    model = calibrated()
+    gl.set_bits(model, w=5, a=None)
+    next(m for m in model.modules() if isinstance(m, WeightQuantizer)).bits = 7
+    before = [m.bits for m in model.modules() if hasattr(m, "bits")]
+    with gl.bits(model, w=4, a=4) as same:
+        assert same is model
+        with pytest.raises(KeyError), gl.bits(model, w=2, a=2):
+            raise KeyError
+        assert widths(model) == {("w", 4), ("a", 4)}
+    assert [m.bits for m in model.modules() if hasattr(m, "bits")] == before
+
+
+def test_without_ranges_the_activations_are_named() -> None:
+    model = gl.convert(VGG.make())
+    with pytest.raises(RuntimeError, match=r"no activation range for .*1\.quantizer.*gradl1_fast\.calibrate"):
+        gl.set_bits(model, w=4, a=4)
+    assert widths(model) == {("w", None), ("a", None)}
+    gl.set_bits(model, w=4, a=None)
+    layer = gl.QLinear(3, 3)
+    layer.input_quantizer.bits = 4
+    with pytest.raises(RuntimeError, match="has no range: call"):
+        layer(torch.ones(1, 3))
+
+
+def test_a_model_without_quantizers_is_refused() -> None:
+    with pytest.raises(ValueError, match="no quantizers: call"):
+        gl.set_bits(VGG.make(), w=4, a=4)
+
+
+@pytest.mark.parametrize("network", NETWORKS, ids=lambda n: n.id)
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_wide_grids_are_close_to_float_and_narrow_ones_are_not(network: Network, per_channel: bool) -> None:
+    model = gl.convert(network.make().eval(), per_channel=per_channel)
+    gl.calibrate(model, [network.batch()])
+    x = network.batch()[0]
+    exact = model(x)
+    errors = {}
+    for width in (16, 8, 2):
+        with gl.bits(model, w=width, a=width):
+            errors[width] = float((model(x) - exact).norm() / exact.norm())
+    assert errors[16] < 1e-3 < errors[8] < 0.1 < errors[2]
+
+
+def test_evaluation_changes_neither_ranges_nor_statistics() -> None:
+    model = calibrated(RESNET)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    ranges = [name for name in before if name.endswith(("low", "high"))]
+    assert len(ranges) == 2 * (1 + len(RESNET.producers))
+    for w, a in ((None, None), (4, 4), (8, None)):
+        with torch.no_grad(), gl.bits(model, w=w, a=a):
+            model(100 * RESNET.batch()[0])
+    assert before.keys() == dict(model.named_buffers()).keys()
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())

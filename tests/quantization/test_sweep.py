@@ -1,0 +1,91 @@
+"""One model at many widths, and the table that comes out."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+from torch import nn
+
+import gradl1_fast as gl
+from gradl1_fast.quantization.sweep import Row
+from tests.networks import VGG
+
+WIDTHS = [(8, 8), (None, 4), (2, None), (None, None)]
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    model = gl.convert(VGG.make().eval())
+    gl.calibrate(model, [VGG.batch()])
+    return model
+
+
+def of_widths(model: nn.Module) -> float:
+    layer, quantizer = model.get_submodule("0"), model.get_submodule("1.quantizer") or None
+    return 10 * (layer.weight_quantizer.bits or 0) + (quantizer.bits or 0)
+
+
+@pytest.fixture
+def table(model: nn.Module) -> gl.Table:
+    return gl.sweep(model, of_widths, WIDTHS)
+
+
+def test_one_row_for_each_width_in_order(table: gl.Table, model: nn.Module) -> None:
+    assert table.rows == [Row(8, 8, 88.0), Row(None, 4, 4.0), Row(2, None, 20.0), Row(None, None, 0.0)]
+    assert table[8, 8] == 88.0
+    assert table[None, 4] == 4.0
+    assert of_widths(model) == 0
+
+
+def test_a_width_that_is_not_there(table: gl.Table) -> None:
+    with pytest.raises(KeyError, match=r"no row for \(w, a\) = \(3, 3\); there are \[\(8, 8\)"):
+        table[3, 3]
+
+
+def test_text(table: gl.Table) -> None:
+    assert str(table).splitlines()[:3] == [
+        "    w      a  value",
+        "    8      8  88.0000",
+        "float      4  4.0000",
+    ]
+
+
+def test_csv_and_json_hold_all_of_it(table: gl.Table, tmp_path: Path) -> None:
+    table.to_csv(tmp_path / "table.csv")
+    with open(tmp_path / "table.csv", newline="") as file:
+        read = [
+            Row(int(r["w"]) if r["w"] else None, int(r["a"]) if r["a"] else None, float(r["value"]))
+            for r in csv.DictReader(file)
+        ]
+    assert read == table.rows
+    table.to_json(tmp_path / "table.json")
+    assert [Row(**r) for r in json.loads((tmp_path / "table.json").read_text())] == table.rows
+
+
+def test_plot_writes_a_picture(table: gl.Table, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    table.plot(tmp_path / "table.png", title="a title")
+    assert (tmp_path / "table.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_exception_puts_the_widths_back(model: nn.Module) -> None:
+    def fail(model: nn.Module) -> float:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        gl.sweep(model, fail, WIDTHS)
+    assert of_widths(model) == 0
+
+
+@pytest.mark.parametrize("widths", [[8], [(8, 8, 8)], ["88"]])
+def test_what_is_no_pair_is_refused(model: nn.Module, widths: list[object]) -> None:
+    with pytest.raises(TypeError, match="a width is a pair"):
+        gl.sweep(model, of_widths, widths)
+
+
+def test_no_widths_are_refused(model: nn.Module) -> None:
+    with pytest.raises(ValueError, match="widths is empty"):
+        gl.sweep(model, of_widths, [])

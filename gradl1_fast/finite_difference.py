@@ -100,8 +100,11 @@ def _first_pass(
 ) -> tuple[Tensor, tuple[Tensor | None, ...], list[_Move], dict[str, Tensor]]:
     targets = [(item, item.source) for item in measured if isinstance(item.source, Tensor)]
 
-    def record(item: Measured, _module: nn.Module, _args: Any, output: Tensor) -> None:
+    def record(item: Measured, _module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+        if not output.requires_grad:  # behind frozen layers alone
+            output = output.detach().requires_grad_()
         targets.append((item, output))
+        return output
 
     with _hooks(measured, record):
         loss = closure()

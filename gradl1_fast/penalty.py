@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gradl1_fast import _checks as check
 from gradl1_fast.finite_difference import Measured, add_gradients
 from gradl1_fast.functional import l1_norm
 from gradl1_fast.graph_checks import refuse_once_differentiable, require_gradients
 from gradl1_fast.nn.layers import QuantizedLayer
+from gradl1_fast.nn.quantizers import ActivationQuantizer, WeightQuantizer
 from gradl1_fast.nn.sites import Site, activation_sites, named_layers
 
 __all__ = ["GradL1"]
@@ -76,8 +78,11 @@ class GradL1:
     ) -> None:
         self.scale, self.method = _one_of("scale", scale, SCALES), _one_of("method", method, METHODS)
         self.every = _count("every", every)
-        self.step_bits = _count("step_bits", step_bits)
+        check.bits(step_bits, "GradL1: step_bits")
+        self.step_bits = step_bits
         self.epsilon = _coefficient("epsilon", epsilon)
+        if not self.epsilon:
+            raise ValueError("GradL1: epsilon must be more than 0")
         self.model = model
         self.layers = named_layers(model)
         self.sites = activation_sites(model)
@@ -152,7 +157,8 @@ class GradL1:
                 left.
 
         Raises:
-            RuntimeError: something measured got no gradient.
+            RuntimeError: something measured got no gradient, or the model is quantized, where a
+                small move is either rounded away or becomes a whole step.
         """
         if self.method == "exact":
             loss = closure()
@@ -160,6 +166,7 @@ class GradL1:
             return loss.detach()
         if not self._is_due() or not (self.lambda_w or self.lambda_a):
             return _plain_backward(closure)
+        _check_float(self)
         loss, self.terms = add_gradients(self.model, self._measured(), closure, self.epsilon, self.every)
         return loss
 
@@ -291,6 +298,14 @@ def _check_model(penalty: GradL1) -> None:
     for name, layer in penalty.layers.items():
         if not isinstance(layer.weight, nn.Parameter):
             raise ValueError(f"GradL1: {name}.weight is not a parameter (a hook recomputes it)")
+
+
+def _check_float(penalty: GradL1) -> None:
+    quantizers = (WeightQuantizer, ActivationQuantizer)
+    if any(isinstance(m, quantizers) and m.bits is not None for m in penalty.model.modules()):
+        raise RuntimeError(
+            "GradL1: the finite difference needs every width at float; see gradl1_fast.set_bits"
+        )
 
 
 def _check_loss(loss: Tensor) -> None:

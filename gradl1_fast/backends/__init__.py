@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import importlib.util
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -49,9 +50,30 @@ def _load_reference(op: str, device: torch.device) -> ModuleType:
     return reference
 
 
+def _load_triton(op: str, device: torch.device) -> ModuleType:
+    """Load the Triton kernels; convolution and linear stay with cuDNN and cuBLAS, which the reference calls."""
+    if importlib.util.find_spec("triton") is None:
+        raise UnavailableError("Triton is not installed; run `pip install triton`")
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise UnavailableError(
+            "Triton computes on CUDA tensors; on a CPU only in its interpreter, with TRITON_INTERPRET=1 "
+            f"from the start of the program, and this tensor is on {device.type}"
+        )
+    if op in ("conv", "linear"):
+        return reference
+    from gradl1_fast.backends import triton
+
+    return triton
+
+
 # Each loader returns the backend for an operation on a device, or raises UnavailableError with the reason.
-# The order is the automatic one: the first that can, computes.
-_LOADERS: dict[str, Callable[[str, torch.device], ModuleType]] = {"reference": _load_reference}
+_LOADERS: dict[str, Callable[[str, torch.device], ModuleType]] = {
+    "reference": _load_reference,
+    "triton": _load_triton,
+}
+# Without a name, the first that can, computes.
+_AUTOMATIC = {"cuda": ("triton", "reference")}
+_AUTOMATIC_ELSEWHERE = ("reference",)
 
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("gradl1_fast_backend", default=None)
 _logged: set[tuple[str, str]] = set()
@@ -95,13 +117,13 @@ def resolve(op: str, tensor: torch.Tensor) -> ModuleType:
 
 def _first_that_can(op: str, device: torch.device) -> ModuleType:
     reasons = []
-    for name, load in _LOADERS.items():
+    for name in _AUTOMATIC.get(device.type, _AUTOMATIC_ELSEWHERE):
         try:
-            chosen = load(op, device)
+            chosen = _LOADERS[name](op, device)
         except UnavailableError as reason:
             reasons.append(f"{name}: {reason}")
             continue
-        _log_once(op, device, name, reasons)
+        _log_once(op, device, chosen.__name__.rpartition(".")[2], reasons)
         return chosen
     raise UnavailableError(f"no backend can compute {op} on {device}: " + "; ".join(reasons))
 

@@ -5,6 +5,7 @@ import triton.language as tl
 
 from gradl1_fast.backends.triton._device import divide, narrow, sign, square_root, widen
 from gradl1_fast.backends.triton._tiles import (
+    channel_of,
     load,
     of_channel,
     place,
@@ -54,18 +55,30 @@ def _passes(
 
 
 @triton.jit
+def _origin(x, at, inside, ACC: tl.constexpr):
+    """Return what deviations are measured from: the first value of each channel, or 0 if not finite.
+
+    It takes a large common mean away before anything is rounded.
+    """
+    value = load(x, at, inside, ACC)
+    return tl.where(tl.abs(value) < float("inf"), value, 0)
+
+
+@triton.jit
 def _batch_norm_act_statistics_kernel(
     x, partials, rows, width, pitch, channels, strips, splits, tiles,
     LAST: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Write count, mean and sum of squared deviations of each share: Welford's update in every lane."""
     strip, share = place(strips)
+    channel = channel_of(strip, LAST, COLS)
+    origin = _origin(x, channel if LAST else channel * width, channel < channels, ACC)
     count = tl.zeros((ROWS, COLS), ACC)
     mean = tl.zeros((ROWS, COLS), ACC)
     squares = tl.zeros((ROWS, COLS), ACC)
     for i in range(tiles):
         at, inside = tile(strip, share * tiles + i, rows, width, pitch, LAST, ROWS, COLS)
-        value = load(x, at, inside, ACC)
+        value = load(x, at, inside, ACC) - origin
         count += tl.where(inside, 1.0, 0.0).to(ACC)
         step = tl.where(inside, value - mean, 0)
         mean += divide(step, tl.maximum(count, 1.0))
@@ -80,9 +93,13 @@ def _batch_norm_act_statistics_kernel(
 
 @triton.jit(do_not_specialize=["splits"])
 def _batch_norm_act_statistics_finish_kernel(
-    partials, mean, rstd, splits, channels, EPS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
-):
-    """Combine the shares in one fixed order: the mean first, then the deviations from it."""
+    x, partials, mean, rstd, between, splits, channels,
+    EPS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """Combine the shares in one fixed order: the mean first, then the deviations from it.
+
+    ``between`` is the distance from one channel's first value to the next one's.
+    """
     ACC: tl.constexpr = partials.dtype.element_ty
     channel = tl.program_id(0).to(tl.int64) * COLS + tl.arange(0, COLS)
     plane = splits.to(tl.int64) * channels
@@ -106,7 +123,8 @@ def _batch_norm_act_statistics_finish_kernel(
         off = tl.where(inside, tl.load(partials + plane + at, mask=inside, other=0) - center[None, :], 0)
         squares += tl.load(partials + 2 * plane + at, mask=inside, other=0) + n * off * off
     variance = divide(tl.sum(squares, axis=0), number)
-    tl.store(mean + channel, center, mask=channel < channels)
+    origin = _origin(x, channel * between, channel < channels, ACC)
+    tl.store(mean + channel, origin + center, mask=channel < channels)
     one = tl.full((COLS,), 1, ACC)
     tl.store(rstd + channel, divide(one, square_root(variance + EPS)), mask=channel < channels)
 
@@ -174,8 +192,9 @@ def _batch_norm_act_backward_kernel(
     r = of_channel(rstd, strip, channels, 0, LAST, COLS, ACC)
     scale = r * of_channel(weight, strip, channels, 1, LAST, COLS, ACC)
     shift = of_channel(bias, strip, channels, 0, LAST, COLS, ACC)
-    a = divide(of_channel(dbias, strip, channels, 0, LAST, COLS, ACC), count.to(ACC))
-    b = divide(of_channel(dweight, strip, channels, 0, LAST, COLS, ACC), count.to(ACC))
+    each = divide(tl.full((), 1, ACC), count.to(ACC))
+    a = of_channel(dbias, strip, channels, 0, LAST, COLS, ACC) * each
+    b = of_channel(dweight, strip, channels, 0, LAST, COLS, ACC) * each
     for i in range(tiles):
         at, inside = tile(strip, share * tiles + i, rows, width, pitch, LAST, ROWS, COLS)
         value = load(x, at, inside, ACC)
@@ -241,20 +260,20 @@ def _batch_norm_act_double_backward_kernel(
     gw = of_channel(d_dweight, strip, channels, 0, LAST, COLS, ACC)
     gb = of_channel(d_dbias, strip, channels, 0, LAST, COLS, ACC)
     # Sums become means; then d_x = of_xh * xh + of_one + of_g * g + of_v * v.
-    n = count.to(ACC)
-    a = divide(of_channel(sums[0], strip, channels, 0, LAST, COLS, ACC), n)
-    b = divide(of_channel(sums[1], strip, channels, 0, LAST, COLS, ACC), n)
-    p = divide(of_channel(sums[2], strip, channels, 0, LAST, COLS, ACC), n)
-    q = divide(of_channel(sums[3], strip, channels, 0, LAST, COLS, ACC), n)
+    each = divide(tl.full((), 1, ACC), count.to(ACC))
+    a = of_channel(sums[0], strip, channels, 0, LAST, COLS, ACC) * each
+    b = of_channel(sums[1], strip, channels, 0, LAST, COLS, ACC) * each
+    p = of_channel(sums[2], strip, channels, 0, LAST, COLS, ACC) * each
+    q = of_channel(sums[3], strip, channels, 0, LAST, COLS, ACC) * each
     s = of_channel(sums[4], strip, channels, 0, LAST, COLS, ACC)
     of_g = gw * r
     if TRAINING:
         k = scale * r
-        of_xh = k * (a * p - divide(s, n) + 3 * b * q) - of_g * b
+        of_xh = k * (a * p - s * each + 3 * b * q) - of_g * b
         of_one = k * (q * a + b * p) - of_g * a
         of_g -= k * q
         of_v = -k * b
-        s -= n * (a * p + b * q)
+        s -= count.to(ACC) * (a * p + b * q)
     if share == 0:
         store_of_channel(d_weight, r * s, strip, channels, LAST, COLS)
     for i in range(tiles):

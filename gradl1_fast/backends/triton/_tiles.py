@@ -108,23 +108,31 @@ def load(values, at, inside, ACC: tl.constexpr):
 
 
 @triton.jit
+def channel_of(strip, LAST: tl.constexpr, COLS: tl.constexpr):
+    """Return the channels of a strip in a shape that broadcasts to a tile."""
+    if LAST:
+        channel = (strip * COLS + tl.arange(0, COLS))[None, :]
+    else:
+        channel = strip + tl.zeros((1, 1), tl.int64)
+    return channel
+
+
+@triton.jit
 def of_channel(
     values, strip, channels, ABSENT: tl.constexpr, LAST: tl.constexpr, COLS: tl.constexpr, ACC: tl.constexpr
 ):
-    """Return each channel's entry of ``values`` in a shape that broadcasts to a tile."""
+    """Return each channel's entry of ``values`` in the shape of `channel_of`."""
     if values is None:
         entry = tl.full((1, 1), ABSENT, ACC)
-    elif LAST:
-        channel = (strip * COLS + tl.arange(0, COLS))[None, :]
-        entry = widen(tl.load(values + channel, mask=channel < channels, other=0), ACC)
     else:
-        entry = widen(tl.load(values + strip + tl.zeros((1, 1), tl.int64)), ACC)
+        channel = channel_of(strip, LAST, COLS)
+        entry = load(values, channel, channel < channels, ACC)
     return entry
 
 
 @triton.jit
 def sum_of_channel(values, LAST: tl.constexpr):
-    """Return the sum of a tile over all that belongs to one channel, in the shape of `of_channel`."""
+    """Return the sum of a tile over all that belongs to one channel, in the shape of `channel_of`."""
     total = tl.sum(values, axis=0)[None, :]
     if not LAST:
         total = tl.sum(total, axis=1)[:, None]
@@ -132,22 +140,19 @@ def sum_of_channel(values, LAST: tl.constexpr):
 
 
 @triton.jit
-def store_of_channel(values, value, strip, channels, LAST: tl.constexpr, COLS: tl.constexpr):
-    """Store each channel's entry, in the shape of `of_channel`, in ``values``."""
-    if LAST:
-        channel = (strip * COLS + tl.arange(0, COLS))[None, :]
-        tl.store(values + channel, value, mask=channel < channels)
-    else:
-        tl.store(values + strip + tl.zeros((1, 1), tl.int64), value)
+def store_of_channel(values, entry, strip, channels, LAST: tl.constexpr, COLS: tl.constexpr):
+    """Store each channel's entry in ``values``."""
+    channel = channel_of(strip, LAST, COLS)
+    tl.store(values + channel, entry, mask=channel < channels)
 
 
 @triton.jit
 def store_partial(
-    partials, k, value, strip, share, channels, splits, LAST: tl.constexpr, COLS: tl.constexpr
+    partials, k, entry, strip, share, channels, splits, LAST: tl.constexpr, COLS: tl.constexpr
 ):
     """Store each channel's partial number ``k`` in the slot that is this program's own."""
     slot = partials + (k * splits + share) * channels
-    store_of_channel(slot, value, strip, channels, LAST, COLS)
+    store_of_channel(slot, entry, strip, channels, LAST, COLS)
 
 
 @triton.jit

@@ -206,9 +206,11 @@ def _statistics(x: Tensor, cut: Plan, eps: float) -> tuple[Tensor, Tensor]:
     mean, rstd = _launch.partials(x, cut.channels), _launch.partials(x, cut.channels)
     width = min(triton.next_power_of_2(cut.channels), 32)
     kernels._batch_norm_act_statistics_finish_kernel[(triton.cdiv(cut.channels, width),)](
+        x,
         shares,
         mean,
         rstd,
+        1 if cut.arguments["LAST"] else cut.arguments["width"],
         cut.splits,
         cut.channels,
         EPS=eps,

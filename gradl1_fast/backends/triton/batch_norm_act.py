@@ -214,7 +214,7 @@ def _statistics(x: Tensor, cut: Plan, eps: float) -> tuple[Tensor, Tensor]:
         cut.splits,
         cut.channels,
         EPS=eps,
-        ROWS=1024 // width,
+        ROWS=256 // width,
         COLS=width,
         **_launch.OPTIONS,
     )

@@ -51,7 +51,7 @@ def _load_reference(op: str, device: torch.device) -> ModuleType:
 
 
 def _load_triton(op: str, device: torch.device) -> ModuleType:
-    """Load the Triton kernels; convolution and linear stay with cuDNN and cuBLAS, which the reference calls."""
+    """Load the Triton kernels; for convolution and linear the reference, which calls cuDNN and cuBLAS."""
     if importlib.util.find_spec("triton") is None:
         raise UnavailableError("Triton is not installed; run `pip install triton`")
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
@@ -67,13 +67,13 @@ def _load_triton(op: str, device: torch.device) -> ModuleType:
 
 
 # Each loader returns the backend for an operation on a device, or raises UnavailableError with the reason.
+# The order is the automatic one: the first that can, computes.
 _LOADERS: dict[str, Callable[[str, torch.device], ModuleType]] = {
-    "reference": _load_reference,
     "triton": _load_triton,
+    "reference": _load_reference,
 }
-# Without a name, the first that can, computes.
-_AUTOMATIC = {"cuda": ("triton", "reference")}
-_AUTOMATIC_ELSEWHERE = ("reference",)
+# Never chosen automatically: an interpreter is for tests.
+_ONLY_BY_NAME = {("triton", "cpu")}
 
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("gradl1_fast_backend", default=None)
 _logged: set[tuple[str, str]] = set()
@@ -117,9 +117,11 @@ def resolve(op: str, tensor: torch.Tensor) -> ModuleType:
 
 def _first_that_can(op: str, device: torch.device) -> ModuleType:
     reasons = []
-    for name in _AUTOMATIC.get(device.type, _AUTOMATIC_ELSEWHERE):
+    for name, load in _LOADERS.items():
+        if (name, device.type) in _ONLY_BY_NAME:
+            continue
         try:
-            chosen = _LOADERS[name](op, device)
+            chosen = load(op, device)
         except UnavailableError as reason:
             reasons.append(f"{name}: {reason}")
             continue

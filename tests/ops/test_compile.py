@@ -38,7 +38,9 @@ def penalised_step(
     var: Tensor,
 ) -> list[Tensor]:
     """Return loss, penalty and their gradients; two layers, one with a residual, all three kinds of site."""
-    grid = [t.detach() for t in ours.quantization_grid(*ours.value_range(w.detach(), 0), 4, symmetric=True)[:2]]
+    grid = [
+        t.detach() for t in ours.quantization_grid(*ours.value_range(w.detach(), 0), 4, symmetric=True)[:2]
+    ]
     w_hat = ours.fake_quantize(w, *grid, -7, 7, axis=0, probe=p_w)
     step, zero = x.new_tensor(0.25), x.new_tensor(8.0)
     h = ours.conv(ours.fake_quantize(x, step, zero, 0, 15, probe=p_x), w_hat, padding="same")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +53,7 @@ class _Driver:
 
 
 @pytest.fixture
-def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[dict[str, Any]]:
+def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
     """Collect what is compiled in place of each launch."""
     found: dict[str, Any] = {}
     run = JITFunction.run
@@ -65,7 +64,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[dict[s
 
     monkeypatch.setattr(JITFunction, "run", compile_only)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    yield found
+    return found
 
 
 def _sweep_all(dtype: torch.dtype) -> None:
@@ -120,7 +119,9 @@ def test_every_kernel_compiles_exactly_and_without_spills(
         assert spilled == 0, f"{name} stores {spilled} registers in local memory, using {used} registers"
         assert not re.search(r"\bfma\.|\.ftz|\bdiv\.(approx|full)|\bsqrt\.approx", ptx), f"{name}: not IEEE"
         assert not re.search(r"\batom\.|\bred\.", ptx), f"{name}: atomics"
-    print("\n".join(f"sm_{arch} {dtype} {name}: {used} registers" for name, used in sorted(registers.items())))
+    print(
+        "\n".join(f"sm_{arch} {dtype} {name}: {used} registers" for name, used in sorted(registers.items()))
+    )
 
 
 def _resources(kernel: Any, folder: Path) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Runs each file of ``interpreted/`` in a process of its own, where Triton's interpreter computes on the CPU."""
+"""Runs each file of ``interpreted/`` in a process of its own, where Triton's interpreter computes."""
 
 from __future__ import annotations
 

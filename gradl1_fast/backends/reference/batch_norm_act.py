@@ -104,51 +104,54 @@ def batch_norm_act_double_backward(
     g = _masked(_dense(dy, wide), y, activation)
     v = torch.zeros_like(wide) if d_dx is None else _dense(d_dx, wide)
     d_g, q, p = _normalise_backward(v, wide, weight, mean, rstd, training)
-    s = (g * v).sum(_pixels(x))
-    xh = (wide - _column(mean, x)).mul_(_column(rstd, x))
+    s = _sums(g, v, torch.zeros_like(mean), torch.ones_like(rstd))[0]
+    direct = None if d_dweight is None else d_dweight * rstd
+    if training:
+        d_x, d_weight = _d_x_training(wide, g, v, (_widen(weight), mean, rstd, direct), (p, q, s))
+    else:
+        d_x = torch.zeros_like(g) if direct is None else g * _column(direct, x)
+        d_weight = rstd * s
     if d_dweight is not None:
-        d_g.addcmul_(xh, _column(d_dweight, x))
+        d_g.add_(_affine(wide, mean, rstd, d_dweight, torch.zeros_like(mean)))
     for term in (None if d_dbias is None else _column(d_dbias, x), d_dresidual):
         if term is not None:
             d_g.add_(term)
-    if training:
-        d_x, d_weight = _d_x_training(xh, g, v, _widen(weight), rstd, d_dweight, (p, q, s))
-    else:
-        d_x = torch.zeros_like(g) if d_dweight is None else g * _column(d_dweight * rstd, x)
-        d_weight = rstd * s
-    d_dy = add_l1_gradient(_masked(d_g, y, activation), d_l1, dy)
+    d_dy = add_l1_gradient(_masked(d_g, y, activation, into=d_g), d_l1, dy)
     return d_dy, in_layout_of(d_x, x), d_weight
 
 
 def _d_x_training(
-    xh: Tensor,
+    x: Tensor,
     g: Tensor,
     v: Tensor,
-    weight: Tensor | None,
-    rstd: Tensor,
-    d_dweight: Tensor | None,
+    vectors: tuple[Tensor | None, Tensor, Tensor, Tensor | None],
     sums: tuple[Tensor, Tensor, Tensor],
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of ``sum v * N(g) + sum d_dweight * B`` with respect to x and to the weight.
 
-    Derived by hand from N; with P = sum v, Q = sum v * xh, S = sum g * v::
+    Derived by hand from N; with P = sum v, Q = sum v * xh, S = sum g * v, D = d_dweight * rstd::
 
         d_x = gamma * rstd^2 / M * (xh * (A*P/M - S + 3*B*Q/M) + Q * (A/M - g) + B * (P/M - v))
-              + d_dweight * rstd * (g - A/M - xh * B/M)
+              + D * (g - A/M - xh * B/M)
         d_weight = rstd * (S - A*P/M - B*Q/M)
-
-    ``xh`` is overwritten.
     """
-    m = max(g.numel() // max(g.shape[1], 1), 1)
-    a, b = g.sum(_pixels(g)), (g * xh).sum(_pixels(g))
+    weight, mean, rstd, direct = vectors
     p, q, s = sums
-    k = rstd * rstd / m if weight is None else weight * rstd * rstd / m
-    direct = torch.zeros_like(rstd) if d_dweight is None else d_dweight * rstd
-    of_xh = k * (a * p / m - s + 3 * b * q / m) - direct * b / m
-    of_one = k * (q * a + b * p) / m - direct * a / m
-    d_x = xh.mul_(_column(of_xh, g)).add_(_column(of_one, g))
-    d_x.addcmul_(g, _column(direct - k * q, g)).addcmul_(v, _column(-k * b, g))
-    return d_x, rstd * (s - a * p / m - b * q / m)
+    b, a = _sums(g, x, mean, rstd)
+    share = 1 / max(g.numel() // max(g.shape[1], 1), 1)
+    k = rstd.square().mul_(share) if weight is None else rstd.square().mul_(weight).mul_(share)
+    bq = b * q * share
+    rest = (s - bq).addcmul_(a, p, value=-share)  # S - A*P/M - B*Q/M
+    of_xh = k * (2 * bq - rest)
+    of_one = k * (q * a).addcmul_(b, p) * share
+    of_g = -k * q
+    if direct is not None:
+        of_xh.addcmul_(direct, b, value=-share)
+        of_one.addcmul_(direct, a, value=-share)
+        of_g += direct
+    d_x = _affine(x, mean, rstd, of_xh, of_one)
+    d_x.addcmul_(g, _column(of_g, g)).addcmul_(v, _column(-k * b, g))
+    return d_x, rest.mul_(rstd)
 
 
 def _normalise_backward(
@@ -165,15 +168,35 @@ def _normalise_backward(
     )
 
 
+def _sums(g: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ``sum g * (x - mean) * rstd`` and ``sum g`` of each channel, in one pass without products."""
+    if not g.numel():
+        return torch.zeros_like(mean), torch.zeros_like(mean)
+    _, products, plain = torch.ops.aten.native_batch_norm_backward(
+        g, x, None, None, None, mean, rstd, True, 0.0, [False, True, True]
+    )
+    return products, plain
+
+
+def _affine(x: Tensor, mean: Tensor, rstd: Tensor, factor: Tensor, offset: Tensor) -> Tensor:
+    """Return ``(x - mean) * rstd * factor + offset`` in one pass."""
+    if not x.numel():
+        return torch.empty_like(x)
+    variance = rstd.square().reciprocal()
+    return torch.native_batch_norm(x, factor, offset, mean, variance, False, 0.0, 0.0)[0]
+
+
 def _activate_(z: Tensor, activation: str) -> Tensor:
     if activation == "relu":
         return z.relu_()
     return z.clamp_(0, 6) if activation == "relu6" else z
 
 
-def _masked(g: Tensor, y: Tensor | None, activation: str) -> Tensor:
+def _masked(g: Tensor, y: Tensor | None, activation: str, into: Tensor | None = None) -> Tensor:
     """Return ``g`` where the activation with output ``y`` has slope 1, and 0 elsewhere."""
     if activation == "relu":
+        if into is not None:
+            return torch.ops.aten.threshold_backward.grad_input(g, widen(y), 0, grad_input=into)
         return torch.ops.aten.threshold_backward(g, widen(y), 0)
     return torch.where((y > 0) & (y < 6), g, 0) if activation == "relu6" else g
 

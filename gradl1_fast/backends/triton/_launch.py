@@ -8,7 +8,7 @@ from that of the result, is first copied into the layout of the result.
 from __future__ import annotations
 
 import contextlib
-from typing import Any
+from typing import Any, overload
 
 import torch
 import triton
@@ -47,11 +47,13 @@ def dense(x: Tensor) -> Tensor:
     return x
 
 
+@overload
+def in_layout_of(x: Tensor, like: Tensor) -> Tensor: ...
+@overload
+def in_layout_of(x: Tensor | None, like: Tensor) -> Tensor | None: ...
 def in_layout_of(x: Tensor | None, like: Tensor) -> Tensor | None:
     """Return ``x``, or a copy with the strides of the dense tensor ``like`` where they differ."""
-    if x is None or all(
-        n == 1 or a == b for n, a, b in zip(x.shape, x.stride(), like.stride(), strict=True)
-    ):
+    if x is None or all(n == 1 or a == b for n, a, b in zip(x.shape, x.stride(), like.stride(), strict=True)):
         return x
     return torch.empty_like(like, dtype=x.dtype).copy_(x)
 

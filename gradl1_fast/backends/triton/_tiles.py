@@ -35,7 +35,7 @@ class Plan(NamedTuple):
     grid: tuple[int]
     splits: int
     channels: int
-    count: int
+    size_of_channel: int
     arguments: dict[str, Any]
 
 
@@ -110,11 +110,7 @@ def load(values, at, inside, ACC: tl.constexpr):
 @triton.jit
 def channel_of(strip, LAST: tl.constexpr, COLS: tl.constexpr):
     """Return the channels of a strip in a shape that broadcasts to a tile."""
-    if LAST:
-        channel = (strip * COLS + tl.arange(0, COLS))[None, :]
-    else:
-        channel = strip + tl.zeros((1, 1), tl.int64)
-    return channel
+    return (strip * COLS + tl.arange(0, COLS))[None, :] if LAST else strip + tl.zeros((1, 1), tl.int64)
 
 
 @triton.jit
@@ -147,18 +143,14 @@ def store_of_channel(values, entry, strip, channels, LAST: tl.constexpr, COLS: t
 
 
 @triton.jit
-def store_partial(
-    partials, k, entry, strip, share, channels, splits, LAST: tl.constexpr, COLS: tl.constexpr
-):
+def store_partial(partials, k, entry, strip, share, channels, splits, LAST: tl.constexpr, COLS: tl.constexpr):
     """Store each channel's partial number ``k`` in the slot that is this program's own."""
     slot = partials + (k * splits + share) * channels
     store_of_channel(slot, entry, strip, channels, LAST, COLS)
 
 
 @triton.jit
-def store_sum(
-    partials, k, values, strip, share, channels, splits, LAST: tl.constexpr, COLS: tl.constexpr
-):
+def store_sum(partials, k, values, strip, share, channels, splits, LAST: tl.constexpr, COLS: tl.constexpr):
     """Store the sum of a tile of accumulators as partial number ``k``."""
     total = sum_of_channel(values, LAST)
     store_partial(partials, k, total, strip, share, channels, splits, LAST, COLS)

@@ -166,7 +166,8 @@ def l1_norm_backward(dy: Tensor, tensors: list[Tensor]) -> list[Tensor]:
         for slots in _groups(tensors, bytes_each=32):
             dx = [dxs[i] for i in slots]
             group = [_launch.in_layout_of(tensors[i], dxs[i]) for i in slots]
-            if programs := sum(_chunks(t) for t in group):
+            programs = sum(_chunks(t) for t in group)
+            if programs:
                 _l1_norm_backward_kernel[(programs,)](
                     dy, _addresses(dx), _addresses(group), _sizes(group), _numbers(slots), **_shape(group, dx)
                 )

@@ -10,7 +10,7 @@ from torch import Tensor
 from gradl1_fast.backends import reference, triton
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-# The reference sums in another order; results of half precision are rounded once, so a tie may fall either way.
+# The reference sums in another order. Half precision is rounded once, so a tie may fall either way.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 
 

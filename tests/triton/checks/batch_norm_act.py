@@ -13,7 +13,16 @@ from tests.ops.layouts import LAYOUTS
 from tests.triton.checks.agreement import DTYPES, close
 from tests.triton.checks.memory import _poisoned_memory, blocks  # noqa: F401  fixtures
 
-SHAPES = [(3, 4, 3, 2), (2, 9, 5, 1), (6, 3), (4, 3, 5), (2, 2, 2, 3, 2), (5, 1, 9, 13), (3, 9, 1, 1), (0, 3, 2, 2)]
+SHAPES = [
+    (3, 4, 3, 2),
+    (2, 9, 5, 1),
+    (6, 3),
+    (4, 3, 5),
+    (2, 2, 2, 3, 2),
+    (5, 1, 9, 13),
+    (3, 9, 1, 1),
+    (0, 3, 2, 2),
+]
 KINDS = [(t, a, r) for t in (True, False) for a in ("none", "relu", "relu6") for r in (False, True)]
 
 
@@ -78,7 +87,9 @@ def test_more_channels_than_a_strip_holds(device: torch.device) -> None:
     sweeps(torch.randn(5, 70, device=device), True, "relu")
 
 
-@pytest.mark.parametrize("absent", [s for n in range(1, 6) for s in itertools.combinations(range(5), n)][::3], ids=str)
+@pytest.mark.parametrize(
+    "absent", [s for n in range(1, 6) for s in itertools.combinations(range(5), n)][::3], ids=str
+)
 @pytest.mark.parametrize("training", [True, False])
 def test_cotangents_that_do_not_arrive(absent: tuple[int, ...], training: bool, device: torch.device) -> None:
     x, residual = (torch.randn(3, 4, 5, device=device) for _ in range(2))
@@ -97,7 +108,9 @@ def test_a_large_mean_does_not_drown_the_variance(device: torch.device) -> None:
     x = 1e4 + torch.randn(8, 3, 16, 16, dtype=torch.float64, device=device)
     exact = triton.batch_norm_act_forward(x, None, None, None, None, None, True, 0.0, "none")
     for layout in (x, LAYOUTS["channels_last"](x)):
-        single = triton.batch_norm_act_forward(layout.float(), None, None, None, None, None, True, 0.0, "none")
+        single = triton.batch_norm_act_forward(
+            layout.float(), None, None, None, None, None, True, 0.0, "none"
+        )
         rounded = layout.float().double().var((0, 2, 3), correction=0).rsqrt()
         assert torch.allclose(single[2].double(), rounded, rtol=1e-5, atol=0)
         assert torch.allclose(single[1].double(), exact[1], rtol=1e-6, atol=0)

@@ -15,7 +15,9 @@ EDGES = [0.0, -0.0, 1e-45, -1e-40, 3e38, -3e38, float("inf"), float("-inf"), flo
 LAYOUT_NAMES = ["contiguous", *LAYOUTS]
 
 
-def normal(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, layout: str = "contiguous") -> Tensor:
+def normal(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, layout: str = "contiguous"
+) -> Tensor:
     """Return random values, one in eight of them 0."""
     x = torch.randn(shape)
     x = torch.where(torch.rand(shape) < 0.125, 0, x).to(device, dtype)
@@ -45,7 +47,11 @@ def test_layouts(layout: str, other: str, device: torch.device) -> None:
     close("tap_backward", dy)
     same_bits("tap_double_backward", v, one, dy)
     for axis in (None, 1, 3):
-        grid = (s, z) if axis is None else (torch.rand(v.shape[axis], device=device) + 0.1, z.expand(v.shape[axis]))
+        grid = (
+            (s, z)
+            if axis is None
+            else (torch.rand(v.shape[axis], device=device) + 0.1, z.expand(v.shape[axis]))
+        )
         same_bits("fake_quantize_forward", v, *grid, 0, 7, axis)
         close("fake_quantize_backward", dy, v, *grid, 0, 7, axis, True)
         same_bits("fake_quantize_double_backward", v, one, dy, dy, *grid, 0, 7, axis)
@@ -69,7 +75,9 @@ def test_nan_and_infinities(device: torch.device) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("scale", [1.0, 0.1, 3e-5, 1.1754943508222875e-38])
-def test_codes_of_every_number_of_half_precision(scale: float, dtype: torch.dtype, device: torch.device) -> None:
+def test_codes_of_every_number_of_half_precision(
+    scale: float, dtype: torch.dtype, device: torch.device
+) -> None:
     x = torch.arange(-(2**15), 2**15, dtype=torch.int16, device=device).view(dtype)
     s = scalar(scale, dtype, device)
     same_bits("fake_quantize_forward", x, s, s * 0, -(2**15) + 1, 2**15 - 1, None)
@@ -79,7 +87,9 @@ def test_codes_of_every_number_of_half_precision(scale: float, dtype: torch.dtyp
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_codes_at_and_around_ties(dtype: torch.dtype, device: torch.device) -> None:
     ties = torch.arange(-3000, 3000, dtype=dtype, device=device) / 2
-    large = torch.tensor([1.0, 2**22 + 0.5, 2**23 - 0.5, 2**23 + 1, 2**31, 2**52 - 0.5, 2**53 + 2], device=device)
+    large = torch.tensor(
+        [1.0, 2**22 + 0.5, 2**23 - 0.5, 2**23 + 1, 2**31, 2**52 - 0.5, 2**53 + 2], device=device
+    )
     for scale in (1.0, 0.1, 0.3, 7e-3):
         s = scalar(scale, dtype, device)
         x = torch.cat([ties, large.to(dtype), -large.to(dtype)]) * s

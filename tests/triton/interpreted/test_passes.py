@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from triton.runtime import interpreter
@@ -19,7 +19,7 @@ NAMES = {"create_masked_load": "reads", "create_masked_store": "writes"}  # thos
 
 
 @pytest.fixture
-def moved(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
+def moved(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """Count the elements that kernels load and store, in units of those of X, and their launches."""
     count: Counter[str] = Counter()
 
@@ -27,7 +27,9 @@ def moved(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
         original = getattr(interpreter.interpreter_builder, name)
 
         def access(pointers: Any, *args: Any, **kwargs: Any) -> Any:
-            mask = next(a.data for a in args if getattr(getattr(a, "data", None), "dtype", None) == bool)
+            mask = next(
+                a.data for a in args if getattr(getattr(a, "data", None), "dtype", None) == numpy.bool_
+            )
             count[kind] += int(mask.sum())
             return original(pointers, *args, **kwargs)
 
@@ -42,7 +44,7 @@ def moved(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
         return launch(*args, **kwargs)
 
     monkeypatch.setattr(interpreter.GridExecutor, "__call__", launching)
-    yield count
+    return count
 
 
 def passes(count: Counter[str]) -> tuple[int, int]:
@@ -80,7 +82,9 @@ def test_fake_quantize(axis: int | None, moved: Counter[str]) -> None:
 def test_batch_norm_act(residual: bool, layout: torch.memory_format, moved: Counter[str]) -> None:
     x = X.contiguous(memory_format=layout)
     other = x if residual else None
-    y, mean, rstd = triton.batch_norm_act_forward(x, CHANNELS, CHANNELS, None, None, other, True, 1e-5, "relu")
+    y, mean, rstd = triton.batch_norm_act_forward(
+        x, CHANNELS, CHANNELS, None, None, other, True, 1e-5, "relu"
+    )
     assert passes(moved) == ((3, 1) if residual else (2, 1))
     saved = (x, x, y, CHANNELS, CHANNELS, mean, rstd, True, "relu")
     moved.clear()

@@ -65,8 +65,11 @@ def test_shapes(shape: tuple[int, ...], layout: str, device: torch.device, block
     sweeps(x, True, "relu6", residual)
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [(k, d) for i, k in enumerate(KINDS) for j, d in enumerate(DTYPES) if (i + j) % 2],
+    ids=str,
+)
 def test_kinds(kind: tuple[bool, str, bool], dtype: torch.dtype, device: torch.device) -> None:
     training, activation, with_residual = kind
     x, residual = (3 * torch.randn(3, 4, 5, 3, device=device, dtype=dtype) for _ in range(2))
@@ -88,7 +91,7 @@ def test_more_channels_than_a_strip_holds(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize(
-    "absent", [s for n in range(1, 6) for s in itertools.combinations(range(5), n)][::3], ids=str
+    "absent", [s for n in range(1, 6) for s in itertools.combinations(range(5), n)][::6], ids=str
 )
 @pytest.mark.parametrize("training", [True, False])
 def test_cotangents_that_do_not_arrive(absent: tuple[int, ...], training: bool, device: torch.device) -> None:

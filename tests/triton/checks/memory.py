@@ -14,7 +14,7 @@ SENTINEL = 12345.0
 
 
 @pytest.fixture(autouse=True)
-def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Fill new memory with NaN, between guards that nobody may overwrite."""
     rooms: list[tuple[Tensor, Tensor]] = []
 

@@ -79,12 +79,12 @@ def _batch_norm_act_statistics_kernel(
     for i in range(tiles):
         at, inside = tile(strip, share * tiles + i, rows, width, pitch, LAST, ROWS, COLS)
         value = load(x, at, inside, ACC) - origin
-        count += tl.where(inside, 1.0, 0.0).to(ACC)
+        one = inside.to(ACC)
+        count += one
         step = tl.where(inside, value - mean, 0)
         mean += divide(step, tl.maximum(count, 1.0))
         squares += step * tl.where(inside, value - mean, 0)
-    number = tl.maximum(sum_of_channel(count, LAST), 1.0)
-    center = divide(sum_of_channel(count * mean, LAST), number)
+    center = divide(sum_of_channel(count * mean, LAST), sum_of_channel(count, LAST))  # no share is empty
     squares += count * (mean - center) * (mean - center)
     store_sum(partials, 0, count, strip, share, channels, splits, LAST, COLS)
     store_partial(partials, 1, center, strip, share, channels, splits, LAST, COLS)

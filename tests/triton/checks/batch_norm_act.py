@@ -11,7 +11,7 @@ from torch import Tensor
 from gradl1_fast.backends import triton
 from tests.ops.layouts import LAYOUTS
 from tests.triton.checks.agreement import DTYPES, close
-from tests.triton.checks.memory import poisoned_memory, blocks  # noqa: F401  fixtures
+from tests.triton.checks.memory import blocks, poisoned_memory  # noqa: F401  fixtures
 
 SHAPES = [
     (3, 4, 3, 2),

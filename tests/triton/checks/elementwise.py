@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tests.ops.layouts import LAYOUTS
 from tests.triton.checks.agreement import DTYPES, both, close, same_bits
-from tests.triton.checks.memory import poisoned_memory, blocks  # noqa: F401  fixtures
+from tests.triton.checks.memory import blocks, poisoned_memory  # noqa: F401  fixtures
 
 SHAPES = [(), (1,), (129,), (3, 5), (2, 3, 7, 5), (2, 3, 2, 3, 2), (0, 3), (1025,)]
 EDGES = [0.0, -0.0, 1e-45, -1e-40, 3e38, -3e38, float("inf"), float("-inf"), float("nan")]

@@ -129,11 +129,8 @@ def of_channel(
 @triton.jit
 def sum_of_channel(values, LAST: tl.constexpr):
     """Return the sum of a tile over all that belongs to one channel, in the shape of `channel_of`."""
-    if LAST:
-        total = tl.sum(values, axis=0)[None, :]
-    else:
-        total = tl.sum(values) + tl.zeros((1, 1), values.dtype)  # Triton 3.6 fails on a sum of this sum
-    return total
+    # At once where the whole tile is one channel: Triton 3.6 fails on the sum of a sum.
+    return tl.sum(values, axis=0)[None, :] if LAST else tl.sum(values) + tl.zeros((1, 1), values.dtype)
 
 
 @triton.jit

@@ -132,3 +132,8 @@ def test_l1_norm_of_addresses_that_are_not_aligned(device: torch.device) -> None
     close("l1_norm_forward", tensors)
     same_bits("l1_norm_backward", torch.ones(3, device=device), tensors)
     close("l1_norm_double_backward", tensors, tensors)
+
+
+def test_more_partial_sums_than_one_tile_holds(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gradl1_fast.backends.triton._launch.BLOCK", 16)
+    close("tap_backward", torch.rand(16 * 1100 + 1, device=device))

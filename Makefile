@@ -44,6 +44,10 @@ bench: $(READY)  ## time and memory of a training step on this machine's CPU
 gpu:  ## all that needs a GPU: its tests, then the measurements, into OUT (default bench/results)
 	@export PYTHONPATH=".$${PYTHONPATH:+:$$PYTHONPATH}"; status=0; \
 	$(PYTHON) -m pytest tests/gpu || status=1; \
+	if command -v compute-sanitizer >/dev/null; then PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+	compute-sanitizer --error-exitcode 1 $(PYTHON) -m pytest tests/gpu/test_triton_elementwise.py \
+	-k "test_tap or test_l1_norm" || status=1; else echo "compute-sanitizer not found: not run"; fi; \
+	$(PYTHON) -m bench.kernels --out "$${OUT:-bench/results}" || status=1; \
 	$(PYTHON) -m bench.gpu --out "$${OUT:-bench/results}" || status=1; \
 	exit $$status
 

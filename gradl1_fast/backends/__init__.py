@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import importlib.util
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -49,9 +50,30 @@ def _load_reference(op: str, device: torch.device) -> ModuleType:
     return reference
 
 
+def _load_triton(op: str, device: torch.device) -> ModuleType:
+    """Load the Triton kernels; for convolution and linear the reference, which calls cuDNN and cuBLAS."""
+    if importlib.util.find_spec("triton") is None:
+        raise UnavailableError("Triton is not installed; run `pip install triton`")
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise UnavailableError(
+            "Triton computes on CUDA tensors; on a CPU only in its interpreter, with TRITON_INTERPRET=1 "
+            f"from the start of the program, and this tensor is on {device.type}"
+        )
+    if op in ("conv", "linear"):
+        return reference
+    from gradl1_fast.backends import triton
+
+    return triton
+
+
 # Each loader returns the backend for an operation on a device, or raises UnavailableError with the reason.
 # The order is the automatic one: the first that can, computes.
-_LOADERS: dict[str, Callable[[str, torch.device], ModuleType]] = {"reference": _load_reference}
+_LOADERS: dict[str, Callable[[str, torch.device], ModuleType]] = {
+    "triton": _load_triton,
+    "reference": _load_reference,
+}
+# Never chosen automatically: an interpreter is for tests.
+_ONLY_BY_NAME = {("triton", "cpu")}
 
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("gradl1_fast_backend", default=None)
 _logged: set[tuple[str, str]] = set()
@@ -96,12 +118,14 @@ def resolve(op: str, tensor: torch.Tensor) -> ModuleType:
 def _first_that_can(op: str, device: torch.device) -> ModuleType:
     reasons = []
     for name, load in _LOADERS.items():
+        if (name, device.type) in _ONLY_BY_NAME:
+            continue
         try:
             chosen = load(op, device)
         except UnavailableError as reason:
             reasons.append(f"{name}: {reason}")
             continue
-        _log_once(op, device, name, reasons)
+        _log_once(op, device, chosen.__name__.rpartition(".")[2], reasons)
         return chosen
     raise UnavailableError(f"no backend can compute {op} on {device}: " + "; ".join(reasons))
 

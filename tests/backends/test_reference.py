@@ -86,7 +86,7 @@ def batch_norm_act(values: Values) -> Iterator[Call]:
                     (v, None, None, None, None),
                     (None, d_w) + (None,) * 3,
                 ):
-                    yield "batch_norm_act_double_backward", (*cotangents, dy, *saved)
+                    yield "batch_norm_act_double_backward", (*cotangents, dy, *saved, True)
 
 
 SETS = [tap, fake_quantize, l1_norm, conv, linear, batch_norm_act]

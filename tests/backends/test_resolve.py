@@ -76,11 +76,13 @@ def test_context_ends_with_an_exception(recorder: Recorder) -> None:
 
 
 def test_unknown_names_are_answered_with_the_choices(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match=r"backend\(\): unknown backend 'cudnn'; choose one of reference"):
+    with pytest.raises(
+        ValueError, match=r"backend\(\): unknown backend 'cudnn'; choose one of triton, reference"
+    ):
         backends.backend("cudnn").__enter__()
     monkeypatch.setenv("GRADL1_BACKEND", "Reference")
     with pytest.raises(
-        ValueError, match="GRADL1_BACKEND: unknown backend 'Reference'; choose one of reference"
+        ValueError, match="GRADL1_BACKEND: unknown backend 'Reference'; choose one of triton, reference"
     ):
         backends.resolve("conv", X)
 

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import importlib.util
 import logging
 import os
@@ -52,7 +53,7 @@ def _load_reference(op: str, device: torch.device) -> ModuleType:
 
 def _load_triton(op: str, device: torch.device) -> ModuleType:
     """Load the Triton kernels; for convolution and linear the reference, which calls cuDNN and cuBLAS."""
-    if importlib.util.find_spec("triton") is None:
+    if not _is_installed("triton"):
         raise UnavailableError("Triton is not installed; run `pip install triton`")
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise UnavailableError(
@@ -64,6 +65,11 @@ def _load_triton(op: str, device: torch.device) -> ModuleType:
     from gradl1_fast.backends import triton
 
     return triton
+
+
+@functools.cache
+def _is_installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
 
 
 # Each loader returns the backend for an operation on a device, or raises UnavailableError with the reason.

@@ -58,11 +58,16 @@ def grid(
     return axis if axis is None else axis % x.dim()
 
 
+def autocast_is_on(device: str) -> bool:
+    """Return whether autocast is on for a type of device; PyTorch knows none for the meta device."""
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
 def operands(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """Check that the operands are on one device; return them in autocast's type where that is on."""
     one_device(op, (x, weight, bias))
     device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+    if autocast_is_on(device) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     return x, weight, bias

@@ -282,7 +282,7 @@ def _plain_backward(closure: Callable[[], Tensor]) -> Tensor:
 
 
 def _no_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
-    if torch.is_autocast_enabled(device):
+    if check.autocast_is_on(device):
         return torch.autocast(device, enabled=False)
     return contextlib.nullcontext()
 

@@ -13,7 +13,7 @@ from gradl1_fast.nn.batch_norm_act import BatchNormAct2d
 from gradl1_fast.nn.converted import ConvertedModel
 from gradl1_fast.nn.layers import QuantizedLayer
 from gradl1_fast.nn.placement import LAYERS
-from gradl1_fast.nn.quantizers import ActivationQuantizer
+from gradl1_fast.nn.quantizers import ActivationQuantizer, WeightQuantizer
 from gradl1_fast.nn.rewrite import operation_of
 
 __all__ = ["Report", "report", "unconverted_layers"]
@@ -100,7 +100,7 @@ def _hides_a_layer(model: nn.Module, node: fx.Node) -> bool:
 
 
 def _unquantized(model: nn.Module) -> Iterator[tuple[str, ...]]:
-    ours = (QuantizedLayer, BatchNormAct2d, ActivationQuantizer)
+    ours = (QuantizedLayer, BatchNormAct2d, ActivationQuantizer, WeightQuantizer)
     graph_model = next((m for m in model.modules() if isinstance(m, ConvertedModel)), None)
     if graph_model is None:
         for name, module in model.named_modules():

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradl1_fast._checks import autocast_is_on
 from gradl1_fast.backends import resolve
 
 NAMESPACE = "gradl1_fast"
@@ -134,7 +135,7 @@ def _below_autograd_and_autocast(device: str) -> Any:
 
 
 def _below_autograd(device: str) -> contextlib.AbstractContextManager[None]:
-    if torch.is_autocast_enabled(device):
+    if autocast_is_on(device):
         return _below_autograd_and_autocast(device)
     return torch._C._AutoDispatchBelowAutograd()
 

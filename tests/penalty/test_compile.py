@@ -1,0 +1,86 @@
+"""torch.compile of a whole penalised step: equal to eager, or an error, never a wrong number."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import gradl1_fast as gl
+from tests.gradients import assert_gradients
+
+
+def network() -> nn.Module:
+    torch.manual_seed(4)
+    model = nn.Sequential(
+        nn.Conv2d(2, 3, 3, bias=False),
+        nn.BatchNorm2d(3),
+        nn.ReLU(),
+        nn.Conv2d(3, 3, 3),
+        nn.ReLU6(),
+        nn.Flatten(),
+        nn.Linear(12, 3),
+    )
+    return gl.convert(model.double())
+
+
+def data() -> tuple[Tensor, Tensor]:
+    return torch.randn(5, 2, 6, 6, dtype=torch.float64), torch.arange(5) % 3
+
+
+@pytest.mark.parametrize("scale", ["none", "step"])
+@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.usefixtures("trace_autograd")
+def test_a_compiled_step_equals_the_eager_one(scale: str, bits: int | None) -> None:
+    models = [network() for _ in range(2)]
+    x, y = data()
+    results = []
+    for model, compiled in zip(models, (False, True), strict=True):
+        gl.calibrate(model, [x])
+        gl.set_bits(model, w=bits, a=bits)
+        penalty = gl.GradL1(model, 0.3, 0.2, scale)
+
+        def step(x: Tensor, y: Tensor, model=model, penalty=penalty) -> list[Tensor]:
+            loss = F.cross_entropy(model(x), y)
+            extra = penalty(loss)
+            gradients = torch.autograd.grad(loss + extra, list(model.parameters()))
+            return [loss.detach(), extra.detach(), *gradients]
+
+        run = torch.compile(step, backend="aot_eager", fullgraph=True) if compiled else step
+        results.append([*run(x, y), *(b.clone() for b in model.buffers())])
+    assert_gradients(results[1], results[0], 1e-12)
+
+
+def test_without_tracing_of_autograd_a_compiled_model_raises() -> None:
+    model = network()
+    penalty = gl.GradL1(model, 0.3, 0.2)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager")
+    x, y = data()
+    loss = F.cross_entropy(compiled(x), y)
+    with pytest.raises(RuntimeError):
+        (loss + penalty(loss)).backward()
+    torch._dynamo.reset()
+
+
+def test_without_tracing_of_autograd_a_compiled_step_is_right_or_raises() -> None:
+    model = network()
+    eager = copy.deepcopy(model)
+    x, y = data()
+
+    def step(model: nn.Module, penalty: gl.GradL1) -> None:
+        loss = F.cross_entropy(model(x), y)
+        (loss + penalty(loss)).backward()
+
+    step(eager, gl.GradL1(eager, 0.3, 0.2))
+    torch._dynamo.reset()
+    try:
+        torch.compile(step, backend="aot_eager")(model, gl.GradL1(model, 0.3, 0.2))
+    except RuntimeError:
+        return
+    finally:
+        torch._dynamo.reset()
+    assert_gradients([p.grad for p in model.parameters()], [p.grad for p in eager.parameters()], 1e-12)

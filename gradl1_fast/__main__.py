@@ -12,7 +12,7 @@ def main() -> None:
     try:
         from gradl1_fast.cli import app
     except ModuleNotFoundError as error:
-        if error.name not in _NEEDED:
+        if (error.name or "").split(".")[0] not in _NEEDED:
             raise
         sys.exit(f"The gradl1 command needs {' and '.join(_NEEDED)}: pip install 'gradl1-fast[cli]'")
     app(prog_name="gradl1")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 import torch
 import typer
@@ -22,6 +22,7 @@ __all__ = ["app"]
 
 app = typer.Typer(
     no_args_is_help=True,
+    add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -49,7 +50,7 @@ def _options(
 def info() -> None:
     """Print versions, devices, and which backend computes each operation, and why.
 
-    Takes a few seconds. The first thing to look at when something is slower than expected.
+    Takes a few seconds. Look here first when something is slower than expected.
     """
     console = Console()
     console.print(_pairs("Versions", environment.versions()))
@@ -59,8 +60,11 @@ def info() -> None:
             _print_backends(console, device)
         except (ValueError, backends.UnavailableError) as error:
             _fail(str(error))
-    variables = environment.variables() or {"none": "GRADL1_BACKEND would choose a backend by name"}
-    console.print(_pairs("Environment variables in force", variables))
+    variables = environment.variables()
+    if variables:
+        console.print(_pairs("Environment variables in force", variables))
+    else:
+        console.print("No environment variable in force; GRADL1_BACKEND would choose a backend by name.")
 
 
 @app.command(epilog="Example: gradl1 demo --out /tmp/digits --seeds 5")
@@ -68,16 +72,19 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for report.html and results.json.")] = Path("gradl1-demo"),
     seeds: Annotated[
         int, typer.Option(min=1, help="Pairs of networks to train; more tell more, and take longer.")
-    ] = 3,
+    ] = 5,
     quick: Annotated[
         bool, typer.Option("--quick", help="Tiny settings, a few seconds: shows that it runs, no more.")
     ] = False,
 ) -> None:
     """Train twin networks on handwritten digits, with and without the penalty, and quantize both.
 
-    Takes two to three minutes on two CPU cores and needs no download. Prints the accuracy at equal bits
-    for weights and activations from 8 down to 2 and the time of a training step (plain, with ordinary double
-    backprop, with this library), and writes a report with charts to [bold]gradl1-demo/report.html[/bold].
+    Takes two to three minutes on two CPU cores and needs no download.
+
+    Prints the test accuracy at equal bits for weights and activations, from
+    8 down to 2, and the time of a training step: plain, with ordinary double
+    backprop, and with this library. Writes a report with charts,
+    gradl1-demo/report.html.
     """  # fmt: skip
     settings = _quick(seeds) if quick else demos.Settings(seeds=seeds)
     console = Console()
@@ -112,18 +119,12 @@ def _run_with_bars(settings: demos.Settings) -> demos.Results:
 
 
 def _print_results(console: Console, results: demos.Results) -> None:
-    seeds = results.settings.seeds
-    title = f"Test accuracy in %, weights and activations at equal bits; mean (worst to best of {seeds})"
-    accuracies = _table(
-        title, ("bits", "plain", "penalised", "gain", "ahead in"), report.accuracy_rows(results), right_from=1
-    )
-    speeds = _table(
-        "Time of a training step",
-        ("network", "step", "median", "to plain"),
-        report.speed_rows(results),
-        right_from=2,
-    )
-    console.print("", accuracies, "", speeds, "", sep="\n")
+    title = f"Test accuracy in %, equal bits for weights and activations; {report.averaged(results)}"
+    header = ("bits", "plain", "penalised", "gain", "ahead in")
+    console.print("", _table(title, header, report.accuracy_rows(results)), "", sep="\n")
+    for speed in results.speeds:
+        title = f"Time of a training step: {speed.network}"
+        console.print(_table(title, ("step", "median", "to plain"), report.speed_rows(speed)), "", sep="\n")
     for line in report.verdict(results):
         console.print(f"- {line}", highlight=False, markup=False)
 
@@ -134,7 +135,7 @@ def _print_backends(console: Console, device: str) -> None:
         chosen, others = _choice(op, device)
         rows.append((op, chosen))
         reasons += [f"{name}: {reason}" for name, reason in others.items()]
-    console.print(_table(f"Backends on {device}", ("operation", "computed by"), rows))
+    console.print(_table(f"Backends on {device}", ("operation", "computed by"), rows, numbers=False))
     for reason in dict.fromkeys(reasons):
         console.print(f"  not {reason}", highlight=False, markup=False)
 
@@ -159,18 +160,17 @@ def _choice(op: str, device: str) -> tuple[str, dict[str, str]]:
 
 
 def _pairs(title: str, values: dict[str, str]) -> Table:
-    return _table(title, ("name", "value"), list(values.items()))
+    return _table(title, ("name", "value"), values.items(), numbers=False)
 
 
-def _table(title: str, header: tuple[str, ...], rows: list[Any], right_from: int = 99) -> Table:
+def _table(
+    title: str, header: tuple[str, ...], rows: Iterable[tuple[str, ...]], *, numbers: bool = True
+) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold")
     for place, name in enumerate(header):
-        table.add_column(name, justify="right" if place >= right_from else "left")
-    previous = None
+        table.add_column(name, justify="right" if numbers and place else "left")
     for row in rows:
-        shown = ("", *row[1:]) if row[0] == previous else row
-        table.add_row(*shown)
-        previous = row[0]
+        table.add_row(*map(escape, row))
     return table
 
 

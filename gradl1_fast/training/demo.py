@@ -39,7 +39,7 @@ class Settings:
         speed_width: of the ResNet-18 whose steps are timed.
     """
 
-    seeds: int = 3
+    seeds: int = 5
     bits: tuple[int | None, ...] = ALL_BITS
     width: int = 16
     recipe: Recipe = field(default_factory=Recipe)
@@ -82,6 +82,11 @@ class Results:
     speeds: list[Speed]
     seconds: dict[str, float]
     environment: dict[str, dict[str, str]]
+
+    @property
+    def minutes(self) -> float:
+        """How long it took in all."""
+        return sum(self.seconds.values()) / 60
 
     def spread(self, kind: str, w: int | None, a: int | None) -> Spread:
         """Return the accuracies of one kind of network at one width."""

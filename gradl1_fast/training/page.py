@@ -46,7 +46,7 @@ footer { margin-top: 2.5rem; color: #7b8794; font-size: .85rem; }
 <body>
 <main>
 <h1>One network, any bit width</h1>
-<p class="lead">$seeds pairs of twin networks, trained on handwritten digits with and without the
+<p class="lead">Twin networks, trained on handwritten digits with and without the
 gradient-l1 penalty, then quantized on demand.</p>
 
 <h2>What was found</h2>
@@ -58,21 +58,21 @@ gradient-l1 penalty, then quantized on demand.</p>
 the loss changes by at most half a step times the sum of the absolute values of its gradient: the
 gradient's <em>l1 norm</em>. Training that keeps this sum small should leave a network that survives
 rounding at <em>any</em> width, without having seen one.</p>
-<p>Each pair starts from the same weights and sees the same batches for the same $epochs epochs. In
-the last $penalty_epochs the penalised twin adds $coefficient times the l1 norms, each multiplied by
-its tensor's step at 4 bits, to its loss. Nothing was trained after quantization, and each network's
-one set of weights serves all widths.</p>
+<p>Each pair starts from the same weights and sees the same batches for the same number of epochs,
+$epochs. In the last $penalty_epochs the penalised twin adds $coefficient times the l1 norms, each
+multiplied by its tensor's step at 4 bits, to its loss. Nothing was trained after quantization, and
+each network's one set of weights serves all widths.</p>
 
 <h2>Accuracy at every width</h2>
 <p>Each cell is a pair of widths: weights down, activations across. Both maps on the left share one
 colour scale, so equal colours mean equal accuracy. On the right, purple cells are widths at which
-the penalised network is better, orange ones those at which it is worse. All are means over $seeds
-seeds.</p>
+the penalised network is better, orange ones those at which it is worse. The numbers are
+means over the pairs.</p>
 $grids
 
 <h2>How much it varies</h2>
-<p>Weights and activations at the same width. Lines are means, bands reach from the worst to the
-best seed; where the bands overlap the difference is not certain. Chance is 10 %.</p>
+<p>Weights and activations at the same width; $averaged. Lines are means, bands reach from the worst
+to the best; where the bands overlap the difference is not certain. Chance is 10 %.</p>
 $accuracy
 $accuracy_table
 
@@ -84,7 +84,7 @@ the penalty pay this price. The step that the demo trains with, <code>scale="ste
 measures the range of each tensor. In small networks the overhead of each operation counts; in
 larger ones the arithmetic does.</p>
 $speed
-$speed_table
+$speed_tables
 
 <h2>Limits of this demo</h2>
 <p>Digits of 8x8 pixels are easy, the test set is small (one image is 0.17 %), and the coefficient

@@ -10,12 +10,12 @@ from string import Template
 
 from gradl1_fast.quantization.plots import new_figure
 from gradl1_fast.training.charts import accuracy_chart, grids_chart, speed_chart
-from gradl1_fast.training.demo import PENALISED, PLAIN, Results, Settings
+from gradl1_fast.training.demo import PENALISED, PLAIN, Results, Settings, Spread
 from gradl1_fast.training.page import PAGE
-from gradl1_fast.training.speed import EAGER, OURS
+from gradl1_fast.training.speed import EAGER, OURS, Speed
 from gradl1_fast.training.speed import PLAIN as PLAIN_STEP
 
-__all__ = ["accuracy_rows", "html", "prepare", "speed_rows", "verdict", "write"]
+__all__ = ["accuracy_rows", "averaged", "html", "prepare", "speed_rows", "verdict", "write"]
 
 Rows = list[tuple[str, ...]]
 
@@ -53,35 +53,31 @@ def accuracy_rows(results: Results) -> Rows:
                 str(results.spread(PLAIN, bits, bits)),
                 str(results.spread(PENALISED, bits, bits)),
                 f"{gain.mean:+.1f}",
-                f"{sum(value > 0 for value in gain.values)} of {len(gain.values)}",
+                _ahead(gain),
             )
         )
     return rows
 
 
-def speed_rows(results: Results) -> Rows:
-    """Return network, kind of step, median time and ratio to the plain step."""
-    return [
-        (speed.network, kind, f"{speed.median(kind):.1f} ms", f"{speed.ratio(kind):.2f}×")
-        for speed in results.speeds
-        for kind in speed.times
-    ]
+def speed_rows(speed: Speed) -> Rows:
+    """Return kind of step, median time and ratio to the plain step."""
+    return [(kind, f"{speed.median(kind):.1f} ms", f"{speed.ratio(kind):.2f}×") for kind in speed.times]
+
+
+def averaged(results: Results) -> str:
+    """Return over what the accuracies are averaged."""
+    count = results.settings.seeds
+    return "one pair of twins" if count == 1 else f"mean (worst to best) of {count} pairs"
 
 
 def verdict(results: Results) -> list[str]:
     """Return what was found, in sentences, whatever it is."""
-    settings = results.settings
-    lines = [
-        f"{_width(bits)}: plain {results.spread(PLAIN, bits, bits).mean:.1f} %, penalised "
-        f"{results.spread(PENALISED, bits, bits).mean:.1f} %: {_gain(results, bits)}."
-        for bits in (None, 8, 4, 3)
-        if bits in settings.bits
-    ]
+    lines = [_comparison(results, bits) for bits in (None, 8, 4, 3) if bits in results.settings.bits]
     for speed in results.speeds:
         lines.append(
-            f"{speed.network}: a penalised step takes {speed.ratio(OURS):.1f} times as long as a plain one "
-            f"({speed.median(PLAIN_STEP):.1f} ms); with ordinary double backprop it takes "
-            f"{speed.ratio(EAGER):.1f} times as long."
+            f"On {speed.network}, a penalised step takes {speed.ratio(OURS):.1f} times as long as "
+            f"a plain one ({speed.median(PLAIN_STEP):.1f} ms); with ordinary double backprop it is "
+            f"{speed.ratio(EAGER):.1f} times."
         )
     return lines
 
@@ -95,27 +91,30 @@ def html(results: Results) -> str:
         accuracy=_image(accuracy_chart(results), "Accuracy of both kinds of network over bits"),
         speed=_image(speed_chart(results.speeds), "Median time of a training step"),
         accuracy_table=_table(
-            ("bits", "plain, %", "penalised, %", "gain", "seeds with a gain"), accuracy_rows(results)
+            ("bits", "plain, %", "penalised, %", "gain, points", "ahead in"), accuracy_rows(results)
         ),
-        speed_table=_table(("network", "step", "median", "ratio"), speed_rows(results)),
+        speed_tables="".join(
+            _table((speed.network, "median", "to plain"), speed_rows(speed)) for speed in results.speeds
+        ),
         disagreement=f"{max(speed.disagreement for speed in results.speeds):.0e}",
         settings=_table(("setting", "value"), _settings_rows(settings)),
         environment=_table(
             ("what", "value"),
             [(name, value) for group in results.environment.values() for name, value in group.items()],
         ),
-        seeds=settings.seeds,
+        averaged=averaged(results),
         epochs=settings.recipe.epochs,
         penalty_epochs=settings.recipe.penalty_epochs,
         coefficient=settings.recipe.coefficient,
         rounds=settings.rounds,
-        minutes=f"{sum(results.seconds.values()) / 60:.1f}",
+        minutes=f"{results.minutes:.1f}",
     )
 
 
 def _settings_rows(settings: Settings) -> Rows:
     recipe = settings.recipe
     return [
+        ("pairs", f"{settings.seeds}, with the seeds from 0"),
         ("data", "digits of scikit-learn: 1200 to train and calibrate, 597 to test; each seed splits anew"),
         (
             "network",
@@ -131,14 +130,16 @@ def _settings_rows(settings: Settings) -> Rows:
     ]
 
 
-def _width(bits: int | None) -> str:
-    return "Float" if bits is None else f"{bits}-bit weights and activations"
-
-
-def _gain(results: Results, bits: int | None) -> str:
+def _comparison(results: Results, bits: int | None) -> str:
+    name = "Float" if bits is None else f"{bits}-bit weights and activations"
+    plain, penalised = (results.spread(kind, bits, bits).mean for kind in (PLAIN, PENALISED))
     gain = results.gain(bits, bits)
-    better = sum(value > 0 for value in gain.values)
-    return f"{gain.mean:+.1f} points, the penalised twin is ahead in {better} of {len(gain.values)} pairs"
+    ahead = f"penalised ahead in {_ahead(gain)} pairs"
+    return f"{name}: plain {plain:.1f} %, penalised {penalised:.1f} % ({gain.mean:+.1f} points; {ahead})."
+
+
+def _ahead(gain: Spread) -> str:
+    return f"{sum(value > 0 for value in gain.values)} of {len(gain.values)}"
 
 
 def _image(svg: str, text: str, *, narrow: bool = True) -> str:

@@ -73,7 +73,7 @@ def test_texts_are_escaped():
 def test_losses_are_shown_like_gains(gain, shown, ahead):
     rows = report.accuracy_rows(results(gain))
     assert rows[0][3:] == (shown, ahead)
-    assert f"{shown} points, the penalised twin is ahead in {ahead} pairs" in report.verdict(results(gain))[0]
+    assert f"({shown} points; penalised ahead in {ahead} pairs)" in report.verdict(results(gain))[0]
 
 
 def test_a_spread_names_its_ends():

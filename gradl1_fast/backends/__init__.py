@@ -49,9 +49,25 @@ def _load_reference(op: str, device: torch.device) -> ModuleType:
     return reference
 
 
+def _load_cuda(op: str, device: torch.device) -> ModuleType:
+    from gradl1_fast.backends import compiled
+
+    return compiled.load("cuda", op, device)
+
+
+def _load_host(op: str, device: torch.device) -> ModuleType:
+    from gradl1_fast.backends import compiled
+
+    return compiled.load("host", op, device)
+
+
 # Each loader returns the backend for an operation on a device, or raises UnavailableError with the reason.
 # The order is the automatic one: the first that can, computes.
-_LOADERS: dict[str, Callable[[str, torch.device], ModuleType]] = {"reference": _load_reference}
+_LOADERS: dict[str, Callable[[str, torch.device], ModuleType]] = {
+    "cuda": _load_cuda,
+    "reference": _load_reference,
+    "host": _load_host,
+}
 
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("gradl1_fast_backend", default=None)
 _logged: set[tuple[str, str]] = set()

@@ -49,13 +49,13 @@ def _backward(ctx: Any, dy: Tensor, _mean: None, _rstd: None) -> tuple[Tensor | 
 
 
 def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    *tensors, ctx.training, ctx.activation, _, _ = inputs
+    *tensors, ctx.training, ctx.activation, ctx.with_residual, _ = inputs
     ctx.save_for_backward(*tensors)
 
 
 def _double_backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
     d_dy, d_x, d_weight = _ops.batch_norm_act_double_backward(
-        *cotangents, *ctx.saved_tensors, ctx.training, ctx.activation
+        *cotangents, *ctx.saved_tensors, ctx.training, ctx.activation, ctx.with_residual
     )
     return d_dy, d_x, None, d_weight if ctx.needs_input_grad[3] else None, *[None] * 7
 
@@ -96,7 +96,7 @@ define(
 define(
     "batch_norm_act",
     "batch_norm_act_double_backward(Tensor? d_dx, Tensor? d_dweight, Tensor? d_dbias, "
-    f"Tensor? d_dresidual, Tensor? d_l1, {_SAVED}) -> (Tensor, Tensor, Tensor)",
+    f"Tensor? d_dresidual, Tensor? d_l1, {_SAVED}, bool with_residual) -> (Tensor, Tensor, Tensor)",
     _fake_double_backward,
 )
 differentiate("batch_norm_act_forward", _save, _backward)

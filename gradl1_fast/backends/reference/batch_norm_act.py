@@ -93,8 +93,12 @@ def batch_norm_act_double_backward(
     rstd: Tensor,
     training: bool,
     activation: str,
+    with_residual: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ``d_dy, d_x, d_weight`` for the cotangents of the five results of the backward."""
+    """Return ``d_dy, d_x, d_weight`` for the cotangents of the five results of the backward.
+
+    ``with_residual`` tells a kernel whether the mask can be recomputed from ``x``.
+    """
     wide = widen(x)
     g = _masked(_dense(dy, wide), y, activation)
     v = torch.zeros_like(wide) if d_dx is None else _dense(d_dx, wide)

@@ -161,12 +161,10 @@ def conv(
     x, weight, bias = check.operands("conv", x, weight, bias)
     n = check.conv_dimensions(x, weight)
     stride, dilation = check.tuple_of("stride", stride, n), check.tuple_of("dilation", dilation, n)
-    if x.dim() == n + 1:
-        return conv(x[None], weight, bias, stride=stride, padding=padding, dilation=dilation, groups=groups)[
-            0
-        ]
     x, padding = check.pad(x, weight, padding, stride, dilation)
-    return _ops.conv_forward(x, weight, bias, stride, padding, dilation, groups)
+    batch = x if x.dim() == n + 2 else x[None]
+    y = _ops.conv_forward(batch, weight, bias, stride, padding, dilation, groups)
+    return y if batch is x else y.squeeze(0)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

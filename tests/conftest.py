@@ -6,6 +6,11 @@ import pytest
 import torch
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    # PyTorch says so whenever the two sides of "same" differ, as they do in some cases here.
+    config.addinivalue_line("filterwarnings", "ignore:Using padding='same' with even kernel")
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

@@ -44,12 +44,13 @@ class _ScaleProbe(torch.autograd.Function):
     def forward(ctx: Any, probe: Tensor, scale: list[Tensor]) -> Tensor:
         # In a list the scale is saved without becoming an edge: the first backward owes it nothing.
         ctx.save_for_backward(*scale)
+        ctx.set_materialize_grads(False)
         return probe.view_as(probe)
 
     @staticmethod
-    def backward(ctx: Any, l1: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, l1: Tensor | None) -> tuple[Tensor | None, None]:
         (scale,) = ctx.saved_tensors
-        return l1 * scale, None
+        return None if l1 is None else l1 * scale, None
 
 
 def _save_dy(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:

@@ -63,14 +63,14 @@ CONV = [
     _conv("same", (2, 3, 6, 5), (4, 3, 3, 3), padding="same"),
     _conv("same, odd total", (2, 2, 5, 6), (3, 2, 2, 4), padding="same"),
     _conv("same, odd total, dilated", (1, 2, 9, 8), (2, 2, 4, 3), padding="same", dilation=(1, 2)),
-    _conv("same 1d, odd total", (2, 2, 6), (3, 2, 4), padding="same"),
+    _conv("1d, same, odd total", (2, 2, 6), (3, 2, 4), padding="same"),
     _conv("valid", (2, 3, 6, 5), (4, 3, 3, 2), padding="valid", stride=2),
     _conv("dilation", (2, 2, 8, 7), (3, 2, 3, 2), dilation=(2, 3), padding=1),
     _conv("groups", (2, 4, 5, 5), (6, 2, 3, 3), groups=2, padding=1),
     _conv("depthwise", (2, 4, 5, 6), (4, 1, 3, 3), groups=4, padding=1, bias=False),
     _conv("depthwise, multiplied", (2, 3, 6, 5), (6, 1, 3, 3), groups=3, stride=2),
     _conv("unbatched", (3, 6, 5), (4, 3, 3, 3), padding=1),
-    _conv("unbatched 1d, same", (2, 6), (3, 2, 2), padding="same"),
+    _conv("unbatched 1d, same, odd total", (2, 6), (3, 2, 2), padding="same"),
 ]
 
 LINEAR = [

@@ -15,7 +15,11 @@ HALF = [torch.float16, torch.bfloat16]
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_error_is_at_most_twice_that_of_pytorch(case: Case, dtype: torch.dtype) -> None:
-    exact, plain, actual = sweep(case, truth=True), sweep(case, truth=True, dtype=dtype), sweep(case, dtype=dtype)
+    exact, plain, actual = (
+        sweep(case, truth=True),
+        sweep(case, truth=True, dtype=dtype),
+        sweep(case, dtype=dtype),
+    )
     for a, p, e in zip(actual.flat(), plain.flat(), exact.flat(), strict=True):
         assert relative_error(a, e) <= 2 * relative_error(p, e)
 

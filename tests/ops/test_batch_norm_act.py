@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gradl1_fast import functional as ours
+from tests import oracle
+from tests.gradients import assert_gradients, relative_error
+from tests.ops.cases import random
+from tests.ops.sweeps import leaf, scalar_probe
+
+SHAPES = [(4, 3), (4, 3, 5), (4, 3, 2, 5), (2, 3, 2, 1, 2)]
+
+
+def statistics(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    return random((3,), 7).to(dtype), random((3,), 8).abs().add(0.5).to(dtype)
+
+
+def second_order(operation: Callable[..., Tensor], x: Tensor, **options: object) -> None:
+    x = leaf(x)
+    first = torch.autograd.grad(operation(x, **options).sin().sum(), x, create_graph=True)[0]
+    torch.autograd.grad(first.square().sum(), x)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("momentum", [0.0, 0.1, 0.5, 1.0])
+def test_running_statistics_are_those_of_pytorch_and_updated_once(
+    shape: tuple[int, ...], momentum: float
+) -> None:
+    x, actual, expected = random(shape, 1), statistics(), statistics()
+    F.batch_norm(x, *expected, training=True, momentum=momentum)
+    second_order(
+        ours.batch_norm_act,
+        x,
+        running_mean=actual[0],
+        running_var=actual[1],
+        training=True,
+        momentum=momentum,
+    )
+    assert_gradients(actual, expected, 1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_running_statistics_in_float32(dtype: torch.dtype) -> None:
+    x, actual, expected = random((64, 3, 4, 4), 1), statistics(torch.float32), statistics()
+    F.batch_norm(x, *expected, training=True)
+    ours.batch_norm_act(x.to(dtype), *actual, training=True)
+    assert actual[0].dtype == torch.float32
+    assert_gradients(actual, expected, 1e-6)
+
+
+def test_evaluation_changes_no_statistics() -> None:
+    actual, expected = statistics(), statistics()
+    second_order(
+        ours.batch_norm_act,
+        random((4, 3, 2, 2), 1),
+        running_mean=actual[0],
+        running_var=actual[1],
+        activation="relu",
+    )
+    assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+
+
+def test_training_works_without_running_statistics() -> None:
+    x = random((4, 3, 2, 2), 1)
+    y = ours.batch_norm_act(x, None, None, training=True, activation="relu6")
+    assert_gradients([y], [oracle.batch_norm_act(x, None, None, training=True, activation="relu6")])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_float32_weights_beside_half_precision(dtype: torch.dtype) -> None:
+    def gradients(
+        operation: Callable[..., Tensor], x_dtype: torch.dtype, w_dtype: torch.dtype
+    ) -> list[Tensor]:
+        x, w, b = (
+            leaf(random((8, 3, 4, 4), 1).to(x_dtype)),
+            *(leaf(random((3,), i).to(w_dtype)) for i in (2, 3)),
+        )
+        y = operation(x, None, None, w, b, training=True, activation="relu")
+        first = torch.autograd.grad(y, (x, w, b), random((8, 3, 4, 4), 4).to(x_dtype), create_graph=True)
+        return [y, *first, *torch.autograd.grad(first[0].double().square().sum(), (x, w))]
+
+    actual = gradients(ours.batch_norm_act, dtype, torch.float32)
+    plain = gradients(oracle.batch_norm_act, dtype, torch.float32)
+    exact = gradients(oracle.batch_norm_act, torch.float64, torch.float64)
+    assert [t.dtype for t in actual] == [t.dtype for t in plain]
+    for a, p, e in zip(actual, plain, exact, strict=True):
+        assert relative_error(a, e) <= 2 * relative_error(p, e)
+
+
+@pytest.mark.parametrize("activation", ["none", "relu", "relu6"])
+def test_residual_and_probe_measure_the_gradient_at_the_output(activation: str) -> None:
+    x, residual, probe = (
+        leaf(random((4, 3, 5), 1)),
+        leaf(random((4, 3, 5), 2)),
+        scalar_probe(torch.zeros(()).double()),
+    )
+    y = ours.batch_norm_act(
+        x, None, None, training=True, residual=residual, activation=activation, probe=probe
+    )
+    dy = random((4, 3, 5), 3)
+    l1, d_residual = torch.autograd.grad(y, (probe, residual), dy, create_graph=True)
+    open_ = (
+        torch.ones_like(y) if activation == "none" else (y > 0) & (y < {"relu": 1e9, "relu6": 6}[activation])
+    )
+    assert_gradients([l1, d_residual], [dy.abs().sum(), dy * open_])
+
+
+def test_large_mean_and_small_variance_keep_their_digits() -> None:
+    x = 1000 + 0.01 * random((64, 3, 8, 8), 1)
+    actual, plain, exact = (
+        operation(x.to(dtype), None, None, training=True)
+        for operation, dtype in (
+            (ours.batch_norm_act, torch.float32),
+            (F.batch_norm, torch.float32),
+            (F.batch_norm, torch.float64),
+        )
+    )
+    assert relative_error(actual, exact) <= 2 * relative_error(plain, exact)

@@ -104,9 +104,9 @@ def batch_norm_act() -> Iterator[Call]:
             yield "batch_norm_act_backward", (leaf(dy), x_, *saved, True, True)
             yield "batch_norm_act_backward", (leaf(dy), x_, *saved, False, False)
             d_dresidual = residual if y is not None else None
-            yield "batch_norm_act_double_backward", (x, mean, mean, d_dresidual, l1, dy, x, *saved)
-            yield "batch_norm_act_double_backward", (x, None, None, None, None, dy, x, *saved)
-            yield "batch_norm_act_double_backward", (None, mean, None, None, None, dy, x, *saved)
+            yield "batch_norm_act_double_backward", (x, mean, mean, d_dresidual, l1, dy, x, *saved, True)
+            yield "batch_norm_act_double_backward", (x, None, None, None, None, dy, x, *saved, False)
+            yield "batch_norm_act_double_backward", (None, mean, None, None, None, dy, x, *saved, False)
 
 
 SETS = [tap, fake_quantize, l1_norm, conv, linear, batch_norm_act]

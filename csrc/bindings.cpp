@@ -39,7 +39,7 @@ void define_tap(py::module_& m, const Engine& e) {
         const Arguments a{dtype_of(dtype), layout_of(py::make_tuple(1, 1, numel))};
         Tap r{};
         r.dtype = a.dtype, r.layout = a.layout;
-        r.d_dx = a.maybe_tensor(d_dx, "d_dx"), r.d_l1 = a.maybe_scalar(d_l1, "d_l1");
+        r.d_dx = a.maybe_tensor(d_dx, "d_dx"), r.d_l1 = a.scalar(d_l1, "d_l1");
         r.dy = a.tensor(dy, "dy"), r.out = a.tensor(out, "out");
         launch(e.tap_double_backward, r, where);
     });
@@ -76,7 +76,8 @@ void define_fake_quantize(py::module_& m, const Engine& e) {
                Obj dy, Obj x, Obj out, Obj scratch) {
               const Arguments a{dtype_of(dtype), layout_of(layout)};
               FakeQuantize r = grid(a, e, codes, scratch);
-              r.d_dx = a.maybe_tensor(d_dx, "d_dx"), r.d_l1 = a.maybe_scalar(d_l1, "d_l1");
+              r.d_dx = a.maybe_tensor(d_dx, "d_dx");
+              r.d_l1 = r.d_dx ? a.maybe_scalar(d_l1, "d_l1") : a.scalar(d_l1, "d_l1");
               r.dy = a.tensor(dy, "dy"), r.x = a.tensor(x, "x"), r.out = a.tensor(out, "out");
               launch(e.fake_quantize_double_backward, r, where);
           });
@@ -221,6 +222,5 @@ PYBIND11_MODULE(_gradl1, m) {
 #endif
 #if defined(GRADL1_HAS_CUDA)
     define_engine(m.def_submodule("cuda"), cuda_engine());
-    define_cuda(m);
 #endif
 }

@@ -11,6 +11,5 @@ const Engine& host_engine();
 const Engine& cuda_engine();
 
 void define_host(pybind11::module_& m);
-void define_cuda(pybind11::module_& m);
 
 }  // namespace gradl1

@@ -24,9 +24,10 @@ def one_device(op: str, tensors: Sequence[Tensor | None]) -> None:
     present = [t for t in tensors if t is not None]
     if not present:
         raise ValueError(f"{op}: needs at least one tensor, got none")
-    devices = {str(t.device) for t in present}
-    if len(devices) > 1:
-        raise ValueError(f"{op}: all tensors must be on one device, got {', '.join(sorted(devices))}")
+    device = present[0].device
+    if any(t.device != device for t in present):
+        names = sorted({str(t.device) for t in present})
+        raise ValueError(f"{op}: all tensors must be on one device, got {', '.join(names)}")
 
 
 def bits(value: object, name: str) -> None:

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import gradl1_fast.ops  # noqa: F401  registers torch.ops.gradl1_fast
 from gradl1_fast import _checks as check
+from gradl1_fast import ops
 
 __all__ = [
     "batch_norm_act",
@@ -30,8 +30,6 @@ __all__ = [
 ]
 
 ACTIVATIONS = ("none", "relu", "relu6")
-
-_ops = torch.ops.gradl1_fast
 
 
 def tap(x: Tensor, probe: Tensor) -> Tensor:
@@ -50,7 +48,7 @@ def tap(x: Tensor, probe: Tensor) -> Tensor:
     Differentiable twice; ``sign(0) = 0``. Source: section 3 of arXiv 2002.07520 and ``ops/tap.py``.
     """
     check.probe("tap", x, probe)
-    return _ops.tap_forward(x, probe) if torch.is_grad_enabled() else x
+    return ops.tap.tap_forward(x, probe) if torch.is_grad_enabled() else x
 
 
 def scale_probe(probe: Tensor, scale: Tensor) -> Tensor:
@@ -70,7 +68,7 @@ def scale_probe(probe: Tensor, scale: Tensor) -> Tensor:
     """
     check.probe("scale_probe", scale, probe)
     check.probe("scale_probe", probe, scale)
-    return _ops.scale_probe(probe, scale)
+    return ops.tap.scale_probe(probe, scale)
 
 
 def fake_quantize(
@@ -108,7 +106,7 @@ def fake_quantize(
     """
     check.probe("fake_quantize", x, probe)
     axis = check.grid("fake_quantize", x, scale, zero_point, (q_min, q_max), axis)
-    return _ops.fake_quantize_forward(x, scale, zero_point, q_min, q_max, axis, probe)
+    return ops.fake_quantize.fake_quantize_forward(x, scale, zero_point, q_min, q_max, axis, probe)
 
 
 def l1_norm(tensors: Sequence[Tensor]) -> Tensor:
@@ -126,7 +124,7 @@ def l1_norm(tensors: Sequence[Tensor]) -> Tensor:
     Differentiable twice; ``sign(0) = 0``.
     """
     check.one_device("l1_norm", tensors)
-    return _ops.l1_norm_forward(list(tensors))
+    return ops.l1_norm.l1_norm_forward(list(tensors))
 
 
 def conv(
@@ -163,7 +161,7 @@ def conv(
     stride, dilation = check.tuple_of("stride", stride, n), check.tuple_of("dilation", dilation, n)
     x, padding = check.pad(x, weight, padding, stride, dilation)
     batch = x if x.dim() == n + 2 else x[None]
-    y = _ops.conv_forward(batch, weight, bias, stride, padding, dilation, groups)
+    y = ops.conv.conv_forward(batch, weight, bias, stride, padding, dilation, groups)
     return y if batch is x else y.squeeze(0)
 
 
@@ -184,7 +182,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Differentiable twice. Under autocast it computes in its type.
     """
     x, weight, bias = check.operands("linear", x, weight, bias)
-    return _ops.linear_forward(x, weight, bias)
+    return ops.linear.linear_forward(x, weight, bias)
 
 
 def batch_norm_act(
@@ -230,7 +228,7 @@ def batch_norm_act(
     check.normalisation(x, (running_mean, running_var, weight, bias, residual), training, activation)
     if residual is not None:
         residual = residual.expand_as(x).to(x.dtype)
-    y, mean, rstd = _ops.batch_norm_act_forward(
+    y, mean, rstd = ops.batch_norm_act.batch_norm_act_forward(
         x, weight, bias, running_mean, running_var, residual, training, eps, activation, probe
     )
     if training and running_mean is not None and x.numel():

@@ -13,28 +13,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradl1_fast.ops._library import (
-    below_autograd,
-    differentiate,
-    differentiate_by,
-    end_of_the_line,
-    recorded,
-)
+from gradl1_fast.ops._library import Operator, recorded
 
 
-def differentiate_bilinear(op: str, channel_axis: int) -> None:
-    """Register the derivatives of ``<op>_forward(x, weight, bias, *geometry)`` and of its backward.
+def differentiate_bilinear(
+    forward: Operator, backward: Operator, double_backward: Operator, channel_axis: int
+) -> None:
+    """Register the derivatives of ``forward(x, weight, bias, *geometry)`` and of its ``backward``.
 
     Args:
-        op: stem of the three operators.
+        forward: the operator itself.
+        backward: the first sweep.
+        double_backward: the second sweep.
         channel_axis: the axis of the output along which the bias runs.
     """
-    forward = getattr(torch.ops.gradl1_fast, f"{op}_forward")
-    backward = getattr(torch.ops.gradl1_fast, f"{op}_backward")
 
     def kernel(x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
-        with below_autograd():
-            y = forward(x, weight, bias, *geometry)
+        y = forward.values(x, weight, bias, *geometry)
         if not recorded(x, weight, bias):
             return y
 
@@ -50,9 +45,9 @@ def differentiate_bilinear(op: str, channel_axis: int) -> None:
             edges.append(_bias_edge(bias, y, channel_axis))
         return _Output.apply([y], *edges)
 
-    differentiate_by(f"{op}_forward", kernel)
-    _differentiate_backward(op)
-    end_of_the_line(f"{op}_double_backward")
+    forward.differentiate_by(kernel)
+    _differentiate_backward(backward, double_backward)
+    double_backward.end_the_line()
 
 
 class _Output(torch.autograd.Function):
@@ -68,7 +63,7 @@ class _Output(torch.autograd.Function):
 
 
 class _Edge(torch.autograd.Function):
-    """Zeros in the shape of the output that pass its gradient on to one operand, by dgrad or wgrad."""
+    """A summand in the shape of the output that passes its gradient on to one operand, by dgrad or wgrad."""
 
     @staticmethod
     def forward(
@@ -82,7 +77,7 @@ class _Edge(torch.autograd.Function):
         # In a list the other operand is saved without becoming an edge that the engine would follow.
         ctx.save_for_backward(*operands)
         ctx.index, ctx.gradient = index, gradient
-        return operand.new_zeros(()).expand(shape)
+        return operand.new_empty(()).expand(shape)  # nobody reads the values
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -95,15 +90,13 @@ def _bias_edge(bias: Tensor, y: Tensor, channel_axis: int) -> Tensor:
     return bias.reshape(shape).expand(y.shape)
 
 
-def _differentiate_backward(op: str) -> None:
-    double_backward = getattr(torch.ops.gradl1_fast, f"{op}_double_backward")
-
+def _differentiate_backward(backward: Operator, double_backward: Operator) -> None:
     def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         dy, x, weight, *geometry, _ = inputs
         ctx.save_for_backward(dy, x, weight)
         ctx.geometry = geometry
 
-    def backward(ctx: Any, d_dx: Tensor | None, d_dweight: Tensor | None) -> tuple[Tensor | None, ...]:
+    def formula(ctx: Any, d_dx: Tensor | None, d_dweight: Tensor | None) -> tuple[Tensor | None, ...]:
         wanted = [
             ctx.needs_input_grad[0],
             ctx.needs_input_grad[1] and d_dweight is not None,
@@ -113,4 +106,4 @@ def _differentiate_backward(op: str) -> None:
         kept = [grad if want else None for grad, want in zip(grads, wanted, strict=True)]
         return *kept, *[None] * (len(ctx.geometry) + 1)
 
-    differentiate(f"{op}_backward", save, backward)
+    backward.differentiate(save, formula)

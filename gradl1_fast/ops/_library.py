@@ -1,4 +1,4 @@
-"""How an operator is registered: schema, computation by the resolved backend, fake, end of the line."""
+"""How an operator is registered: schema, computation by the resolved backend, fake, derivative."""
 
 from __future__ import annotations
 
@@ -15,8 +15,12 @@ NAMESPACE = "gradl1_fast"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
 
-def define(op: str, schema: str, fake: Callable[..., Any], compute: Callable[..., Any] | None = None) -> None:
-    """Register the operator of ``schema``.
+class Operator:
+    """A registered operator. Calling it is the same as calling ``torch.ops.gradl1_fast.<name>``.
+
+    On ordinary tensors the call goes to the derivative's kernel without a detour through the
+    dispatcher, which costs several times as much as the rest of the call. Under ``torch.compile``,
+    dispatch modes, functorch and tensor subclasses the dispatcher sees the operator.
 
     Args:
         op: the operation whose backend is resolved, from the first tensor among the arguments.
@@ -25,75 +29,112 @@ def define(op: str, schema: str, fake: Callable[..., Any], compute: Callable[...
         compute: computes the results; without it the backend's function of the same name does. It
             is not given a probe: that argument exists for the derivative alone.
     """
-    name = schema.partition("(")[0]
-    has_probe = "probe)" in schema
 
-    def by_backend(*args: Any) -> Any:
-        return getattr(resolve(op, _first_tensor(args)), name)(*(args[:-1] if has_probe else args))
+    def __init__(
+        self, op: str, schema: str, fake: Callable[..., Any], compute: Callable[..., Any] | None = None
+    ) -> None:
+        self.name = schema.partition("(")[0]
+        self._op = op
+        self._has_probe = "probe)" in schema
+        self._compute = compute or self._by_backend
+        self._kernel: Callable[..., Any] = self.values
+        LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        LIBRARY.impl(self.name, self._compute, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{NAMESPACE}::{self.name}", fake, lib=LIBRARY)
+        self._overload = getattr(torch.ops.gradl1_fast, self.name).default
 
-    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    LIBRARY.impl(name, compute or by_backend, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
+    def __call__(self, *args: Any) -> Any:
+        """Compute the results and record their derivative."""
+        return self._kernel(*args) if _is_ordinary(args) else self._overload(*args)
+
+    def values(self, *args: Any) -> Any:
+        """Compute the results alone, outside autograd and autocast."""
+        with _below_autograd(_first_tensor(args).device.type):
+            return self._compute(*args) if _is_ordinary(args) else self._overload(*args)
+
+    def differentiate_by(self, kernel: Callable[..., Any]) -> None:
+        """Make ``kernel`` the whole autograd behaviour of the operator."""
+        self._kernel = kernel
+        LIBRARY.impl(self.name, kernel, "Autograd")
+
+    def differentiate(self, setup_context: Callable[..., None], backward: Callable[..., Any]) -> None:
+        """Register a derivative formula, in the form that ``torch.library.register_autograd`` has.
+
+        The gradient of a result that nobody used, or asked for, arrives as None; the formula is not
+        called without any.
+        """
+        function = _function(self, setup_context, backward)
+        self.differentiate_by(lambda *args: function.apply(*args) if recorded(*args) else self.values(*args))
+
+    def end_the_line(self) -> None:
+        """Make differentiating this operator, a double backward, an error.
+
+        A derivative that raises is loud everywhere; ``once_differentiable`` is silently wrong under
+        ``autograd.grad``, which does not visit nodes that lead to no requested input.
+        """
+
+        def backward(ctx: Any, *grads: Tensor) -> None:
+            raise RuntimeError(f"{NAMESPACE}::{self.name}: first and second order gradients only")
+
+        self.differentiate(lambda ctx, inputs, output: None, backward)
+
+    def _by_backend(self, *args: Any) -> Any:
+        backend = resolve(self._op, _first_tensor(args))
+        return getattr(backend, self.name)(*(args[:-1] if self._has_probe else args))
 
 
-def differentiate(name: str, setup_context: Callable[..., None], backward: Callable[..., Any]) -> None:
-    """Register the derivative formula of operator ``name``.
-
-    The gradient of a result that nobody used, or asked for, arrives as None; the formula is not
-    called without any.
-    """
-
-    def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.set_materialize_grads(False)
-        ctx.nothing = tuple([None] * len(i) if _is_list_of_tensors(i) else None for i in inputs)
-        setup_context(ctx, inputs, output)
-
-    def formula(ctx: Any, *grads: Any) -> Any:
-        grads = tuple([None if isinstance(g, Tensor) and g.shape == (0,) else g for g in grads])
-        arrived = any(
-            g is not None for grad in grads for g in (grad if isinstance(grad, list | tuple) else [grad])
-        )
-        return backward(ctx, *grads) if arrived else ctx.nothing
-
-    torch.library.register_autograd(f"{NAMESPACE}::{name}", formula, setup_context=setup, lib=LIBRARY)
+def recorded(*args: Any) -> bool:
+    """Return whether autograd records an operation on the tensors among ``args``."""
+    return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
 
 
-def differentiate_by(name: str, kernel: Callable[..., Any]) -> None:
-    """Register ``kernel`` as the whole autograd behaviour of operator ``name``."""
-    LIBRARY.impl(name, kernel, "Autograd")
+def _function(
+    operator: Operator, setup_context: Callable[..., None], formula: Callable[..., Any]
+) -> type[torch.autograd.Function]:
+    class Derivative(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            ctx.set_materialize_grads(False)
+            ctx.nothing = (None,) * len(args)
+            output = operator.values(*args)
+            setup_context(ctx, args, output)
+            return output
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor | None) -> Any:
+            # A result that nobody asked for is empty, and so is what arrives for it.
+            arrived = [None if g is None or g.shape == (0,) else g for g in grads]
+            return ctx.nothing if all(g is None for g in arrived) else formula(ctx, *arrived)
+
+    return Derivative
 
 
-def end_of_the_line(name: str) -> None:
-    """Make differentiating operator ``name``, a double backward, an error.
-
-    An operator with a backward that raises is loud everywhere; ``once_differentiable`` is silently
-    wrong under ``autograd.grad``, which does not visit nodes that lead to no requested input.
-    """
-
-    def backward(ctx: Any, *grads: Tensor) -> None:
-        raise RuntimeError(f"gradl1_fast::{name}: first and second order gradients only")
-
-    torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, lib=LIBRARY)
+@contextlib.contextmanager
+def _below_autograd_and_autocast(device: str) -> Any:
+    with torch._C._AutoDispatchBelowAutograd(), torch.autocast(device, enabled=False):
+        yield
 
 
-def below_autograd() -> contextlib.AbstractContextManager[None]:
-    """Call operators for their values alone; ``torch.library`` does the same inside its formulas."""
+def _below_autograd(device: str) -> contextlib.AbstractContextManager[None]:
+    if torch.is_autocast_enabled(device):
+        return _below_autograd_and_autocast(device)  # type: ignore[no-any-return]
     return torch._C._AutoDispatchBelowAutograd()  # type: ignore[no-any-return]
 
 
-def recorded(*tensors: Tensor | None) -> bool:
-    """Return whether autograd records an operation on ``tensors``."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+def _is_ordinary(args: tuple[Any, ...]) -> bool:
+    """Return whether nothing but autograd wants to see the operator called on ``args``."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(_first_tensor(args)) in (Tensor, torch.nn.Parameter)
+        and not torch._C._len_torch_dispatch_stack()
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
 
 
 def _first_tensor(args: tuple[Any, ...]) -> Tensor:
     for arg in args:
         if isinstance(arg, Tensor):
             return arg
-        if _is_list_of_tensors(arg):
+        if isinstance(arg, list | tuple) and arg and isinstance(arg[0], Tensor):
             return arg[0]
     raise TypeError("gradl1_fast: an operator was called without a tensor")
-
-
-def _is_list_of_tensors(arg: Any) -> bool:
-    return isinstance(arg, list | tuple) and len(arg) > 0 and isinstance(arg[0], Tensor)

@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradl1_fast.ops._library import define, differentiate, end_of_the_line
+from gradl1_fast.ops._library import Operator
 
-_ops = torch.ops.gradl1_fast
 _SAVED = (
     "Tensor dy, Tensor x, Tensor? y, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd, "
     "bool training, str activation"
@@ -28,7 +27,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 def _backward(ctx: Any, dy: Tensor, _mean: None, _rstd: None) -> tuple[Tensor | None, ...]:
     # The l1 term exists for double backprop; an ordinary backward pass does not pay for it.
     with_l1 = ctx.has_probe and torch.is_grad_enabled()
-    dx, dweight, dbias, dresidual, l1 = _ops.batch_norm_act_backward(
+    dx, dweight, dbias, dresidual, l1 = batch_norm_act_backward(
         dy, *ctx.saved_tensors, ctx.training, ctx.activation, ctx.has_residual, with_l1
     )
     if ctx.activation == "none":
@@ -54,7 +53,7 @@ def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _double_backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
-    d_dy, d_x, d_weight = _ops.batch_norm_act_double_backward(
+    d_dy, d_x, d_weight = batch_norm_act_double_backward(
         *cotangents, *ctx.saved_tensors, ctx.training, ctx.activation, ctx.with_residual
     )
     return d_dy, d_x, None, d_weight if ctx.needs_input_grad[3] else None, *[None] * 7
@@ -80,25 +79,25 @@ def _fake_double_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(dy), torch.empty_like(x), _statistics(x)
 
 
-define(
+batch_norm_act_forward = Operator(
     "batch_norm_act",
     "batch_norm_act_forward(Tensor x, Tensor? weight, Tensor? bias, Tensor? running_mean, "
     "Tensor? running_var, Tensor? residual, bool training, float eps, str activation, Tensor? probe) "
     "-> (Tensor, Tensor, Tensor)",
     _fake_forward,
 )
-define(
+batch_norm_act_backward = Operator(
     "batch_norm_act",
     f"batch_norm_act_backward({_SAVED}, bool with_residual, bool with_l1) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake_backward,
 )
-define(
+batch_norm_act_double_backward = Operator(
     "batch_norm_act",
     "batch_norm_act_double_backward(Tensor? d_dx, Tensor? d_dweight, Tensor? d_dbias, "
     f"Tensor? d_dresidual, Tensor? d_l1, {_SAVED}, bool with_residual) -> (Tensor, Tensor, Tensor)",
     _fake_double_backward,
 )
-differentiate("batch_norm_act_forward", _save, _backward)
-differentiate("batch_norm_act_backward", _save_backward, _double_backward)
-end_of_the_line("batch_norm_act_double_backward")
+batch_norm_act_forward.differentiate(_save, _backward)
+batch_norm_act_backward.differentiate(_save_backward, _double_backward)
+batch_norm_act_double_backward.end_the_line()

@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradl1_fast.ops._library import define, differentiate, end_of_the_line
+from gradl1_fast.ops._library import Operator
 
-_ops = torch.ops.gradl1_fast
 _GRID = "Tensor scale, Tensor zero_point, int q_min, int q_max, int? axis"
 
 
@@ -27,7 +26,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     # The l1 term exists for double backprop; an ordinary backward pass does not pay for it.
     with_l1 = ctx.has_probe and torch.is_grad_enabled()
-    dx, l1 = _ops.fake_quantize_backward(dy, *ctx.saved_tensors, ctx.q_min, ctx.q_max, ctx.axis, with_l1)
+    dx, l1 = fake_quantize_backward(dy, *ctx.saved_tensors, ctx.q_min, ctx.q_max, ctx.axis, with_l1)
     return dx, None, None, None, None, None, l1 if with_l1 else None
 
 
@@ -37,7 +36,7 @@ def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _double_backward(ctx: Any, d_dx: Tensor | None, d_l1: Tensor | None) -> tuple[Tensor | None, ...]:
-    d_dy = _ops.fake_quantize_double_backward(d_dx, d_l1, *ctx.saved_tensors, ctx.q_min, ctx.q_max, ctx.axis)
+    d_dy = fake_quantize_double_backward(d_dx, d_l1, *ctx.saved_tensors, ctx.q_min, ctx.q_max, ctx.axis)
     return d_dy, *[None] * 7
 
 
@@ -47,21 +46,21 @@ def _fake_l1(dy: Tensor, with_l1: bool) -> Tensor:
     return dy.new_empty((), dtype=torch.float64 if dy.dtype == torch.float64 else torch.float32)
 
 
-define(
+fake_quantize_forward = Operator(
     "fake_quantize",
     f"fake_quantize_forward(Tensor x, {_GRID}, Tensor? probe) -> Tensor",
     lambda x, *_: torch.empty_like(x),
 )
-define(
+fake_quantize_backward = Operator(
     "fake_quantize",
     f"fake_quantize_backward(Tensor dy, Tensor x, {_GRID}, bool with_l1) -> (Tensor, Tensor)",
     lambda dy, x, *rest: (torch.empty_like(x), _fake_l1(dy, rest[-1])),
 )
-define(
+fake_quantize_double_backward = Operator(
     "fake_quantize",
     f"fake_quantize_double_backward(Tensor? d_dx, Tensor? d_l1, Tensor dy, Tensor x, {_GRID}) -> Tensor",
     lambda d_dx, d_l1, dy, *_: torch.empty_like(dy),
 )
-differentiate("fake_quantize_forward", _save, _backward)
-differentiate("fake_quantize_backward", _save_backward, _double_backward)
-end_of_the_line("fake_quantize_double_backward")
+fake_quantize_forward.differentiate(_save, _backward)
+fake_quantize_backward.differentiate(_save_backward, _double_backward)
+fake_quantize_double_backward.end_the_line()

@@ -11,29 +11,58 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradl1_fast.ops._library import define, differentiate, end_of_the_line
-
-_ops = torch.ops.gradl1_fast
+from gradl1_fast.ops._library import Operator, recorded
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    tensors = inputs[-1]
-    ctx.save_for_backward(*tensors)
+class _L1Norm(torch.autograd.Function):
+    # Flat arguments: autograd does not look into lists.
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        return l1_norm_forward.values(list(tensors))  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:
+        return tuple(l1_norm_backward(dy, list(ctx.saved_tensors)))
 
 
-def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    _save(ctx, inputs, output)
-    ctx.set_materialize_grads(True)
+class _L1NormBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, dy: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(*tensors)
+        return tuple(l1_norm_backward.values(dy, list(tensors)))
+
+    @staticmethod
+    def backward(ctx: Any, *d_dx: Tensor) -> tuple[Tensor | None, ...]:
+        d_dy = l1_norm_double_backward(list(d_dx), list(ctx.saved_tensors))
+        return d_dy, *[None] * len(d_dx)
 
 
-def _backward(ctx: Any, dy: Tensor) -> list[Tensor]:
-    return _ops.l1_norm_backward(dy, list(ctx.saved_tensors))
+class _L1NormDoubleBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *pairs: Tensor) -> Tensor:
+        half = len(pairs) // 2
+        return l1_norm_double_backward.values(list(pairs[:half]), list(pairs[half:]))  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise RuntimeError("gradl1_fast::l1_norm_double_backward: first and second order gradients only")
 
 
-def _double_backward(ctx: Any, d_dx: list[Tensor]) -> tuple[Tensor, list[None]]:
-    tensors = list(ctx.saved_tensors)
-    filled = [torch.zeros_like(t) if v is None else v for v, t in zip(d_dx, tensors, strict=True)]
-    return _ops.l1_norm_double_backward(filled, tensors), [None] * len(tensors)
+def _forward_kernel(tensors: list[Tensor]) -> Any:
+    return _L1Norm.apply(*tensors) if recorded(*tensors) else l1_norm_forward.values(tensors)
+
+
+def _backward_kernel(dy: Tensor, tensors: list[Tensor]) -> Any:
+    if not recorded(dy, *tensors):
+        return l1_norm_backward.values(dy, tensors)
+    return list(_L1NormBackward.apply(dy, *tensors))
+
+
+def _double_backward_kernel(d_dx: list[Tensor], tensors: list[Tensor]) -> Any:
+    if not recorded(*d_dx, *tensors):
+        return l1_norm_double_backward.values(d_dx, tensors)
+    return _L1NormDoubleBackward.apply(*d_dx, *tensors)
 
 
 def _fake_norms(tensors: list[Tensor]) -> Tensor:
@@ -41,17 +70,17 @@ def _fake_norms(tensors: list[Tensor]) -> Tensor:
     return tensors[0].new_empty((len(tensors),), dtype=widest)
 
 
-define("l1_norm", "l1_norm_forward(Tensor[] tensors) -> Tensor", _fake_norms)
-define(
+l1_norm_forward = Operator("l1_norm", "l1_norm_forward(Tensor[] tensors) -> Tensor", _fake_norms)
+l1_norm_backward = Operator(
     "l1_norm",
     "l1_norm_backward(Tensor dy, Tensor[] tensors) -> Tensor[]",
     lambda dy, tensors: [torch.empty_like(t) for t in tensors],
 )
-define(
+l1_norm_double_backward = Operator(
     "l1_norm",
     "l1_norm_double_backward(Tensor[] d_dx, Tensor[] tensors) -> Tensor",
     lambda d_dx, tensors: _fake_norms(tensors),
 )
-differentiate("l1_norm_forward", _save, _backward)
-differentiate("l1_norm_backward", _save_backward, _double_backward)
-end_of_the_line("l1_norm_double_backward")
+l1_norm_forward.differentiate_by(_forward_kernel)
+l1_norm_backward.differentiate_by(_backward_kernel)
+l1_norm_double_backward.differentiate_by(_double_backward_kernel)

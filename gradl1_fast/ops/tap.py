@@ -10,9 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradl1_fast.ops._library import below_autograd, define, differentiate, differentiate_by, end_of_the_line
-
-_ops = torch.ops.gradl1_fast
+from gradl1_fast.ops._library import Operator
 
 
 class _Tap(torch.autograd.Function):
@@ -31,12 +29,11 @@ class _TapBackward(torch.autograd.Function):
     def forward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(dy)
-        with below_autograd():
-            return dy.view_as(dy), _ops.tap_backward(dy)
+        return dy.view_as(dy), tap_backward.values(dy)
 
     @staticmethod
     def backward(ctx: Any, d_dx: Tensor | None, d_l1: Tensor | None) -> Tensor:
-        return _ops.tap_double_backward(d_dx, d_l1, *ctx.saved_tensors)
+        return tap_double_backward(d_dx, d_l1, *ctx.saved_tensors)
 
 
 class _ScaleProbe(torch.autograd.Function):
@@ -58,32 +55,32 @@ def _save_dy(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
 
 
 def _l1_alone(ctx: Any, d_l1: Tensor) -> Tensor:
-    return _ops.tap_double_backward(None, d_l1, *ctx.saved_tensors)
+    return tap_double_backward(None, d_l1, *ctx.saved_tensors)
 
 
-define(
+tap_forward = Operator(
     "tap",
     "tap_forward(Tensor x, Tensor probe) -> Tensor",
     lambda x, probe: torch.empty_like(x),
     compute=lambda x, probe: x.clone(),
 )
-define(
+scale_probe = Operator(
     "tap",
     "scale_probe(Tensor probe, Tensor scale) -> Tensor",
     lambda probe, scale: torch.empty_like(probe),
     compute=lambda probe, scale: probe.clone(),
 )
-define(
+tap_backward = Operator(
     "tap",
     "tap_backward(Tensor dy) -> Tensor",
     lambda dy: dy.new_empty((), dtype=torch.float64 if dy.dtype == torch.float64 else torch.float32),
 )
-define(
+tap_double_backward = Operator(
     "tap",
     "tap_double_backward(Tensor? d_dx, Tensor? d_l1, Tensor dy) -> Tensor",
     lambda d_dx, d_l1, dy: torch.empty_like(dy),
 )
-differentiate_by("tap_forward", lambda x, probe: _Tap.apply(x, probe))
-differentiate_by("scale_probe", lambda probe, scale: _ScaleProbe.apply(probe, [scale]))
-differentiate("tap_backward", _save_dy, _l1_alone)
-end_of_the_line("tap_double_backward")
+tap_forward.differentiate_by(lambda x, probe: _Tap.apply(x, probe))
+scale_probe.differentiate_by(lambda probe, scale: _ScaleProbe.apply(probe, [scale]))
+tap_backward.differentiate(_save_dy, _l1_alone)
+tap_double_backward.end_the_line()

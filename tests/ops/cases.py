@@ -24,6 +24,7 @@ class Case:
     shapes: tuple[tuple[int, ...], ...]
     probe: bool = False
     straight_through: bool = False
+    gain: float = 1.0  # of the second input
 
     @property
     def op(self) -> str:
@@ -33,7 +34,8 @@ class Case:
         return self.function(*inputs) if probe is None else self.function(*inputs, probe=probe)
 
     def inputs(self, dtype: torch.dtype = torch.float64) -> list[Tensor]:
-        return [random(shape, seed).to(dtype) for seed, shape in enumerate(self.shapes)]
+        values = [random(shape, seed) for seed, shape in enumerate(self.shapes)]
+        return [(self.gain * v if i == 1 else v).to(dtype) for i, v in enumerate(values)]
 
 
 def random(shape: tuple[int, ...], seed: int) -> Tensor:
@@ -97,8 +99,9 @@ def _batch_norm(
         statistics = [_beside(x, operation, s) for s in statistics]
         return operation(x, *statistics, *rest, residual=last, **options, **probe)
 
-    function = partial(call, ours.batch_norm_act)
-    return Case(f"batch_norm_act {name}", function, partial(call, oracle.batch_norm_act), shapes, probe=True)
+    function, truth = partial(call, ours.batch_norm_act), partial(call, oracle.batch_norm_act)
+    gain = 8.0 if options.get("activation") == "relu6" else 1.0  # so that both of its ends are reached
+    return Case(f"batch_norm_act {name}", function, truth, shapes, probe=True, gain=gain)
 
 
 BATCH_NORM_ACT = [

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.gradients import assert_gradients
 from tests.ops.cases import CASES, Case
@@ -18,6 +21,15 @@ PROBE_FACTOR = 0.3
 def test_three_sweeps(case: Case) -> None:
     actual, expected = sweep(case), sweep(case, truth=True)
     assert_gradients(actual.flat(), expected.flat())
+
+
+@each_case
+def test_three_sweeps_through_the_dispatcher(case: Case) -> None:
+    # An operator may take a shorter way where nothing watches; here something does.
+    with Watching() as mode:
+        actual = sweep(case)
+    assert f"{case.op}_double_backward" in mode.seen
+    assert_gradients(actual.flat(), sweep(case, truth=True).flat())
 
 
 @each_case
@@ -42,6 +54,19 @@ def test_second_order_by_finite_differences(case: Case) -> None:
         )
     else:
         assert torch.autograd.gradgradcheck(case.function, leaves)
+
+
+class Watching(TorchDispatchMode):
+    """Notes the operators of the package that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "gradl1_fast":
+            self.seen.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
 
 
 def _penalised(case: Case, last: str, truth: bool) -> list[Tensor | None]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from gradl1_fast import functional as ours
 from tests import oracle
 from tests.gradients import assert_gradients, relative_error
-from tests.ops.cases import random
+from tests.ops.cases import BATCH_NORM_ACT, Case, random
 from tests.ops.sweeps import leaf, scalar_probe
 
 SHAPES = [(4, 3), (4, 3, 5), (4, 3, 2, 5), (2, 3, 2, 1, 2)]
@@ -24,6 +24,14 @@ def second_order(operation: Callable[..., Tensor], x: Tensor, **options: object)
     x = leaf(x)
     first = torch.autograd.grad(operation(x, **options).sin().sum(), x, create_graph=True)[0]
     torch.autograd.grad(first.square().sum(), x)
+
+
+@pytest.mark.parametrize("case", [c for c in BATCH_NORM_ACT if "relu" in c.id], ids=lambda c: c.id)
+def test_the_cases_reach_the_ends_of_the_activation(case: Case) -> None:
+    y = case.truth(*case.inputs())
+    assert (y == 0).any()
+    assert (y > 0).any()
+    assert "relu6" not in case.id or (y == 6).any()
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -56,20 +56,19 @@ def l1_norm() -> Iterator[Call]:
 
 
 def conv() -> Iterator[Call]:
-    for layout in (torch.clone, channels_last):
-        for n, groups in ((1, 1), (2, 1), (2, 4), (3, 2)):
-            x, w = layout(values(2, 4, *[5] * n)), layout(values(4, 4 // groups, *[3] * n))
-            geometry = ([2] * n, [1] * n, [1] * n, groups)
-            dy = torch.empty_like(_ops.conv_forward(x, w, None, *geometry)).normal_()
-            for bias in (None, leaf(values(4))):
-                yield "conv_forward", (leaf(x), leaf(w), bias, *geometry)
-            for mask in ([True, True], [True, False], [False, True]):
-                yield "conv_backward", (leaf(dy), leaf(x), leaf(w), *geometry, mask)
-            for v, u in ((x, w), (None, w), (x, None)):
-                yield (
-                    "conv_double_backward",
-                    (v, u, dy, x, w, *geometry, [True, u is not None, v is not None]),
-                )
+    kinds = ((torch.clone, 1, 1), (channels_last, 2, 1), (torch.clone, 2, 4), (torch.clone, 3, 2))
+    for layout, n, groups in kinds:
+        x, w = layout(values(2, 4, *[5] * n)), layout(values(4, 4 // groups, *[3] * n))
+        geometry = ([2] * n, [1] * n, [1] * n, groups)
+        dy = torch.empty_like(_ops.conv_forward(x, w, None, *geometry)).normal_()
+        yield "conv_forward", (leaf(x), leaf(w), leaf(values(4)) if groups == 1 else None, *geometry)
+        for mask in ([True, True], [True, False], [False, True]):
+            yield "conv_backward", (leaf(dy), leaf(x), leaf(w), *geometry, mask)
+        for v, u in ((x, w), (None, w), (x, None)):
+            yield (
+                "conv_double_backward",
+                (v, u, dy, x, w, *geometry, [True, u is not None, v is not None]),
+            )
 
 
 def linear() -> Iterator[Call]:

@@ -30,6 +30,8 @@ def where(x: Tensor) -> tuple[int, int]:
 
 def dense(x: Tensor) -> Tensor:
     """Return ``x``, or a copy with the strides of ``torch.empty_like(x)`` if its memory has gaps or overlaps."""
+    if x.is_neg():
+        x = x.resolve_neg()  # its memory holds the opposite of its values
     if x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)):
         return x
     like = torch.empty_like(x)
@@ -38,14 +40,14 @@ def dense(x: Tensor) -> Tensor:
 
 def beside(t: Tensor, x: Tensor) -> Tensor:
     """Return ``t`` in the type and order of memory of the dense ``x``; copied where they differ."""
-    if t.dtype == x.dtype and t.stride() == x.stride():
+    if t.dtype == x.dtype and t.stride() == x.stride() and not t.is_neg():
         return t
     return torch.empty_like(x).copy_(t)
 
 
 def vector(t: Tensor | None, x: Tensor) -> Tensor | None:
     """Return per-channel values or a scalar, contiguous and in the type of the sums of ``x``."""
-    return None if t is None else t.to(sum_dtype(x.dtype)).contiguous()
+    return None if t is None else t.to(sum_dtype(x.dtype)).resolve_neg().contiguous()
 
 
 def new_vector(x: Tensor, *size: int) -> Tensor:

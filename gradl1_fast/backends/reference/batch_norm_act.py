@@ -103,49 +103,44 @@ def batch_norm_act_double_backward(
     g = _masked(_dense(dy, wide), y, activation)
     v = torch.zeros_like(wide) if d_dx is None else _dense(d_dx, wide)
     d_g, q, p = _normalise_backward(v, wide, weight, mean, rstd, training)
-    s = (g * v).sum(_pixels(x))
-    xh = (wide - _column(mean, x)).mul_(_column(rstd, x))
+    s = _sums(g, v, torch.zeros_like(mean), torch.ones_like(rstd))[0]
+    direct = torch.zeros_like(rstd) if d_dweight is None else d_dweight * rstd
+    if training:
+        d_x, d_weight = _d_x_training(wide, g, v, (_widen(weight), mean, rstd, direct), (p, q, s))
+    else:
+        d_x, d_weight = g * _column(direct, x), rstd * s
     if d_dweight is not None:
-        d_g.addcmul_(xh, _column(d_dweight, x))
+        d_g.add_(_affine(wide, mean, rstd, d_dweight, torch.zeros_like(mean)))
     for term in (None if d_dbias is None else _column(d_dbias, x), d_dresidual):
         if term is not None:
             d_g.add_(term)
-    if training:
-        d_x, d_weight = _d_x_training(xh, g, v, _widen(weight), rstd, d_dweight, (p, q, s))
-    else:
-        d_x = torch.zeros_like(g) if d_dweight is None else g * _column(d_dweight * rstd, x)
-        d_weight = rstd * s
     d_dy = add_l1_gradient(_masked(d_g, y, activation), d_l1, dy)
     return d_dy, in_layout_of(d_x, x), d_weight
 
 
 def _d_x_training(
-    xh: Tensor,
+    x: Tensor,
     g: Tensor,
     v: Tensor,
-    weight: Tensor | None,
-    rstd: Tensor,
-    d_dweight: Tensor | None,
+    vectors: tuple[Tensor | None, Tensor, Tensor, Tensor],
     sums: tuple[Tensor, Tensor, Tensor],
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of ``sum v * N(g) + sum d_dweight * B`` with respect to x and to the weight.
 
-    Derived by hand from N; with P = sum v, Q = sum v * xh, S = sum g * v::
+    Derived by hand from N; with P = sum v, Q = sum v * xh, S = sum g * v, D = d_dweight * rstd::
 
         d_x = gamma * rstd^2 / M * (xh * (A*P/M - S + 3*B*Q/M) + Q * (A/M - g) + B * (P/M - v))
-              + d_dweight * rstd * (g - A/M - xh * B/M)
+              + D * (g - A/M - xh * B/M)
         d_weight = rstd * (S - A*P/M - B*Q/M)
-
-    ``xh`` is overwritten.
     """
-    m = max(g.numel() // max(g.shape[1], 1), 1)
-    a, b = g.sum(_pixels(g)), (g * xh).sum(_pixels(g))
+    weight, mean, rstd, direct = vectors
     p, q, s = sums
+    b, a = _sums(g, x, mean, rstd)
+    m = max(g.numel() // max(g.shape[1], 1), 1)
     k = rstd * rstd / m if weight is None else weight * rstd * rstd / m
-    direct = torch.zeros_like(rstd) if d_dweight is None else d_dweight * rstd
     of_xh = k * (a * p / m - s + 3 * b * q / m) - direct * b / m
     of_one = k * (q * a + b * p) / m - direct * a / m
-    d_x = xh.mul_(_column(of_xh, g)).add_(_column(of_one, g))
+    d_x = _affine(x, mean, rstd, of_xh, of_one)
     d_x.addcmul_(g, _column(direct - k * q, g)).addcmul_(v, _column(-k * b, g))
     return d_x, rstd * (s - a * p / m - b * q / m)
 
@@ -162,6 +157,24 @@ def _normalise_backward(
     return torch.ops.aten.native_batch_norm_backward(
         g, x, weight, None if training else mean, var, mean, rstd, training, 0.0, [True, True, True]
     )
+
+
+def _sums(g: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ``sum g * (x - mean) * rstd`` and ``sum g`` of each channel, in one pass without products."""
+    if not g.numel():
+        return torch.zeros_like(mean), torch.zeros_like(mean)
+    _, products, plain = torch.ops.aten.native_batch_norm_backward(
+        g, x, None, None, None, mean, rstd, True, 0.0, [False, True, True]
+    )
+    return products, plain
+
+
+def _affine(x: Tensor, mean: Tensor, rstd: Tensor, factor: Tensor, offset: Tensor) -> Tensor:
+    """Return ``(x - mean) * rstd * factor + offset`` in one pass."""
+    if not x.numel():
+        return torch.empty_like(x)
+    variance = rstd.square().reciprocal()
+    return torch.native_batch_norm(x, factor, offset, mean, variance, False, 0.0, 0.0)[0]
 
 
 def _activate_(z: Tensor, activation: str) -> Tensor:

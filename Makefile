@@ -8,6 +8,10 @@ READY := $(VENV)/.ready
 # The pinned torch, except where a GPU asks for whatever build suits it.
 CONSTRAINTS = $(shell nvidia-smi -L >/dev/null 2>&1 || echo -c constraints.txt)
 
+BUILT := $(VENV)/.built
+# CUDA kernels are of use only where there is a GPU; tests compile them all the same.
+BUILD = $(shell nvidia-smi -L >/dev/null 2>&1 || echo GRADL1_CUDA=0)
+
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint format bench gpu clean
 
@@ -19,13 +23,18 @@ help:  ## this text
 
 $(READY): pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv --clear $(VENV)
-	$(VENV)/bin/python -m pip install $(CONSTRAINTS) --editable ".[dev]"
+	GRADL1_CUDA=0 GRADL1_HOST=0 $(VENV)/bin/python -m pip install $(CONSTRAINTS) --editable ".[dev]"
 	touch $@
 
-demo: $(READY)  ## train, quantize and compare on a CPU; writes gradl1-demo/report.html
+# The compiled extension, built again when its sources change. Without a C++ compiler this still succeeds.
+$(BUILT): $(READY) $(wildcard csrc/*.* csrc/*/*.*)
+	$(BUILD) $(VENV)/bin/python -m pip install --no-deps --editable .
+	touch $@
+
+demo: $(BUILT)  ## train, quantize and compare on a CPU; writes gradl1-demo/report.html
 	$(VENV)/bin/gradl1 demo $(ARGS)
 
-test: $(READY)  ## all tests; those that need a GPU are skipped where there is none
+test: $(BUILT)  ## all tests; those that need a GPU are skipped where there is none
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 lint: $(READY)  ## style, formatting, docstrings and types
@@ -37,12 +46,13 @@ format: $(READY)  ## put the code into the form that lint asks for
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-bench: $(READY)  ## time and memory of a training step on this machine's CPU
+bench: $(BUILT)  ## time and memory of a training step on this machine's CPU
 	$(VENV)/bin/python -m bench.step $(ARGS)
 
 # Uses the python at hand and installs nothing. The benchmark runs even when a test fails; either failure counts.
 gpu:  ## all that needs a GPU: its tests, then the measurements, into OUT (default bench/results)
 	@export PYTHONPATH=".$${PYTHONPATH:+:$$PYTHONPATH}"; status=0; \
+	GRADL1_CUDA=1 GRADL1_CUDA_ARCHS="$${GRADL1_CUDA_ARCHS:-native}" $(PYTHON) setup.py -q build_ext --inplace || status=1; \
 	$(PYTHON) -m pytest tests/gpu || status=1; \
 	$(PYTHON) -m bench.gpu --out "$${OUT:-bench/results}" || status=1; \
 	exit $$status

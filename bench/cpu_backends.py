@@ -1,4 +1,4 @@
-"""Which backend is faster on this CPU: the penalised step of a ResNet-18 by each, beside the plain torch step.
+"""Which backend is faster on this CPU: the penalised step of a ResNet-18 by each, beside the plain step.
 
 Run it on an otherwise idle machine::
 
@@ -125,7 +125,9 @@ def environment() -> dict[str, Any]:
 def processor() -> str:
     """Return the name of the processor."""
     with open("/proc/cpuinfo", encoding="utf-8") as file:
-        return next((line.partition(":")[2].strip() for line in file if line.startswith("model name")), "unknown")
+        return next(
+            (line.partition(":")[2].strip() for line in file if line.startswith("model name")), "unknown"
+        )
 
 
 def main() -> None:
@@ -153,7 +155,12 @@ def report(steps: dict[str, Step], times: dict[str, list[float]], size: argparse
     for name, step in steps.items():
         median = statistics.median(times[name])
         share = convolution_share(step)
-        rows[name] = {"median_ms": median, "times_plain": median / plain, "profile_ms": share, "ms": times[name]}
+        rows[name] = {
+            "median_ms": median,
+            "times_plain": median / plain,
+            "profile_ms": share,
+            "ms": times[name],
+        }
         print(
             f"{name:45} {median:8.1f} ms  {median / plain:5.2f} x plain;"
             f" convolutions {share['convolutions']:.1f} ms of {share['all operators']:.1f} ms profiled"

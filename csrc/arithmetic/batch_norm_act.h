@@ -77,17 +77,19 @@ struct BackwardSums : Body<2 + (From == Mask::from_y), From == Mask::from_y, 3, 
     }
 };
 
+// Zero where the factor is: in evaluation, where it is, an infinite value must not make a NaN.
+template <class A>
+GRADL1_FN A times(A factor, A value) {
+    return factor != A(0) ? factor * value : A(0);
+}
+
 // in: dy (or g, with an open mask), x.  k: ..., factor, mean of g, slope.
-template <Activation Act, Mask From, class T, bool Training>
+template <Activation Act, Mask From, class T>
 struct BackwardApply : Body<2, 1, 6, 0> {
     template <class A>
     static GRADL1_FN void apply(const A* in, const A* k, A* out, A*) {
         const A g = masked<Act, From, T>(in[0], in[1], A(0), k[kNormScale], k[kNormShift]);
-        if constexpr (Training) {
-            out[0] = ((g - k[kOwn + 1]) - (in[1] - k[kMean]) * k[kOwn + 2]) * k[kOwn];
-        } else {
-            out[0] = g * k[kOwn];
-        }
+        out[0] = ((g - k[kOwn + 1]) - times(k[kOwn + 2], in[1] - k[kMean])) * k[kOwn];
     }
 };
 
@@ -111,21 +113,18 @@ struct DoubleBackwardSums : Body<3 + (From == Mask::from_y), 0, 3, 5> {
 enum DoubleCoefficient { kDl1Term = kOwn, kGv, kGd, kG1, kXd, kX1, kXg, kXv, kDoubleCoefficients };
 
 // in: dy, x, d_dx, y if it gives the mask, d_dresidual if it arrived.  out: d_dy, d_x.
-template <Activation Act, Mask From, bool Residual, class T, bool Training>
+template <Activation Act, Mask From, bool Residual, class T>
 struct DoubleBackwardApply : Body<3 + (From == Mask::from_y) + Residual, 2, kDoubleCoefficients, 0> {
     template <class A>
     static GRADL1_FN void apply(const A* in, const A* k, A* out, A*) {
         constexpr int last = 2 + (From == Mask::from_y);
         const A v = in[2], d = in[1] - k[kMean];
         const A g = masked<Act, From, T>(in[0], in[1], in[last], k[kNormScale], k[kNormShift]);
-        // In evaluation the slope is often exactly zero, where an infinite x must not make a NaN.
-        const A along = Training || k[kGd] != A(0) ? k[kGd] * d : A(0);
-        A d_g = (k[kGv] * v + along) + k[kG1];
+        A d_g = (k[kGv] * v + times(k[kGd], d)) + k[kG1];
         if constexpr (Residual) d_g += in[last + Residual];
         const A kept = masked<Act, From, T>(d_g, in[1], in[last], k[kNormScale], k[kNormShift]);
         out[0] = k[kDl1Term] * sign_of(in[0]) + kept;
-        out[1] = k[kXg] * g;
-        if constexpr (Training) out[1] += (k[kXd] * d + k[kX1]) + k[kXv] * v;
+        out[1] = k[kXg] * g + ((times(k[kXd], d) + k[kX1]) + times(k[kXv], v));
     }
 };
 

@@ -57,14 +57,14 @@ struct Channel {
         const double r = rstd[c], gamma = value_or(weight, c, 1), m = pixels;
         const double a = sum[0], b = r * sum[1], p = sum[2], q = r * sum[3], s = sum[4];
         const double gg = value_or(d_weight, c, 0), gb = value_or(d_bias, c, 0);
-        const double t = training ? 1 : 0, f = gamma * r * r / m;
+        const double f = gamma * r * r / m;
         k[kGv * stride] = static_cast<A>(gamma * r);
         k[kGd * stride] = static_cast<A>(r * (gg - (training ? gamma * r * q / m : 0)));
         k[kG1 * stride] = static_cast<A>(gb - (training ? gamma * r * p / m : 0));
-        k[kXd * stride] = static_cast<A>(t * r * (f * (a * p / m - s + 3 * b * q / m) - gg * r * b / m));
-        k[kX1 * stride] = static_cast<A>(t * (f * (q * a + b * p) / m - gg * r * a / m));
+        k[kXd * stride] = static_cast<A>(training ? r * (f * (a * p / m - s + 3 * b * q / m) - gg * r * b / m) : 0);
+        k[kX1 * stride] = static_cast<A>(training ? f * (q * a + b * p) / m - gg * r * a / m : 0);
         k[kXg * stride] = static_cast<A>(gg * r - (training ? f * q : 0));
-        k[kXv * stride] = static_cast<A>(-t * f * b);
+        k[kXv * stride] = static_cast<A>(training ? -f * b : 0);
         return r * (training ? s - a * p / m - b * q / m : s);
     }
 };

@@ -33,13 +33,7 @@ void apply(const BatchNormAct& r, const void* g, Where where) {
     const T *dy = static_cast<const T*>(g), *x = static_cast<const T*>(r.x);
     T* out = static_cast<T*>(r.out);
     const A* k = coefficients<A>(r);
-    if (r.training) {
-        run("batch_norm_act_backward", Operands<BackwardApply<Act, From, T, true>, T>{{dy, x}, {out}, k, nullptr}, r.layout,
-            where);
-    } else {
-        run("batch_norm_act_backward", Operands<BackwardApply<Act, From, T, false>, T>{{dy, x}, {out}, k, nullptr}, r.layout,
-            where);
-    }
+    run("batch_norm_act_backward", Operands<BackwardApply<Act, From, T>, T>{{dy, x}, {out}, k, nullptr}, r.layout, where);
 }
 
 // With a residual behind an activation the first pass writes the masked gradient, which the residual

@@ -29,9 +29,9 @@ void finish_double_backward(const BatchNormAct& r, std::int64_t count, Where whe
     finish<5>("batch_norm_act_double_backward_finish", slots(r), count, channels, f, where);
 }
 
-template <Activation Act, Mask From, bool Residual, bool Training, class T, class A>
+template <Activation Act, Mask From, bool Residual, class T, class A>
 void apply(const BatchNormAct& r, Where where) {
-    Operands<DoubleBackwardApply<Act, From, Residual, T, Training>, T> o{
+    Operands<DoubleBackwardApply<Act, From, Residual, T>, T> o{
         {static_cast<const T*>(r.dy), static_cast<const T*>(r.x), static_cast<const T*>(r.d_dx)},
         {static_cast<T*>(r.out), static_cast<T*>(r.out2)},
         coefficients<A>(r),
@@ -39,15 +39,6 @@ void apply(const BatchNormAct& r, Where where) {
     if constexpr (From == Mask::from_y) o.in[3] = static_cast<const T*>(r.y);
     if constexpr (Residual) o.in[3 + (From == Mask::from_y)] = static_cast<const T*>(r.d_dresidual);
     run("batch_norm_act_double_backward", o, r.layout, where);
-}
-
-template <Activation Act, Mask From, bool Residual, class T, class A>
-void apply(const BatchNormAct& r, Where where) {
-    if (r.training) {
-        apply<Act, From, Residual, true, T, A>(r, where);
-    } else {
-        apply<Act, From, Residual, false, T, A>(r, where);
-    }
 }
 
 template <Activation Act, Mask From, class T, class A>

@@ -15,8 +15,9 @@ struct alignas(sizeof(T) * Width) Pack {
     T value[Width];
 };
 
+// 16 bytes; float64 is there for tests and goes without.
 template <class T>
-constexpr int kWidest = 16 / sizeof(T);
+constexpr int kWidest = sizeof(T) > 4 ? 1 : 16 / sizeof(T);
 
 template <class Body, class T>
 struct Operands {
@@ -88,9 +89,14 @@ __device__ A block_sum(A value) {
     return total;
 }
 
+// Blocks of a pass that must fit on a multiprocessor: without a number ptxas spills a register or two to
+// fit three. The widest body in 16-bit types keeps 8 x 12 coefficients in registers and gets all of them.
+template <class Body, class T>
+constexpr int kResident = Body::coefficients > 8 && sizeof(T) == 2 ? 1 : 2;
+
 // Grid: channel, chunk of its pixels.
 template <class Body, class T, int Width>
-__global__ void __launch_bounds__(kThreads) planes_kernel(Operands<Body, T> o, Layout t, Shape shape) {
+__global__ void __launch_bounds__(kThreads, kResident<Body, T>) planes_kernel(Operands<Body, T> o, Layout t, Shape shape) {
     using A = accumulator<T>;
     const std::int64_t c = blockIdx.x, plane = t.inner / Width;
     A k[1][Body::coefficients + 1], sum[1][Body::sums + 1] = {};
@@ -127,7 +133,7 @@ __global__ void __launch_bounds__(kThreads) planes_kernel(Operands<Body, T> o, L
 
 // Grid: tile of channels, chunk of pixels. Block: packs of channels x pixels.
 template <class Body, class T, int Width>
-__global__ void __launch_bounds__(kThreads) rows_kernel(Operands<Body, T> o, Layout t, Shape shape) {
+__global__ void __launch_bounds__(kThreads, kResident<Body, T>) rows_kernel(Operands<Body, T> o, Layout t, Shape shape) {
     using A = accumulator<T>;
     const int column = threadIdx.x % shape.tile, row = threadIdx.x / shape.tile, rows = kThreads / shape.tile;
     const std::int64_t c = (static_cast<std::int64_t>(blockIdx.x) * shape.tile + column) * Width;

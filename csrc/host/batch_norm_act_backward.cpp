@@ -24,11 +24,7 @@ void apply(const BatchNormAct& r, const void* g, int threads) {
     const T *dy = static_cast<const T*>(g), *x = static_cast<const T*>(r.x);
     T* out = static_cast<T*>(r.out);
     const A* k = coefficients<A>(r);
-    if (r.training) {
-        Pass<BackwardApply<Act, From, T, true>, T, A>{r.layout, {dy, x}, {out}, k, slots(r)}.run(threads);
-    } else {
-        Pass<BackwardApply<Act, From, T, false>, T, A>{r.layout, {dy, x}, {out}, k, slots(r)}.run(threads);
-    }
+    Pass<BackwardApply<Act, From, T>, T, A>{r.layout, {dy, x}, {out}, k, slots(r)}.run(threads);
 }
 
 // With a residual behind an activation the first pass writes the masked gradient, which the residual

@@ -18,11 +18,11 @@ void finish(const BatchNormAct& r, const P& pass) {
     }
 }
 
-template <Activation Act, Mask From, bool Residual, bool Training, class T, class A>
+template <Activation Act, Mask From, bool Residual, class T, class A>
 void apply(const BatchNormAct& r, int threads) {
     const T *dy = static_cast<const T*>(r.dy), *x = static_cast<const T*>(r.x), *y = static_cast<const T*>(r.y);
     const T *v = static_cast<const T*>(r.d_dx), *u = static_cast<const T*>(r.d_dresidual);
-    Pass<DoubleBackwardApply<Act, From, Residual, T, Training>, T, A> pass{
+    Pass<DoubleBackwardApply<Act, From, Residual, T>, T, A> pass{
         r.layout,
         {dy, x, v},
         {static_cast<T*>(r.out), static_cast<T*>(r.out2)},
@@ -31,15 +31,6 @@ void apply(const BatchNormAct& r, int threads) {
     if constexpr (From == Mask::from_y) pass.in[3] = y;
     if constexpr (Residual) pass.in[3 + (From == Mask::from_y)] = u;
     pass.run(threads);
-}
-
-template <Activation Act, Mask From, bool Residual, class T, class A>
-void apply(const BatchNormAct& r, int threads) {
-    if (r.training) {
-        apply<Act, From, Residual, true, T, A>(r, threads);
-    } else {
-        apply<Act, From, Residual, false, T, A>(r, threads);
-    }
 }
 
 template <Activation Act, Mask From, class T, class A>

@@ -16,7 +16,7 @@ function(add_instruction_set name)
 endfunction()
 
 add_instruction_set(base)
-if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64)$")
+if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64)$" AND NOT GRADL1_BASE_ONLY)
   set(avx2 -mavx2 -mfma -mbmi -mbmi2)
   add_instruction_set(avx2 ${avx2})
   add_instruction_set(avx512 ${avx2} -mavx512f -mavx512bw -mavx512cd -mavx512dq -mavx512vl

@@ -24,7 +24,9 @@ def batch_norm_act(shape: tuple[int, ...], dtype: torch.dtype, layout: Layout) -
     """Every sweep in training and evaluation, with every activation, with and without a residual."""
     x, residual, dy, v, u = ((2 * torch.randn(shape) + 0.3).to(dtype) for _ in range(5))
     residual, dy, v, u = (layout(t) for t in (residual, dy, v, u))
-    if layout(x).float().transpose(0, 1).flatten(1).var(1).min() > 1e-3:  # else 1/std amplifies rounding noise
+    if (
+        layout(x).float().transpose(0, 1).flatten(1).var(1).min() > 1e-3
+    ):  # else 1/std amplifies rounding noise
         x = layout(x)
     w, b, mean, var, gw, gb = (torch.rand(shape[1]).to(sums(dtype)) + 0.5 for _ in range(6))
     c, b = torch.tensor(0.7, dtype=sums(dtype)), b - 1

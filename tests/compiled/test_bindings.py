@@ -72,7 +72,10 @@ def test_unknown_instruction_set_is_refused(module: Any) -> None:
 def test_module_names_no_torch_no_driver_and_no_thread_pool(module: Any) -> None:
     """So one built wheel works under every torch, and on a machine without GPU or driver."""
     text = subprocess.run(
-        ["readelf", "--dyn-syms", "--dynamic", "--wide", module.__file__], capture_output=True, text=True, check=True
+        ["readelf", "--dyn-syms", "--dynamic", "--wide", module.__file__],
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout
     needed = [line for line in text.splitlines() if "(NEEDED)" in line]
     assert needed
@@ -89,7 +92,8 @@ def test_module_runs_without_torch(module: Any) -> None:
         "import importlib.util as u, array, sys\n"
         f"s = u.spec_from_file_location('_gradl1', {module.__file__!r})\n"
         "m = u.module_from_spec(s); s.loader.exec_module(m)\n"
-        "x = array.array('f', [-2.0] * 100_000); out = array.array('f', [0.0]); room = array.array('d', [0] * 9999)\n"
+        "x = array.array('f', [-2.0] * 100_000); out = array.array('f', [0.0])\n"
+        "room = array.array('d', [0] * 9999)\n"
         "span = lambda a: (a.buffer_info()[0], len(a) * a.itemsize)\n"
         "m.host.tap_backward((8, 0), 0, len(x), span(x), span(out), span(room))\n"
         "assert out[0] == 200_000 and not m.has_team() and 'torch' not in sys.modules\n"

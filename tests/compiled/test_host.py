@@ -16,8 +16,8 @@ from tests.ops.cases import CASES, Case
 from tests.ops.layouts import LAYOUTS
 from tests.ops.sweeps import sweep
 
-# What a result may differ by, relative to its largest element or to 1 (all inputs are of that size): the last digits of the sums, and one
-# rounding to the type of the result.
+# What a result may differ by, relative to its largest element or to 1 (all inputs are of that size):
+# the last digits of the sums, and one rounding to the type of the result.
 TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
 
 

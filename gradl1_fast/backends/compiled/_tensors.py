@@ -29,7 +29,7 @@ def where(x: Tensor) -> tuple[int, int]:
 
 
 def dense(x: Tensor) -> Tensor:
-    """Return ``x``, or a copy with the strides of ``torch.empty_like(x)`` if its memory has gaps or overlaps."""
+    """Return ``x``, or a copy as ``torch.empty_like(x)`` lays it out if its memory has gaps."""
     if x.is_neg():
         x = x.resolve_neg()  # its memory holds the opposite of its values
     if x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)):

@@ -5,6 +5,8 @@ The mask of the activation is recomputed from ``x``; only where a residual was a
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -22,7 +24,7 @@ from gradl1_fast.backends.compiled._tensors import (
     vector,
     where,
 )
-from gradl1_fast.backends.reference._tensors import absent, in_layout_of, sum_dtype
+from gradl1_fast.backends.reference._tensors import absent, in_layout_of
 
 _ACTIVATIONS = {"none": 0, "relu": 1, "relu6": 2}
 
@@ -145,5 +147,5 @@ def _vectors(x: Tensor, *vectors: Tensor | None) -> list[Tensor | None]:
     return [vector(v, x) for v in vectors]
 
 
-def _spans(tensors: object) -> tuple[Span | None, ...]:
-    return tuple(map(span, tensors))  # type: ignore[call-overload, no-any-return]
+def _spans(tensors: Iterable[Tensor | None]) -> tuple[Span | None, ...]:
+    return tuple(map(span, tensors))

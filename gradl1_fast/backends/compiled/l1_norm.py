@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -34,18 +35,12 @@ def l1_norm_double_backward(d_dx: list[Tensor], tensors: list[Tensor]) -> Tensor
 def _norms(tensors: list[Tensor], paired: Any) -> Tensor:
     wide = any(t.dtype == torch.float64 for t in tensors)
     first, engine = tensors[0], engine_for(tensors[0])
-    out = torch.empty(
-        (len(tensors),), dtype=torch.float64 if wide else torch.float32, device=first.device
-    )
+    out = torch.empty((len(tensors),), dtype=torch.float64 if wide else torch.float32, device=first.device)
     pieces = _pieces(tensors, paired)
-    room = torch.empty(
-        (engine.l1_norm_scratch_bytes(pieces) // 8,), dtype=torch.float64, device=first.device
-    )
+    room = torch.empty((engine.l1_norm_scratch_bytes(pieces) // 8,), dtype=torch.float64, device=first.device)
     engine.l1_norm(where(first), pieces, wide, span(out), span(room))
     return out
 
 
-def _pieces(tensors: list[Tensor], paired: list[Tensor | None]) -> list[tuple[Any, ...]]:
-    return [
-        (DTYPES[t.dtype], t.numel(), span(t), span(v)) for t, v in zip(tensors, paired, strict=True)
-    ]
+def _pieces(tensors: list[Tensor], paired: Sequence[Tensor | None]) -> list[tuple[Any, ...]]:
+    return [(DTYPES[t.dtype], t.numel(), span(t), span(v)) for t, v in zip(tensors, paired, strict=True)]

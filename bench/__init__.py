@@ -1,1 +1,1 @@
-"""Benchmarks; each prints what it measures and writes it with the environment."""
+"""Measurements: run the modules of this package with ``python -m bench.<name>``."""

@@ -5,12 +5,11 @@ arXiv 2002.07520.
 """
 
 from gradl1_fast import functional, nn
+from gradl1_fast._version import __version__ as __version__
 from gradl1_fast.backends import UnavailableError, backend
 from gradl1_fast.nn import BatchNormAct2d, QConv1d, QConv2d, QConv3d, QLinear, convert, report
 from gradl1_fast.penalty import GradL1
 from gradl1_fast.quantization import Table, bits, calibrate, set_bits, sweep
-
-__version__ = "0.1.0"
 
 __all__ = [
     "BatchNormAct2d",

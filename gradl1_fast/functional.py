@@ -37,10 +37,11 @@ def tap(x: Tensor, probe: Tensor) -> Tensor:
 
     Args:
         x: any shape and floating type.
-        probe: a scalar leaf with ``requires_grad=True`` on the device of ``x``.
+        probe: a scalar leaf on the device of ``x``. While it does not require a gradient nothing is
+            measured, and nothing is paid.
 
     Returns:
-        A view of ``x``: nothing is copied.
+        ``x``, or a view of it: nothing is copied.
 
     Raises:
         ValueError: the probe is not a scalar or on another device.
@@ -48,7 +49,7 @@ def tap(x: Tensor, probe: Tensor) -> Tensor:
     Differentiable twice; ``sign(0) = 0``. Source: section 3 of arXiv 2002.07520 and ``ops/tap.py``.
     """
     check.probe("tap", x, probe)
-    return ops.tap.tap_forward(x, probe) if torch.is_grad_enabled() else x
+    return ops.tap.tap_forward(x, probe) if torch.is_grad_enabled() and probe.requires_grad else x
 
 
 def scale_probe(probe: Tensor, scale: Tensor) -> Tensor:

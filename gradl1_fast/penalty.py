@@ -74,7 +74,6 @@ class GradL1:
         step_bits: int = 4,
         epsilon: float = 1e-3,
     ) -> None:
-        self.lambda_w, self.lambda_a = lambda_w, lambda_a
         self.scale, self.method = _one_of("scale", scale, SCALES), _one_of("method", method, METHODS)
         self.every = _count("every", every)
         self.step_bits = _count("step_bits", step_bits)
@@ -82,6 +81,7 @@ class GradL1:
         self.model = model
         self.layers = named_layers(model)
         self.sites = activation_sites(model)
+        self.lambda_w, self.lambda_a = lambda_w, lambda_a
         self.terms: dict[str, Tensor] = {}
         self._calls = 0
         self._graph_checked = False
@@ -99,12 +99,15 @@ class GradL1:
 
     @property
     def lambda_a(self) -> float:
-        """Coefficient of the activations' term."""
+        """Coefficient of the activations' term; above 0, the next forward pass measures them."""
         return self._lambda_a
 
     @lambda_a.setter
     def lambda_a(self, value: float) -> None:
         self._lambda_a = _coefficient("lambda_a", value)
+        if self._lambda_a and self.method == "exact":
+            for site in self.sites:
+                site.probe.requires_grad_(True)
 
     def __call__(self, loss: Tensor) -> Tensor:
         """Return the penalty, a scalar to be added to the loss and differentiated with it.

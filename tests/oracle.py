@@ -69,7 +69,9 @@ class FakeQuantize(nn.Module):
         self.grid = (scale, zero_point, q_min, q_max, axis)
 
     def forward(self, x: Tensor) -> Tensor:
-        return fake_quantize(x, *self.grid)
+        result = fake_quantize(x, *self.grid)
+        result.unquantized = x  # whose range it is that a step is measured by
+        return result
 
 
 @dataclass(frozen=True)
@@ -114,8 +116,13 @@ def penalised_gradients(
         activation_bits: width at which the step of an activation is taken, on an affine grid.
     """
     measured = model_fn()
-    sites = [(n, t, lambda_w, symmetric_step(t, weight_bits)) for n, t in measured.weights.items()]
-    sites += [(n, t, lambda_a, affine_step(t, activation_bits)) for n, t in measured.activations.items()]
+    sites = [
+        (n, t, lambda_w, symmetric_step(_unquantized(t), weight_bits)) for n, t in measured.weights.items()
+    ]
+    sites += [
+        (n, t, lambda_a, affine_step(_unquantized(t), activation_bits))
+        for n, t in measured.activations.items()
+    ]
     gradients = torch.autograd.grad(measured.loss, [t for _, t, _, _ in sites], create_graph=True)
     penalty = torch.zeros_like(measured.loss)
     terms = {}
@@ -129,6 +136,10 @@ def penalised_gradients(
     return Penalised(
         measured.loss.detach(), penalty.detach(), terms, dict(zip(parameters, total, strict=True))
     )
+
+
+def _unquantized(t: Tensor) -> Tensor:
+    return getattr(t, "unquantized", t)
 
 
 def symmetric_step(t: Tensor, bits: int) -> Tensor:
@@ -159,6 +170,8 @@ def measure(
     kept: dict[str, Tensor] = {}
 
     def keep(name: str, t: Tensor) -> None:
+        if not t.requires_grad:  # behind frozen layers alone
+            t.requires_grad_()
         if all(t is not other for other in kept.values()):
             kept[f"{name} #{len(kept)}" if name in kept else name] = t
 
@@ -172,3 +185,63 @@ def measure(
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def quantize(
+    module: nn.Module,
+    run: Callable[[nn.Module], object],
+    *,
+    weights: Iterable[str],
+    outputs_of: Iterable[str],
+    weight_bits: int,
+    activation_bits: int,
+) -> None:
+    """Fake-quantize a plain network in place: weights, its input, and the outputs of the named modules.
+
+    Args:
+        module: a plain network.
+        run: passes data through it, in evaluation mode, to find the ranges of activations.
+        weights: names of weights; each gets a symmetric grid for its own range.
+        outputs_of: modules whose output is quantized, on an affine grid.
+        weight_bits: width of the weights.
+        activation_bits: width of the activations.
+    """
+    ranges: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def observe(name: str, t: Tensor) -> None:
+        low, high = ranges.get(name, (t.min(), t.max()))
+        ranges[name] = (torch.minimum(low, t.min()), torch.maximum(high, t.max()))
+
+    names = list(outputs_of)
+    hooks = [module.register_forward_pre_hook(lambda _, i: observe("", i[0]))]
+    hooks += [
+        module.get_submodule(n).register_forward_hook(lambda _, i, out, n=n: observe(n, out)) for n in names
+    ]
+    training = module.training
+    with torch.no_grad():
+        run(module.eval())
+    module.train(training)
+    for hook in hooks:
+        hook.remove()
+    grids = {name: _affine_grid(*ends, activation_bits) for name, ends in ranges.items()}
+
+    def quantized(name: str, t: Tensor) -> Tensor:
+        result = fake_quantize(t, *grids[name])
+        result.unquantized = t
+        return result
+
+    module.register_forward_pre_hook(lambda _, i: (quantized("", i[0]), *i[1:]))
+    for n in names:
+        module.get_submodule(n).register_forward_hook(lambda _, i, out, n=n: quantized(n, out))
+    for name in weights:
+        owner, _, attribute = name.rpartition(".")
+        layer = module.get_submodule(owner)
+        limit = 2 ** (weight_bits - 1) - 1
+        scale = symmetric_step(getattr(layer, attribute).detach(), weight_bits)
+        grid = FakeQuantize(scale, torch.zeros_like(scale), -limit, limit)
+        parametrize.register_parametrization(layer, attribute, grid)
+
+
+def _affine_grid(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor, int, int]:
+    scale = (high.clamp(min=0) - low.clamp(max=0)) / (2**bits - 1)
+    return scale, torch.round(-low.clamp(max=0) / scale), 0, 2**bits - 1

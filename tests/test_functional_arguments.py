@@ -4,12 +4,28 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradl1_fast import functional as F
+
+
+class Watching(TorchDispatchMode):
+    """Notes whether backward operators were asked for their l1 term, their last argument."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.with_l1: list[bool] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "gradl1_fast" and func.overloadpacket.__name__.endswith("backward"):
+            self.with_l1.append(args[-1])
+        return func(*args, **(kwargs or {}))
+
 
 X, W, C = torch.ones(2, 3, 5, 5), torch.ones(4, 3, 3, 3), torch.ones(3)
 ONE, ZERO = torch.tensor(1.0), torch.tensor(0.0)
@@ -141,6 +157,19 @@ def test_a_tap_costs_nothing_without_gradients() -> None:
     assert F.tap(X, probe).data_ptr() == X.data_ptr()
     with torch.no_grad():
         assert F.tap(X, probe) is X
+    assert F.tap(X, probe.detach()) is X
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_the_l1_term_is_computed_only_for_a_probe_that_requires_it(asked: bool) -> None:
+    x, probe = torch.ones(2, 3, requires_grad=True), torch.zeros((), requires_grad=asked)
+    for function in (
+        lambda: F.fake_quantize(x, ONE, ZERO, -7, 7, probe=probe),
+        lambda: F.batch_norm_act(x, None, None, training=True, probe=probe),
+    ):
+        with Watching() as mode:
+            torch.autograd.grad(function().sum(), x, create_graph=True)
+        assert set(mode.with_l1) == {asked}
 
 
 def test_scale_probe_multiplies_the_l1_term_and_is_differentiated_once_more() -> None:

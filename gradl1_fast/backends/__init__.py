@@ -65,8 +65,8 @@ def _load_host(op: str, device: torch.device) -> ModuleType:
 # The order is the automatic one: the first that can, computes.
 _LOADERS: dict[str, Callable[[str, torch.device], ModuleType]] = {
     "cuda": _load_cuda,
+    "host": _load_host,  # before the reference: faster, by bench/cpu_backends.py
     "reference": _load_reference,
-    "host": _load_host,
 }
 
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("gradl1_fast_backend", default=None)

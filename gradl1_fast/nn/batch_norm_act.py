@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,6 +13,12 @@ from gradl1_fast.nn.quantizers import ActivationQuantizer
 from gradl1_fast.nn.twins import retype
 
 __all__ = ["BatchNormAct2d"]
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda y: y,
+    "relu": torch.relu,
+    "relu6": torch.nn.functional.relu6,
+}
 
 
 class BatchNormAct2d(nn.BatchNorm2d):
@@ -64,12 +71,22 @@ class BatchNormAct2d(nn.BatchNorm2d):
 
         Args:
             x: ``(N, C, H, W)``.
-            residual: added before the activation; must broadcast to ``x``.
+            residual: added before the activation; where ``x`` is the one to be broadcast, or for a
+                number, sum and activation are operations of their own.
         """
         self._check_input_dim(x)
         folded = self.quantizer is not None and self.quantizer.is_plain_tap
+        if residual is None or _broadcasts(residual, x):
+            probe = self.quantizer.probe if folded and self.quantizer is not None else None
+            y = self._normalize(x, residual, self.activation, probe)
+        else:
+            folded = False
+            y = _ACTIVATIONS[self.activation](self._normalize(x, None, "none", None) + residual)
+        return y if folded or self.quantizer is None else self.quantizer(y)
+
+    def _normalize(self, x: Tensor, residual: Tensor | None, activation: str, probe: Tensor | None) -> Tensor:
         tracked = not self.training or self.track_running_stats
-        y = F.batch_norm_act(
+        return F.batch_norm_act(
             x,
             self.running_mean if tracked else None,
             self.running_var if tracked else None,
@@ -79,10 +96,9 @@ class BatchNormAct2d(nn.BatchNorm2d):
             momentum=self._count_batch(),
             eps=self.eps,
             residual=residual,
-            activation=self.activation,
-            probe=self.quantizer.probe if folded and self.quantizer is not None else None,
+            activation=activation,
+            probe=probe,
         )
-        return y if folded or self.quantizer is None else self.quantizer(y)
 
     def _count_batch(self) -> float:
         """Count a training batch and return its share in the running statistics."""
@@ -92,9 +108,17 @@ class BatchNormAct2d(nn.BatchNorm2d):
             with torch.no_grad():
                 self.num_batches_tracked.add_(1)
         if self.momentum is None:  # a cumulative average
-            return 1.0 / float(self.num_batches_tracked)
+            return 1.0 / float(self.num_batches_tracked)  # type: ignore[arg-type]
         return self.momentum
 
     def extra_repr(self) -> str:
         """Return what ``print(model)`` shows of this layer."""
         return f"{super().extra_repr()}, activation={self.activation}"
+
+
+def _broadcasts(residual: Any, x: Tensor) -> bool:
+    """Return whether ``residual`` is a tensor that can be expanded to the shape of ``x``."""
+    if not isinstance(residual, Tensor) or residual.dim() > x.dim():
+        return False
+    sizes = zip(reversed(residual.shape), reversed(x.shape), strict=False)
+    return all(size in (1, wanted) for size, wanted in sizes)

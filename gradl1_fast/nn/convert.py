@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import operator
 import warnings
+from collections.abc import Iterator
 
 from torch import fx, nn
 
@@ -13,16 +13,11 @@ from gradl1_fast.nn.layers import QuantizedLayer
 from gradl1_fast.nn.placement import LAYERS, place_layers, place_quantizers
 from gradl1_fast.nn.quantizers import ActivationQuantizer
 from gradl1_fast.nn.report import unconverted_layers
-from gradl1_fast.nn.rewrite import fuse_batch_norms, remove_in_place, replace_module
+from gradl1_fast.nn.rewrite import fuse_batch_norms, module_of, remove_in_place, replace_module
+from gradl1_fast.nn.trace import NotTraceableError, Tracer, trace
 from gradl1_fast.nn.twins import copy_structure
 
 __all__ = ["convert"]
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
-class _NotTraceableError(Exception):
-    """The model's forward pass cannot be taken as one graph; the message says why."""
 
 
 def convert(model: nn.Module, *, per_channel: bool = False) -> nn.Module:
@@ -48,9 +43,11 @@ def convert(model: nn.Module, *, per_channel: bool = False) -> nn.Module:
         once for each layer it feeds, and its input as an activation.
 
     Raises:
-        ValueError: the model has no convolution and no linear layer.
+        ValueError: the model has no convolution and no linear layer, or it has plain layers beside
+            layers of this library.
     """
     if any(isinstance(m, QuantizedLayer | BatchNormAct2d) for m in model.modules()):
+        _refuse_half_converted(model)
         return model
     layer = LAYERS.get(type(model))
     if layer is not None:
@@ -58,7 +55,7 @@ def convert(model: nn.Module, *, per_channel: bool = False) -> nn.Module:
     tree = copy_structure(model)
     try:
         converted = _by_graph(tree, per_channel)
-    except _NotTraceableError as reason:
+    except NotTraceableError as reason:
         warnings.warn(
             f"gradl1_fast.convert: {type(model).__name__} cannot be traced ({reason}); every layer "
             "quantizes its own input and nothing is fused",
@@ -69,6 +66,19 @@ def convert(model: nn.Module, *, per_channel: bool = False) -> nn.Module:
     return converted
 
 
+def _refuse_half_converted(model: nn.Module) -> None:
+    plain = [
+        name
+        for name, module in model.named_modules()
+        if type(module) in LAYERS and not isinstance(model, ConvertedModel)
+    ]
+    if plain:
+        raise ValueError(
+            f"gradl1_fast.convert: the model has layers of this library, and {', '.join(plain)} of torch.nn; "
+            "convert the whole model at once, before parts of it"
+        )
+
+
 def _lone_layer(layer: type[QuantizedLayer], model: nn.Module, per_channel: bool) -> nn.Module:
     converted = layer.from_float(model, per_channel=per_channel)
     converted.input_quantizer = ActivationQuantizer(penalized=False).to(converted.weight)  # fed with data
@@ -76,10 +86,10 @@ def _lone_layer(layer: type[QuantizedLayer], model: nn.Module, per_channel: bool
 
 
 def _by_graph(tree: nn.Module, per_channel: bool) -> nn.Module:
-    graph = _trace(tree)
-    graph.owning_module = tree  # what is impure depends on the modules called
+    graph = trace(tree)
+    graph.owning_module = tree  # type: ignore[assignment]  # what is impure depends on the modules called
     remove_in_place(tree, graph)
-    graph.eliminate_dead_code()
+    graph.eliminate_dead_code(lambda node: node.is_impure() or _leaves_a_trace(tree, node))
     fuse_batch_norms(tree, graph)
     place_layers(tree, graph, per_channel)
     place_quantizers(tree, graph)
@@ -87,8 +97,16 @@ def _by_graph(tree: nn.Module, per_channel: bool) -> nn.Module:
     return ConvertedModel.assemble(tree.__dict__, graph, type(tree).__name__)
 
 
+def _leaves_a_trace(tree: nn.Module, node: fx.Node) -> bool:
+    """Return whether a call matters even if nobody reads its result: statistics, random numbers."""
+    module = module_of(tree, node)
+    return isinstance(module, nn.modules.dropout._DropoutNd) or (
+        module is not None and any(True for _ in module.buffers())
+    )
+
+
 def _layer_by_layer(tree: nn.Module, per_channel: bool) -> nn.Module:
-    for module in list(tree.modules()):
+    for module in list(_own_modules(tree)):
         layer = LAYERS.get(type(module))
         if layer is not None:
             new = layer.from_float(module, per_channel=per_channel)
@@ -98,35 +116,13 @@ def _layer_by_layer(tree: nn.Module, per_channel: bool) -> nn.Module:
     return tree
 
 
-def _trace(tree: nn.Module) -> fx.Graph:
-    """Return the graph of the forward pass, the same in training and in evaluation."""
-    _refuse_hooks(tree)
-    modes = {module: module.training for module in tree.modules()}
-    try:
-        graphs = []
-        for training in (True, False):
-            for module in modes:
-                module.training = training
-            graphs.append(fx.Tracer().trace(tree))
-    except Exception as error:  # the model's own code runs in here: it may raise anything
-        raise _NotTraceableError(f"{type(error).__name__}: {error}".splitlines()[0]) from error
-    finally:
-        for module, training in modes.items():
-            module.training = training
-    if str(graphs[0]) != str(graphs[1]):
-        raise _NotTraceableError("its forward pass differs between training and evaluation")
-    if any(node.target is operator.setitem for node in graphs[0].nodes):
-        raise _NotTraceableError("it assigns to parts of a tensor")
-    return graphs[0]
-
-
-def _refuse_hooks(tree: nn.Module) -> None:
-    """Refuse hooks on the modules that tracing takes apart: they would run once, and never again."""
-    tracer = fx.Tracer()
-    for name, module in tree.named_modules():
-        hooked = any(table for key, table in vars(module).items() if key.endswith(_HOOKS))
-        if name and hooked and not tracer.is_leaf_module(module, name):
-            raise _NotTraceableError(f"module {name!r} has hooks, which tracing would lose")
+def _own_modules(tree: nn.Module) -> Iterator[nn.Module]:
+    """Yield the modules, but not what is inside others of torch.nn, which may read weights themselves."""
+    yield tree
+    tracer, containers = Tracer(), (nn.ModuleList, nn.ModuleDict)
+    if isinstance(tree, containers) or not tracer.is_leaf_module(tree, ""):
+        for child in tree.children():
+            yield from _own_modules(child)
 
 
 def _check_layers(model: nn.Module) -> None:

@@ -21,6 +21,7 @@ class ConvertedModel(fx.GraphModule):
     @classmethod
     def assemble(cls, tree: dict[str, Any], graph: fx.Graph, name: str) -> ConvertedModel:
         """Return the model with the attributes ``tree`` of a module and ``graph`` as its forward pass."""
+        tree = _tree(tree)  # of a model that was traced before
         root = nn.Module()
         root.__dict__.update(tree)
         model = cls(root, graph, class_name=name)
@@ -44,5 +45,4 @@ def _tree(attributes: dict[str, Any]) -> dict[str, Any]:
 
 
 def _unpickle(rebuild: Callable[..., fx.GraphModule], args: tuple[Any, ...], name: str) -> ConvertedModel:
-    tree = _tree(args[0])
-    return ConvertedModel.assemble(tree, rebuild(*args).graph, name)
+    return ConvertedModel.assemble(args[0], rebuild(*args).graph, name)

@@ -30,6 +30,7 @@ class QuantizedLayer(nn.Module):
     def _add_quantizers(self, per_channel: bool, quantize_input: bool) -> None:
         self.weight_quantizer = WeightQuantizer(per_channel=per_channel)
         self.input_quantizer = ActivationQuantizer().to(self.weight) if quantize_input else None
+        self.train(self.training)
 
     @classmethod
     def from_float(
@@ -121,7 +122,7 @@ class QConv3d(_QConv, nn.Conv3d):
         self._add_quantizers(per_channel, quantize_input)
 
 
-class QLinear(QuantizedLayer, nn.Linear):
+class QLinear(QuantizedLayer, nn.Linear):  # type: ignore[misc]
     """``nn.Linear`` that can be quantized on demand and differentiated twice; see :class:`QConv1d`."""
 
     twin = nn.Linear

@@ -10,7 +10,7 @@ from torch import fx, nn
 from gradl1_fast.nn.batch_norm_act import BatchNormAct2d
 from gradl1_fast.nn.layers import QConv1d, QConv2d, QConv3d, QLinear, QuantizedLayer
 from gradl1_fast.nn.quantizers import ActivationQuantizer
-from gradl1_fast.nn.rewrite import count_calls, module_of, replace_module
+from gradl1_fast.nn.rewrite import count_calls, module_of, operation_of, replace_module
 
 CONTAINER = "activation_quantizers"
 LAYERS: dict[type[nn.Module], type[QuantizedLayer]] = {
@@ -36,7 +36,7 @@ def place_layers(root: nn.Module, graph: fx.Graph, per_channel: bool) -> None:
     """Replace the convolutions and linear layers that the graph calls; the graph quantizes their inputs."""
     for node in graph.nodes:
         module = module_of(root, node)
-        layer = LAYERS.get(type(module))
+        layer = None if module is None else LAYERS.get(type(module))
         if module is not None and layer is not None:
             new = layer.from_float(module, per_channel=per_channel, quantize_input=False)
             replace_module(root, module, new)
@@ -63,11 +63,13 @@ def _place(
         producer.quantizer = quantizer
         return
     if CONTAINER not in root._modules:
-        root.add_module(CONTAINER, nn.ModuleDict())
-    root.get_submodule(CONTAINER).add_module(source.name, quantizer)
+        root.add_module(CONTAINER, nn.Module().train(root.training))
+    container = root.get_submodule(CONTAINER)
+    name = f"{source.name}_output" if hasattr(container, source.name) else source.name
+    container.add_module(name, quantizer)
     after = _last_placeholder(graph) if source.op == "placeholder" else source
     with graph.inserting_after(after):
-        node = graph.call_module(f"{CONTAINER}.{source.name}", (source,))
+        node = graph.call_module(f"{CONTAINER}.{name}", (source,))
     source.replace_all_uses_with(node, delete_user_cb=lambda user: user is not node)
 
 
@@ -77,6 +79,6 @@ def _last_placeholder(graph: fx.Graph) -> fx.Node:
 
 def _source(root: nn.Module, node: fx.Node) -> fx.Node:
     """Return the node whose values ``node`` hands on."""
-    while node.target in _SAME_VALUES or isinstance(module_of(root, node), nn.Flatten | nn.Identity):
+    while operation_of(node) in _SAME_VALUES or isinstance(module_of(root, node), nn.Flatten | nn.Identity):
         node = node.all_input_nodes[0]
     return node

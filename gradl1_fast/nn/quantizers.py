@@ -67,7 +67,8 @@ class ActivationQuantizer(nn.Module):
         bits: 1 to 16, or None for float. Set it with :func:`gradl1_fast.set_bits`.
         low: lower end of the range, a scalar, or None before calibration.
         high: upper end of the range.
-        probe: the scalar leaf whose gradient is ``sum |dL/dy|``; None where not penalized.
+        probe: the scalar leaf whose gradient is ``sum |dL/dy|`` once it requires one, which a penalty
+            on activations asks for; None where not penalized.
         step_bits: when set, the probe's gradient is multiplied by the step at this width.
         observer: watches what arrives, during calibration only.
     """
@@ -104,7 +105,8 @@ class ActivationQuantizer(nn.Module):
         return F.quantization_grid(*F.value_range(x), bits, symmetric=False)[0]
 
     def _scaled_probe(self, x: Tensor) -> Tensor | None:
-        if self.probe is None or self.step_bits is None or not torch.is_grad_enabled():
+        measured = self.probe is not None and self.probe.requires_grad and torch.is_grad_enabled()
+        if self.probe is None or self.step_bits is None or not measured:
             return self.probe
         return F.scale_probe(self.probe, self.step(x, self.step_bits))
 
@@ -117,7 +119,7 @@ class ActivationQuantizer(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
         if self.probe is not None:
-            self.probe = _new_probe(fn(self.probe.detach()))
+            self.probe = _new_probe(fn(self.probe.detach())).requires_grad_(self.probe.requires_grad)
         return self
 
     def extra_repr(self) -> str:
@@ -130,4 +132,4 @@ class ActivationQuantizer(nn.Module):
 def _new_probe(like: Tensor) -> Tensor:
     """Return a fresh leaf on the device of ``like``, in float32 at least: it receives a sum."""
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-    return torch.zeros((), dtype=dtype, device=like.device, requires_grad=True)
+    return torch.zeros((), dtype=dtype, device=like.device)

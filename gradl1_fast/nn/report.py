@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -13,6 +14,7 @@ from gradl1_fast.nn.converted import ConvertedModel
 from gradl1_fast.nn.layers import QuantizedLayer
 from gradl1_fast.nn.placement import LAYERS
 from gradl1_fast.nn.quantizers import ActivationQuantizer
+from gradl1_fast.nn.rewrite import operation_of
 
 __all__ = ["Report", "report", "unconverted_layers"]
 
@@ -24,6 +26,9 @@ _FUNCTIONS = {
     torch.matmul,
     torch.bmm,
     torch.einsum,
+    operator.matmul,
+    "matmul",
+    "bmm",
 }
 
 
@@ -79,13 +84,15 @@ def unconverted_layers(model: nn.Module) -> list[str]:
             if isinstance(m, twins) and not isinstance(m, QuantizedLayer)
         ]
     return [
-        f"{node.name} ({_kind(model, node)})" for node in model.graph.nodes if _hides_a_layer(model, node)
+        f"{node.target if node.op == 'call_module' else node.name} ({_kind(model, node)})"
+        for node in model.graph.nodes
+        if _hides_a_layer(model, node)
     ]
 
 
 def _hides_a_layer(model: nn.Module, node: fx.Node) -> bool:
     if node.op != "call_module":
-        return node.target in _FUNCTIONS or node.target in ("matmul", "bmm")
+        return operation_of(node) in _FUNCTIONS
     module = model.get_submodule(str(node.target))
     return not isinstance(module, QuantizedLayer) and any(
         isinstance(m, tuple(LAYERS)) for m in module.modules()

@@ -9,23 +9,31 @@ import torch
 from torch import fx, nn
 
 from gradl1_fast.nn.batch_norm_act import BatchNormAct2d
+from gradl1_fast.nn.trace import IN_PLACE_OPERATORS, NotTraceableError, has_hooks
 
 _RELU = {torch.relu, torch.relu_, nn.functional.relu, nn.functional.relu_, "relu", "relu_"}
 _RELU6 = {nn.functional.relu6}
 _ADD = {operator.add, operator.iadd, torch.add, "add", "add_"}
-_PLAIN = {
-    operator.iadd: operator.add,
-    operator.isub: operator.sub,
-    operator.imul: operator.mul,
-    operator.itruediv: operator.truediv,
-    torch.relu_: torch.relu,
-    nn.functional.relu_: torch.relu,
-}
+
+# What may return its input, or a view of it, as a method or as a function.
+_VIEW_NAMES = (
+    *("chunk", "contiguous", "detach", "diagonal", "double", "dropout", "expand", "expand_as", "flatten"),
+    *("float", "half", "movedim", "narrow", "permute", "ravel", "reshape", "reshape_as", "select", "split"),
+    *("squeeze", "swapaxes", "t", "tensor_split", "to", "transpose", "type", "type_as", "unbind"),
+    *("unflatten", "unfold", "unsqueeze", "view", "view_as"),
+)
+_VIEWS = {operator.getitem, nn.functional.dropout, *_VIEW_NAMES, *(getattr(torch, n, n) for n in _VIEW_NAMES)}
+_VIEW_MODULES = (nn.Flatten, nn.Unflatten, nn.Identity, nn.modules.dropout._DropoutNd)
 
 
 def module_of(graph_root: nn.Module, node: fx.Node) -> nn.Module | None:
     """Return the module that a node calls, or None."""
     return graph_root.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def operation_of(node: fx.Node) -> object:
+    """Return the function, or the name of the method, that a node calls, or None."""
+    return node.target if node.op in ("call_function", "call_method") else None
 
 
 def count_calls(root: nn.Module, graph: fx.Graph) -> Counter[int]:
@@ -37,51 +45,95 @@ def remove_in_place(root: nn.Module, graph: fx.Graph) -> None:
     """Replace in-place operations by plain ones, and let later readers of the operand read the result.
 
     A tap hands on a view of its input, which PyTorch does not allow to be changed in place.
+
+    Raises:
+        NotTraceableError: an in-place operation has no plain form, or it changes what is read under
+            another name as well.
     """
     in_place = [module for module in root.modules() if getattr(module, "inplace", False)]
     for module in in_place:
         module.inplace = False  # type: ignore[assignment]
     order = {node: i for i, node in enumerate(graph.nodes)}
+    memory = {node: _memory(root, node) for node in graph.nodes}
     for node in graph.nodes:
         if module_of(root, node) in in_place or _make_plain(node):
             operand = node.all_input_nodes[0]
-            for reader in [user for user in operand.users if order[user] > order[node]]:
+            same_memory = [n for n, start in memory.items() if start is memory[operand]]
+            _refuse_other_readers(node, operand, same_memory, order)
+            for reader in _readers_after(node, operand, order):
                 reader.replace_input_with(operand, node)
+
+
+def _readers_after(node: fx.Node, operand: fx.Node, order: dict[fx.Node, int]) -> list[fx.Node]:
+    return [user for user in operand.users if order[user] > order[node]]
+
+
+def _refuse_other_readers(
+    node: fx.Node, operand: fx.Node, same_memory: list[fx.Node], order: dict[fx.Node, int]
+) -> None:
+    # Of a number, which `+=` does not change for other readers, a graph cannot tell a tensor.
+    uncertain = node.target in IN_PLACE_OPERATORS.values()
+    for other in same_memory:
+        if (other is not operand or uncertain) and _readers_after(node, other, order):
+            raise NotTraceableError(f"{node.name} changes {other.name} in place, which is read again")
+
+
+def _memory(root: nn.Module, node: fx.Node) -> fx.Node:
+    """Return the node whose memory ``node`` may share: where a chain of views begins."""
+    while _is_view(root, node) and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _is_view(root: nn.Module, node: fx.Node) -> bool:
+    if node.target is getattr:
+        return node.args[1] in ("data", "T", "mT", "H", "mH")
+    return operation_of(node) in _VIEWS or isinstance(module_of(root, node), _VIEW_MODULES)
 
 
 def _make_plain(node: fx.Node) -> bool:
     """Make ``node`` a plain operation; return whether it changed its first argument in place."""
+    if node.kwargs.get("out") is not None:
+        raise NotTraceableError(f"{node.name} writes into a given tensor")
     if node.kwargs.get("inplace"):
         node.kwargs = {**node.kwargs, "inplace": False}
         return True
-    if node.op == "call_function" and node.target in _PLAIN:
-        node.target = _PLAIN[node.target]
+    if node.op == "call_function" and node.target in IN_PLACE_OPERATORS:
+        node.target = IN_PLACE_OPERATORS[node.target]
         return isinstance(node.args[0], fx.Node)
-    return _plain_method(node)
-
-
-def _plain_method(node: fx.Node) -> bool:
-    name = str(node.target)
-    if node.op != "call_method" or not name.endswith("_") or name.startswith("__"):
+    name = _name_in_place(node)
+    if name is None:
         return False
-    if not hasattr(torch.Tensor, name[:-1]):
-        return False
-    node.target = name[:-1]
+    homes = (torch.Tensor,) if node.op == "call_method" else (torch, nn.functional)
+    plain = [found for home in homes if callable(found := getattr(home, name[:-1], None))]
+    if not plain:
+        raise NotTraceableError(f"{name} changes a tensor in place")
+    node.target = name[:-1] if node.op == "call_method" else plain[0]
     return True
+
+
+def _name_in_place(node: fx.Node) -> str | None:
+    """Return the name of an operation that by its name works in place."""
+    if node.op not in ("call_method", "call_function"):
+        return None
+    name = str(getattr(node.target, "__name__", node.target))
+    python = getattr(node.target, "__module__", "") == "_operator"  # and_, or_, not_
+    return name if name.endswith("_") and not name.startswith("_") and not python else None
 
 
 def fuse_batch_norms(root: nn.Module, graph: fx.Graph) -> None:
     """Replace each ``nn.BatchNorm2d`` by a ``BatchNormAct2d`` that takes in what follows it.
 
     That is an activation, or the sum with a residual and an activation. A batch norm that is called
-    in several places takes in nothing.
+    in several places takes in nothing, and one with hooks neither: they see its own output.
     """
     calls = count_calls(root, graph)
     for node in list(graph.nodes):
         module = module_of(root, node)
         if type(module) is not nn.BatchNorm2d:
             continue
-        tail = _tail(root, node) if calls[id(module)] == 1 else None
+        alone = calls[id(module)] == 1 and not has_hooks(module)
+        tail = _tail(root, node) if alone else None
         activation = "none" if tail is None else tail[0]
         replace_module(root, module, BatchNormAct2d.from_float(module, activation=activation))
         if tail is not None:
@@ -121,16 +173,16 @@ def _only_user(node: fx.Node) -> fx.Node | None:
 
 def _activation(root: nn.Module, node: fx.Node) -> str | None:
     module = module_of(root, node)
-    if module is not None:
+    if module is not None and not has_hooks(module):
         return {nn.ReLU: "relu", nn.ReLU6: "relu6"}.get(type(module))
-    if node.target in _RELU:
+    if operation_of(node) in _RELU:
         return "relu"
-    return "relu6" if node.target in _RELU6 else None
+    return "relu6" if operation_of(node) in _RELU6 else None
 
 
 def _residual(node: fx.Node, operand: fx.Node) -> fx.Node | None:
     """Return the other operand if ``node`` adds a tensor to ``operand``."""
-    if node.target not in _ADD or node.kwargs or len(node.args) != 2:
+    if operation_of(node) not in _ADD or node.kwargs or len(node.args) != 2:
         return None
     others = [arg for arg in node.args if arg is not operand]
     return others[0] if len(others) == 1 and isinstance(others[0], fx.Node) else None

@@ -34,7 +34,8 @@ def retype(module: nn.Module, expected: type[nn.Module], cls: type[M], without: 
 
 def shallow_copy(module: nn.Module) -> nn.Module:
     """Return a copy with tables of its own that hold the same parameters, buffers, submodules and hooks."""
-    twin = copy.copy(module)
+    twin = object.__new__(type(module))  # copy.copy asks parametrized modules to pickle, which they refuse
+    twin.__dict__.update(vars(module))
     for name, value in vars(module).items():
         if name in _TABLES or name.endswith("_hooks"):
             twin.__dict__[name] = copy.copy(value)

@@ -28,8 +28,10 @@ def differentiate_bilinear(
         channel_axis: the axis of the output along which the bias runs.
     """
 
-    def kernel(x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
-        y = forward.values(x, weight, bias, *geometry)
+    def kernel(
+        values: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any
+    ) -> Tensor:
+        y = values(x, weight, bias, *geometry)
         if not recorded(x, weight, bias):
             return y
 

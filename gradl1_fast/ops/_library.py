@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ class Operator:
         self._op = op
         self._has_probe = "probe)" in schema
         self._compute = compute or self._by_backend
-        self._kernel: Callable[..., Any] = self.values
+        self._kernel: Callable[..., Any] = lambda values, *args: values(*args)
         LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         LIBRARY.impl(self.name, self._compute, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{self.name}", fake, lib=LIBRARY)
@@ -45,17 +46,17 @@ class Operator:
 
     def __call__(self, *args: Any) -> Any:
         """Compute the results and record their derivative."""
-        return self._kernel(*args) if _is_ordinary(args) else self._overload(*args)
-
-    def values(self, *args: Any) -> Any:
-        """Compute the results alone, outside autograd and autocast."""
-        with _below_autograd(_first_tensor(args).device.type):
-            return self._compute(*args) if _is_ordinary(args) else self._overload(*args)
+        if _is_ordinary(args):
+            return self._kernel(self._directly, *args)
+        return self._overload(*args)
 
     def differentiate_by(self, kernel: Callable[..., Any]) -> None:
-        """Make ``kernel`` the whole autograd behaviour of the operator."""
+        """Make ``kernel(values, *args)`` the whole autograd behaviour of the operator.
+
+        ``values(*args)`` computes the results alone, outside autograd and autocast.
+        """
         self._kernel = kernel
-        LIBRARY.impl(self.name, kernel, "Autograd")
+        LIBRARY.impl(self.name, partial(kernel, self._dispatched), "Autograd")
 
     def differentiate(self, setup_context: Callable[..., None], backward: Callable[..., Any]) -> None:
         """Register a derivative formula, in the form that ``torch.library.register_autograd`` has.
@@ -63,8 +64,12 @@ class Operator:
         The gradient of a result that nobody used, or asked for, arrives as None; the formula is not
         called without any.
         """
-        function = _function(self, setup_context, backward)
-        self.differentiate_by(lambda *args: function.apply(*args) if recorded(*args) else self.values(*args))
+        function = _function(setup_context, backward)
+
+        def kernel(values: Callable[..., Any], *args: Any) -> Any:
+            return function.apply(*args, values) if recorded(*args) else values(*args)
+
+        self.differentiate_by(kernel)
 
     def end_the_line(self) -> None:
         """Make differentiating this operator, a double backward, an error.
@@ -78,6 +83,18 @@ class Operator:
 
         self.differentiate(lambda ctx, inputs, output: None, backward)
 
+    def values(self, *args: Any) -> Any:
+        """Compute the results alone, outside autograd and autocast."""
+        return (self._directly if _is_ordinary(args) else self._dispatched)(*args)
+
+    def _directly(self, *args: Any) -> Any:
+        with _below_autograd(_first_tensor(args).device.type):
+            return self._compute(*args)
+
+    def _dispatched(self, *args: Any) -> Any:
+        with _below_autograd(_first_tensor(args).device.type):
+            return self._overload(*args)
+
     def _by_backend(self, *args: Any) -> Any:
         backend = resolve(self._op, _first_tensor(args))
         return getattr(backend, self.name)(*(args[:-1] if self._has_probe else args))
@@ -89,14 +106,15 @@ def recorded(*args: Any) -> bool:
 
 
 def _function(
-    operator: Operator, setup_context: Callable[..., None], formula: Callable[..., Any]
+    setup_context: Callable[..., None], formula: Callable[..., Any]
 ) -> type[torch.autograd.Function]:
     class Derivative(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, *args: Any) -> Any:
+        def forward(ctx: Any, *args_and_values: Any) -> Any:
+            *args, values = args_and_values
             ctx.set_materialize_grads(False)
-            ctx.nothing = (None,) * len(args)
-            output = operator.values(*args)
+            ctx.nothing = (None,) * len(args_and_values)
+            output = values(*args)
             setup_context(ctx, args, output)
             return output
 
@@ -104,7 +122,7 @@ def _function(
         def backward(ctx: Any, *grads: Tensor | None) -> Any:
             # A result that nobody asked for is empty, and so is what arrives for it.
             arrived = [None if g is None or g.shape == (0,) else g for g in grads]
-            return ctx.nothing if all(g is None for g in arrived) else formula(ctx, *arrived)
+            return ctx.nothing if all(g is None for g in arrived) else (*formula(ctx, *arrived), None)
 
     return Derivative
 

@@ -21,7 +21,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
     ctx.mark_non_differentiable(mean, rstd)
     # Without an activation nothing needs y, and changing it in place is then no error.
     ctx.save_for_backward(x, None if ctx.activation == "none" else y, weight, bias, mean, rstd)
-    ctx.has_residual, ctx.has_probe = residual is not None, probe is not None
+    ctx.has_residual, ctx.has_probe = residual is not None, probe is not None and probe.requires_grad
 
 
 def _backward(ctx: Any, dy: Tensor, _mean: None, _rstd: None) -> tuple[Tensor | None, ...]:

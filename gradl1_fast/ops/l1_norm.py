@@ -6,12 +6,15 @@ the tensors receive nothing from the double backward, the sign being piecewise c
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gradl1_fast.ops._library import Operator, recorded
+
+_Values = Callable[..., Any]
 
 
 class _L1Norm(torch.autograd.Function):
@@ -49,19 +52,19 @@ class _L1NormDoubleBackward(torch.autograd.Function):
         raise RuntimeError("gradl1_fast::l1_norm_double_backward: first and second order gradients only")
 
 
-def _forward_kernel(tensors: list[Tensor]) -> Any:
-    return _L1Norm.apply(*tensors) if recorded(*tensors) else l1_norm_forward.values(tensors)
+def _forward_kernel(values: _Values, tensors: list[Tensor]) -> Any:
+    return _L1Norm.apply(*tensors) if recorded(*tensors) else values(tensors)
 
 
-def _backward_kernel(dy: Tensor, tensors: list[Tensor]) -> Any:
+def _backward_kernel(values: _Values, dy: Tensor, tensors: list[Tensor]) -> Any:
     if not recorded(dy, *tensors):
-        return l1_norm_backward.values(dy, tensors)
+        return values(dy, tensors)
     return list(_L1NormBackward.apply(dy, *tensors))
 
 
-def _double_backward_kernel(d_dx: list[Tensor], tensors: list[Tensor]) -> Any:
+def _double_backward_kernel(values: _Values, d_dx: list[Tensor], tensors: list[Tensor]) -> Any:
     if not recorded(*d_dx, *tensors):
-        return l1_norm_double_backward.values(d_dx, tensors)
+        return values(d_dx, tensors)
     return _L1NormDoubleBackward.apply(*d_dx, *tensors)
 
 

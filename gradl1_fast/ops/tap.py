@@ -54,8 +54,8 @@ def _save_dy(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _l1_alone(ctx: Any, d_l1: Tensor) -> Tensor:
-    return tap_double_backward(None, d_l1, *ctx.saved_tensors)
+def _l1_alone(ctx: Any, d_l1: Tensor) -> tuple[Tensor]:
+    return (tap_double_backward(None, d_l1, *ctx.saved_tensors),)
 
 
 tap_forward = Operator(
@@ -80,7 +80,7 @@ tap_double_backward = Operator(
     "tap_double_backward(Tensor? d_dx, Tensor? d_l1, Tensor dy) -> Tensor",
     lambda d_dx, d_l1, dy: torch.empty_like(dy),
 )
-tap_forward.differentiate_by(lambda x, probe: _Tap.apply(x, probe))
-scale_probe.differentiate_by(lambda probe, scale: _ScaleProbe.apply(probe, [scale]))
+tap_forward.differentiate_by(lambda values, x, probe: _Tap.apply(x, probe))
+scale_probe.differentiate_by(lambda values, probe, scale: _ScaleProbe.apply(probe, [scale]))
 tap_backward.differentiate(_save_dy, _l1_alone)
 tap_double_backward.end_the_line()

@@ -104,17 +104,18 @@ def batch_norm_act_double_backward(
     v = torch.zeros_like(wide) if d_dx is None else _dense(d_dx, wide)
     d_g, q, p = _normalise_backward(v, wide, weight, mean, rstd, training)
     s = _sums(g, v, torch.zeros_like(mean), torch.ones_like(rstd))[0]
-    direct = torch.zeros_like(rstd) if d_dweight is None else d_dweight * rstd
+    direct = None if d_dweight is None else d_dweight * rstd
     if training:
         d_x, d_weight = _d_x_training(wide, g, v, (_widen(weight), mean, rstd, direct), (p, q, s))
     else:
-        d_x, d_weight = g * _column(direct, x), rstd * s
+        d_x = torch.zeros_like(g) if direct is None else g * _column(direct, x)
+        d_weight = rstd * s
     if d_dweight is not None:
         d_g.add_(_affine(wide, mean, rstd, d_dweight, torch.zeros_like(mean)))
     for term in (None if d_dbias is None else _column(d_dbias, x), d_dresidual):
         if term is not None:
             d_g.add_(term)
-    d_dy = add_l1_gradient(_masked(d_g, y, activation), d_l1, dy)
+    d_dy = add_l1_gradient(_masked(d_g, y, activation, into=d_g), d_l1, dy)
     return d_dy, in_layout_of(d_x, x), d_weight
 
 
@@ -122,7 +123,7 @@ def _d_x_training(
     x: Tensor,
     g: Tensor,
     v: Tensor,
-    vectors: tuple[Tensor | None, Tensor, Tensor, Tensor],
+    vectors: tuple[Tensor | None, Tensor, Tensor, Tensor | None],
     sums: tuple[Tensor, Tensor, Tensor],
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of ``sum v * N(g) + sum d_dweight * B`` with respect to x and to the weight.
@@ -136,13 +137,20 @@ def _d_x_training(
     weight, mean, rstd, direct = vectors
     p, q, s = sums
     b, a = _sums(g, x, mean, rstd)
-    m = max(g.numel() // max(g.shape[1], 1), 1)
-    k = rstd * rstd / m if weight is None else weight * rstd * rstd / m
-    of_xh = k * (a * p / m - s + 3 * b * q / m) - direct * b / m
-    of_one = k * (q * a + b * p) / m - direct * a / m
+    share = 1 / max(g.numel() // max(g.shape[1], 1), 1)
+    k = rstd.square().mul_(share) if weight is None else rstd.square().mul_(weight).mul_(share)
+    bq = b * q * share
+    rest = (s - bq).addcmul_(a, p, value=-share)  # S - A*P/M - B*Q/M
+    of_xh = k * (2 * bq - rest)
+    of_one = k * (q * a).addcmul_(b, p) * share
+    of_g = -k * q
+    if direct is not None:
+        of_xh.addcmul_(direct, b, value=-share)
+        of_one.addcmul_(direct, a, value=-share)
+        of_g += direct
     d_x = _affine(x, mean, rstd, of_xh, of_one)
-    d_x.addcmul_(g, _column(direct - k * q, g)).addcmul_(v, _column(-k * b, g))
-    return d_x, rstd * (s - a * p / m - b * q / m)
+    d_x.addcmul_(g, _column(of_g, g)).addcmul_(v, _column(-k * b, g))
+    return d_x, rest.mul_(rstd)
 
 
 def _normalise_backward(
@@ -183,9 +191,11 @@ def _activate_(z: Tensor, activation: str) -> Tensor:
     return z.clamp_(0, 6) if activation == "relu6" else z
 
 
-def _masked(g: Tensor, y: Tensor | None, activation: str) -> Tensor:
+def _masked(g: Tensor, y: Tensor | None, activation: str, into: Tensor | None = None) -> Tensor:
     """Return ``g`` where the activation with output ``y`` has slope 1, and 0 elsewhere."""
     if activation == "relu":
+        if into is not None:
+            return torch.ops.aten.threshold_backward.grad_input(g, widen(y), 0, grad_input=into)
         return torch.ops.aten.threshold_backward(g, widen(y), 0)
     return torch.where((y > 0) & (y < 6), g, 0) if activation == "relu6" else g
 

@@ -1,4 +1,4 @@
-"""CUDA launchers and CPU loops under g++: indices and sums; `make sanitize` adds bounds and undefined behaviour."""
+"""CUDA launchers and CPU loops under g++: indices, sums; `make sanitize` adds bounds, undefined behaviour."""
 
 from __future__ import annotations
 

@@ -8,8 +8,12 @@ READY := $(VENV)/.ready
 # The pinned torch, except where a GPU asks for whatever build suits it.
 CONSTRAINTS = $(shell nvidia-smi -L >/dev/null 2>&1 || echo -c constraints.txt)
 
+BUILT := $(VENV)/.built
+# CUDA kernels are of use only where there is a GPU; tests compile them all the same.
+BUILD = $(shell nvidia-smi -L >/dev/null 2>&1 || echo GRADL1_CUDA=0)
+
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench gpu clean
+.PHONY: help demo test sanitize lint format bench gpu clean
 
 help:  ## this text
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
@@ -19,14 +23,22 @@ help:  ## this text
 
 $(READY): pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv --clear $(VENV)
-	$(VENV)/bin/python -m pip install $(CONSTRAINTS) --editable ".[dev]"
+	GRADL1_CUDA=0 GRADL1_HOST=0 $(VENV)/bin/python -m pip install $(CONSTRAINTS) --editable ".[dev]"
+	touch $@
+
+# The compiled extension, built again when its sources change. Without a C++ compiler this still succeeds.
+$(BUILT): $(READY) $(wildcard csrc/*.* csrc/*/*.*)
+	$(BUILD) $(VENV)/bin/python -m pip install --no-deps --editable .
 	touch $@
 
 demo: $(READY)  ## train, quantize and compare on a CPU; writes gradl1-demo/report.html
 	$(VENV)/bin/gradl1 demo $(ARGS)
 
-test: $(READY)  ## all tests; those that need a GPU are skipped where there is none
+test: $(BUILT)  ## all tests; those that need a GPU are skipped where there is none
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+
+sanitize: $(BUILT)  ## CPU loops and emulated CUDA kernels under AddressSanitizer and UBSan
+	GRADL1_TEST_SANITIZE=1 OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/compiled/test_emulated.py $(ARGS)
 
 lint: $(READY)  ## style, formatting, docstrings and types
 	$(VENV)/bin/ruff check .
@@ -43,6 +55,7 @@ bench: $(READY)  ## time and memory of a training step on this machine's CPU
 # Uses the python at hand and installs nothing. The benchmark runs even when a test fails; either failure counts.
 gpu:  ## all that needs a GPU: its tests, then the measurements, into OUT (default bench/results)
 	@export PYTHONPATH=".$${PYTHONPATH:+:$$PYTHONPATH}"; status=0; \
+	GRADL1_CUDA=1 GRADL1_CUDA_ARCHS="$${GRADL1_CUDA_ARCHS:-native}" $(PYTHON) setup.py -q build_ext --inplace || status=1; \
 	$(PYTHON) -m pytest tests/gpu || status=1; \
 	if command -v compute-sanitizer >/dev/null; then PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
 	compute-sanitizer --error-exitcode 1 $(PYTHON) -m pytest tests/gpu/test_triton_elementwise.py \

@@ -72,14 +72,29 @@ def _is_installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
+def _load_cuda(op: str, device: torch.device) -> ModuleType:
+    from gradl1_fast.backends import compiled
+
+    return compiled.load("cuda", op, device)
+
+
+def _load_host(op: str, device: torch.device) -> ModuleType:
+    from gradl1_fast.backends import compiled
+
+    return compiled.load("host", op, device)
+
+
 # Each loader returns the backend for an operation on a device, or raises UnavailableError with the reason.
 # The order is the automatic one: the first that can, computes.
 _LOADERS: dict[str, Callable[[str, torch.device], ModuleType]] = {
+    "cuda": _load_cuda,
     "triton": _load_triton,
+    "host": _load_host,
     "reference": _load_reference,
 }
-# Never chosen automatically: an interpreter is for tests.
-_ONLY_BY_NAME = {("triton", "cpu")}
+# Never chosen automatically: an interpreter is for tests, GPU kernels wait for their first run on a
+# GPU, and the CPU loops for a measurement that shows them ahead.
+_ONLY_BY_NAME = {("triton", "cpu"), ("cuda", "cuda"), ("host", "cpu")}
 
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("gradl1_fast_backend", default=None)
 _logged: set[tuple[str, str]] = set()

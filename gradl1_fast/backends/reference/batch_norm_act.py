@@ -37,7 +37,8 @@ def batch_norm_act_forward(
     if training:
         z, mean, rstd = torch.native_batch_norm(wide, weight, bias, None, None, True, 0.0, eps)
     else:
-        assert running_mean is not None and running_var is not None  # functional.batch_norm_act has checked
+        assert running_mean is not None  # functional.batch_norm_act has checked
+        assert running_var is not None
         # A copy: an operator must not return what it was given.
         mean, rstd = widen(running_mean).clone(), (widen(running_var) + eps).rsqrt()
         z = torch.native_batch_norm(wide, weight, bias, mean, widen(running_var), False, 0.0, eps)[0]

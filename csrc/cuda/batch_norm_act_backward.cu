@@ -1,0 +1,70 @@
+#include "batch_norm_act.h"
+
+namespace gradl1::cuda {
+namespace {
+
+// Sums of one channel to dweight, dbias, its share of l1 and the coefficients of the second pass.
+template <class A>
+struct FinishBackward {
+    Channel<A> channel;
+    std::int64_t channels;
+    A *k, *dweight, *dbias;
+    double* l1;
+
+    __device__ void operator()(std::int64_t c, const double* sum) const {
+        channel.backward(c, sum, k + c, channels);
+        dbias[c] = static_cast<A>(sum[0]);
+        dweight[c] = static_cast<A>(sum[1] * channel.rstd[c]);
+        l1[c] = sum[2];
+    }
+};
+
+template <class A>
+void finish_backward(const BatchNormAct& r, std::int64_t count, Where where) {
+    const std::int64_t channels = r.layout.channels;
+    const FinishBackward<A> f{channel<A>(r),           channels,       coefficients<A>(r), static_cast<A*>(r.dweight),
+                              static_cast<A*>(r.dbias), per_channel(r)};
+    finish<3>("batch_norm_act_backward_finish", slots(r), count, channels, f, where);
+    if (r.l1) total<A>("batch_norm_act_backward_total", per_channel(r), channels, r.l1, where);
+}
+
+template <Activation Act, Mask From, class T, class A>
+void apply(const BatchNormAct& r, const void* g, Where where) {
+    const T *dy = static_cast<const T*>(g), *x = static_cast<const T*>(r.x);
+    T* out = static_cast<T*>(r.out);
+    const A* k = coefficients<A>(r);
+    run("batch_norm_act_backward", Operands<BackwardApply<Act, From, T>, T>{{dy, x}, {out}, k, nullptr}, r.layout, where);
+}
+
+// With a residual behind an activation the first pass writes the masked gradient, which the residual
+// wants anyway, and the second reads it: y is read once and nothing is masked twice.
+template <Activation Act, class T, class A>
+void sweep(const BatchNormAct& r, Where where) {
+    const T *dy = static_cast<const T*>(r.dy), *x = static_cast<const T*>(r.x), *y = static_cast<const T*>(r.y);
+    const A* k = coefficients<A>(r);
+    const char* name = "batch_norm_act_backward_sums";
+    if constexpr (Act != Activation::none) {
+        if (r.with_residual) {
+            const Operands<BackwardSums<Act, Mask::from_y, T>, T> o{{dy, x, y}, {static_cast<T*>(r.out2)}, k, slots(r)};
+            finish_backward<A>(r, run(name, o, r.layout, where), where);
+            return apply<Activation::none, Mask::open, T, A>(r, r.out2, where);
+        }
+    }
+    const Operands<BackwardSums<Act, kFromX<Act>, T>, T> o{{dy, x}, {}, k, slots(r)};
+    finish_backward<A>(r, run(name, o, r.layout, where), where);
+    apply<Act, kFromX<Act>, T, A>(r, r.dy, where);
+}
+
+}  // namespace
+
+void batch_norm_act_backward(const BatchNormAct& r, Where where) {
+    const OnDevice guard(where.first);
+    with_type(r.dtype, [&](auto type) {
+        using T = decltype(type);
+        using A = accumulator<T>;
+        common_coefficients<A>(r, where);
+        with_activation(r.activation, [&](auto is) { sweep<decltype(is)::act, T, A>(r, where); });
+    });
+}
+
+}  // namespace gradl1::cuda

@@ -1,0 +1,80 @@
+#include "batch_norm_act.h"
+
+namespace gradl1::cuda {
+namespace {
+
+template <class A>
+struct FinishDoubleBackward {
+    Channel<A> channel;
+    std::int64_t channels;
+    const A *d_dweight, *d_dbias, *d_l1;
+    A *k, *d_weight;
+
+    __device__ void operator()(std::int64_t c, const double* sum) const {
+        d_weight[c] = static_cast<A>(channel.double_backward(c, sum, d_dweight, d_dbias, k + c, channels));
+        k[kDl1Term * channels + c] = d_l1 ? *d_l1 : A(0);
+    }
+};
+
+template <class A>
+void finish_double_backward(const BatchNormAct& r, std::int64_t count, Where where) {
+    const std::int64_t channels = r.layout.channels;
+    const FinishDoubleBackward<A> f{channel<A>(r),
+                                    channels,
+                                    static_cast<const A*>(r.d_dweight),
+                                    static_cast<const A*>(r.d_dbias),
+                                    static_cast<const A*>(r.d_l1),
+                                    coefficients<A>(r),
+                                    static_cast<A*>(r.dweight)};
+    finish<5>("batch_norm_act_double_backward_finish", slots(r), count, channels, f, where);
+}
+
+template <Activation Act, Mask From, bool Residual, class T, class A>
+void apply(const BatchNormAct& r, Where where) {
+    Operands<DoubleBackwardApply<Act, From, Residual, T>, T> o{
+        {static_cast<const T*>(r.dy), static_cast<const T*>(r.x), static_cast<const T*>(r.d_dx)},
+        {static_cast<T*>(r.out), static_cast<T*>(r.out2)},
+        coefficients<A>(r),
+        nullptr};
+    if constexpr (From == Mask::from_y) o.in[3] = static_cast<const T*>(r.y);
+    if constexpr (Residual) o.in[3 + (From == Mask::from_y)] = static_cast<const T*>(r.d_dresidual);
+    run("batch_norm_act_double_backward", o, r.layout, where);
+}
+
+template <Activation Act, Mask From, class T, class A>
+void sums(const BatchNormAct& r, Where where) {
+    Operands<DoubleBackwardSums<Act, From, T>, T> o{
+        {static_cast<const T*>(r.dy), static_cast<const T*>(r.x), static_cast<const T*>(r.d_dx)},
+        {},
+        coefficients<A>(r),
+        slots(r)};
+    if constexpr (From == Mask::from_y) o.in[3] = static_cast<const T*>(r.y);
+    finish_double_backward<A>(r, run("batch_norm_act_double_backward_sums", o, r.layout, where), where);
+}
+
+template <Activation Act, class T, class A>
+void sweep(const BatchNormAct& r, Where where) {
+    if constexpr (Act != Activation::none) {
+        if (r.with_residual) {
+            sums<Act, Mask::from_y, T, A>(r, where);
+            if (r.d_dresidual) return apply<Act, Mask::from_y, true, T, A>(r, where);
+            return apply<Act, Mask::from_y, false, T, A>(r, where);
+        }
+    }
+    sums<Act, kFromX<Act>, T, A>(r, where);
+    apply<Act, kFromX<Act>, false, T, A>(r, where);
+}
+
+}  // namespace
+
+void batch_norm_act_double_backward(const BatchNormAct& r, Where where) {
+    const OnDevice guard(where.first);
+    with_type(r.dtype, [&](auto type) {
+        using T = decltype(type);
+        using A = accumulator<T>;
+        common_coefficients<A>(r, where);
+        with_activation(r.activation, [&](auto is) { sweep<decltype(is)::act, T, A>(r, where); });
+    });
+}
+
+}  // namespace gradl1::cuda

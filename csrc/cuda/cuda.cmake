@@ -1,0 +1,27 @@
+# The CUDA kernels; with GRADL1_EMULATE the same sources, compiled by the C++ compiler and run on the CPU.
+#
+# --fmad=false: the definition rounds after every operation, and masks are recomputed from equal bits.
+set(kernels tap l1_norm fake_quantize batch_norm_act_forward batch_norm_act_backward
+    batch_norm_act_double_backward)
+list(TRANSFORM kernels PREPEND cuda/)
+list(TRANSFORM kernels APPEND .cu)
+
+if(GRADL1_EMULATE)
+  set_source_files_properties(${kernels} PROPERTIES LANGUAGE CXX COMPILE_OPTIONS "-xc++;-ffp-contract=off")
+  target_compile_definitions(_gradl1 PRIVATE GRADL1_EMULATED)
+  target_compile_options(_gradl1 PRIVATE -Wno-unknown-pragmas)
+  target_sources(_gradl1 PRIVATE testing/emulation.cpp)
+  set(compiler emulated)
+else()
+  set_target_properties(_gradl1 PROPERTIES CUDA_ARCHITECTURES "${GRADL1_CUDA_ARCHS}")
+  set_target_properties(_gradl1 PROPERTIES CUDA_RUNTIME_LIBRARY Static CUDA_STANDARD 17)
+  set(CMAKE_CUDA_FLAGS_RELEASE "-O3")
+  enable_language(CUDA)
+  set(compiler "${CMAKE_CUDA_COMPILER_ID} ${CMAKE_CUDA_COMPILER_VERSION}")
+  set(strict "$<$<BOOL:${GRADL1_WERROR}>:-Werror=all-warnings;-Xptxas=-v>")
+  target_compile_options(_gradl1 PRIVATE "$<$<COMPILE_LANGUAGE:CUDA>:--fmad=false;--extended-lambda;${strict}>")
+endif()
+
+target_sources(_gradl1 PRIVATE ${kernels} cuda/engine.cpp)
+target_compile_definitions(_gradl1 PRIVATE GRADL1_HAS_CUDA
+  GRADL1_CUDA_COMPILER="${compiler}" GRADL1_CUDA_ARCHITECTURES="${GRADL1_CUDA_ARCHS}")

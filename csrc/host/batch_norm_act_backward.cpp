@@ -1,0 +1,63 @@
+#include "batch_norm_act.h"
+
+namespace gradl1::host {
+inline namespace GRADL1_ISA {
+namespace {
+
+// The sums over pixels become dweight, dbias, l1 and the coefficients of the second pass.
+template <class A, class P>
+void finish(const BatchNormAct& r, const P& pass) {
+    double l1 = 0;
+    for (std::int64_t c = 0; c < r.layout.channels; ++c) {
+        double sum[3];
+        pass.total(c, sum);
+        l1 += sum[2];
+        channel<A>(r).backward(c, sum, coefficients<A>(r) + c, r.layout.channels);
+        static_cast<A*>(r.dbias)[c] = static_cast<A>(sum[0]);
+        static_cast<A*>(r.dweight)[c] = static_cast<A>(sum[1] * static_cast<const A*>(r.rstd)[c]);
+    }
+    if (r.l1) *static_cast<A*>(r.l1) = static_cast<A>(l1);
+}
+
+template <Activation Act, Mask From, class T, class A>
+void apply(const BatchNormAct& r, const void* g, int threads) {
+    const T *dy = static_cast<const T*>(g), *x = static_cast<const T*>(r.x);
+    T* out = static_cast<T*>(r.out);
+    const A* k = coefficients<A>(r);
+    Pass<BackwardApply<Act, From, T>, T, A>{r.layout, {dy, x}, {out}, k, slots(r)}.run(threads);
+}
+
+// With a residual behind an activation the first pass writes the masked gradient, which the residual
+// wants anyway, and the second reads it: y is read once and nothing is masked twice.
+template <Activation Act, class T, class A>
+void sweep(const BatchNormAct& r, int threads) {
+    const T *dy = static_cast<const T*>(r.dy), *x = static_cast<const T*>(r.x), *y = static_cast<const T*>(r.y);
+    const A* k = coefficients<A>(r);
+    if constexpr (Act != Activation::none) {
+        if (r.with_residual) {
+            Pass<BackwardSums<Act, Mask::from_y, T>, T, A> pass{
+                r.layout, {dy, x, y}, {static_cast<T*>(r.out2)}, k, slots(r)};
+            pass.run(threads);
+            finish<A>(r, pass);
+            return apply<Activation::none, Mask::open, T, A>(r, r.out2, threads);
+        }
+    }
+    Pass<BackwardSums<Act, kFromX<Act>, T>, T, A> pass{r.layout, {dy, x}, {}, k, slots(r)};
+    pass.run(threads);
+    finish<A>(r, pass);
+    apply<Act, kFromX<Act>, T, A>(r, r.dy, threads);
+}
+
+}  // namespace
+
+void batch_norm_act_backward(const BatchNormAct& r, int threads) {
+    with_type(r.dtype, [&](auto type) {
+        using T = decltype(type);
+        using A = accumulator<T>;
+        common_coefficients<A>(r);
+        with_activation(r.activation, [&](auto is) { sweep<decltype(is)::act, T, A>(r, threads); });
+    });
+}
+
+}  // namespace GRADL1_ISA
+}  // namespace gradl1::host

@@ -1,0 +1,70 @@
+#include "batch_norm_act.h"
+
+namespace gradl1::host {
+inline namespace GRADL1_ISA {
+namespace {
+
+template <class A, class P>
+void finish(const BatchNormAct& r, const P& pass) {
+    const std::int64_t channels = r.layout.channels;
+    A* k = coefficients<A>(r);
+    for (std::int64_t c = 0; c < channels; ++c) {
+        double sum[5];
+        pass.total(c, sum);
+        const double d_weight = channel<A>(r).double_backward(
+            c, sum, static_cast<const A*>(r.d_dweight), static_cast<const A*>(r.d_dbias), k + c, channels);
+        static_cast<A*>(r.dweight)[c] = static_cast<A>(d_weight);
+        k[kDl1Term * channels + c] = scalar_or_zero<A>(r.d_l1);
+    }
+}
+
+template <Activation Act, Mask From, bool Residual, class T, class A>
+void apply(const BatchNormAct& r, int threads) {
+    const T *dy = static_cast<const T*>(r.dy), *x = static_cast<const T*>(r.x), *y = static_cast<const T*>(r.y);
+    const T *v = static_cast<const T*>(r.d_dx), *u = static_cast<const T*>(r.d_dresidual);
+    Pass<DoubleBackwardApply<Act, From, Residual, T>, T, A> pass{
+        r.layout,
+        {dy, x, v},
+        {static_cast<T*>(r.out), static_cast<T*>(r.out2)},
+        coefficients<A>(r),
+        slots(r)};
+    if constexpr (From == Mask::from_y) pass.in[3] = y;
+    if constexpr (Residual) pass.in[3 + (From == Mask::from_y)] = u;
+    pass.run(threads);
+}
+
+template <Activation Act, Mask From, class T, class A>
+void sums(const BatchNormAct& r, int threads) {
+    const T *dy = static_cast<const T*>(r.dy), *x = static_cast<const T*>(r.x), *v = static_cast<const T*>(r.d_dx);
+    Pass<DoubleBackwardSums<Act, From, T>, T, A> pass{r.layout, {dy, x, v}, {}, coefficients<A>(r), slots(r)};
+    if constexpr (From == Mask::from_y) pass.in[3] = static_cast<const T*>(r.y);
+    pass.run(threads);
+    finish<A>(r, pass);
+}
+
+template <Activation Act, class T, class A>
+void sweep(const BatchNormAct& r, int threads) {
+    if constexpr (Act != Activation::none) {
+        if (r.with_residual) {
+            sums<Act, Mask::from_y, T, A>(r, threads);
+            if (r.d_dresidual) return apply<Act, Mask::from_y, true, T, A>(r, threads);
+            return apply<Act, Mask::from_y, false, T, A>(r, threads);
+        }
+    }
+    sums<Act, kFromX<Act>, T, A>(r, threads);
+    apply<Act, kFromX<Act>, false, T, A>(r, threads);
+}
+
+}  // namespace
+
+void batch_norm_act_double_backward(const BatchNormAct& r, int threads) {
+    with_type(r.dtype, [&](auto type) {
+        using T = decltype(type);
+        using A = accumulator<T>;
+        common_coefficients<A>(r);
+        with_activation(r.activation, [&](auto is) { sweep<decltype(is)::act, T, A>(r, threads); });
+    });
+}
+
+}  // namespace GRADL1_ISA
+}  // namespace gradl1::host

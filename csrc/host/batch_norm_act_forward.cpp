@@ -1,0 +1,71 @@
+#include "batch_norm_act.h"
+
+namespace gradl1::host {
+inline namespace GRADL1_ISA {
+namespace {
+
+// Sums in float64, where the square of a float32 is exact. Each channel is shifted by its first value,
+// so that a mean far from zero costs no digits.
+template <class T, class A>
+void measure(const BatchNormAct& r, int threads) {
+    const std::int64_t channels = r.layout.channels;
+    const T* x = static_cast<const T*>(r.x);
+    double* k = coefficients<double>(r);
+    for (std::int64_t c = 0; c < channels; ++c) {
+        const double first = static_cast<double>(widen(x[c * r.layout.inner]));
+        k[c] = first - first == 0 ? first : 0;  // an infinity would turn the mean into NaN
+    }
+    Pass<Moments, T, double> pass{r.layout, {x}, {}, k, slots(r)};
+    pass.run(threads);
+    for (std::int64_t c = 0; c < channels; ++c) {
+        double sum[2];
+        pass.total(c, sum);
+        A *mean = static_cast<A*>(r.out_mean) + c, *rstd = static_cast<A*>(r.out_rstd) + c;
+        statistics(sum, k[c], static_cast<double>(r.layout.pixels()), r.eps, mean, rstd);
+    }
+}
+
+// In evaluation the statistics are the running ones; r.rstd holds the variance.
+template <class A>
+void adopt(const BatchNormAct& r) {
+    for (std::int64_t c = 0; c < r.layout.channels; ++c) {
+        static_cast<A*>(r.out_mean)[c] = static_cast<const A*>(r.mean)[c];
+        const A variance = static_cast<const A*>(r.rstd)[c] + static_cast<A>(r.eps);
+        static_cast<A*>(r.out_rstd)[c] = A(1) / std::sqrt(variance);
+    }
+}
+
+template <Activation Act, class T, class A>
+void normalise(const BatchNormAct& r, int threads) {
+    const T *x = static_cast<const T*>(r.x), *residual = static_cast<const T*>(r.residual);
+    const A *mean = static_cast<const A*>(r.out_mean), *rstd = static_cast<const A*>(r.out_rstd);
+    T* out = static_cast<T*>(r.out);
+    A* k = coefficients<A>(r);
+    for (std::int64_t c = 0; c < r.layout.channels; ++c) {
+        affine(mean[c], rstd[c], static_cast<const A*>(r.weight), static_cast<const A*>(r.bias), c, k + c,
+               k + r.layout.channels + c);
+    }
+    if (residual) {
+        Pass<Normalise<Act, true>, T, A>{r.layout, {x, residual}, {out}, k, slots(r)}.run(threads);
+    } else {
+        Pass<Normalise<Act, false>, T, A>{r.layout, {x}, {out}, k, slots(r)}.run(threads);
+    }
+}
+
+}  // namespace
+
+void batch_norm_act_forward(const BatchNormAct& r, int threads) {
+    with_type(r.dtype, [&](auto type) {
+        using T = decltype(type);
+        using A = accumulator<T>;
+        if (r.training) {
+            measure<T, A>(r, threads);
+        } else {
+            adopt<A>(r);
+        }
+        with_activation(r.activation, [&](auto is) { normalise<decltype(is)::act, T, A>(r, threads); });
+    });
+}
+
+}  // namespace GRADL1_ISA
+}  // namespace gradl1::host

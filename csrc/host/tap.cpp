@@ -1,0 +1,37 @@
+#include "../arithmetic/tap.h"
+
+#include "sweeps.h"
+
+namespace gradl1::host {
+inline namespace GRADL1_ISA {
+
+void tap_backward(const Tap& r, int threads) {
+    with_type(r.dtype, [&](auto type) {
+        using T = decltype(type);
+        using A = accumulator<T>;
+        Pass<SumOfMagnitudes, T, A> pass{
+            flat(r.layout.numel()), {static_cast<const T*>(r.dy)}, {}, nullptr, static_cast<double*>(r.scratch)};
+        pass.run(threads);
+        double sum[1];
+        pass.total(0, sum);
+        *static_cast<A*>(r.l1) = static_cast<A>(sum[0]);
+    });
+}
+
+void tap_double_backward(const Tap& r, int threads) {
+    with_type(r.dtype, [&](auto type) {
+        using T = decltype(type);
+        using A = accumulator<T>;
+        const A k[1] = {scalar_or_zero<A>(r.d_l1)};
+        const T *dy = static_cast<const T*>(r.dy), *d_dx = static_cast<const T*>(r.d_dx);
+        T* out = static_cast<T*>(r.out);
+        if (d_dx) {
+            Pass<TapDoubleBackward<true>, T, A>{flat(r.layout.numel()), {dy, d_dx}, {out}, k, nullptr}.run(threads);
+        } else {
+            Pass<TapDoubleBackward<false>, T, A>{flat(r.layout.numel()), {dy}, {out}, k, nullptr}.run(threads);
+        }
+    });
+}
+
+}  // namespace GRADL1_ISA
+}  // namespace gradl1::host

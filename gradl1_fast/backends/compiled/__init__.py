@@ -1,0 +1,56 @@
+"""The compiled extension: CUDA kernels for CUDA tensors, loops for CPU tensors.
+
+Both halves have one face: a sweep picks its half by the device of its tensors. Convolution and the
+linear layer are not here: cuDNN and oneDNN compute them, through the reference.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+
+from gradl1_fast.backends.compiled._extension import engine
+from gradl1_fast.backends.compiled.batch_norm_act import (
+    batch_norm_act_backward,
+    batch_norm_act_double_backward,
+    batch_norm_act_forward,
+)
+from gradl1_fast.backends.compiled.fake_quantize import (
+    fake_quantize_backward,
+    fake_quantize_double_backward,
+    fake_quantize_forward,
+)
+from gradl1_fast.backends.compiled.l1_norm import l1_norm_backward, l1_norm_double_backward, l1_norm_forward
+from gradl1_fast.backends.compiled.tap import tap_backward, tap_double_backward
+
+__all__ = [
+    "batch_norm_act_backward",
+    "batch_norm_act_double_backward",
+    "batch_norm_act_forward",
+    "fake_quantize_backward",
+    "fake_quantize_double_backward",
+    "fake_quantize_forward",
+    "l1_norm_backward",
+    "l1_norm_double_backward",
+    "l1_norm_forward",
+    "load",
+    "tap_backward",
+    "tap_double_backward",
+]
+
+_DEVICES = {"host": "cpu", "cuda": "cuda"}
+
+
+def load(half: str, op: str, device: torch.device) -> ModuleType:
+    """Return what computes ``op`` on ``device`` with one half of the extension, ``"host"`` or ``"cuda"``.
+
+    Raises:
+        UnavailableError: the half was not built or cannot be loaded, or it is not for this device.
+    """
+    from gradl1_fast.backends import UnavailableError, compiled, reference
+
+    if device.type != _DEVICES[half]:
+        raise UnavailableError(f"it computes on {_DEVICES[half]} tensors, not on {device.type}")
+    engine(half)
+    return reference if op in ("conv", "linear") else compiled

@@ -1,0 +1,75 @@
+"""How tensors become what the extension takes: dense memory, its sizes, where to run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradl1_fast.backends.compiled._extension import engine
+from gradl1_fast.backends.reference._tensors import sum_dtype
+
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
+
+Span = tuple[int, int]
+Layout = tuple[int, int, int]
+
+
+def engine_for(x: Tensor) -> Any:
+    """Return the half of the extension that computes on the device of ``x``."""
+    return engine("cuda" if x.is_cuda else "host")
+
+
+def where(x: Tensor) -> tuple[int, int]:
+    """Return where to run: the device and its current stream, or the number of threads torch uses."""
+    if x.is_cuda:
+        return x.device.index, torch.cuda.current_stream(x.device).cuda_stream
+    return torch.get_num_threads(), 0
+
+
+def dense(x: Tensor) -> Tensor:
+    """Return ``x``, or a copy as ``torch.empty_like(x)`` lays it out if its memory has gaps."""
+    if x.is_neg():
+        x = x.resolve_neg()  # its memory holds the opposite of its values
+    if x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)):
+        return x
+    like = torch.empty_like(x)
+    return x if like.stride() == x.stride() else like.copy_(x)
+
+
+def beside(t: Tensor, x: Tensor) -> Tensor:
+    """Return ``t`` in the type and order of memory of the dense ``x``; copied where they differ."""
+    if t.dtype == x.dtype and t.stride() == x.stride() and not t.is_neg():
+        return t
+    return torch.empty_like(x).copy_(t)
+
+
+def vector(t: Tensor | None, x: Tensor) -> Tensor | None:
+    """Return per-channel values or a scalar, contiguous and in the type of the sums of ``x``."""
+    return None if t is None else t.to(sum_dtype(x.dtype)).resolve_neg().contiguous()
+
+
+def new_vector(x: Tensor, *size: int) -> Tensor:
+    """Return memory for results in the type of the sums of ``x``."""
+    return torch.empty(size, dtype=sum_dtype(x.dtype), device=x.device)
+
+
+def span(t: Tensor | None) -> Span | None:
+    """Return the address and the bytes of dense memory."""
+    return None if t is None else (t.data_ptr(), t.numel() * t.element_size())
+
+
+def layout(x: Tensor, axis: int | None) -> Layout:
+    """Return how the dense ``x`` looks from ``axis``: elements before, along and after it in memory."""
+    channels = 1 if axis is None else x.shape[axis]
+    if axis is None or channels == 1:
+        return 1, 1, x.numel()
+    inner = x.stride(axis)
+    return x.numel() // (channels * inner), channels, inner
+
+
+def scratch(x: Tensor, sizes: Layout) -> Tensor:
+    """Return memory for the partial sums of a sweep over ``x``."""
+    count = engine_for(x).scratch_bytes(sizes) // 8
+    return torch.empty((count,), dtype=torch.float64, device=x.device)

@@ -1,0 +1,151 @@
+"""batch_norm_act by the extension.
+
+The mask of the activation is recomputed from ``x``; only where a residual was added is ``y`` read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from gradl1_fast.backends import reference
+from gradl1_fast.backends.compiled._tensors import (
+    DTYPES,
+    Span,
+    beside,
+    dense,
+    engine_for,
+    layout,
+    new_vector,
+    scratch,
+    span,
+    vector,
+    where,
+)
+from gradl1_fast.backends.reference._tensors import absent, in_layout_of
+
+_ACTIVATIONS = {"none": 0, "relu": 1, "relu6": 2}
+
+
+def batch_norm_act_forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    residual: Tensor | None,
+    training: bool,
+    eps: float,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ``y = act(norm(x) * weight + bias + residual)`` with the mean and 1/std of each channel."""
+    if not x.numel():
+        return reference.batch_norm_act_forward(
+            x, weight, bias, running_mean, running_var, residual, training, eps, activation
+        )
+    x = dense(x)
+    added = None if residual is None else beside(residual.expand_as(x), x)
+    vectors = _vectors(x, *(None, None) if training else (running_mean, running_var), weight, bias)
+    y, mean, rstd = torch.empty_like(x), new_vector(x, x.shape[1]), new_vector(x, x.shape[1])
+    room, sizes = scratch(x, layout(x, 1)), layout(x, 1)
+    engine_for(x).batch_norm_act_forward(
+        where(x), DTYPES[x.dtype], sizes, _options(training, False, activation, eps), _spans(vectors),
+        span(x), span(added), span(y), span(mean), span(rstd), span(room),
+    )  # fmt: skip
+    return y, mean, rstd
+
+
+def batch_norm_act_backward(
+    dy: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    training: bool,
+    activation: str,
+    with_residual: bool,
+    with_l1: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return ``dx, dweight, dbias, dresidual, l1`` with ``l1 = sum |dy|``."""
+    if not x.numel():
+        return reference.batch_norm_act_backward(
+            dy, x, y, weight, bias, mean, rstd, training, activation, with_residual, with_l1
+        )
+    x = dense(x)
+    g, mask = beside(dy, x), _mask(y, x, with_residual, activation)
+    vectors = _vectors(x, mean, rstd, weight, bias)
+    dx, dweight, dbias = torch.empty_like(x), torch.empty_like(mean), torch.empty_like(mean)
+    dresidual, l1 = None if mask is None else torch.empty_like(x), new_vector(x) if with_l1 else None
+    results = _spans((dx, dweight, dbias, dresidual, l1))
+    room, sizes = scratch(x, layout(x, 1)), layout(x, 1)
+    engine_for(x).batch_norm_act_backward(
+        where(x), DTYPES[x.dtype], sizes, _options(training, with_residual, activation), _spans(vectors),
+        span(g), span(x), span(mask), results, span(room),
+    )  # fmt: skip
+    return (
+        dx,
+        dweight,
+        dbias,
+        absent(x) if dresidual is None else dresidual,
+        absent(mean) if l1 is None else l1,
+    )
+
+
+def batch_norm_act_double_backward(
+    d_dx: Tensor | None,
+    d_dweight: Tensor | None,
+    d_dbias: Tensor | None,
+    d_dresidual: Tensor | None,
+    d_l1: Tensor | None,
+    dy: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    training: bool,
+    activation: str,
+    with_residual: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ``d_dy, d_x, d_weight`` for the cotangents of the five results of the backward."""
+    unmasked_residual = d_dresidual is not None and not (with_residual and activation != "none")
+    if not x.numel() or unmasked_residual:
+        return reference.batch_norm_act_double_backward(
+            d_dx, d_dweight, d_dbias, d_dresidual, d_l1, dy, x, y, weight, bias, mean, rstd,
+            training, activation, with_residual,
+        )  # fmt: skip
+    x = dense(x)
+    g, mask = beside(dy, x), _mask(y, x, with_residual, activation)
+    v = torch.zeros_like(x) if d_dx is None else beside(d_dx, x)
+    u = None if d_dresidual is None else beside(d_dresidual, x)
+    cotangents = (v, vector(d_dweight, x), vector(d_dbias, x), u, vector(d_l1, x))
+    vectors = _vectors(x, mean, rstd, weight, bias)
+    d_dy, d_x, d_weight = torch.empty_like(x), torch.empty_like(x), torch.empty_like(mean)
+    room, sizes = scratch(x, layout(x, 1)), layout(x, 1)
+    engine_for(x).batch_norm_act_double_backward(
+        where(x), DTYPES[x.dtype], sizes, _options(training, with_residual, activation), _spans(vectors),
+        _spans(cotangents), span(g), span(x), span(mask), _spans((d_dy, d_x, d_weight)), span(room),
+    )  # fmt: skip
+    return in_layout_of(d_dy, dy), d_x, d_weight
+
+
+def _mask(y: Tensor | None, x: Tensor, with_residual: bool, activation: str) -> Tensor | None:
+    """Return ``y`` where the mask cannot be recomputed from ``x``."""
+    return beside(y, x) if y is not None and with_residual and activation != "none" else None
+
+
+def _options(training: bool, with_residual: bool, activation: str, eps: float = 0.0) -> tuple[object, ...]:
+    return training, with_residual, _ACTIVATIONS[activation], eps
+
+
+def _vectors(x: Tensor, *vectors: Tensor | None) -> list[Tensor | None]:
+    return [vector(v, x) for v in vectors]
+
+
+def _spans(tensors: Iterable[Tensor | None]) -> tuple[Span | None, ...]:
+    return tuple(map(span, tensors))

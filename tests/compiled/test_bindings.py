@@ -1,0 +1,124 @@
+"""The module refuses what would make it leave its memory, and depends on nothing it should not."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+HERE = (1, 0)
+
+
+def spans(*sizes: int) -> list[Any]:
+    tensors = [torch.zeros(n) for n in sizes]
+    return [tensors, *((t.data_ptr(), 4 * n) for t, n in zip(tensors, sizes, strict=True))]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dtype": 7}, "dtype tag 7"),
+        ({"numel": -1}, "negative"),
+        ({"numel": 2**62}, "too large"),
+        ({"numel": 0}, "no elements"),
+        ({"numel": 9}, "dy has 32 bytes, needs 36"),
+        ({"dtype": 1}, "dy has 32 bytes, needs 64"),
+        ({"dy": None}, "dy is missing"),
+        ({"dy": (0, 32)}, "dy has no memory"),
+        ({"dy": (4098, 32)}, "dy is not aligned"),
+        ({"dy": (4096,)}, "must be \\(address, bytes\\)"),
+        ({"scratch": (4096, 8)}, "scratch has 8 bytes"),
+    ],
+)
+def test_bad_memory_is_refused(change: dict[str, Any], message: str, loops: Any) -> None:
+    keep, dy, l1, scratch = spans(8, 1, 1000)
+    good = {"where": HERE, "dtype": 0, "numel": 8, "dy": dy, "l1": l1, "scratch": scratch}
+    loops.tap_backward(*good.values())
+    with pytest.raises(ValueError, match=message):
+        loops.tap_backward(*(good | change).values())
+    assert keep
+
+
+def test_bad_options_are_refused(loops: Any) -> None:
+    _, x, out, vector, scratch = spans(8, 8, 2, 1000)
+    vectors = (vector, vector, None, None)
+
+    def call(options: tuple[Any, ...], layout: tuple[int, ...] = (4, 2, 1), v: Any = vectors) -> None:
+        loops.batch_norm_act_forward(HERE, 0, layout, options, v, x, None, out, vector, vector, scratch)
+
+    call((True, False, 1, 1e-5))
+    for arguments, message in (
+        (((True, False, 3, 1e-5),), "activation tag 3"),
+        (((True, False),), "options must be"),
+        (((True, False, 1, 1e-5), (4, 2)), "layout must be"),
+        (((True, False, 1, 1e-5), (2, 4, 1)), "mean has 8 bytes, needs 16"),
+        (((True, False, 1, 1e-5), (2**40, 2**40, 1)), "too large"),
+        (((False, False, 1, 1e-5), (4, 2, 1), (None, vector, None, None)), "mean and rstd are missing"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call(*arguments)
+
+
+def test_unknown_instruction_set_is_refused(module: Any) -> None:
+    with pytest.raises(ValueError, match="instruction set mmx"):
+        module.use_instruction_set("mmx")
+
+
+@pytest.mark.skipif(not shutil.which("readelf"), reason="needs readelf")
+def test_module_names_no_torch_no_driver_and_no_thread_pool(module: Any) -> None:
+    """So one built wheel works under every torch, and on a machine without GPU or driver."""
+    text = subprocess.run(
+        ["readelf", "--dyn-syms", "--dynamic", "--wide", module.__file__],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    needed = [line for line in text.splitlines() if "(NEEDED)" in line]
+    assert needed
+    for name in ("torch", "c10", "cuda", "gomp", "iomp", "libomp", "nvrtc"):
+        assert not any(name in line for line in needed), name
+    undefined = [line for line in text.splitlines() if " UND " in line]
+    for name in ("torch", "c10", "at::", "GOMP", "omp_"):
+        assert not any(name in line for line in undefined), name
+
+
+def test_module_runs_without_torch(module: Any) -> None:
+    """Loaded by itself: no OpenMP runtime is in the process, and everything runs on one thread."""
+    code = (
+        "import importlib.util as u, array, sys\n"
+        f"s = u.spec_from_file_location('_gradl1', {module.__file__!r})\n"
+        "m = u.module_from_spec(s); s.loader.exec_module(m)\n"
+        "x = array.array('f', [-2.0] * 100_000); out = array.array('f', [0.0])\n"
+        "room = array.array('d', [0] * 9999)\n"
+        "span = lambda a: (a.buffer_info()[0], len(a) * a.itemsize)\n"
+        "m.host.tap_backward((8, 0), 0, len(x), span(x), span(out), span(room))\n"
+        "assert out[0] == 200_000 and not m.has_team() and 'torch' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-I", "-c", code], check=True)
+
+
+def test_threads_are_torchs_own(module: Any) -> None:
+    assert module.has_team()
+    with open("/proc/self/maps", encoding="utf-8") as file:
+        runtimes = {line.split()[-1] for line in file if "libgomp" in line or "libomp" in line}
+    assert len(runtimes) == 1
+
+
+def test_a_forked_worker_computes_too(module: Any) -> None:
+    """As a data loader forks after torch used its threads; the worker has one, as torch gives it."""
+    code = (
+        "import os, torch\n"
+        "from gradl1_fast.backends import backend, resolve\n"
+        "with backend('host'): host = resolve('tap', torch.zeros(()))\n"
+        "x = torch.ones(1 << 20); torch.set_num_threads(2); assert host.tap_backward(x) == 1 << 20\n"
+        "class Data(torch.utils.data.Dataset):\n"
+        "    def __len__(self): return 4\n"
+        "    def __getitem__(self, i): return host.tap_backward(x)\n"
+        "loader = torch.utils.data.DataLoader(Data(), num_workers=2, timeout=60)\n"
+        "assert torch.cat(list(loader)).tolist() == [1 << 20] * 4\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

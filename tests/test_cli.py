@@ -51,6 +51,15 @@ def test_info_gives_the_reason_why_a_backend_cannot(monkeypatch):
     assert "not lunar: the moon is full" in gradl1("info").output
 
 
+def test_info_tells_how_to_ask_for_a_backend_that_does_not_come_first(monkeypatch):
+    other = {"other": lambda op, device: sys}
+    monkeypatch.setattr(backends, "_LOADERS", backends._LOADERS | other)
+    assert (
+        "not other: can, but does not come first; ask for it with GRADL1_BACKEND=other"
+        in gradl1("info").output
+    )
+
+
 def test_info_refuses_an_unknown_backend_in_one_sentence():
     result = gradl1("info", GRADL1_BACKEND="wrong")
     assert result.exit_code == 1

@@ -19,15 +19,16 @@ def grids_chart(results: Results) -> str:
     """Return heat maps over bits of both kinds of network, with one colour scale, and of the difference."""
     bits = results.settings.bits
     figure = new_figure(12.4, 4.5)
+    figure.get_layout_engine().set(wspace=0.04)
     plain, penalised, difference = figure.subplots(1, 3, sharey=True)
     for axes, kind in ((plain, PLAIN), (penalised, PENALISED)):
         values = [[results.spread(kind, w, a).mean for a in bits] for w in bits]
-        picture = _heat_map(axes, values, bits, (0, 100), "viridis", ".0f", f"{kind}: accuracy in %")
+        picture = _heat_map(axes, values, bits, (0, 100), "viridis", False, f"{kind}: accuracy in %")
     figure.colorbar(picture, ax=[plain, penalised], shrink=0.8, pad=0.02)
     gains = [[results.gain(w, a).mean for a in bits] for w in bits]
     end = max(1.0, *(abs(value) for row in gains for value in row))
     title = "penalised minus plain, in points"
-    picture = _heat_map(difference, gains, bits, (-end, end), "PuOr", "+.0f", title)
+    picture = _heat_map(difference, gains, bits, (-end, end), "PuOr", True, title)
     figure.colorbar(picture, ax=difference, shrink=0.8, pad=0.04)
     plain.set_ylabel("weight bits")
     return _svg(figure)
@@ -56,7 +57,8 @@ def accuracy_chart(results: Results) -> str:
 
 def speed_chart(speeds: list[Speed]) -> str:
     """Return bars of the median step times, with their ratio to the plain step."""
-    figure = new_figure(8.2, 1.9 * len(speeds) + 0.2)
+    figure = new_figure(8.2, 2.1 * len(speeds) + 0.2)
+    figure.get_layout_engine().set(hspace=0.12)
     for axes, speed in zip(figure.subplots(len(speeds), squeeze=False)[:, 0], speeds, strict=True):
         kinds = list(speed.times)
         medians = [speed.median(kind) for kind in kinds]
@@ -79,7 +81,7 @@ def _heat_map(
     bits: tuple[int | None, ...],
     limits: tuple[float, float],
     colours: str,
-    number: str,
+    signed: bool,
     title: str,
 ) -> Any:
     """Draw values over weight bits (down) and activation bits (across); return what a colour bar needs."""
@@ -89,7 +91,7 @@ def _heat_map(
     for down, row in enumerate(values):
         for across, value in enumerate(row):
             ink = "white" if _is_dark(picture.cmap(picture.norm(value))) else "black"
-            axes.text(across + 0.5, down + 0.5, format(value, number), ha="center", va="center",
+            axes.text(across + 0.5, down + 0.5, _text(value, signed), ha="center", va="center",
                       color=ink, fontsize=9)  # fmt: skip
     ticks = [place + 0.5 for place in range(len(bits))]
     axes.set_xticks(ticks, _names(bits))
@@ -99,6 +101,11 @@ def _heat_map(
     axes.set_title(title, fontsize=11)
     axes.tick_params(length=0)
     return picture
+
+
+def _text(value: float, signed: bool) -> str:
+    rounded = round(value)  # an int: there is no -0
+    return f"{rounded:+d}" if signed and rounded else f"{rounded}"
 
 
 def _is_dark(colour: tuple[float, float, float, float]) -> bool:

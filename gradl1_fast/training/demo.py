@@ -43,7 +43,7 @@ class Settings:
     bits: tuple[int | None, ...] = ALL_BITS
     width: int = 16
     recipe: Recipe = field(default_factory=Recipe)
-    rounds: int = 15
+    rounds: int = 25
     speed_width: int = 16
 
 
@@ -57,6 +57,10 @@ class Spread:
     def mean(self) -> float:
         """The mean."""
         return statistics.fmean(self.values)
+
+    def signed(self, digits: int = 1) -> str:
+        """Return the mean with its sign, and zero as +0."""
+        return f"{round(self.mean, digits) + 0.0:+.{digits}f}"
 
     def __str__(self) -> str:
         """Return the mean and, of several values, the ends."""

@@ -12,7 +12,7 @@ from gradl1_fast.quantization.plots import new_figure
 from gradl1_fast.training.charts import accuracy_chart, grids_chart, speed_chart
 from gradl1_fast.training.demo import PENALISED, PLAIN, Results, Settings, Spread
 from gradl1_fast.training.page import PAGE
-from gradl1_fast.training.speed import EAGER, OURS, Speed
+from gradl1_fast.training.speed import EAGER, OURS, OURS_STEP, Speed
 from gradl1_fast.training.speed import PLAIN as PLAIN_STEP
 
 __all__ = ["accuracy_rows", "averaged", "html", "prepare", "speed_rows", "verdict", "write"]
@@ -52,7 +52,7 @@ def accuracy_rows(results: Results) -> Rows:
                 "float" if bits is None else f"{bits}",
                 str(results.spread(PLAIN, bits, bits)),
                 str(results.spread(PENALISED, bits, bits)),
-                f"{gain.mean:+.1f}",
+                gain.signed(),
                 _ahead(gain),
             )
         )
@@ -73,13 +73,21 @@ def averaged(results: Results) -> str:
 def verdict(results: Results) -> list[str]:
     """Return what was found, in sentences, whatever it is."""
     lines = [_comparison(results, bits) for bits in (None, 8, 4, 3) if bits in results.settings.bits]
-    for speed in results.speeds:
-        lines.append(
-            f"On {speed.network}, a penalised step takes {speed.ratio(OURS):.1f} times as long as "
-            f"a plain one ({speed.median(PLAIN_STEP):.1f} ms); with ordinary double backprop it is "
-            f"{speed.ratio(EAGER):.1f} times."
-        )
-    return lines
+    gains = [results.gain(row.w, row.a) for row in results.tables[PLAIN][0].rows]
+    worst, *_, best = sorted(gains, key=lambda gain: gain.mean)
+    lines.append(
+        f"Over all {len(gains)} pairs of widths the mean gain reaches from {worst.signed()} to "
+        f"{best.signed()} points."
+    )
+    return lines + [_cost(speed) for speed in results.speeds]
+
+
+def _cost(speed: Speed) -> str:
+    return (
+        f"On {speed.network}, a penalised step takes {speed.ratio(OURS):.1f} times as long as a plain one "
+        f"({speed.median(PLAIN_STEP):.1f} ms), with scale='step' {speed.ratio(OURS_STEP):.1f} times; "
+        f"with ordinary double backprop {speed.ratio(EAGER):.1f} times."
+    )
 
 
 def html(results: Results) -> str:
@@ -135,7 +143,7 @@ def _comparison(results: Results, bits: int | None) -> str:
     plain, penalised = (results.spread(kind, bits, bits).mean for kind in (PLAIN, PENALISED))
     gain = results.gain(bits, bits)
     ahead = f"penalised ahead in {_ahead(gain)} pairs"
-    return f"{name}: plain {plain:.1f} %, penalised {penalised:.1f} % ({gain.mean:+.1f} points; {ahead})."
+    return f"{name}: plain {plain:.1f} %, penalised {penalised:.1f} % ({gain.signed()} points; {ahead})."
 
 
 def _ahead(gain: Spread) -> str:

@@ -53,7 +53,8 @@ def require_gradients(names: Sequence[str], grads: Sequence[Tensor | None]) -> l
     if missing:
         raise RuntimeError(
             f"GradL1: no gradient reached {', '.join(missing)}. The loss does not depend on them, or the "
-            "graph is cut on the way (detach, no_grad). Freeze a weight that is not meant to be used, or "
-            "make the penalty for the part of the model that is; and make the penalty before the forward pass"
+            "graph is cut on the way (detach, no_grad, reentrant checkpointing). Freeze a weight that is not "
+            "meant to be used, or make the penalty for the part of the model that is; and make the penalty "
+            "before the forward pass"
         )
     return [grad for grad in grads if grad is not None]

@@ -174,6 +174,7 @@ QUANTIZERS = {
     "conv_called_twice": 3,
     "flattened_and_plain": 3,
     "detached_branch": 3,
+    "squeeze": 4,
 }
 
 

@@ -85,16 +85,16 @@ def _load_host(op: str, device: torch.device) -> ModuleType:
 
 
 # Each loader returns the backend for an operation on a device, or raises UnavailableError with the reason.
-# The order is the automatic one: the first that can, computes.
 _LOADERS: dict[str, Callable[[str, torch.device], ModuleType]] = {
     "cuda": _load_cuda,
     "triton": _load_triton,
     "host": _load_host,
     "reference": _load_reference,
 }
-# Never chosen automatically: an interpreter is for tests, GPU kernels wait for their first run on a
-# GPU, and the CPU loops for a measurement that shows them ahead.
-_ONLY_BY_NAME = {("triton", "cpu"), ("cuda", "cuda"), ("host", "cpu")}
+# The automatic choice by type of device: the first that can, computes. Only by name: `cuda`, which waits
+# for its first run on a GPU, `host`, for a measurement that shows it ahead, Triton's interpreter on a CPU.
+_AUTOMATIC = {"cuda": ("triton", "reference")}
+_ELSEWHERE = ("reference",)
 
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("gradl1_fast_backend", default=None)
 _logged: set[tuple[str, str]] = set()
@@ -138,11 +138,9 @@ def resolve(op: str, tensor: torch.Tensor) -> ModuleType:
 
 def _first_that_can(op: str, device: torch.device) -> ModuleType:
     reasons = []
-    for name, load in _LOADERS.items():
-        if (name, device.type) in _ONLY_BY_NAME:
-            continue
+    for name in _AUTOMATIC.get(device.type, _ELSEWHERE):
         try:
-            chosen = load(op, device)
+            chosen = _LOADERS[name](op, device)
         except UnavailableError as reason:
             reasons.append(f"{name}: {reason}")
             continue

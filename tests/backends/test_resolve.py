@@ -40,8 +40,8 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> str:
     def load(op: str, device: torch.device) -> ModuleType:
         raise backends.UnavailableError(f"no compiler for {op}")
 
-    # First in the order of the automatic choice.
-    monkeypatch.setattr(backends, "_LOADERS", {"broken": load, **backends._LOADERS})
+    monkeypatch.setitem(backends._LOADERS, "broken", load)
+    monkeypatch.setattr(backends, "_AUTOMATIC", {"cpu": ("broken", "reference")})
     monkeypatch.setattr(backends, "_logged", set())
     return "broken"
 
@@ -77,12 +77,13 @@ def test_context_ends_with_an_exception(recorder: Recorder) -> None:
 
 def test_unknown_names_are_answered_with_the_choices(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
-        ValueError, match=r"backend\(\): unknown backend 'cudnn'; choose one of triton, reference"
+        ValueError, match=r"backend\(\): unknown backend 'cudnn'; choose one of cuda, triton, host, reference"
     ):
         backends.backend("cudnn").__enter__()
     monkeypatch.setenv("GRADL1_BACKEND", "Reference")
     with pytest.raises(
-        ValueError, match="GRADL1_BACKEND: unknown backend 'Reference'; choose one of triton, reference"
+        ValueError,
+        match="GRADL1_BACKEND: unknown backend 'Reference'; choose one of cuda, triton, host, reference",
     ):
         backends.resolve("conv", X)
 

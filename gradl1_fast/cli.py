@@ -27,7 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Train one network with the gradient-l1 penalty; quantize it on demand to any bit width.",
-    epilog="Start with: gradl1 demo (two to three minutes), then open gradl1-demo/report.html",
+    epilog="Start with: gradl1 demo (one to two minutes), then open gradl1-demo/report.html",
 )
 
 
@@ -72,14 +72,14 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for report.html and results.json.")] = Path("gradl1-demo"),
     seeds: Annotated[
         int, typer.Option(min=1, help="Pairs of networks to train; more tell more, and take longer.")
-    ] = 5,
+    ] = 3,
     quick: Annotated[
         bool, typer.Option("--quick", help="Tiny settings, a few seconds: shows that it runs, no more.")
     ] = False,
 ) -> None:
     """Train twin networks on handwritten digits, with and without the penalty, and quantize both.
 
-    Takes two to three minutes on two CPU cores and needs no download.
+    Takes one to two minutes on two CPU cores and needs no download.
 
     Prints the test accuracy at equal bits for weights and activations, from
     8 down to 2, and the time of a training step: plain, with ordinary double

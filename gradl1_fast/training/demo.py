@@ -39,11 +39,11 @@ class Settings:
         speed_width: of the ResNet-18 whose steps are timed.
     """
 
-    seeds: int = 5
+    seeds: int = 3
     bits: tuple[int | None, ...] = ALL_BITS
     width: int = 16
     recipe: Recipe = field(default_factory=Recipe)
-    rounds: int = 25
+    rounds: int = 15
     speed_width: int = 16
 
 

@@ -30,7 +30,8 @@ class GradL1:
 
     W_l are the weights of the quantizable layers that require a gradient, Y_l the activations
     behind quantizers, both as they are at the present width; dL/dW_l is the whole gradient of a
-    weight that several layers share. To train, with ``loss`` the mini-batch mean::
+    weight that several layers share. To train, with ``loss`` the mini-batch mean, and a penalty that was
+    made before the forward pass, which measures activations only once one asks for it::
 
         loss = criterion(model(x), y)
         (loss + penalty(loss)).backward()
@@ -43,8 +44,8 @@ class GradL1:
         lambda_w: coefficient of the weights' term, 0 or more; 0 costs nothing.
         lambda_a: coefficient of the activations' term, likewise.
         scale: ``"none"``, or ``"step"`` to multiply each norm by the quantization step of its
-            tensor at ``step_bits``, for its present range; the gradient flows through the step too,
-            so that ranges shrink as well. Half of ``step * norm`` is the worst first-order change
+            tensor at ``step_bits``, for its range in this batch, before quantization; the gradient
+            flows through the step too, so that ranges shrink as well. Half of ``step * norm`` is the worst first-order change
             of the loss at that width.
         every: apply the penalty on each ``every``-th call only, multiplied by ``every``; other
             calls return 0 at no cost.

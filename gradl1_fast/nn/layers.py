@@ -52,7 +52,7 @@ class QuantizedLayer(nn.Module):
     def _operands(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if self.input_quantizer is not None:
             x = self.input_quantizer(x)
-        return x, self.weight_quantizer(self.weight)
+        return x, self.weight if self.weight_quantizer.bits is None else self.weight_quantizer(self.weight)
 
 
 class _QConv(QuantizedLayer):

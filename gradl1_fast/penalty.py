@@ -30,8 +30,8 @@ class GradL1:
 
     W_l are the weights of the quantizable layers that require a gradient, Y_l the activations
     behind quantizers, both as they are at the present width; dL/dW_l is the whole gradient of a
-    weight that several layers share. To train, with ``loss`` the mini-batch mean, and a penalty that was
-    made before the forward pass, which measures activations only once one asks for it::
+    weight that several layers share. Make the penalty before the forward pass: activations are
+    measured only once one asks for it. To train, with ``loss`` the mini-batch mean::
 
         loss = criterion(model(x), y)
         (loss + penalty(loss)).backward()

@@ -45,8 +45,8 @@ class GradL1:
         lambda_a: coefficient of the activations' term, likewise.
         scale: ``"none"``, or ``"step"`` to multiply each norm by the quantization step of its
             tensor at ``step_bits``, for its range in this batch, before quantization; the gradient
-            flows through the step too, so that ranges shrink as well. Half of ``step * norm`` is the worst first-order change
-            of the loss at that width.
+            flows through the step too, so that ranges shrink as well. Half of ``step * norm`` is the
+            worst first-order change of the loss at that width.
         every: apply the penalty on each ``every``-th call only, multiplied by ``every``; other
             calls return 0 at no cost.
         method: ``"exact"``, or ``"finite_difference"`` for the approximation of :meth:`backward`.

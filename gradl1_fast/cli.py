@@ -72,7 +72,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for report.html and results.json.")] = Path("gradl1-demo"),
     seeds: Annotated[
         int, typer.Option(min=1, help="Pairs of networks to train; more tell more, and take longer.")
-    ] = 3,
+    ] = 5,
     quick: Annotated[
         bool, typer.Option("--quick", help="Tiny settings, a few seconds: shows that it runs, no more.")
     ] = False,

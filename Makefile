@@ -13,7 +13,7 @@ BUILT := $(VENV)/.built
 BUILD = $(shell nvidia-smi -L >/dev/null 2>&1 || echo GRADL1_CUDA=0)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test sanitize lint format bench gpu clean
+.PHONY: help demo test sanitize kernels lint format bench gpu clean
 
 help:  ## this text
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
@@ -39,6 +39,9 @@ test: $(BUILT)  ## all tests; those that need a GPU are skipped where there is n
 
 sanitize: $(BUILT)  ## CPU loops and emulated CUDA kernels under AddressSanitizer and UBSan
 	GRADL1_TEST_SANITIZE=1 OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/compiled/test_emulated.py $(ARGS)
+
+kernels: $(BUILT)  ## compile the CUDA kernels for every default architecture; print registers, fail on spills
+	GRADL1_TEST_ARCHS=all $(VENV)/bin/python -m pytest tests/compiled/test_cuda_sources.py $(ARGS)
 
 lint: $(READY)  ## style, formatting, docstrings and types
 	$(VENV)/bin/ruff check .

@@ -23,5 +23,6 @@ else()
 endif()
 
 target_sources(_gradl1 PRIVATE ${kernels} cuda/engine.cpp)
+string(REPLACE ";" " " shown "${GRADL1_CUDA_ARCHS}")  # a list would become several definitions
 target_compile_definitions(_gradl1 PRIVATE GRADL1_HAS_CUDA
-  GRADL1_CUDA_COMPILER="${compiler}" GRADL1_CUDA_ARCHITECTURES="${GRADL1_CUDA_ARCHS}")
+  GRADL1_CUDA_COMPILER="${compiler}" GRADL1_CUDA_ARCHITECTURES="${shown}")

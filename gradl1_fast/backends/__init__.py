@@ -144,15 +144,15 @@ def _first_that_can(op: str, device: torch.device) -> ModuleType:
         except UnavailableError as reason:
             reasons.append(f"{name}: {reason}")
             continue
-        _log_once(op, device, chosen.__name__.rpartition(".")[2], reasons)
+        if (op, device.type) not in _logged:
+            _log_choice(op, device, chosen.__name__.rpartition(".")[2], reasons)
         return chosen
     raise UnavailableError(f"no backend can compute {op} on {device}: " + "; ".join(reasons))
 
 
-def _log_once(op: str, device: torch.device, name: str, reasons: list[str]) -> None:
-    if (op, device.type) not in _logged:
-        _logged.add((op, device.type))
-        _log.info("%s on %s: %s%s", op, device.type, name, "".join(f"; not {r}" for r in reasons))
+def _log_choice(op: str, device: torch.device, name: str, reasons: list[str]) -> None:
+    _logged.add((op, device.type))
+    _log.info("%s on %s: %s%s", op, device.type, name, "".join(f"; not {r}" for r in reasons))
 
 
 def _check_name(name: str, source: str) -> None:

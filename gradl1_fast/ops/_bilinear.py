@@ -1,8 +1,8 @@
 """Autograd of an operation that is linear in its input and in its weight: convolution, linear layer.
 
-The gradients for input and weight hang on nodes of their own. A node's formula cannot see which of
-its gradients a call of ``autograd.grad`` asks for, while the engine runs only the nodes it needs: so
-a penalty on activations alone never pays for a weight gradient.
+The gradient for the weight hangs on a node of its own. A node's formula cannot see which of its
+gradients a call of ``autograd.grad`` asks for, while the engine runs only the nodes it needs: so a
+penalty on activations alone never pays for a weight gradient.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ import torch
 from torch import Tensor
 
 from gradl1_fast.ops._library import Operator, recorded
+
+# Takes dy, x, weight, and whose gradient it is: 0 for the input, 1 for the weight.
+_Gradient = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 
 
 def differentiate_bilinear(
@@ -38,14 +41,12 @@ def differentiate_bilinear(
         def gradient(dy: Tensor, x: Tensor, weight: Tensor, index: int) -> Tensor:
             return backward(dy, x, weight, *geometry, [index == 0, index == 1])[index]
 
-        edges = [
-            _Edge.apply(operand, [x, weight], index, y.shape, gradient)
-            for index, operand in enumerate((x, weight))
-            if operand.requires_grad
-        ]
-        if bias is not None and recorded(bias):
+        edges = []
+        if weight.requires_grad:
+            edges.append(_WeightEdge.apply(weight, [x, weight], y.shape, gradient))
+        if bias is not None and bias.requires_grad:
             edges.append(_bias_edge(bias, y, channel_axis))
-        return _Output.apply([y], *edges)
+        return _Output.apply([y], [x, weight], gradient, x, *edges)
 
     forward.differentiate_by(kernel)
     _differentiate_backward(backward, double_backward)
@@ -53,37 +54,41 @@ def differentiate_bilinear(
 
 
 class _Output(torch.autograd.Function):
-    """The output as the sum of its edges; each of them receives its gradient as it is."""
+    """The output; its gradient goes to the input by dgrad, and to the other edges as it is.
+
+    In lists, tensors are saved without becoming edges that the engine would follow.
+    """
 
     @staticmethod
-    def forward(ctx: Any, y: list[Tensor], *edges: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, y: list[Tensor], operands: list[Tensor], gradient: _Gradient, x: Tensor, *edges: Tensor
+    ) -> Tensor:
+        if x.requires_grad:
+            ctx.save_for_backward(*operands)
+            ctx.gradient = gradient
         return y[0]
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *[dy if needed else None for needed in ctx.needs_input_grad[1:]]
+        of_x, *of_edges = ctx.needs_input_grad[3:]
+        dx = ctx.gradient(dy, *ctx.saved_tensors, 0) if of_x else None
+        return None, None, None, dx, *[dy if needed else None for needed in of_edges]
 
 
-class _Edge(torch.autograd.Function):
-    """A summand in the shape of the output that passes its gradient on to one operand, by dgrad or wgrad."""
+class _WeightEdge(torch.autograd.Function):
+    """A summand in the shape of the output, whose gradient goes to the weight by wgrad."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        operand: Tensor,
-        operands: list[Tensor],
-        index: int,
-        shape: torch.Size,
-        gradient: Callable[[Tensor, Tensor, Tensor, int], Tensor],
+        ctx: Any, weight: Tensor, operands: list[Tensor], shape: torch.Size, gradient: _Gradient
     ) -> Tensor:
-        # In a list the other operand is saved without becoming an edge that the engine would follow.
         ctx.save_for_backward(*operands)
-        ctx.index, ctx.gradient = index, gradient
-        return operand.new_empty(()).expand(shape)  # nobody reads the values
+        ctx.gradient = gradient
+        return weight.new_empty(()).expand(shape)  # nobody reads the values
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return ctx.gradient(dy, *ctx.saved_tensors, ctx.index), None, None, None, None
+        return ctx.gradient(dy, *ctx.saved_tensors, 1), None, None, None
 
 
 def _bias_edge(bias: Tensor, y: Tensor, channel_axis: int) -> Tensor:

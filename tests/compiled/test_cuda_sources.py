@@ -1,7 +1,11 @@
-"""Every .cu compiles for every default architecture, without warnings and without spills that matter."""
+"""Every .cu compiles without warnings and without spills that matter.
+
+For sm_90 by default; ``make kernels`` compiles for every default architecture, which takes minutes.
+"""
 
 from __future__ import annotations
 
+import os
 import shutil
 
 import pytest
@@ -12,9 +16,10 @@ from tests.compiled.test_setup import setup_script
 
 
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="needs nvcc")
-def test_kernels_compile_for_all_architectures_without_spills(capsys: pytest.CaptureFixture[str]) -> None:
+def test_kernels_compile_without_spills(capsys: pytest.CaptureFixture[str]) -> None:
     nvcc = shutil.which("nvcc")
-    archs = setup_script()["architectures"](nvcc)
+    every = os.environ.get("GRADL1_TEST_ARCHS") == "all"
+    archs = setup_script()["architectures"](nvcc) if every else "90-real"
     options = ["-DGRADL1_HOST=OFF", "-DGRADL1_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={nvcc}"]
     _, log = build("cuda", *options, f"-DGRADL1_CUDA_ARCHS={archs}")
     found = kernels(log)

@@ -52,7 +52,7 @@ format: $(READY)  ## put the code into the form that lint asks for
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-bench: $(READY)  ## time and memory of a training step on this machine's CPU
+bench: $(BUILT)  ## time and memory of a training step on this machine's CPU
 	$(VENV)/bin/python -m bench.step $(ARGS)
 
 # Uses the python at hand and installs nothing. The benchmark runs even when a test fails; either failure counts.

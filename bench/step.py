@@ -126,7 +126,7 @@ def main() -> None:
     if args.json:
         result = {
             "environment": describe_environment(),
-            "settings": vars(args) | {"json": None},
+            "settings": {key: value for key, value in vars(args).items() if key != "json"},
             "rows": rows,
         }
         args.json.parent.mkdir(parents=True, exist_ok=True)

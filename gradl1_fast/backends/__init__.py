@@ -92,12 +92,11 @@ _LOADERS: dict[str, Callable[[str, torch.device], ModuleType]] = {
     "reference": _load_reference,
 }
 # The automatic choice by type of device: the first that can, computes. Only by name: `cuda`, which waits
-# for its first run on a GPU, `host`, for a measurement that shows it ahead, Triton's interpreter on a CPU.
-_AUTOMATIC = {"cuda": ("triton", "reference")}
+# for its first run on a GPU, and Triton's interpreter. On a CPU, bench/results shows `host` ahead.
+_AUTOMATIC = {"cpu": ("host", "reference"), "cuda": ("triton", "reference")}
 _ELSEWHERE = ("reference",)
 
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("gradl1_fast_backend", default=None)
-_logged: set[tuple[str, str]] = set()
 
 
 def available() -> tuple[str, ...]:
@@ -133,26 +132,23 @@ def resolve(op: str, tensor: torch.Tensor) -> ModuleType:
     if name:
         _check_name(name, "GRADL1_BACKEND")
         return _LOADERS[name](op, tensor.device)
-    return _first_that_can(op, tensor.device)
+    return _first_that_can(op, tensor.device.type)
 
 
-def _first_that_can(op: str, device: torch.device) -> ModuleType:
-    reasons = []
-    for name in _AUTOMATIC.get(device.type, _ELSEWHERE):
+@functools.cache
+def _first_that_can(op: str, device_type: str) -> ModuleType:
+    """Choose once for each operation and type of device, and log the choice with every rejection."""
+    device, reasons = torch.device(device_type), []
+    for name in _AUTOMATIC.get(device_type, _ELSEWHERE):
         try:
             chosen = _LOADERS[name](op, device)
         except UnavailableError as reason:
             reasons.append(f"{name}: {reason}")
             continue
-        if (op, device.type) not in _logged:
-            _log_choice(op, device, chosen.__name__.rpartition(".")[2], reasons)
+        rejected = "".join(f"; not {reason}" for reason in reasons)
+        _log.info("%s on %s: %s%s", op, device_type, "reference" if chosen is reference else name, rejected)
         return chosen
-    raise UnavailableError(f"no backend can compute {op} on {device}: " + "; ".join(reasons))
-
-
-def _log_choice(op: str, device: torch.device, name: str, reasons: list[str]) -> None:
-    _logged.add((op, device.type))
-    _log.info("%s on %s: %s%s", op, device.type, name, "".join(f"; not {r}" for r in reasons))
+    raise UnavailableError(f"no backend can compute {op} on {device_type}: " + "; ".join(reasons))
 
 
 def _check_name(name: str, source: str) -> None:

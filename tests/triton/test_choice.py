@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -16,8 +17,11 @@ X = torch.ones(3)
 
 
 @pytest.fixture
-def _without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+def _without_triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(backends, "_is_installed", lambda package: package != "triton")
+    backends._first_that_can.cache_clear()
+    yield
+    backends._first_that_can.cache_clear()
 
 
 @pytest.mark.usefixtures("_without_triton")
@@ -30,9 +34,9 @@ def test_absent_it_says_what_to_install(op: str, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.usefixtures("_without_triton")
 def test_absent_the_reference_computes_on_a_gpu(caplog: pytest.LogCaptureFixture) -> None:
-    backends._logged.clear()
+    backends._first_that_can.cache_clear()
     with caplog.at_level(logging.INFO, "gradl1_fast"):
-        assert backends._first_that_can("tap", torch.device("cuda")) is backends.reference
+        assert backends._first_that_can("tap", "cuda") is backends.reference
     assert "reference" in caplog.text
     assert "pip install triton" in caplog.text
 
@@ -46,9 +50,9 @@ def test_on_a_cpu_it_is_refused_outside_of_its_interpreter(monkeypatch: pytest.M
 
 def test_on_a_gpu_it_comes_first_except_for_convolution_and_linear(caplog: pytest.LogCaptureFixture) -> None:
     pytest.importorskip("triton")
-    backends._logged.clear()
+    backends._first_that_can.cache_clear()
     with caplog.at_level(logging.INFO, "gradl1_fast"):
-        chosen = {op: backends._first_that_can(op, torch.device("cuda")) for op in backends.OPERATIONS}
+        chosen = {op: backends._first_that_can(op, "cuda") for op in backends.OPERATIONS}
     for op, module in chosen.items():
         name = "reference" if op in ("conv", "linear") else "triton"
         assert module.__name__ == f"gradl1_fast.backends.{name}"

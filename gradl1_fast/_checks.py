@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -137,3 +138,28 @@ def normalisation(x: Tensor, vectors: Sequence[Tensor | None], training: bool, a
                 f"batch_norm_act: {name} must have shape ({x.shape[1]},) for x of shape {tuple(x.shape)}, "
                 f"got {tuple(value.shape)}"
             )
+
+
+def one_of(name: str, value: object, allowed: tuple[str, ...]) -> str:
+    """Return the value, after checking that it is one of the allowed ones."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+    return str(value)
+
+
+def coefficient(name: str, value: object) -> float:
+    """Return a coefficient, after checking that it is a finite number from 0 up."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{name} must be finite and 0 or more, got {value}")
+    return float(value)
+
+
+def count(name: str, value: object) -> int:
+    """Return a count, after checking that it is an int from 1 up."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be 1 or more, got {value}")
+    return value

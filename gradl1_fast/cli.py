@@ -67,7 +67,7 @@ def info() -> None:
         console.print("No environment variable in force; GRADL1_BACKEND would choose a backend by name.")
 
 
-@app.command(epilog="Example: gradl1 demo --out /tmp/digits --seeds 5")
+@app.command(epilog="Example: gradl1 demo --out digits-report --seeds 5")
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for report.html and results.json.")] = Path("gradl1-demo"),
     seeds: Annotated[

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -77,11 +76,14 @@ class GradL1:
         step_bits: int = 4,
         epsilon: float = 1e-3,
     ) -> None:
-        self.scale, self.method = _one_of("scale", scale, SCALES), _one_of("method", method, METHODS)
-        self.every = _count("every", every)
+        self.scale, self.method = (
+            check.one_of("GradL1: scale", scale, SCALES),
+            check.one_of("GradL1: method", method, METHODS),
+        )
+        self.every = check.count("GradL1: every", every)
         check.bits(step_bits, "GradL1: step_bits")
         self.step_bits = step_bits
-        self.epsilon = _coefficient("epsilon", epsilon)
+        self.epsilon = check.coefficient("GradL1: epsilon", epsilon)
         if not self.epsilon:
             raise ValueError("GradL1: epsilon must be more than 0")
         self.model = model
@@ -101,7 +103,7 @@ class GradL1:
 
     @lambda_w.setter
     def lambda_w(self, value: float) -> None:
-        self._lambda_w = _coefficient("lambda_w", value)
+        self._lambda_w = check.coefficient("GradL1: lambda_w", value)
 
     @property
     def lambda_a(self) -> float:
@@ -110,7 +112,7 @@ class GradL1:
 
     @lambda_a.setter
     def lambda_a(self, value: float) -> None:
-        self._lambda_a = _coefficient("lambda_a", value)
+        self._lambda_a = check.coefficient("GradL1: lambda_a", value)
         if self._lambda_a and self.method == "exact":
             for site in self.sites:
                 site.probe.requires_grad_(True)
@@ -318,25 +320,3 @@ def _check_loss(loss: Tensor) -> None:
         raise RuntimeError("GradL1: called with gradients disabled (no_grad or inference_mode)")
     if not loss.requires_grad:
         raise RuntimeError("GradL1: the loss has no graph; was it computed under no_grad or detached?")
-
-
-def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> str:
-    if value not in allowed:
-        raise ValueError(f"GradL1: {name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
-    return str(value)
-
-
-def _coefficient(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"GradL1: {name} must be a number, got {value!r}")
-    if not (math.isfinite(value) and value >= 0):
-        raise ValueError(f"GradL1: {name} must be finite and 0 or more, got {value}")
-    return float(value)
-
-
-def _count(name: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"GradL1: {name} must be an int, got {value!r}")
-    if value < 1:
-        raise ValueError(f"GradL1: {name} must be 1 or more, got {value}")
-    return value

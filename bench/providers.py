@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -58,17 +59,25 @@ class Step:
         setting: what it runs on.
         model: the network, converted or not.
         penalty: added to the loss, or None.
+        backend: computes the step; None for the automatic choice.
     """
 
-    def __init__(self, setting: Setting, model: nn.Module, penalty: Penalty | None) -> None:
-        self.setting, self.model, self.penalty = setting, model, penalty
+    def __init__(
+        self, setting: Setting, model: nn.Module, penalty: Penalty | None, backend: str | None = None
+    ) -> None:
+        self.setting, self.model, self.penalty, self.backend = setting, model, penalty, backend
         self.optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
 
     def __call__(self) -> None:
         """Take the step."""
         self.optimizer.zero_grad()
-        self.total().backward()
+        with self.computed():
+            self.total().backward()
         self.optimizer.step()
+
+    def computed(self) -> contextlib.AbstractContextManager[None]:
+        """Compute with the backend of this step."""
+        return contextlib.nullcontext() if self.backend is None else gl.backend(self.backend)
 
     def total(self) -> Tensor:
         """Return loss plus penalty, with the graph."""
@@ -85,9 +94,12 @@ def _eager(setting: Setting, lambda_w: float, lambda_a: float) -> Step:
     return Step(setting, model, EagerPenalty(model, lambda_w, lambda_a))
 
 
-def _ours(setting: Setting, lambda_w: float, lambda_a: float) -> Step:
+def _ours(setting: Setting, lambda_w: float, lambda_a: float, backend: str | None = None) -> Step:
     model = gl.convert(setting.network())
-    return Step(setting, model, gl.GradL1(model, lambda_w, lambda_a))
+    return Step(setting, model, gl.GradL1(model, lambda_w, lambda_a), backend)
+
+
+_reference = partial(_ours, backend="reference")
 
 
 # Name of the row: how to make the step, and the two coefficients.
@@ -95,6 +107,8 @@ PROVIDERS: dict[str, tuple[Callable[[Setting, float, float], Step], float, float
     "plain": (_plain, 0.0, 0.0),
     "gradl1_fast, weights": (_ours, LAMBDA, 0.0),
     "gradl1_fast, weights and activations": (_ours, LAMBDA, LAMBDA),
+    "gradl1_fast in pure PyTorch, weights": (_reference, LAMBDA, 0.0),
+    "gradl1_fast in pure PyTorch, weights and activations": (_reference, LAMBDA, LAMBDA),
     "eager double backprop, weights": (_eager, LAMBDA, 0.0),
     "eager double backprop, weights and activations": (_eager, LAMBDA, LAMBDA),
 }
@@ -121,5 +135,6 @@ def gradient_error(name: str, setting: Setting) -> float:
 
 
 def _gradient(step: Step) -> Tensor:
-    grads = torch.autograd.grad(step.total(), list(step.model.parameters()))
+    with step.computed():
+        grads = torch.autograd.grad(step.total(), list(step.model.parameters()))
     return torch.cat([grad.double().flatten() for grad in grads])

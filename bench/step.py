@@ -90,11 +90,11 @@ def print_rows(title: str, rows: list[dict[str, Any]]) -> None:
     """Print a table of rows, memory as a multiple of the plain step's."""
     plain = rows[0]["peak_bytes"]
     print(f"\n{title}")
-    print(f"{'':48}{'ms':>9}{'20-80 %':>18}{'x plain':>9}{'memory x':>10}{'gradient error':>16}")
+    print(f"{'':53}{'ms':>9}{'20-80 %':>18}{'x plain':>9}{'memory x':>10}{'gradient error':>16}")
     for row in rows:
         spread = f"{row['p20_ms']:.1f}-{row['p80_ms']:.1f}"
         print(
-            f"{row['provider']:48}{row['median_ms']:9.1f}{spread:>18}{row['ratio_to_plain']:9.2f}"
+            f"{row['provider']:53}{row['median_ms']:9.1f}{spread:>18}{row['ratio_to_plain']:9.2f}"
             f"{row['peak_bytes'] / plain:10.2f}{row['gradient_error']:16.1e}"
         )
 

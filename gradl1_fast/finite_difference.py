@@ -88,6 +88,11 @@ def add_gradients(
         for term in through_steps:
             second_loss = second_loss + unit * term
         second = torch.autograd.grad(second_loss, params, allow_unused=True)
+    if any((g is None) != (moved is None) for g, moved in zip(grads, second, strict=True)):
+        raise RuntimeError(
+            "GradL1: the closure used other parameters at its second call; what it draws at random must "
+            "come from torch's default generators"
+        )
     for p, g, moved in zip(params, grads, second, strict=True):
         if g is not None and moved is not None:
             change = g + (factor / unit).to(g.dtype) * (moved - g)

@@ -29,8 +29,9 @@ class GradL1:
 
     W_l are the weights of the quantizable layers that require a gradient, Y_l the activations
     behind quantizers, both as they are at the present width; dL/dW_l is the whole gradient of a
-    weight that several layers share. Make the penalty before the forward pass: activations are
-    measured only once one asks for it. To train, with ``loss`` the mini-batch mean::
+    weight that several layers share. Make the penalty before the forward pass, since activations are
+    measured only once one asks for it, and again when layers were added to the model. To train, with
+    ``loss`` the mini-batch mean::
 
         loss = criterion(model(x), y)
         (loss + penalty(loss)).backward()
@@ -47,7 +48,7 @@ class GradL1:
             flows through the step too, so that ranges shrink as well. Half of ``step * norm`` is the
             worst first-order change of the loss at that width.
         every: apply the penalty on each ``every``-th call only, multiplied by ``every``; other
-            calls return 0 at no cost.
+            calls return 0 at no cost (with ``scale="step"`` the ranges are still measured).
         method: ``"exact"``, or ``"finite_difference"`` for the approximation of :meth:`backward`.
         step_bits: the width at which ``scale="step"`` measures steps.
         epsilon: size of the finite difference, in units of the weights and activations.
@@ -92,7 +93,6 @@ class GradL1:
         self.lambda_w, self.lambda_a = lambda_w, lambda_a
         self.terms: dict[str, Tensor] = {}
         self._calls = 0
-        self._graph_checked = False
         _check_model(self)
         self._set_step_bits()
 
@@ -156,12 +156,13 @@ class GradL1:
 
         Args:
             closure: computes the forward pass and returns the loss; it is called twice, with the
-                same random numbers, and the buffers (batch-norm statistics) keep what the first call
-                left.
+                same numbers from torch's default generators (CPU and CUDA; no others), and the
+                buffers (batch-norm statistics) keep what the first call left.
 
         Raises:
-            RuntimeError: something measured got no gradient, or the model is quantized, where a
-                small move is either rounded away or becomes a whole step.
+            RuntimeError: something measured got no gradient, the two calls used different
+                parameters, the model is quantized or of low precision, where a small move is rounded
+                away or becomes a whole step, or it is wrapped for distributed training.
         """
         if self.method == "exact":
             loss = closure()
@@ -169,7 +170,7 @@ class GradL1:
             return loss.detach()
         if not self._is_due() or not (self.lambda_w or self.lambda_a):
             return _plain_backward(closure)
-        _check_float(self)
+        _check_finite_difference(self)
         loss, self.terms = add_gradients(self.model, self._measured(), closure, self.epsilon, self.every)
         return loss
 
@@ -177,7 +178,7 @@ class GradL1:
         step = self.scale == "step"
         weights = [
             Measured(
-                f"{name}.weight",
+                _weight_of(name),
                 layer.weight,
                 self.lambda_w,
                 partial(layer.weight_quantizer.step, bits=self.step_bits) if step else None,
@@ -223,7 +224,7 @@ class GradL1:
             raise RuntimeError("GradL1: every weight is frozen and no activation is penalised")
         with _no_autocast(loss.device.type):
             grads = torch.autograd.grad(loss, inputs, create_graph=True, allow_unused=True)
-        names = [f"{name}.weight" for name in layers] + [site.name for site in sites]
+        names = [_weight_of(name) for name in layers] + [site.name for site in sites]
         found = require_gradients(names, grads)
         if not any(grad.requires_grad for grad in found):
             raise RuntimeError("GradL1: the penalty is constant: no gradient depends on a parameter")
@@ -239,7 +240,7 @@ class GradL1:
         parts = []
         if layers:
             norms = l1_norm(self._by_step(layers, weight_grads))
-            self.terms = {f"{n}.weight": v for n, v in zip(layers, norms.detach(), strict=True)}
+            self.terms = {_weight_of(n): v for n, v in zip(layers, norms.detach(), strict=True)}
             parts.append(self.lambda_w * norms.sum())
         else:
             self.terms = {}
@@ -272,10 +273,13 @@ class GradL1:
         return self.step_bits if self.scale == "step" and self.method == "exact" else None
 
     def _check_graph(self, loss: Tensor) -> None:
-        """Look once for what would drop the penalty's gradient in silence."""
-        if not self._graph_checked and not torch.compiler.is_compiling():
+        """Look for what would drop the penalty's gradient in silence."""
+        if not torch.compiler.is_compiling():
             refuse_once_differentiable(loss)
-            self._graph_checked = True
+
+
+def _weight_of(layer: str) -> str:
+    return f"{layer}.weight" if layer else "weight"  # the model itself may be the layer
 
 
 def _plain_backward(closure: Callable[[], Tensor]) -> Tensor:
@@ -303,12 +307,18 @@ def _check_model(penalty: GradL1) -> None:
             raise ValueError(f"GradL1: {name}.weight is not a parameter (a hook recomputes it)")
 
 
-def _check_float(penalty: GradL1) -> None:
+def _check_finite_difference(penalty: GradL1) -> None:
     quantizers = (WeightQuantizer, ActivationQuantizer)
-    if any(isinstance(m, quantizers) and m.bits is not None for m in penalty.model.modules()):
+    modules = list(penalty.model.modules())
+    if any(isinstance(m, quantizers) and m.bits is not None for m in modules):
         raise RuntimeError(
             "GradL1: the finite difference needs every width at float; see gradl1_fast.set_bits"
         )
+    if any(isinstance(m, nn.parallel.DistributedDataParallel) for m in modules):
+        raise RuntimeError("GradL1: the finite difference does not average over ranks; use method='exact'")
+    narrow = {layer.weight.dtype for layer in penalty.layers.values()} - {torch.float32, torch.float64}
+    if narrow:
+        raise RuntimeError(f"GradL1: the finite difference needs weights of float32 or float64, not {narrow}")
 
 
 def _check_loss(loss: Tensor) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -41,6 +43,14 @@ def resident_bytes() -> int:
 
 
 def test_memory_is_flat_over_200_steps() -> None:
+    """In a process of its own, whose memory holds nothing of other tests."""
+    code = "from tests.test_faults_training import check_flat_memory; check_flat_memory()"
+    root = Path(__file__).parents[1]
+    run = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+
+
+def check_flat_memory() -> None:
     counted: list[tuple[int, int]] = []
     steps = iter(range(200))
 

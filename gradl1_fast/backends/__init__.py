@@ -24,7 +24,6 @@ of shape ``(0,)``; one that did not arrive is ``None``.
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import functools
 import importlib.util
 import logging
@@ -96,7 +95,9 @@ _LOADERS: dict[str, Callable[[str, torch.device], ModuleType]] = {
 _AUTOMATIC = {"cpu": ("host", "reference"), "cuda": ("triton", "reference")}
 _ELSEWHERE = ("reference",)
 
-_forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("gradl1_fast_backend", default=None)
+# The names of the `with backend(...)` blocks in force, of the whole process: the backward pass of CUDA
+# tensors runs in threads of autograd's own, which would not see a variable of the caller's context.
+_forced: list[str] = []
 
 
 def available() -> tuple[str, ...]:
@@ -106,7 +107,7 @@ def available() -> tuple[str, ...]:
 
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Compute every operation inside the ``with`` block with the named backend.
+    """Compute every operation inside the ``with`` block with the named backend, in all threads.
 
     Args:
         name: one of :func:`available`.
@@ -116,11 +117,11 @@ def backend(name: str) -> Iterator[None]:
             :class:`UnavailableError` when it is called.
     """
     _check_name(name, "gradl1_fast.backend()")
-    token = _forced.set(name)
+    _forced.append(name)
     try:
         yield
     finally:
-        _forced.reset(token)
+        _forced.pop()
 
 
 def resolve(op: str, tensor: torch.Tensor) -> ModuleType:
@@ -128,7 +129,7 @@ def resolve(op: str, tensor: torch.Tensor) -> ModuleType:
 
     Precedence: :func:`backend`, then the environment variable ``GRADL1_BACKEND``, then automatic.
     """
-    name = _forced.get() or os.environ.get("GRADL1_BACKEND")
+    name = _forced[-1] if _forced else os.environ.get("GRADL1_BACKEND")
     if name:
         _check_name(name, "GRADL1_BACKEND")
         return _LOADERS[name](op, tensor.device)

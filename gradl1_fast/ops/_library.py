@@ -102,7 +102,13 @@ class Operator:
 
 
 def recorded(*args: Any) -> bool:
-    """Return whether autograd records an operation on the tensors among ``args``."""
+    """Return whether autograd records an operation on the tensors among ``args``.
+
+    Under forward-mode differentiation it does too: a derivative that has no forward mode then raises,
+    where values computed below autograd would lose their tangents.
+    """
+    if torch.autograd.forward_ad._current_level >= 0:
+        return True
     return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
 
 

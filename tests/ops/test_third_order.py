@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from gradl1_fast import functional as ours
 from tests.ops.cases import CASES, Case
 from tests.ops.sweeps import leaf, random_like, scalar_probe
 
@@ -50,3 +51,11 @@ def test_three_derivatives_of_one_input(case: Case) -> None:
     second = torch.autograd.grad(first.square().sum(), x, create_graph=True)[0]
     with refused:
         torch.autograd.grad(second.square().sum(), x)
+
+
+def test_forward_mode_raises_rather_than_losing_tangents() -> None:
+    x, w = torch.randn(2, 3), torch.randn(4, 3)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        with pytest.raises(NotImplementedError, match="jvp"):
+            ours.linear(dual, w)

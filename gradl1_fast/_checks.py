@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 MAX_BITS = 16
+ACTIVATIONS = ("none", "relu", "relu6")
 
 
 def probe(op: str, x: Tensor, value: Tensor | None) -> None:
@@ -123,7 +124,7 @@ def normalisation(x: Tensor, vectors: Sequence[Tensor | None], training: bool, a
     one_device("batch_norm_act", (x, *vectors))
     if x.dim() < 2:
         raise ValueError(f"batch_norm_act: x must have shape (N, C, *size), got {tuple(x.shape)}")
-    if activation not in ("none", "relu", "relu6"):
+    if activation not in ACTIVATIONS:
         raise ValueError(f"batch_norm_act: activation must be 'none', 'relu' or 'relu6', got {activation!r}")
     if (vectors[0] is None) != (vectors[1] is None):
         raise ValueError("batch_norm_act: give both running_mean and running_var, or neither")

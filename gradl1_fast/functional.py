@@ -16,6 +16,7 @@ from torch import Tensor
 
 from gradl1_fast import _checks as check
 from gradl1_fast import ops
+from gradl1_fast._dtypes import sum_dtype
 
 __all__ = [
     "batch_norm_act",
@@ -28,8 +29,6 @@ __all__ = [
     "tap",
     "value_range",
 ]
-
-ACTIVATIONS = ("none", "relu", "relu6")
 
 
 def tap(x: Tensor, probe: Tensor) -> Tensor:
@@ -243,7 +242,7 @@ def value_range(x: Tensor, axis: int | None = None) -> tuple[Tensor, Tensor]:
     In float32, or float64 for float64. Differentiable; a gradient is shared evenly among equal
     extremes. NaN propagates.
     """
-    x = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    x = x.to(sum_dtype(x.dtype))
     if axis is not None:
         x = x.transpose(0, axis).flatten(1)
     dims = [] if axis is None else [1]

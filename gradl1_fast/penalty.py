@@ -238,12 +238,11 @@ class GradL1:
         activation_terms: list[Tensor],
     ) -> Tensor:
         parts = []
+        self.terms = {}
         if layers:
             norms = l1_norm(self._by_step(layers, weight_grads))
             self.terms = {_weight_of(n): v for n, v in zip(layers, norms.detach(), strict=True)}
             parts.append(self.lambda_w * norms.sum())
-        else:
-            self.terms = {}
         if sites:
             norms = torch.stack([term.to(activation_terms[0].device) for term in activation_terms])
             self.terms |= {s.name: v for s, v in zip(sites, norms.detach(), strict=True)}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gradl1_fast import functional as F
+from gradl1_fast._checks import ACTIVATIONS
 from gradl1_fast.nn.quantizers import ActivationQuantizer
 from gradl1_fast.nn.twins import retype
 
@@ -42,8 +43,8 @@ class BatchNormAct2d(nn.BatchNorm2d):
         self._add(activation, quantize_output)
 
     def _add(self, activation: str, quantize_output: bool) -> None:
-        if activation not in F.ACTIVATIONS:
-            raise ValueError(f"activation must be one of {', '.join(F.ACTIVATIONS)}, got {activation!r}")
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
         self.activation = activation
         self.quantizer = ActivationQuantizer() if quantize_output else None
         if self.quantizer is not None and self.running_mean is not None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gradl1_fast import functional as F
+from gradl1_fast._dtypes import sum_dtype
 
 __all__ = ["ActivationQuantizer", "Observer", "WeightQuantizer"]
 
@@ -129,7 +130,7 @@ class ActivationQuantizer(nn.Module):
     def _range(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if self.low is None or self.high is None:
             raise RuntimeError("an activation quantizer has no range: call gradl1_fast.calibrate first")
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        wide = sum_dtype(x.dtype)
         return self.low.to(wide), self.high.to(wide)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
@@ -147,5 +148,4 @@ class ActivationQuantizer(nn.Module):
 
 def _new_probe(like: Tensor) -> Tensor:
     """Return a fresh leaf on the device of ``like``, in float32 at least: it receives a sum."""
-    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-    return torch.zeros((), dtype=dtype, device=like.device)
+    return torch.zeros((), dtype=sum_dtype(like.dtype), device=like.device)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradl1_fast._dtypes import sum_dtype
 from gradl1_fast.ops._library import Operator
 
 _SAVED = (
@@ -60,7 +61,7 @@ def _double_backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | Non
 
 
 def _statistics(x: Tensor) -> Tensor:
-    return x.new_empty((x.shape[1],), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+    return x.new_empty((x.shape[1],), dtype=sum_dtype(x.dtype))
 
 
 def _fake_forward(x: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:

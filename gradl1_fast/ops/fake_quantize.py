@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradl1_fast._dtypes import sum_dtype
 from gradl1_fast.ops._library import Operator
 
 _GRID = "Tensor scale, Tensor zero_point, int q_min, int q_max, int? axis"
@@ -43,7 +44,7 @@ def _double_backward(ctx: Any, d_dx: Tensor | None, d_l1: Tensor | None) -> tupl
 def _fake_l1(dy: Tensor, with_l1: bool) -> Tensor:
     if not with_l1:
         return dy.new_empty((0,))
-    return dy.new_empty((), dtype=torch.float64 if dy.dtype == torch.float64 else torch.float32)
+    return dy.new_empty((), dtype=sum_dtype(dy.dtype))
 
 
 fake_quantize_forward = Operator(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradl1_fast._dtypes import sum_dtype
 from gradl1_fast.ops._library import Operator
 
 
@@ -73,7 +74,7 @@ scale_probe = Operator(
 tap_backward = Operator(
     "tap",
     "tap_backward(Tensor dy) -> Tensor",
-    lambda dy: dy.new_empty((), dtype=torch.float64 if dy.dtype == torch.float64 else torch.float32),
+    lambda dy: dy.new_empty((), dtype=sum_dtype(dy.dtype)),
 )
 tap_double_backward = Operator(
     "tap",

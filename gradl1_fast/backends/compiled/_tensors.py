@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradl1_fast._dtypes import sum_dtype
 from gradl1_fast.backends.compiled._extension import engine
-from gradl1_fast.backends.reference._tensors import sum_dtype
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 

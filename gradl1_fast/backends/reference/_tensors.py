@@ -5,10 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-
-def sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the type in which values of ``dtype`` are summed and scaled: float32, or float64 for float64."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+from gradl1_fast._dtypes import sum_dtype
 
 
 def widen(x: Tensor) -> Tensor:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gradl1_fast._dtypes import sum_dtype
 from gradl1_fast.backends.reference._tensors import (
     absent,
     add_l1_gradient,
     in_layout_of,
     l1,
-    sum_dtype,
     widen,
 )
 

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gradl1_fast.backends.reference._tensors import sum_dtype
+from gradl1_fast._dtypes import sum_dtype
 from gradl1_fast.backends.triton._device import finish_kernel
 
 BLOCK = 1024

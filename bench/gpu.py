@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from bench.step import describe_environment, measure, print_rows, resnet_setting
+from bench.step import measure, print_rows, resnet_setting
+from gradl1_fast import _environment
 
 NETWORKS = {
     "ResNet-18, CIFAR size": {"width": 64, "batch": 256, "size": 32},
@@ -43,7 +44,7 @@ def main() -> int:
     rows, failures = _all(args.rounds)
     folder = args.out / torch.cuda.get_device_name().replace(" ", "-")
     folder.mkdir(parents=True, exist_ok=True)
-    result = {"environment": describe_environment(), "failures": failures, "rows": rows}
+    result = {"environment": _environment.describe(), "failures": failures, "rows": rows}
     (folder / "step.json").write_text(json.dumps(result, indent=1) + "\n")
     print(f"\nwritten to {folder / 'step.json'}")
     return 1 if failures else 0

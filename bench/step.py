@@ -18,10 +18,10 @@ import torch
 
 from bench.measure import interleaved_times, peak_bytes, quantiles
 from bench.providers import PROVIDERS, Setting, gradient_error, make_step
-from gradl1_fast.training import environment
+from gradl1_fast import _environment
 from gradl1_fast.training.models import resnet18
 
-__all__ = ["describe_environment", "measure", "print_rows", "resnet_setting"]
+__all__ = ["measure", "print_rows", "resnet_setting"]
 
 
 def measure(
@@ -99,15 +99,6 @@ def print_rows(title: str, rows: list[dict[str, Any]]) -> None:
         )
 
 
-def describe_environment() -> dict[str, Any]:
-    """Return versions, devices and environment variables, to be kept beside results."""
-    return {
-        "versions": environment.versions(),
-        "devices": environment.devices(),
-        "variables": environment.variables(),
-    }
-
-
 def main() -> None:
     """Measure on the command line."""
     parser = argparse.ArgumentParser(
@@ -125,7 +116,7 @@ def main() -> None:
     print_rows(f"ResNet-18, width {args.width}, batch {args.batch}, {args.size} x {args.size}", rows)
     if args.json:
         result = {
-            "environment": describe_environment(),
+            "environment": _environment.describe(),
             "settings": {key: value for key, value in vars(args).items() if key != "json"},
             "rows": rows,
         }

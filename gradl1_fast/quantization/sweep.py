@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from gradl1_fast._plots import heat_map, new_figure, save, width_name
 from gradl1_fast._progress import track
 from gradl1_fast.quantization.bits import bits, check_width
 
@@ -48,7 +49,7 @@ class Table:
     def __str__(self) -> str:
         """Return the table as text."""
         lines = [f"{'w':>5}  {'a':>5}  value"]
-        lines += [f"{_name(row.w):>5}  {_name(row.a):>5}  {row.value:.4f}" for row in self.rows]
+        lines += [f"{width_name(row.w):>5}  {width_name(row.a):>5}  {row.value:.4f}" for row in self.rows]
         return "\n".join(lines)
 
     def __getitem__(self, width: Width) -> float:
@@ -75,9 +76,12 @@ class Table:
         Raises:
             ImportError: matplotlib is not installed.
         """
-        from gradl1_fast.quantization.plots import heat_map, save
-
-        save(heat_map(self.rows, title=title), path)
+        widths = {row.w for row in self.rows}, {row.a for row in self.rows}
+        figure = new_figure(1.6 + 0.75 * len(widths[1]), 1.3 + 0.5 * len(widths[0]))
+        axes = figure.subplots()
+        heat_map(axes, {(row.w, row.a): row.value for row in self.rows}, title=title)
+        axes.set_ylabel("weight bits")
+        save(figure, path)
 
 
 def sweep(
@@ -116,10 +120,6 @@ def _pair(width: Any) -> Width:
     check_width("w", width[0])
     check_width("a", width[1])
     return width[0], width[1]
-
-
-def _name(bits: int | None) -> str:
-    return "float" if bits is None else str(bits)
 
 
 def _cell(bits: int | None) -> int | str:

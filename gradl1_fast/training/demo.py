@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from gradl1_fast import _environment
 from gradl1_fast.quantization import Table, calibrate, sweep
 from gradl1_fast.training.data import Digits, digits
-from gradl1_fast.training.environment import devices, variables, versions
 from gradl1_fast.training.loop import Recipe, accuracy, train
 from gradl1_fast.training.models import digits_net, resnet18
 from gradl1_fast.training.speed import Speed, measure
@@ -159,8 +159,7 @@ def run(settings: Settings, stage: Stage = lambda what, total: lambda: None) -> 
     start = time.perf_counter()
     speeds = _speeds(settings, stage)
     seconds["step times"] = time.perf_counter() - start
-    environment = {"versions": versions(), "devices": devices(), "variables": variables()}
-    return Results(settings, tables, speeds, seconds, environment)
+    return Results(settings, tables, speeds, seconds, _environment.describe())
 
 
 @contextlib.contextmanager

@@ -1,56 +1,15 @@
-"""The report's text and looks: an HTML page with places for ``string.Template``."""
+"""The text of the demo's report: the body of a page with places for ``string.Template``."""
 
-__all__ = ["PAGE"]
+__all__ = ["BODY", "TITLE"]
 
-PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>gradl1_fast: one network, any bit width</title>
-<style>
-:root { color-scheme: light; }
-body {
-  margin: 0; background: #f6f7f9; color: #1f2933; font: 16px/1.6 system-ui, "Segoe UI", Helvetica,
-  Arial, sans-serif;
-}
-main {
-  max-width: 62rem; margin: 2rem auto; padding: 2rem 3rem 3rem; background: #fff; border: 1px solid
-  #e3e6ea; border-radius: 10px;
-}
-h1 { margin: 0; font-size: 1.9rem; line-height: 1.25; }
-h2 { margin: 2.5rem 0 .5rem; font-size: 1.25rem; }
-.lead { margin: .4rem 0 1.5rem; color: #52606d; font-size: 1.1rem; }
-.found {
-  margin: 0; padding: 1rem 1.2rem 1rem 2.2rem; background: #eef5fb; border-left: 4px solid #1b6ca8;
-  border-radius: 4px;
-}
-img { display: block; width: 100%; height: auto; margin: 1rem auto; }
-img.narrow { max-width: 46rem; }
-table {
-  width: 100%; margin: 1rem 0; border-collapse: collapse; font-size: .92rem; font-variant-numeric:
-  tabular-nums;
-}
-th, td { padding: .35rem .7rem; text-align: left; vertical-align: top; border-bottom: 1px solid #e3e6ea; }
-th { color: #52606d; font-weight: 600; border-bottom: 2px solid #cbd2d9; }
-p { max-width: 48rem; }
-code { padding: .05rem .3rem; background: #f0f2f5; border-radius: 3px; font-size: .9em; }
-footer { margin-top: 2.5rem; color: #7b8794; font-size: .85rem; }
-@media (max-width: 50rem) { main { margin: 0; padding: 1.2rem; border: 0; border-radius: 0; } }
-@media print {
-  body { background: #fff; font-size: 11pt; } main { margin: 0; padding: 0; border: 0; max-width: none; }
-  h2 { break-after: avoid; } img, table, .found { break-inside: avoid; }
-}
-</style>
-</head>
-<body>
-<main>
-<h1>One network, any bit width</h1>
+TITLE = "gradl1_fast: one network, any bit width"
+
+BODY = """<h1>One network, any bit width</h1>
 <p class="lead">Twin networks, trained on handwritten digits with and without the
 gradient-l1 penalty, then quantized on demand.</p>
 
 <h2>What was found</h2>
-<ul class="found">$verdict</ul>
+$verdict
 
 <h2>What was done</h2>
 <p>Quantizing a network rounds each weight and each activation to one of a few values: at 8 bits
@@ -98,7 +57,4 @@ $environment
 <footer>Written by <code>gradl1 demo</code> in $minutes minutes. All numbers are in
 <code>results.json</code>. Method: Alizadeh et al., &ldquo;Gradient l1 Regularization for
 Quantization Robustness&rdquo;, ICLR 2020, arXiv 2002.07520.</footer>
-</main>
-</body>
-</html>
 """

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import base64
 import json
-from html import escape
 from pathlib import Path
 from string import Template
 
-from gradl1_fast.quantization.plots import new_figure
+from gradl1_fast._html import image, items, page, table
+from gradl1_fast._plots import new_figure
 from gradl1_fast.training.charts import accuracy_chart, grids_chart, speed_chart
 from gradl1_fast.training.demo import PENALISED, PLAIN, Results, Settings, Spread
-from gradl1_fast.training.page import PAGE
+from gradl1_fast.training.page import BODY, TITLE
 from gradl1_fast.training.speed import EAGER, OURS, OURS_STEP, Speed
 from gradl1_fast.training.speed import PLAIN as PLAIN_STEP
 
@@ -36,10 +35,10 @@ def prepare(folder: Path) -> None:
 
 def write(results: Results, folder: Path) -> tuple[Path, Path]:
     """Write ``report.html`` and ``results.json``; return their paths."""
-    page, numbers = folder / "report.html", folder / "results.json"
+    path, numbers = folder / "report.html", folder / "results.json"
     numbers.write_text(json.dumps(results.to_dict(), indent=1) + "\n", encoding="utf-8")
-    page.write_text(html(results), encoding="utf-8")
-    return page, numbers
+    path.write_text(html(results), encoding="utf-8")
+    return path, numbers
 
 
 def accuracy_rows(results: Results) -> Rows:
@@ -93,20 +92,20 @@ def _cost(speed: Speed) -> str:
 def html(results: Results) -> str:
     """Return the report."""
     settings = results.settings
-    return Template(PAGE).substitute(
-        verdict="".join(f"<li>{escape(line)}</li>" for line in verdict(results)),
-        grids=_image(grids_chart(results), "Accuracy over weight and activation bits", narrow=False),
-        accuracy=_image(accuracy_chart(results), "Accuracy of both kinds of network over bits"),
-        speed=_image(speed_chart(results.speeds), "Median time of a training step"),
-        accuracy_table=_table(
+    body = Template(BODY).substitute(
+        verdict=items(verdict(results)),
+        grids=image(grids_chart(results), "Accuracy over weight and activation bits", narrow=False),
+        accuracy=image(accuracy_chart(results), "Accuracy of both kinds of network over bits"),
+        speed=image(speed_chart(results.speeds), "Median time of a training step"),
+        accuracy_table=table(
             ("bits", "plain, %", "penalised, %", "gain, points", "ahead in"), accuracy_rows(results)
         ),
         speed_tables="".join(
-            _table((speed.network, "median", "to plain"), speed_rows(speed)) for speed in results.speeds
+            table((speed.network, "median", "to plain"), speed_rows(speed)) for speed in results.speeds
         ),
         disagreement=f"{max(speed.disagreement for speed in results.speeds):.0e}",
-        settings=_table(("setting", "value"), _settings_rows(settings)),
-        environment=_table(
+        settings=table(("setting", "value"), _settings_rows(settings)),
+        environment=table(
             ("what", "value"),
             [(name, value) for group in results.environment.values() for name, value in group.items()],
         ),
@@ -117,6 +116,7 @@ def html(results: Results) -> str:
         rounds=settings.rounds,
         minutes=f"{results.minutes:.1f}",
     )
+    return page(TITLE, body)
 
 
 def _settings_rows(settings: Settings) -> Rows:
@@ -148,15 +148,3 @@ def _comparison(results: Results, bits: int | None) -> str:
 
 def _ahead(gain: Spread) -> str:
     return f"{sum(value > 0 for value in gain.values)} of {len(gain.values)}"
-
-
-def _image(svg: str, text: str, *, narrow: bool = True) -> str:
-    data = base64.b64encode(svg.encode()).decode()
-    kind = ' class="narrow"' if narrow else ""
-    return f'<img{kind} alt="{escape(text)}" src="data:image/svg+xml;base64,{data}">'
-
-
-def _table(header: tuple[str, ...], rows: Rows) -> str:
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
-    body = "".join("<tr>" + "".join(f"<td>{escape(c)}</td>" for c in row) + "</tr>" for row in rows)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"

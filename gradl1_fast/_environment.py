@@ -10,10 +10,18 @@ import torch
 
 from gradl1_fast._version import __version__
 
-__all__ = ["devices", "variables", "versions"]
+__all__ = ["describe", "devices", "variables", "versions"]
 
-_PACKAGES = ("typer", "rich", "matplotlib", "scikit-learn")
+_PACKAGES = (
+    "triton", "numpy", "typer", "rich", "matplotlib", "scikit-learn", "safetensors", "onnx", "onnxruntime",
+    "tensorboard", "torchvision", "timm", "jax",
+)  # fmt: skip
 _VARIABLES = ("CUDA_VISIBLE_DEVICES", "MKL_NUM_THREADS", "OMP_NUM_THREADS")
+
+
+def describe() -> dict[str, dict[str, str]]:
+    """Return versions, devices and environment variables, to be kept beside results."""
+    return {"versions": versions(), "devices": devices(), "variables": variables()}
 
 
 def versions() -> dict[str, str]:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-__all__ = ["TEST_IMAGES", "Digits", "digits", "shuffled_batches"]
+from gradl1_fast.training.data.batches import Batch
+
+__all__ = ["TEST_IMAGES", "Digits", "digits"]
 
 TEST_IMAGES = 597
-
-Batch = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -42,15 +40,6 @@ def digits(seed: int = 0) -> Digits:
     mean, std = images[train].mean(), images[train].std()
     images = (images - mean) / std
     return Digits(train=(images[train], labels[train]), test=(images[test], labels[test]))
-
-
-def shuffled_batches(data: Batch, size: int, generator: torch.Generator) -> Iterator[Batch]:
-    """Yield the data once, in random order, in batches of ``size``; an incomplete last one is left out."""
-    images, labels = data
-    order = torch.randperm(len(images), generator=generator)
-    for start in range(0, len(order) - size + 1, size):
-        chosen = order[start : start + size]
-        yield images[chosen], labels[chosen]
 
 
 def _load() -> Batch:

@@ -1,0 +1,93 @@
+"""Figures: how each begins, the heat map over widths, and what a picture is written as. Needs matplotlib."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Mapping
+from typing import Any
+
+__all__ = ["heat_map", "new_figure", "save", "svg", "tidy", "width_name"]
+
+Width = tuple[int | None, int | None]
+
+
+def new_figure(width: float, height: float) -> Any:
+    """Return an empty figure of ``width`` by ``height`` inches that needs no display.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("plots need matplotlib: pip install 'gradl1-fast[cli]'") from error
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def heat_map(
+    axes: Any,
+    values: Mapping[Width, float],
+    *,
+    title: str = "",
+    limits: tuple[float, float] | None = None,
+    colours: str = "viridis",
+    form: str = "{:.3g}",
+) -> Any:
+    """Draw values over weight bits (down) and activation bits (across); return what a colour bar needs.
+
+    Args:
+        axes: of a figure.
+        values: by ``(w, a)``, None for float; a pair that is missing stays empty.
+        title: above the picture.
+        limits: ends of the colour scale; by default those of the values.
+        colours: a colour map of matplotlib.
+        form: how a value is written into its cell, as for ``str.format``.
+    """
+    down, across = (sorted({width[side] for width in values}, key=_order) for side in (0, 1))
+    grid = [[values.get((w, a), float("nan")) for a in across] for w in down]
+    low, high = limits or (min(values.values()), max(values.values()))
+    picture = axes.pcolormesh(grid, vmin=low, vmax=high, cmap=colours, edgecolors="white", linewidth=1)
+    for (w, a), value in values.items():
+        ink = "white" if _is_dark(picture.cmap(picture.norm(value))) else "black"
+        place = across.index(a) + 0.5, down.index(w) + 0.5
+        axes.text(*place, form.format(value), ha="center", va="center", color=ink, fontsize=9)
+    axes.set_xticks([place + 0.5 for place in range(len(across))], map(width_name, across))
+    axes.set_yticks([place + 0.5 for place in range(len(down))], map(width_name, down))
+    axes.set_ylim(len(down), 0)
+    axes.set_xlabel("activation bits")
+    axes.set_title(title, fontsize=11)
+    axes.tick_params(length=0)
+    return picture
+
+
+def tidy(axes: Any) -> None:
+    """Take away the lines above and to the right of a chart."""
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def width_name(bits: int | None) -> str:
+    """Return a width as a reader sees it: a number of bits, or ``float``."""
+    return "float" if bits is None else str(bits)
+
+
+def save(figure: Any, path: str | os.PathLike[str]) -> None:
+    """Write a figure; the ending of the path says in which format."""
+    figure.savefig(path, dpi=150)
+
+
+def svg(figure: Any) -> str:
+    """Return a figure as the text of an SVG element."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+def _order(bits: int | None) -> float:
+    return float("-inf") if bits is None else -bits
+
+
+def _is_dark(colour: tuple[float, float, float, float]) -> bool:
+    red, green, blue, _ = colour
+    return 0.299 * red + 0.587 * green + 0.114 * blue < 0.5

@@ -1,0 +1,9 @@
+"""The ``gradl1`` command. Needs typer and rich: ``pip install 'gradl1-fast[cli]'``.
+
+Each subcommand has a module of its own; importing it here adds it to the command, in this order.
+"""
+
+from gradl1_fast.cli import demo, info
+from gradl1_fast.cli.app import app
+
+__all__ = ["app", "demo", "info"]

@@ -1,0 +1,37 @@
+"""What every subcommand prints with: tables, and the one way to fail."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NoReturn
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+__all__ = ["fail", "pairs", "table"]
+
+
+def pairs(title: str, values: dict[str, str]) -> Table:
+    """Return a table of names and values."""
+    return table(title, ("name", "value"), values.items(), numbers=False)
+
+
+def table(
+    title: str, header: tuple[str, ...], rows: Iterable[tuple[str, ...]], *, numbers: bool = True
+) -> Table:
+    """Return a table; cells are text, not markup. Columns after the first are set for numbers."""
+    made = Table(title=title, title_justify="left", title_style="bold")
+    for place, name in enumerate(header):
+        made.add_column(name, justify="right" if numbers and place else "left")
+    for row in rows:
+        made.add_row(*map(escape, row))
+    return made
+
+
+def fail(message: str) -> NoReturn:
+    """Say on standard error what was wrong, and end with exit code 1."""
+    text = f"[red]gradl1:[/red] {escape(message)}"  # a message may hold brackets, as in gradl1-fast[cli]
+    Console(stderr=True).print(text, highlight=False, soft_wrap=True)
+    raise typer.Exit(1)

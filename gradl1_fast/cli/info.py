@@ -1,0 +1,63 @@
+"""``gradl1 info``: what is here, and what computes what."""
+
+from __future__ import annotations
+
+import torch
+from rich.console import Console
+
+from gradl1_fast import _environment, backends
+from gradl1_fast.cli._console import fail, pairs, table
+from gradl1_fast.cli.app import app
+
+__all__ = ["info"]
+
+
+@app.command(epilog="Example: GRADL1_BACKEND=reference gradl1 info")
+def info() -> None:
+    """Print versions, devices, and which backend computes each operation, and why.
+
+    Takes a few seconds. Look here first when something is slower than expected.
+    """
+    console = Console()
+    console.print(pairs("Versions", _environment.versions()))
+    console.print(pairs("Devices", _environment.devices()))
+    for device in _environment.devices():
+        try:
+            _print_backends(console, device)
+        except (ValueError, backends.UnavailableError) as error:
+            fail(str(error))
+    variables = _environment.variables()
+    if variables:
+        console.print(pairs("Environment variables in force", variables))
+    else:
+        console.print("No environment variable in force; GRADL1_BACKEND would choose a backend by name.")
+
+
+def _print_backends(console: Console, device: str) -> None:
+    rows, reasons = [], []
+    for op in backends.OPERATIONS:
+        chosen, others = _choice(op, device)
+        rows.append((op, chosen))
+        reasons += [f"{name}: {reason}" for name, reason in others.items()]
+    console.print(table(f"Backends on {device}", ("operation", "computed by"), rows, numbers=False))
+    for reason in dict.fromkeys(reasons):
+        console.print(f"  not {reason}", highlight=False, markup=False)
+
+
+def _choice(op: str, device: str) -> tuple[str, dict[str, str]]:
+    """Return the name of the backend for an operation, and for each other the reason why not."""
+    tensor = torch.empty(0, device=device)
+    chosen = backends.resolve(op, tensor)
+    name, others = chosen.__name__, {}
+    for candidate in backends.available():
+        try:
+            with backends.backend(candidate):
+                found = backends.resolve(op, tensor)
+        except backends.UnavailableError as reason:
+            others[candidate] = str(reason)
+            continue
+        if found is chosen:
+            name = candidate
+        else:
+            others[candidate] = "can, but does not come first; ask for it with GRADL1_BACKEND=" + candidate
+    return name, others

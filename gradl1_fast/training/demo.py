@@ -14,7 +14,7 @@ from torch import nn
 
 from gradl1_fast import _environment
 from gradl1_fast.quantization import Table, calibrate, sweep
-from gradl1_fast.training.data import Digits, digits
+from gradl1_fast.training.data import Dataset, digits
 from gradl1_fast.training.loop import Recipe, accuracy, train
 from gradl1_fast.training.models import digits_net, resnet18
 from gradl1_fast.training.speed import Speed, measure
@@ -173,7 +173,7 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _one_network(kind: str, settings: Settings, data: Digits, seed: int, stage: Stage) -> Table:
+def _one_network(kind: str, settings: Settings, data: Dataset, seed: int, stage: Stage) -> Table:
     """Train one network, calibrate it on the training images and evaluate it at every width."""
     recipe = settings.recipe if kind == PENALISED else settings.recipe.without_penalty()
     after_epoch = stage(f"seed {seed}: train {kind}", recipe.epochs)

@@ -2,32 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
 from gradl1_fast.training.data.batches import Batch
+from gradl1_fast.training.data.dataset import Dataset
 
-__all__ = ["TEST_IMAGES", "Digits", "digits"]
+__all__ = ["TEST_IMAGES", "digits"]
 
+CLASSES = 10
 TEST_IMAGES = 597
 
 
-@dataclass(frozen=True)
-class Digits:
-    """Images for training and for testing, no image in both.
+def digits(seed: int = 0) -> Dataset:
+    """Return the digits, 1200 to train with and 597 to test, split at random by ``seed``.
 
-    Attributes:
-        train: images ``(1200, 1, 8, 8)``, float32, of mean 0 and standard deviation 1, and labels.
-        test: images ``(597, 1, 8, 8)``, scaled like the others, and labels.
-    """
-
-    train: Batch
-    test: Batch
-
-
-def digits(seed: int = 0) -> Digits:
-    """Return the digits, split at random by ``seed``; scaling uses the training images alone.
+    Scaling uses the mean and deviation of all pixels of the training images.
 
     Raises:
         ImportError: scikit-learn is not installed.
@@ -39,7 +28,7 @@ def digits(seed: int = 0) -> Digits:
     test, train = order[:TEST_IMAGES], order[TEST_IMAGES:]
     mean, std = images[train].mean(), images[train].std()
     images = (images - mean) / std
-    return Digits(train=(images[train], labels[train]), test=(images[test], labels[test]))
+    return Dataset("digits", CLASSES, (images[train], labels[train]), (images[test], labels[test]))
 
 
 def _load() -> Batch:

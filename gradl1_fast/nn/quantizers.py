@@ -4,58 +4,114 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from gradl1_fast import functional as F
+from gradl1_fast._checks import MAX_BITS
 from gradl1_fast._dtypes import sum_dtype
 
 __all__ = ["ActivationQuantizer", "Observer", "WeightQuantizer"]
 
 
 class Observer(Protocol):
-    """What watches the tensors that reach a quantizer while it is calibrated."""
+    """What watches the tensors that reach a quantizer, to find its range."""
 
     def update(self, x: Tensor) -> None:
         """Take note of one batch."""
 
 
-class WeightQuantizer(nn.Module):
-    """Fake-quantizes a weight to ``bits``, with codes around zero and the weight's own range.
+class _Quantizer(nn.Module):
+    """What the quantizers share: a width, and stored ranges that stay in float32 at least."""
+
+    bits: int | None
+    _ranges: ClassVar[tuple[str, ...]]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        # In half precision the ends of a range may overflow; a range goes along to devices alone.
+        kept = {name: getattr(self, name) for name in self._ranges if getattr(self, name) is not None}
+        super()._apply(fn, recurse)
+        for name, value in kept.items():
+            moved = getattr(self, name)
+            setattr(self, name, value.to(moved.device) if moved.dtype.itemsize < 4 else moved)
+        return self
+
+
+class WeightQuantizer(_Quantizer):
+    """Fake-quantizes a weight to ``bits``, with codes around zero.
+
+    The range is the weight's own, from its smallest to its largest value, unless one was stored by
+    :func:`gradl1_fast.calibrate_weights`.
 
     Args:
         per_channel: one range for each output channel (axis 0) rather than one for the tensor.
 
     Attributes:
         bits: 1 to 16, or None for float. Set it with :func:`gradl1_fast.set_bits`.
+        axis: 0 for one range for each output channel, None for one for the tensor.
+        clip: the stored range goes from ``-clip`` to ``clip`` and weights beyond are clamped. Shape
+            ``(widths, channels)``, with one row for all widths or 16, for 1 to 16 bits, and one column
+            or one for each channel. None for the weight's own range.
     """
+
+    clip: Tensor | None
+    _ranges = ("clip",)
 
     def __init__(self, *, per_channel: bool = False) -> None:
         super().__init__()
         self.axis = 0 if per_channel else None
-        self.bits: int | None = None
+        self.bits = None
+        self.register_buffer("clip", None, persistent=False)
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return the weight as it is used at the present width."""
         if self.bits is None:
             return weight
-        low, high = F.value_range(weight.detach(), self.axis)
-        scale, zero_point, q_min, q_max = F.quantization_grid(low, high, self.bits, symmetric=True)
+        scale, zero_point, q_min, q_max = self.grid(weight.detach(), self.bits)
         return F.fake_quantize(weight, scale, zero_point, q_min, q_max, axis=self.axis)
 
+    def grid(self, weight: Tensor, bits: int) -> tuple[Tensor, Tensor, int, int]:
+        """Return the grid of ``weight`` at ``bits``, for :func:`gradl1_fast.functional.fake_quantize`."""
+        if self.clip is None:
+            low, high = F.value_range(weight, self.axis)
+        else:
+            high = _row(self.clip, bits).to(sum_dtype(weight.dtype))
+            high = high.reshape(()) if self.axis is None else high.expand(weight.shape[0])
+            low = -high
+        return F.quantization_grid(low, high, bits, symmetric=True)
+
+    def set_clip(self, clip: Tensor | None) -> None:
+        """Store a range from ``-clip`` to ``clip``; see :attr:`clip`. None gives the weight its own again.
+
+        Raises:
+            ValueError: the shape is none of those allowed, or a value is negative, NaN or infinite.
+        """
+        if clip is not None:
+            if clip.dim() != 2 or clip.shape[0] not in (1, MAX_BITS):
+                raise ValueError(f"clip has shape (1 or {MAX_BITS}, channels), got {tuple(clip.shape)}")
+            if self.axis is None and clip.shape[1] != 1:
+                raise ValueError(f"one range for the tensor is one column, got {clip.shape[1]}")
+            if not bool((clip.isfinite() & (clip >= 0)).all()):
+                raise ValueError("clip holds a value that is negative, NaN or infinite")
+        self.clip = None if clip is None else clip.detach()
+
     def step(self, weight: Tensor, bits: int) -> Tensor:
-        """Return the step at ``bits``, differentiable, in a shape that broadcasts against the weight."""
+        """Return the step at ``bits`` of the weight's own range, differentiable.
+
+        It has a shape that broadcasts against the weight.
+        """
         scale = F.quantization_grid(*F.value_range(weight, self.axis), bits, symmetric=True)[0]
         return scale if self.axis is None else scale.reshape(-1, *[1] * (weight.dim() - 1))
 
     def extra_repr(self) -> str:
         """Return what ``print(model)`` shows of this quantizer."""
-        return f"bits={self.bits}, per_channel={self.axis is not None}"
+        stored = "own" if self.clip is None else "stored"
+        return f"bits={self.bits}, per_channel={self.axis is not None}, range={stored}"
 
 
-class ActivationQuantizer(nn.Module):
+class ActivationQuantizer(_Quantizer):
     """Fake-quantizes an activation to ``bits``, and measures the l1 norm of its gradient.
 
     The range is per tensor and includes zero; :func:`gradl1_fast.calibrate` sets it. At float
@@ -67,20 +123,22 @@ class ActivationQuantizer(nn.Module):
 
     Attributes:
         bits: 1 to 16, or None for float. Set it with :func:`gradl1_fast.set_bits`.
-        low: lower end of the range, a scalar, or None before calibration; see :meth:`set_range`.
-        high: upper end of the range.
+        low: lower end of the range: a scalar for all widths, or 16 values, for 1 to 16 bits; None before
+            calibration. :meth:`range_at` reads it, :meth:`set_range` sets it.
+        high: upper end of the range, likewise.
         probe: the scalar leaf whose gradient is ``sum |dL/dy|`` once it requires one, which a penalty
             on activations asks for; None where not penalized.
         step_bits: when set, the probe's gradient is multiplied by the step at this width.
-        observer: watches what arrives, during calibration only.
+        observer: watches what arrives, while ranges are found.
     """
 
     low: Tensor | None
     high: Tensor | None
+    _ranges = ("low", "high")
 
     def __init__(self, *, penalized: bool = True) -> None:
         super().__init__()
-        self.bits: int | None = None
+        self.bits = None
         self.step_bits: int | None = None
         self.observer: Observer | None = None
         self.register_buffer("low", None, persistent=False)
@@ -99,23 +157,52 @@ class ActivationQuantizer(nn.Module):
         probe = self._scaled_probe(x)
         if self.bits is None:
             return x if probe is None else F.tap(x, probe)
-        scale, zero_point, q_min, q_max = F.quantization_grid(*self._range(x), self.bits, symmetric=False)
+        scale, zero_point, q_min, q_max = self.grid(sum_dtype(x.dtype), self.bits)
         return F.fake_quantize(x, scale, zero_point, q_min, q_max, probe=probe)
+
+    def grid(self, dtype: torch.dtype, bits: int) -> tuple[Tensor, Tensor, int, int]:
+        """Return the grid at ``bits``, for :func:`gradl1_fast.functional.fake_quantize`.
+
+        Raises:
+            RuntimeError: there is no range yet.
+        """
+        low, high = self.range_at(bits)
+        return F.quantization_grid(low.to(dtype), high.to(dtype), bits, symmetric=False)
+
+    def range_at(self, bits: int) -> tuple[Tensor, Tensor]:
+        """Return the two ends of the range at a width, scalars.
+
+        Raises:
+            RuntimeError: there is no range yet.
+        """
+        if self.low is None or self.high is None:
+            raise RuntimeError("an activation quantizer has no range: call gradl1_fast.calibrate first")
+        if not self.low.dim():
+            return self.low, self.high
+        return _row(self.low, bits), _row(self.high, bits)
 
     def set_range(self, low: Tensor, high: Tensor) -> None:
         """Store the range of the activation; it takes a look at the values, which waits for the device.
 
+        Args:
+            low: lower end: a single value for all widths, or 16, for 1 to 16 bits.
+            high: upper end, likewise.
+
         Raises:
-            ValueError: an end is no single number, is NaN or infinite, or the ends are inverted.
+            ValueError: an end has another number of values, is NaN or infinite, or the ends are inverted.
         """
-        if low.numel() != 1 or high.numel() != 1:
-            raise ValueError(f"a range has two single ends, got {tuple(low.shape)} and {tuple(high.shape)}")
-        ends = float(low), float(high)
-        if not all(map(math.isfinite, ends)):
-            raise ValueError(f"from {ends[0]} to {ends[1]}: NaN and infinity make no range")
-        if ends[0] > ends[1]:
-            raise ValueError(f"from {ends[0]} to {ends[1]}: the range is inverted")
-        self.low, self.high = low.detach().reshape(()), high.detach().reshape(())
+        if low.numel() != high.numel() or low.numel() not in (1, MAX_BITS):
+            raise ValueError(
+                f"a range has two single ends, or {MAX_BITS} of each for as many widths; "
+                f"got {tuple(low.shape)} and {tuple(high.shape)}"
+            )
+        for ends in zip(low.flatten().tolist(), high.flatten().tolist(), strict=True):
+            if not all(map(math.isfinite, ends)):
+                raise ValueError(f"from {ends[0]} to {ends[1]}: NaN and infinity make no range")
+            if ends[0] > ends[1]:
+                raise ValueError(f"from {ends[0]} to {ends[1]}: the range is inverted")
+        shape = (MAX_BITS,) if low.numel() > 1 else ()
+        self.low, self.high = low.detach().reshape(shape), high.detach().reshape(shape)
 
     def step(self, x: Tensor, bits: int) -> Tensor:
         """Return the step at ``bits`` for the present range of ``x``, a differentiable scalar."""
@@ -127,12 +214,6 @@ class ActivationQuantizer(nn.Module):
             return self.probe
         return F.scale_probe(self.probe, self.step(x, self.step_bits))
 
-    def _range(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        if self.low is None or self.high is None:
-            raise RuntimeError("an activation quantizer has no range: call gradl1_fast.calibrate first")
-        wide = sum_dtype(x.dtype)
-        return self.low.to(wide), self.high.to(wide)
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
         if self.probe is not None:
@@ -141,9 +222,16 @@ class ActivationQuantizer(nn.Module):
 
     def extra_repr(self) -> str:
         """Return what ``print(model)`` shows of this quantizer."""
-        known = self.low is not None and self.high is not None
-        ends = f"[{float(self.low):.4g}, {float(self.high):.4g}]" if known else None  # type: ignore[arg-type]
+        ends = "None"
+        if self.low is not None and self.high is not None:
+            low, high = self.range_at(self.bits or MAX_BITS)
+            ends = f"[{float(low):.4g}, {float(high):.4g}]"
         return f"bits={self.bits}, range={ends}, penalized={self.probe is not None}"
+
+
+def _row(values: Tensor, bits: int) -> Tensor:
+    """Return the entry of a width from one row for all widths, or from 16."""
+    return values[0] if values.shape[0] == 1 else values[bits - 1]
 
 
 def _new_probe(like: Tensor) -> Tensor:

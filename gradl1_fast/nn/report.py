@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx, nn
 
+from gradl1_fast._checks import MAX_BITS
 from gradl1_fast.nn.batch_norm_act import BatchNormAct2d
 from gradl1_fast.nn.converted import ConvertedModel
 from gradl1_fast.nn.layers import QuantizedLayer
@@ -127,10 +128,10 @@ def _layer_row(name: str, layer: QuantizedLayer) -> tuple[str, ...]:
 
 
 def _quantizer_row(name: str, quantizer: ActivationQuantizer) -> tuple[str, ...]:
-    if quantizer.low is None or quantizer.high is None:
-        ends = "not calibrated"
-    else:
-        ends = f"{float(quantizer.low):.4g} to {float(quantizer.high):.4g}"
+    ends = "not calibrated"
+    if quantizer.low is not None:
+        low, high = quantizer.range_at(quantizer.bits or MAX_BITS)
+        ends = f"{float(low):.4g} to {float(high):.4g}"
     return name, _bits(quantizer.bits), ends, "no: network input" if quantizer.probe is None else "yes"
 
 

@@ -9,7 +9,7 @@ from gradl1_fast._version import __version__ as __version__
 from gradl1_fast.backends import UnavailableError, backend
 from gradl1_fast.nn import BatchNormAct2d, QConv1d, QConv2d, QConv3d, QLinear, convert, report
 from gradl1_fast.penalty import GradL1
-from gradl1_fast.quantization import Table, bits, calibrate, set_bits, sweep
+from gradl1_fast.quantization import Table, bits, calibrate, load_ranges, save_ranges, set_bits, sweep
 
 __all__ = [
     "BatchNormAct2d",
@@ -25,8 +25,10 @@ __all__ = [
     "calibrate",
     "convert",
     "functional",
+    "load_ranges",
     "nn",
     "report",
+    "save_ranges",
     "set_bits",
     "sweep",
 ]

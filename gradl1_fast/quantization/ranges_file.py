@@ -1,0 +1,155 @@
+"""Ranges in a file of their own: safetensors, checked entry by entry before anything is changed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradl1_fast import _files
+from gradl1_fast.nn.quantizers import ActivationQuantizer, WeightQuantizer
+from gradl1_fast.nn.sites import named_layers, named_quantizers
+
+__all__ = ["load_ranges", "save_ranges"]
+
+METADATA = {"format": "gradl1_fast.ranges", "version": "1"}
+
+
+def save_ranges(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write the ranges of a model's activations, and the stored ones of its weights, into a file.
+
+    The file is safetensors. An activation quantizer has the entries ``<name>.low`` and ``<name>.high``,
+    each one value, or 16 for 1 to 16 bits; a weight with a stored range has
+    ``<layer>.weight_quantizer.clip``, see :class:`gradl1_fast.nn.WeightQuantizer`. The file is replaced
+    whole or not at all.
+
+    Args:
+        model: a converted, calibrated model.
+        path: of the file, customarily ending in ``.safetensors``.
+
+    Raises:
+        ImportError: safetensors is not installed.
+        RuntimeError: an activation has no range yet.
+        ValueError: the model has no activation quantizers.
+        OSError: the file cannot be written.
+    """
+    save = _safetensors("torch").save
+    quantizers = _activation_quantizers(model)
+    entries = {}
+    for name, quantizer in quantizers.items():
+        if quantizer.low is None or quantizer.high is None:
+            raise RuntimeError(f"save_ranges: no range for {name!r}: call gradl1_fast.calibrate first")
+        entries[f"{name}.low"], entries[f"{name}.high"] = quantizer.low, quantizer.high
+    for name, weights in _weight_quantizers(model).items():
+        if weights.clip is not None:
+            entries[f"{name}.clip"] = weights.clip
+    data = save({key: value.cpu().contiguous() for key, value in entries.items()}, metadata=METADATA)
+    _files.write_bytes(path, data)
+
+
+def load_ranges(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Give a model the ranges that :func:`save_ranges` wrote for one of the same structure.
+
+    A weight without an entry gets its own range. The file is read as data, nothing in it is executed,
+    and every entry is checked before the model is changed.
+
+    Args:
+        model: a converted model; calibrated or not.
+        path: of the file.
+
+    Raises:
+        ImportError: safetensors is not installed.
+        OSError: the file cannot be read.
+        ValueError: the file is no whole file of ranges, an entry is missing, unknown, of a wrong shape or
+            type, not finite or inverted, or the model has no activation quantizers. The message names
+            the file and the entry. The model is then as it was.
+    """
+    activations, weights = _activation_quantizers(model), _weight_quantizers(model)
+    entries = _read(path)
+    _check_names(path, entries, activations, weights)
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    entries = {key: value.to(device) for key, value in entries.items()}
+    for name in activations:
+        _checked(path, name, ActivationQuantizer().set_range, entries[f"{name}.low"], entries[f"{name}.high"])
+    layers = {f"{name}.weight_quantizer".removeprefix("."): m for name, m in named_layers(model).items()}
+    for name, quantizer in weights.items():
+        if f"{name}.clip" in entries:
+            _check_clip(path, name, quantizer, entries[f"{name}.clip"], layers[name].weight.shape[0])
+    for name, activation in activations.items():
+        activation.set_range(entries[f"{name}.low"], entries[f"{name}.high"])
+    for name, quantizer in weights.items():
+        quantizer.set_clip(entries.get(f"{name}.clip"))
+
+
+def _read(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    safetensors = _safetensors()
+    with open(path, "rb"):  # the library's own message for a file that cannot be read names no file
+        pass
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != METADATA["format"]:
+                raise ValueError(f"{path}: not a file of ranges: its format is {metadata.get('format')!r}")
+            if metadata.get("version") != METADATA["version"]:
+                raise ValueError(
+                    f"{path}: its version is {metadata.get('version')!r}, this library reads "
+                    f"{METADATA['version']!r}"
+                )
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # no mapping
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path}: not a whole safetensors file: {error}") from error
+
+
+def _check_names(
+    path: str | os.PathLike[str],
+    entries: Mapping[str, Tensor],
+    activations: Mapping[str, ActivationQuantizer],
+    weights: Mapping[str, WeightQuantizer],
+) -> None:
+    needed = {f"{name}.{end}" for name in activations for end in ("low", "high")}
+    allowed = needed | {f"{name}.clip" for name in weights}
+    for what, keys in (("missing", needed - entries.keys()), ("unknown", entries.keys() - allowed)):
+        if keys:
+            raise ValueError(f"{path}: {what} entries for this model: {', '.join(sorted(keys))}")
+    for key, value in entries.items():
+        if value.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"{path}: entry {key!r} must have type float32 or float64, got {value.dtype}")
+
+
+def _check_clip(
+    path: str | os.PathLike[str], name: str, quantizer: WeightQuantizer, clip: Tensor, channels: int
+) -> None:
+    scratch = WeightQuantizer(per_channel=quantizer.axis is not None)
+    _checked(path, f"{name}.clip", scratch.set_clip, clip)
+    if clip.shape[1] not in (1, channels):
+        raise ValueError(f"{path}: entry {name}.clip is for {clip.shape[1]} channels, not {channels}")
+
+
+def _checked(path: str | os.PathLike[str], name: str, check: Any, *values: Tensor) -> None:
+    try:
+        check(*values)
+    except ValueError as error:
+        raise ValueError(f"{path}: entry {name!r}: {error}") from error
+
+
+def _activation_quantizers(model: nn.Module) -> dict[str, ActivationQuantizer]:
+    found = named_quantizers(model)
+    if not found:
+        raise ValueError("the model has no activation quantizers: call gradl1_fast.convert(model) first")
+    return found
+
+
+def _weight_quantizers(model: nn.Module) -> dict[str, WeightQuantizer]:
+    return {name: m for name, m in model.named_modules() if isinstance(m, WeightQuantizer)}
+
+
+def _safetensors(part: str = "") -> Any:
+    try:
+        import safetensors
+        import safetensors.torch
+    except ImportError as error:
+        raise ImportError("files of ranges need safetensors: pip install 'gradl1-fast[export]'") from error
+    return getattr(safetensors, part) if part else safetensors

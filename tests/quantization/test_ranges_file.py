@@ -1,0 +1,200 @@
+"""The file of ranges: what goes in comes out, and what was tampered with is refused by name."""
+
+from __future__ import annotations
+
+import struct
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import gradl1_fast as gl
+from gradl1_fast.quantization.ranges_file import METADATA
+from tests.networks import RESNET, VGG, Network
+
+safetensors = pytest.importorskip("safetensors.torch", reason="files of ranges are safetensors")
+
+PER_WIDTH = torch.arange(1.0, 17.0)
+
+
+def calibrated(network: Network = VGG) -> nn.Module:
+    """Return a model with every kind of range: for all widths, for each width, stored for weights."""
+    model = gl.convert(network.make().eval(), per_channel=True)
+    gl.calibrate(model, [network.batch()])
+    first = next(m for m in model.modules() if isinstance(m, gl.nn.ActivationQuantizer))
+    first.set_range(-PER_WIDTH, 2 * PER_WIDTH)
+    layer = next(m for m in model.modules() if isinstance(m, gl.QConv2d))
+    layer.weight_quantizer.set_clip(0.1 * PER_WIDTH[:, None] * torch.ones(1, layer.weight.shape[0]))
+    return model
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    buffers = dict(model.named_buffers())
+    return {name: t.clone() for name, t in buffers.items() if name.endswith((".low", ".high", ".clip"))}
+
+
+@pytest.mark.parametrize("network", [VGG, RESNET], ids=lambda n: n.id)
+def test_outputs_are_the_same_after_a_round_trip(network: Network, tmp_path: Path) -> None:
+    saved, loaded = calibrated(network), gl.convert(network.make().eval(), per_channel=True)
+    gl.save_ranges(saved, tmp_path / "ranges.safetensors")
+    gl.load_ranges(loaded, tmp_path / "ranges.safetensors")
+    assert state(loaded).keys() == state(saved).keys()
+    x = network.batch()[0]
+    for width in (8, 3):
+        with gl.bits(saved, w=width, a=width), gl.bits(loaded, w=width, a=width):
+            torch.testing.assert_close(loaded(x), saved(x), rtol=0, atol=0)
+
+
+def test_a_weight_without_an_entry_gets_its_own_range_again(tmp_path: Path) -> None:
+    plain, model = gl.convert(VGG.make().eval(), per_channel=True), calibrated()
+    gl.calibrate(plain, [VGG.batch()])
+    gl.save_ranges(plain, tmp_path / "r")
+    gl.load_ranges(model, tmp_path / "r")
+    assert not [name for name in state(model) if name.endswith(".clip")]
+
+
+def test_a_layer_alone_has_a_file_too(tmp_path: Path) -> None:
+    layers = [gl.convert(nn.Linear(3, 2)) for _ in range(2)]
+    gl.calibrate(layers[0], [torch.randn(5, 3)])
+    layers[0].weight_quantizer.set_clip(torch.full((1, 1), 0.3))
+    gl.save_ranges(layers[0], tmp_path / "r")
+    gl.load_ranges(layers[1], tmp_path / "r")
+    assert list(state(layers[1])) == [
+        "weight_quantizer.clip",
+        "input_quantizer.low",
+        "input_quantizer.high",
+    ] or ({k.split(".", 1)[1] for k in state(layers[1])} == {"clip", "low", "high"})
+
+
+def test_without_ranges_nothing_is_written(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"save_ranges: no range for '.*': call gradl1_fast\.calibrate"):
+        gl.save_ranges(gl.convert(VGG.make()), tmp_path / "r")
+    with pytest.raises(ValueError, match="no activation quantizers"):
+        gl.save_ranges(VGG.make(), tmp_path / "r")
+    assert not list(tmp_path.iterdir())
+
+
+Entries = dict[str, Tensor]
+LOW, HIGH, CLIP = "1.quantizer.low", "1.quantizer.high", "0.weight_quantizer.clip"
+
+
+def without(key: str) -> Callable[[Entries], Entries]:
+    return lambda entries: {k: v for k, v in entries.items() if k != key}
+
+
+def with_entry(key: str, value: Tensor) -> Callable[[Entries], Entries]:
+    return lambda entries: {**entries, key: value}
+
+
+TAMPERED: dict[str, tuple[Callable[[Entries], Entries], str]] = {
+    "missing": (without(LOW), rf"missing entries for this model: {LOW}"),
+    "unknown": (with_entry("evil", torch.ones(1)), "unknown entries for this model: evil"),
+    "NaN": (with_entry(LOW, torch.tensor(float("nan"))), r"entry '1\.quantizer': .*got \(\) and \(16,\)"),
+    "NaN in one width": (
+        with_entry(HIGH, PER_WIDTH.masked_fill(PER_WIDTH == 3, torch.nan)),
+        "from -3.0 to nan",
+    ),
+    "infinite": (with_entry(CLIP, torch.full((1, 4), torch.inf)), rf"entry '{CLIP}': .*infinite"),
+    "negative": (with_entry(CLIP, torch.full((1, 4), -1.0)), rf"entry '{CLIP}': .*negative"),
+    "channels": (with_entry(CLIP, torch.ones(16, 5)), "0.weight_quantizer.clip is for 5 channels, not 4"),
+    "rows": (with_entry(CLIP, torch.ones(3, 4)), r"clip has shape \(1 or 16, channels\), got \(3, 4\)"),
+    "shape": (with_entry("activation_quantizers._6.low", torch.zeros(2)), "two single ends, or 16 of each"),
+    "type": (with_entry(LOW, torch.zeros(16, dtype=torch.int64)), f"entry '{LOW}' must have type float32"),
+    "half": (with_entry(LOW, torch.zeros(16).half()), f"entry '{LOW}' must have type float32"),
+}
+
+
+@pytest.mark.parametrize("case", TAMPERED)
+def test_tampered_entries_are_named_and_nothing_is_changed(case: str, tmp_path: Path) -> None:
+    change, message = TAMPERED[case]
+    path = tmp_path / "ranges.safetensors"
+    model = calibrated()
+    gl.save_ranges(model, path)
+    safetensors.save_file(change(safetensors.load_file(path)), path, metadata=METADATA)
+    before = state(model)
+    with pytest.raises(ValueError, match=message) as caught:
+        gl.load_ranges(model, path)
+    assert str(path) in str(caught.value)
+    after = state(model)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "message"),
+    [
+        (3.0, -3.0, "inverted"),
+        (0.0, float("inf"), "NaN and infinity"),
+        (float("nan"), 1.0, "NaN and infinity"),
+    ],
+)
+def test_ends_that_make_no_range_are_named(low: float, high: float, message: str, tmp_path: Path) -> None:
+    model, path = calibrated(), tmp_path / "r"
+    gl.save_ranges(model, path)
+    entries = safetensors.load_file(path)
+    entries |= {
+        "activation_quantizers._6.low": torch.tensor(low),
+        "activation_quantizers._6.high": torch.tensor(high),
+    }
+    safetensors.save_file(entries, path, metadata=METADATA)
+    with pytest.raises(ValueError, match=rf"r: entry 'activation_quantizers\._6': .*{message}"):
+        gl.load_ranges(model, path)
+
+
+def truncated(data: bytes) -> bytes:
+    return data[:-5]
+
+
+def huge_header(data: bytes) -> bytes:
+    return struct.pack("<Q", 2**60) + data[8:]
+
+
+BROKEN: dict[str, Callable[[bytes], bytes]] = {
+    "truncated": truncated,
+    "huge header": huge_header,
+    "empty": lambda data: b"",
+    "pickle": lambda data: b"\x80\x04cos\nsystem\n.",
+    "bits flipped in the header": lambda data: data[:8] + bytes([data[8] ^ 0xFF]) + data[9:],
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_file_that_is_broken_is_named(case: str, tmp_path: Path) -> None:
+    path, model = tmp_path / "ranges.safetensors", calibrated()
+    gl.save_ranges(model, path)
+    path.write_bytes(BROKEN[case](path.read_bytes()))
+    with pytest.raises(ValueError, match=r"ranges\.safetensors: not a whole safetensors file"):
+        gl.load_ranges(model, path)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [(None, "not a file of ranges"), ({"format": "gradl1_fast.ranges", "version": "2"}, "version is '2'")],
+)
+def test_another_file_is_named(metadata: dict[str, str] | None, message: str, tmp_path: Path) -> None:
+    safetensors.save_file({"a": torch.ones(1)}, tmp_path / "r", metadata=metadata)
+    with pytest.raises(ValueError, match=message):
+        gl.load_ranges(calibrated(), tmp_path / "r")
+
+
+def test_a_missing_file_and_a_missing_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        gl.load_ranges(calibrated(), tmp_path / "nowhere")
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    for function in (gl.load_ranges, gl.save_ranges):
+        with pytest.raises(ImportError, match=r"pip install 'gradl1-fast\[export\]'"):
+            function(calibrated(), tmp_path / "r")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_ranges_stay_wide_in_a_model_of_low_precision(dtype: torch.dtype) -> None:
+    model = gl.convert(VGG.make(torch.float32).eval())
+    gl.calibrate(model, [VGG.batch(torch.float32)])
+    quantizer = model.get_submodule("1.quantizer")
+    quantizer.set_range(torch.tensor(-1e6), torch.tensor(1e6))
+    model.to(dtype)
+    assert (float(quantizer.low), quantizer.high.dtype) == (-1e6, torch.float32)
+    assert model.get_submodule("0").weight.dtype == dtype

@@ -123,9 +123,8 @@ def test_every_counts_steps_across_a_resumption(method):
 
 def everything(model):
     """Return all that an objective might leave changed, in a form that compares."""
-    seen = [
-        {n: t.clone() for n, t in [*model.named_parameters(), *model.named_buffers()] if "running" not in n}
-    ]
+    named = [*model.named_parameters(), *model.named_buffers()]
+    tensors = {name: t.clone() for name, t in named if "running" not in name}
     state = []
     for name, module in model.named_modules():
         hooks = len(module._forward_hooks) + len(module._forward_pre_hooks)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from gradl1_fast.graph_checks import require_gradients
+from gradl1_fast.second_pass import RandomState, buffers_kept, shifted
 
 __all__ = ["Measured", "add_gradients"]
 
@@ -78,12 +79,12 @@ def add_gradients(
         RuntimeError: something measured got no gradient.
     """
     params = [p for p in model.parameters() if p.requires_grad]
-    randomness = _RandomState()
+    randomness = RandomState()
     loss, grads, moves, terms = _first_pass(params, measured, closure)
     size = torch.stack([move.direction.abs().amax() for move in moves]).amax()
     unit = epsilon / size.clamp(min=torch.finfo(size.dtype).tiny)
     randomness.replay()
-    with _buffers_kept(model), _moved(moves, unit) as through_steps:
+    with buffers_kept(model), _moved(moves, unit) as through_steps:
         second_loss = closure()
         for term in through_steps:
             second_loss = second_loss + unit * term
@@ -155,7 +156,7 @@ def _moved(moves: list[_Move], unit: Tensor) -> Iterator[list[Tensor]]:
 
     with contextlib.ExitStack() as stack:
         for move in weights:
-            stack.enter_context(_shifted(move.measured.source, unit * move.direction))  # type: ignore[arg-type]
+            stack.enter_context(shifted(move.measured.source, unit * move.direction))  # type: ignore[arg-type]
             _add_step_term(through_steps, move, move.measured.source)  # type: ignore[arg-type]
         stack.enter_context(_hooks([move.measured for move in waiting], shift))
         yield through_steps
@@ -164,18 +165,6 @@ def _moved(moves: list[_Move], unit: Tensor) -> Iterator[list[Tensor]]:
 def _add_step_term(terms: list[Tensor], move: _Move, tensor: Tensor) -> None:
     if move.measured.step_of is not None:
         terms.append(move.measured.coefficient * move.term(tensor))
-
-
-@contextlib.contextmanager
-def _shifted(weight: Tensor, by: Tensor) -> Iterator[None]:
-    value = weight.detach().clone()
-    try:
-        with torch.no_grad():
-            weight.add_(by)
-        yield
-    finally:
-        with torch.no_grad():
-            weight.copy_(value)
 
 
 @contextlib.contextmanager
@@ -191,28 +180,3 @@ def _hooks(measured: Sequence[Measured], hook: Callable[..., Any]) -> Iterator[N
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextlib.contextmanager
-def _buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Give every buffer its value back: the second pass is no training step."""
-    values = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffer, value in values:
-                buffer.copy_(value)
-
-
-class _RandomState:
-    """The state of the random number generators, to be taken up once more."""
-
-    def __init__(self) -> None:
-        self.cpu = torch.get_rng_state()
-        self.cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-
-    def replay(self) -> None:
-        torch.set_rng_state(self.cpu)
-        if self.cuda:
-            torch.cuda.set_rng_state_all(self.cuda)

@@ -1,0 +1,99 @@
+"""Gradient l1 regularisation: exact, by a finite difference, unscaled or by the step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from gradl1_fast import _checks as check
+from gradl1_fast.nn.sites import activation_sites
+from gradl1_fast.penalty import GradL1
+from gradl1_fast.training.objectives.interface import Closure, Objective, Scale, Terms, factor_of, identity
+
+__all__ = ["GradientL1"]
+
+
+class GradientL1(Objective):
+    """The loss plus the penalty of :class:`gradl1_fast.GradL1`.
+
+    Args:
+        model: a converted model.
+        lambda_w: coefficient of the weights' term.
+        lambda_a: coefficient of the activations' term.
+        scale: ``"none"``, as in the paper, or ``"step"``.
+        every: the penalty enters on each ``every``-th step only, multiplied by ``every``.
+        method: ``"exact"`` or ``"finite_difference"``.
+        step_bits: the width at which ``scale="step"`` measures steps.
+        epsilon: size of the finite difference.
+
+    Source: Alizadeh et al., ICLR 2020, arXiv 2002.07520.
+    """
+
+    name = "gradl1"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        lambda_w: float = 0.0,
+        lambda_a: float = 0.0,
+        scale: str = "none",
+        every: int = 1,
+        method: str = "exact",
+        step_bits: int = 4,
+        epsilon: float = 1e-3,
+    ) -> None:
+        self.strength = 1.0
+        self.every = check.count("GradientL1: every", every)
+        sites = activation_sites(model)
+        self._before = [(s.quantizer, s.quantizer.step_bits, s.probe.requires_grad) for s in sites]
+        self._activations = {site.name for site in sites}
+        self.penalty = GradL1(
+            model, lambda_w, lambda_a, scale, method=method, step_bits=step_bits, epsilon=epsilon
+        )
+        self._lambdas = lambda_w, lambda_a
+        self._steps = 0
+
+    def backward(self, closure: Closure, scale: Scale = identity) -> Terms:
+        """See :meth:`Objective.backward`. The finite difference calls the closure twice."""
+        self._steps += 1
+        due = self._steps % self.every == 0 and self.strength > 0 and any(self._lambdas)
+        if not due:
+            loss = closure()
+            scale(loss).backward()
+            return Terms(loss.detach(), loss.new_zeros(()))
+        weight = self.strength * self.every
+        self.penalty.lambda_w, self.penalty.lambda_a = (weight * value for value in self._lambdas)
+        scaled = self._backward(lambda: scale(closure()))
+        factor = factor_of(scale, scaled)
+        parts = {name: term / factor for name, term in self.penalty.terms.items()}
+        return Terms(scaled / factor, self._sum(parts), parts)
+
+    def _backward(self, closure: Closure) -> Tensor:
+        if self.penalty.method == "finite_difference":
+            return self.penalty.backward(closure)
+        loss = closure()
+        (loss + self.penalty(loss)).backward()
+        return loss.detach()
+
+    def _sum(self, parts: Mapping[str, Tensor]) -> Tensor:
+        of_w, of_a = self.penalty.lambda_w, self.penalty.lambda_a
+        terms = [(of_a if name in self._activations else of_w) * term for name, term in parts.items()]
+        return torch.stack(terms).sum()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the number of steps made, on which ``every`` depends."""
+        return {"steps": torch.tensor(self._steps)}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take up a state that :meth:`state_dict` gave."""
+        self._steps = int(state["steps"])
+
+    def close(self) -> None:
+        """Measure activations no more, unless something else did before."""
+        for quantizer, step_bits, measured in self._before:
+            quantizer.step_bits = step_bits
+            if quantizer.probe is not None:
+                quantizer.probe.requires_grad_(measured)

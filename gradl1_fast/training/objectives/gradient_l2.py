@@ -1,0 +1,102 @@
+"""The l2 counterpart of the gradient l1 penalty."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradl1_fast import _checks as check
+from gradl1_fast.graph_checks import require_gradients
+from gradl1_fast.nn.sites import Site, activation_sites
+from gradl1_fast.training.objectives.interface import (
+    Closure,
+    Objective,
+    Scale,
+    Terms,
+    factor_of,
+    identity,
+    trainable_weights,
+)
+
+__all__ = ["GradientL2"]
+
+
+class GradientL2(Objective):
+    """The loss plus ``lambda_w * sum_l ||dL/dW_l||_2 + lambda_a * sum_l ||dL/dY_l||_2``.
+
+    The norms are not squared; each is taken over one whole tensor, the same tensors that
+    :class:`gradl1_fast.GradL1` measures, and differentiated by double backprop.
+
+    Args:
+        model: a converted model.
+        lambda_w: coefficient of the weights' term.
+        lambda_a: coefficient of the activations' term.
+
+    Source: the comparison in arXiv 2002.07520.
+    """
+
+    name = "l2"
+
+    def __init__(self, model: nn.Module, *, lambda_w: float, lambda_a: float) -> None:
+        self.strength = 1.0
+        self.lambda_w = check.coefficient("GradientL2: lambda_w", lambda_w)
+        self.lambda_a = check.coefficient("GradientL2: lambda_a", lambda_a)
+        self._weights = trainable_weights(model) if self.lambda_w else {}
+        self._sites = activation_sites(model) if self.lambda_a else []
+
+    def backward(self, closure: Closure, scale: Scale = identity) -> Terms:
+        """See :meth:`Objective.backward`."""
+        with _outputs(self._sites) as outputs:
+            loss = closure()
+        scaled = scale(loss)
+        norms = self._norms(scaled, outputs)
+        total = sum((of * norm for of, norm in norms.values()), scaled.new_zeros(()))
+        penalty = self.strength * total
+        (scaled + penalty).backward()
+        factor = factor_of(scale, loss)
+        parts = {name: norm.detach() / factor for name, (_, norm) in norms.items()}
+        return Terms(loss.detach(), penalty.detach() / factor, parts)
+
+    def _norms(self, loss: Tensor, outputs: list[tuple[str, Tensor]]) -> dict[str, tuple[float, Tensor]]:
+        """Return coefficient and norm by name; the name of a further call of a module has its number."""
+        if self.strength == 0:
+            return {}
+        measured = [(name, self.lambda_w, weight) for name, weight in self._weights.items()]
+        measured += [(name, self.lambda_a, output) for name, output in outputs]
+        names = [name for name, _, _ in measured]
+        if not names:
+            return {}
+        grads = torch.autograd.grad(
+            loss, [tensor for _, _, tensor in measured], create_graph=True, allow_unused=True
+        )
+        norms: dict[str, tuple[float, Tensor]] = {}
+        for (name, of, _), grad in zip(measured, require_gradients(names, grads), strict=True):
+            key = name if name not in norms else f"{name}, call {sum(n == name for n in names)}"
+            norms[key] = of, torch.linalg.vector_norm(grad.float() if grad.itemsize < 4 else grad)
+        return norms
+
+
+@contextlib.contextmanager
+def _outputs(sites: list[Site]) -> Iterator[list[tuple[str, Tensor]]]:
+    """Collect what the producers of activations give while the context lasts."""
+    found: list[tuple[str, Tensor]] = []
+
+    def collector(name: str) -> Any:
+        def collect(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+            if not output.requires_grad:  # behind frozen layers alone
+                output = output.detach().requires_grad_()
+            found.append((name, output))
+            return output
+
+        return collect
+
+    handles = [site.producer.register_forward_hook(collector(site.name)) for site in sites]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()

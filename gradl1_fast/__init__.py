@@ -9,10 +9,21 @@ from gradl1_fast._version import __version__ as __version__
 from gradl1_fast.backends import UnavailableError, backend
 from gradl1_fast.nn import BatchNormAct2d, QConv1d, QConv2d, QConv3d, QLinear, convert, report
 from gradl1_fast.penalty import GradL1
-from gradl1_fast.quantization import Table, bits, calibrate, load_ranges, save_ranges, set_bits, sweep
+from gradl1_fast.quantization import (
+    Folding,
+    Table,
+    bits,
+    calibrate,
+    fold_batch_norm,
+    load_ranges,
+    save_ranges,
+    set_bits,
+    sweep,
+)
 
 __all__ = [
     "BatchNormAct2d",
+    "Folding",
     "GradL1",
     "QConv1d",
     "QConv2d",
@@ -24,6 +35,7 @@ __all__ = [
     "bits",
     "calibrate",
     "convert",
+    "fold_batch_norm",
     "functional",
     "load_ranges",
     "nn",

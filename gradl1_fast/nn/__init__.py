@@ -1,5 +1,6 @@
 """Modules: layers, quantizers, conversion and its report. No arithmetic lives here."""
 
+from gradl1_fast.nn.act import Act2d
 from gradl1_fast.nn.batch_norm_act import BatchNormAct2d
 from gradl1_fast.nn.convert import convert
 from gradl1_fast.nn.converted import ConvertedModel
@@ -8,6 +9,7 @@ from gradl1_fast.nn.quantizers import ActivationQuantizer, Observer, WeightQuant
 from gradl1_fast.nn.report import Report, report
 
 __all__ = [
+    "Act2d",
     "ActivationQuantizer",
     "BatchNormAct2d",
     "ConvertedModel",

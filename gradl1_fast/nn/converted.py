@@ -8,7 +8,9 @@ from typing import Any
 
 from torch import fx, nn
 
-__all__ = ["ConvertedModel"]
+from gradl1_fast.nn.twins import copy_structure
+
+__all__ = ["ConvertedModel", "copy_model"]
 
 
 class ConvertedModel(fx.GraphModule):
@@ -35,6 +37,14 @@ class ConvertedModel(fx.GraphModule):
     def __reduce__(self) -> Any:
         # GraphModule's own way: it pickles the generated source and traces it again.
         return _unpickle, (*super().__reduce__(), type(self).__name__)
+
+
+def copy_model(model: nn.Module) -> nn.Module:
+    """Return a copy of the modules of a model, quantizers among them, around the same parameters."""
+    tree = copy_structure(model)
+    if not isinstance(model, ConvertedModel):
+        return tree
+    return ConvertedModel.assemble(tree.__dict__, copy.deepcopy(model.graph), type(model).__name__)
 
 
 _GRAPH_ATTRIBUTES = set(fx.GraphModule(nn.Module(), fx.Graph()).__dict__) - set(nn.Module().__dict__)

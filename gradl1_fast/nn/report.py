@@ -10,6 +10,7 @@ import torch
 from torch import fx, nn
 
 from gradl1_fast._checks import MAX_BITS
+from gradl1_fast.nn.act import Act2d
 from gradl1_fast.nn.batch_norm_act import BatchNormAct2d
 from gradl1_fast.nn.converted import ConvertedModel
 from gradl1_fast.nn.layers import QuantizedLayer
@@ -101,7 +102,7 @@ def _hides_a_layer(model: nn.Module, node: fx.Node) -> bool:
 
 
 def _unquantized(model: nn.Module) -> Iterator[tuple[str, ...]]:
-    ours = (QuantizedLayer, BatchNormAct2d, ActivationQuantizer, WeightQuantizer)
+    ours = (QuantizedLayer, BatchNormAct2d, Act2d, ActivationQuantizer, WeightQuantizer)
     graph_model = next((m for m in model.modules() if isinstance(m, ConvertedModel)), None)
     if graph_model is None:
         for name, module in model.named_modules():

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gradl1_fast.nn.quantizers import ActivationQuantizer
 from gradl1_fast.nn.sites import named_quantizers
-from gradl1_fast.quantization.bits import bits
+from gradl1_fast.quantization._modes import evaluation, run
 
 __all__ = ["MinMax", "calibrate"]
 
@@ -57,8 +57,8 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
     if not quantizers:
         raise ValueError("the model has no activation quantizers: call gradl1_fast.convert(model) first")
     observers = {name: MinMax() for name in quantizers}
-    with bits(model, w=None, a=None), _evaluation(model), _observed(quantizers, observers), torch.no_grad():
-        _run(model, batches)
+    with evaluation(model), _observed(quantizers, observers):
+        run(model, batches, "calibrate")
     before = {quantizer: (quantizer.low, quantizer.high) for quantizer in quantizers.values()}
     try:
         for name, quantizer in quantizers.items():
@@ -67,17 +67,6 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
         for quantizer, (low, high) in before.items():
             quantizer.low, quantizer.high = low, high
         raise
-
-
-def _run(model: nn.Module, batches: Iterable[Any]) -> None:
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    count = 0
-    for batch in batches:
-        x = batch[0] if isinstance(batch, tuple | list) else batch
-        model(x.to(device) if isinstance(x, Tensor) else x)
-        count += 1
-    if not count:
-        raise ValueError("calibrate: got no batches; an iterator that was used before is empty")
 
 
 def _set_range(name: str, quantizer: ActivationQuantizer, observer: MinMax) -> None:
@@ -101,14 +90,3 @@ def _observed(quantizers: dict[str, ActivationQuantizer], observers: dict[str, M
     finally:
         for quantizer in quantizers.values():
             quantizer.observer = None
-
-
-@contextlib.contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training

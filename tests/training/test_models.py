@@ -15,6 +15,7 @@ CASES = {
     "resnet50-imagenet": (lambda: models.resnet50(4, stem="imagenet"), (2, 3, 64, 64)),
     "vgg": (lambda: models.vgg_like(4), (2, 3, 16, 16)),
     "vgg-28": (lambda: models.vgg_like(4, channels=1), (2, 1, 28, 28)),
+    "vgg-small": (lambda: models.vgg_small(4), (2, 1, 28, 28)),
     "vgg-without-batch-norm": (lambda: models.vgg_like(4, batch_norm=False), (2, 3, 16, 16)),
     "mobilenet": (lambda: models.mobilenet_like(4), (2, 3, 32, 32)),
     "mobilenet-v2-cifar": (lambda: models.mobilenet_v2(4), (2, 3, 16, 16)),

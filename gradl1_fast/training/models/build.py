@@ -11,13 +11,14 @@ from torch import nn
 from gradl1_fast import _checks as check
 from gradl1_fast.training.models.mobilenet import digits_net, mobilenet_like, mobilenet_v2
 from gradl1_fast.training.models.resnet import resnet18, resnet50
-from gradl1_fast.training.models.vgg import vgg_like
+from gradl1_fast.training.models.vgg import vgg_like, vgg_small
 
 __all__ = ["NAMES", "build"]
 
 _BUILDERS: dict[str, Callable[..., nn.Module]] = {
     "digits_net": digits_net,
     "vgg_like": vgg_like,
+    "vgg_small": vgg_small,
     "resnet18": resnet18,
     "resnet50": resnet50,
     "mobilenet_like": mobilenet_like,

@@ -1,4 +1,4 @@
-"""A VGG-like network: plain 3x3 convolutions and max pooling."""
+"""VGG-like networks: plain 3x3 convolutions and max pooling."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch import nn
 
 from gradl1_fast.training.models._parts import classifier, conv_bn_relu
 
-__all__ = ["vgg_like"]
+__all__ = ["vgg_like", "vgg_small"]
 
 
 def vgg_like(
@@ -28,6 +28,22 @@ def vgg_like(
             inputs = outputs
         layers.append(nn.MaxPool2d(2))
     return nn.Sequential(*layers, *classifier(inputs, classes))
+
+
+def vgg_small(width: int = 16, classes: int = 10, channels: int = 1) -> nn.Sequential:
+    """Return a network for images of 28x28 that a CPU trains in minutes: four 3x3 convolutions.
+
+    One convolution with max pooling behind it, another one, then two, and a linear classifier.
+
+    Args:
+        width: channels of the first convolution; the second has twice, the others have four times as many.
+        classes: number of outputs.
+        channels: of the images, whose sides have 4 pixels at least.
+    """
+    layers = [*conv_bn_relu(channels, width), nn.MaxPool2d(2)]
+    layers += [*conv_bn_relu(width, 2 * width), nn.MaxPool2d(2)]
+    layers += [*conv_bn_relu(2 * width, 4 * width), *conv_bn_relu(4 * width, 4 * width)]
+    return nn.Sequential(*layers, *classifier(4 * width, classes))
 
 
 def _conv_relu(inputs: int, outputs: int) -> list[nn.Module]:

@@ -14,11 +14,14 @@ from gradl1_fast.quantization import (
     Table,
     bits,
     calibrate,
+    calibrate_weights,
     fold_batch_norm,
     load_ranges,
+    ranges,
     save_ranges,
     set_bits,
     sweep,
+    track_ranges,
 )
 
 __all__ = [
@@ -34,13 +37,16 @@ __all__ = [
     "backend",
     "bits",
     "calibrate",
+    "calibrate_weights",
     "convert",
     "fold_batch_norm",
     "functional",
     "load_ranges",
     "nn",
+    "ranges",
     "report",
     "save_ranges",
     "set_bits",
     "sweep",
+    "track_ranges",
 ]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -11,15 +12,20 @@ T = TypeVar("T")
 __all__ = ["track"]
 
 
-def track(items: Sequence[T], what: str, *, show: bool = True) -> Iterator[T]:
-    """Yield the items, with a bar on standard error if it is a terminal and rich is installed."""
+def track(items: Iterable[T], what: str, *, show: bool = True) -> Iterator[T]:
+    """Yield the items, with a bar on standard error if it is a terminal and rich is installed.
+
+    While another bar is being shown there is none.
+    """
     if show and sys.stderr.isatty():
         try:
             from rich.console import Console
+            from rich.errors import LiveError
             from rich.progress import track as rich_track
         except ImportError:
             pass  # a bar is a courtesy: without rich the work goes on without one
         else:
-            yield from rich_track(items, what, console=Console(stderr=True), transient=True)
-            return
+            with contextlib.suppress(LiveError):  # raised before the first item, or never
+                yield from rich_track(items, what, console=Console(stderr=True), transient=True)
+                return
     yield from items

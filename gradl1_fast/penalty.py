@@ -56,7 +56,7 @@ class GradL1:
     Raises:
         TypeError: an argument has the wrong type.
         ValueError: an argument is out of range, the model has nothing to penalise, or it has a
-            weight that is no parameter (recomputed by a hook) or is quantized to 1 bit.
+            weight that is no parameter (recomputed by a hook).
 
     Attributes:
         terms: after a call, the norm (times the step, with ``scale="step"``) of each weight and
@@ -126,7 +126,8 @@ class GradL1:
 
         Raises:
             RuntimeError: the loss has no graph, gradients are disabled, something measured got no
-                gradient, or the penalty would not depend on the parameters.
+                gradient, the penalty would not depend on the parameters, or a penalised weight is
+                quantized to 1 bit or in a stored range, which clamps.
             TypeError: the loss is not a tensor.
             ValueError: the loss has more than one value, or the method is the finite difference,
                 which takes a closure: see :meth:`backward`.
@@ -210,6 +211,17 @@ class GradL1:
         if one_bit:  # half of the weights are clamped there, and dL/dW is not what reaches the output
             raise RuntimeError(
                 f"GradL1: weights are penalised in float or from 2 bits up, not {one_bit[0]} at 1 bit"
+            )
+        clamped = [
+            name
+            for name, layer in self.layers.items()
+            if layer.weight_quantizer.bits is not None and layer.weight_quantizer.clip is not None
+        ]
+        if clamped:  # likewise
+            raise RuntimeError(
+                f"GradL1: {clamped[0]} is quantized in a stored range, where its gradient stops at clamped "
+                "weights; penalise weights in float, or in their own range: "
+                'gradl1_fast.calibrate_weights(model, ranges="min_max")'
             )
         distinct = {id(layer.weight): name for name, layer in reversed(self.layers.items())}
         return {

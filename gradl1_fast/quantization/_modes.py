@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gradl1_fast._progress import track
 from gradl1_fast.quantization.bits import bits
 
 __all__ = ["evaluation", "first_input", "run"]
@@ -28,14 +29,14 @@ def evaluation(model: nn.Module) -> Iterator[None]:
 
 
 def run(model: nn.Module, batches: Iterable[Any], what: str) -> None:
-    """Run the model on each batch; ``what`` names the caller where there is none.
+    """Run the model on each batch, with a progress bar; ``what`` names the caller.
 
     Raises:
         ValueError: there is no batch.
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     count = 0
-    for batch in batches:
+    for batch in track(batches, what):
         x = first_input(batch)
         model(x.to(device) if isinstance(x, Tensor) else x)
         count += 1

@@ -1,92 +1,182 @@
-"""Activation ranges from data."""
+"""Ranges of activations, from data or from batch norms, and of weights."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+import copy
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gradl1_fast.nn.quantizers import ActivationQuantizer
-from gradl1_fast.nn.sites import named_quantizers
+from gradl1_fast._progress import track
+from gradl1_fast.nn.quantizers import ActivationQuantizer, Observer, WeightQuantizer
+from gradl1_fast.nn.sites import named_layers, named_quantizers
 from gradl1_fast.quantization._modes import evaluation, run
+from gradl1_fast.quantization.ranges.base import MinMax, Range
+from gradl1_fast.quantization.ranges.batch_norm import BatchNormStatistics
+from gradl1_fast.quantization.ranges.choice import choose
 
-__all__ = ["MinMax", "calibrate"]
+__all__ = ["calibrate", "calibrate_weights", "observed", "quantizers_of", "set_range"]
 
-
-class MinMax:
-    """Smallest and largest value over all batches; memory does not grow with their number.
-
-    Attributes:
-        low: smallest value so far, or None before the first batch.
-        high: largest value so far.
-    """
-
-    def __init__(self) -> None:
-        self.low: Tensor | None = None
-        self.high: Tensor | None = None
-
-    def update(self, x: Tensor) -> None:
-        """Widen the range to hold ``x``; NaN in ``x`` makes it NaN."""
-        if not x.numel():
-            return
-        low, high = x.float().aminmax() if x.dtype != torch.float64 else x.aminmax()
-        self.low = low if self.low is None else torch.minimum(self.low, low)
-        self.high = high if self.high is None else torch.maximum(self.high, high)
+Ends = tuple[Tensor, Tensor]
 
 
-def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
-    """Set the range of every activation quantizer to what one pass over ``batches`` shows.
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Any] | None = None,
+    *,
+    ranges: str | Range | BatchNormStatistics = "min_max",
+) -> None:
+    """Set the range of every activation quantizer, by one pass over ``batches`` or from batch norms.
 
     The pass runs in evaluation mode, in float and without gradients: batch-norm statistics and
-    weights stay as they are, and the mode of each module is given back.
+    weights stay as they are, and the mode of each module is given back. Memory does not grow with the
+    number of batches.
 
     Args:
         model: a converted model.
         batches: inputs of the model, or tuples or lists whose first entry is the input, such as a
-            data loader gives. Tensors are moved to the device of the model's first parameter.
+            data loader gives. Tensors are moved to the device of the model's first parameter. None
+            with ``ranges="batch_norm"``, which needs no data.
+        ranges: how ranges are found: a name or an object, see :mod:`gradl1_fast.ranges`. With ``"mse"``
+            there is one for each width, and :func:`gradl1_fast.bits` takes the right one.
 
     Raises:
-        ValueError: there is no batch, the model has no activation quantizers, or a tensor holds
-            NaN or infinity; the message names the quantizer. The ranges are then as they were.
+        ValueError: there is no batch, the model has no activation quantizers, a tensor holds NaN or
+            infinity, or nothing is known of it without data; the message names the quantizer. The ranges
+            are then as they were.
+        TypeError: ``ranges`` is neither a name nor an object of :mod:`gradl1_fast.ranges`.
         RuntimeError: a quantizer was never reached.
     """
+    quantizers = quantizers_of(model)
+    method = choose("calibrate", ranges)
+    if isinstance(method, BatchNormStatistics):
+        if batches is not None:
+            raise ValueError("calibrate: ranges from batch norms need no data; leave batches out")
+        found = _from_batch_norms(model, method)
+    elif batches is None:
+        raise ValueError("calibrate: give batches, or ranges='batch_norm', which needs none")
+    else:
+        found = _from_data(model, quantizers, batches, method)
+    _set_all(quantizers, found)
+
+
+def calibrate_weights(model: nn.Module, *, ranges: str | Range = "mse") -> None:
+    """Store a range for every weight, for its present values; weights beyond it are clamped.
+
+    Without a stored range a weight is quantized in its own range, which clamps nothing and follows the
+    weight when it changes. A stored one does not: call this after training. The penalty refuses
+    weights that are quantized in a stored range, since the gradient stops where they are clamped.
+
+    Args:
+        model: a converted model. Each weight has one range, or one for each output channel, as the
+            model was converted.
+        ranges: a name or an object, see :mod:`gradl1_fast.ranges`; ``"min_max"`` gives weights their own
+            range again. Those made of batches (moving averages, batch norms) have no meaning here.
+
+    Raises:
+        ValueError: the model has no layers of this library, the choice has no meaning for weights, or a
+            weight holds NaN or infinity; the message names the layer. The ranges are then as they were.
+        TypeError: ``ranges`` is neither a name nor an object of :mod:`gradl1_fast.ranges`.
+    """
+    layers = named_layers(model)
+    if not layers:
+        raise ValueError("the model has no layers of this library: call gradl1_fast.convert(model) first")
+    method = choose("calibrate_weights", ranges)
+    if not isinstance(method, Range) or not method.for_weights:
+        raise ValueError(f"calibrate_weights: {type(method).__name__} is for activations, not for weights")
+    clips = {
+        name: _clip(name, layer.weight, layer.weight_quantizer, method) for name, layer in layers.items()
+    }
+    for name, layer in layers.items():
+        layer.weight_quantizer.set_clip(None if isinstance(method, MinMax) else clips[name])
+
+
+def quantizers_of(model: nn.Module) -> dict[str, ActivationQuantizer]:
+    """Return the activation quantizers by name; ValueError if there is none."""
     quantizers = named_quantizers(model)
     if not quantizers:
         raise ValueError("the model has no activation quantizers: call gradl1_fast.convert(model) first")
-    observers = {name: MinMax() for name in quantizers}
-    with evaluation(model), _observed(quantizers, observers):
-        run(model, batches, "calibrate")
-    before = {quantizer: (quantizer.low, quantizer.high) for quantizer in quantizers.values()}
-    try:
-        for name, quantizer in quantizers.items():
-            _set_range(name, quantizer, observers[name])
-    except BaseException:
-        for quantizer, (low, high) in before.items():
-            quantizer.low, quantizer.high = low, high
-        raise
+    return quantizers
 
 
-def _set_range(name: str, quantizer: ActivationQuantizer, observer: MinMax) -> None:
-    if observer.low is None or observer.high is None:
-        raise RuntimeError(f"calibrate: no value reached the quantizer {name!r}")
+def set_range(what: str, name: str, quantizer: ActivationQuantizer, ends: Ends) -> None:
+    """Store a range that was found from values; a ValueError names the quantizer."""
     try:
-        quantizer.set_range(observer.low, observer.high)
+        quantizer.set_range(*ends)
     except ValueError as error:
         raise ValueError(
-            f"calibrate: the values at {name!r} go {error}. "
-            "Look for them in the batches or in the layers before"
+            f"{what}: the values at {name!r} go {error}. Look for them in the batches or in the layers before"
         ) from error
 
 
 @contextlib.contextmanager
-def _observed(quantizers: dict[str, ActivationQuantizer], observers: dict[str, MinMax]) -> Iterator[None]:
+def observed(
+    quantizers: Mapping[str, ActivationQuantizer], observers: Mapping[str, Observer]
+) -> Iterator[None]:
+    """Let the observer of each name watch its quantizer, for the block."""
+    before = {name: quantizer.observer for name, quantizer in quantizers.items()}
     for name, quantizer in quantizers.items():
         quantizer.observer = observers[name]
     try:
         yield
     finally:
-        for quantizer in quantizers.values():
-            quantizer.observer = None
+        for name, quantizer in quantizers.items():
+            quantizer.observer = before[name]
+
+
+class _Watcher:
+    """Shows a range the tensors that reach a quantizer."""
+
+    def __init__(self, method: Range) -> None:
+        self.range = copy.deepcopy(method)
+
+    def update(self, x: Tensor) -> None:
+        self.range.update(x.reshape(1, -1))
+
+
+def _from_data(
+    model: nn.Module, quantizers: Mapping[str, ActivationQuantizer], batches: Iterable[Any], method: Range
+) -> dict[str, Ends]:
+    watchers = {name: _Watcher(method) for name in quantizers}
+    with evaluation(model), observed(quantizers, watchers):
+        run(model, batches, "calibrate")
+    for name, watcher in watchers.items():
+        if watcher.range.low is None:
+            raise RuntimeError(f"calibrate: no value reached the quantizer {name!r}")
+    return {name: watchers[name].range.ends() for name in track(list(watchers), "ranges")}
+
+
+def _from_batch_norms(model: nn.Module, method: BatchNormStatistics) -> dict[str, Ends]:
+    like = next(p for p in model.parameters())
+    try:
+        found = method.ranges(model)
+    except ValueError as error:
+        raise ValueError(f"calibrate: {error}") from error
+    return {name: (like.new_tensor(low), like.new_tensor(high)) for name, (low, high) in found.items()}
+
+
+def _set_all(quantizers: Mapping[str, ActivationQuantizer], found: Mapping[str, Ends]) -> None:
+    """Set every range, or none."""
+    before = {name: (quantizer.low, quantizer.high) for name, quantizer in quantizers.items()}
+    try:
+        for name, quantizer in quantizers.items():
+            set_range("calibrate", name, quantizer, found[name])
+    except BaseException:
+        for name, quantizer in quantizers.items():
+            quantizer.low, quantizer.high = before[name]
+        raise
+
+
+@torch.no_grad()
+def _clip(name: str, weight: Tensor, quantizer: WeightQuantizer, method: Range) -> Tensor:
+    rows = weight.reshape(1, -1) if quantizer.axis is None else weight.flatten(1)
+    found = copy.deepcopy(method)
+    found.update(rows)
+    low, high = found.ends(symmetric=True)
+    clip = torch.maximum(-low, high).clamp(min=0)
+    if not bool(clip.isfinite().all()):
+        raise ValueError(f"calibrate_weights: the weight of {name!r} holds NaN or infinity")
+    return clip

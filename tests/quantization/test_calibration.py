@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 import gradl1_fast as gl
 from gradl1_fast.nn import ActivationQuantizer
-from gradl1_fast.quantization import MinMax
 from tests.networks import RESNET, VGG, Network
 
 
@@ -99,6 +98,57 @@ def test_a_layer_that_makes_nan_is_named() -> None:
     assert set(ranges(converted).values()) == {(None, None)}
 
 
+@pytest.mark.parametrize("name", ["percentile", "mse", "standard_deviation", "moving_average"])
+def test_every_method_names_the_quantizer_of_a_bad_value(name: str) -> None:
+    model = gl.convert(VGG.make())
+    bad = batches(VGG)
+    bad[1][0, 0, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"calibrate: the values at '.*' go from .*NaN and infinity"):
+        gl.calibrate(model, bad, ranges=name)
+    assert set(ranges(model).values()) == {(None, None)}
+
+
+@pytest.mark.parametrize(
+    "method", ["percentile", gl.ranges.StandardDeviation(1.5), gl.ranges.MovingAverage(0.5)]
+)
+def test_each_quantizer_gets_the_range_of_its_own_values(method: Any) -> None:
+    model = gl.convert(VGG.make().eval())
+    seen: list[Tensor] = []
+    quantizer = model.get_submodule("1.quantizer")
+    model.get_submodule("1").register_forward_hook(lambda _, args, y: seen.append(y.detach()))
+    gl.calibrate(model, batches(VGG), ranges=method)
+    expected = (
+        gl.ranges.Percentile()
+        if isinstance(method, str)
+        else type(method)(*{1.5, 0.5} & set(vars(method).values()))
+    )
+    for x in seen:
+        expected.update(x.reshape(1, -1))
+    assert (quantizer.low, quantizer.high) == tuple(end.squeeze() for end in expected.ends())
+    assert len(set(ranges(model).values())) == len(ranges(model))
+
+
+def test_the_best_range_depends_on_the_width_and_bits_takes_it() -> None:
+    model = gl.convert(VGG.make().eval())
+    gl.calibrate(model, batches(VGG), ranges="mse")
+    quantizer = model.get_submodule("1.quantizer")
+    assert quantizer.high.shape == (16,)
+    assert quantizer.high[2] < quantizer.high[7]
+    x = torch.linspace(0, 2 * float(quantizer.high.max()), 100, dtype=torch.float64)
+    for a in (3, 8):
+        with gl.bits(model, w=None, a=a):
+            assert float(quantizer(x).max()) == pytest.approx(float(quantizer.high[a - 1]))
+            assert f"{float(quantizer.high[a - 1]):.4g}]" in repr(quantizer)
+
+
+def test_data_and_their_absence_are_refused_where_they_do_not_fit() -> None:
+    model = gl.convert(VGG.make())
+    with pytest.raises(ValueError, match="need no data; leave batches out"):
+        gl.calibrate(model, batches(VGG), ranges="batch_norm")
+    with pytest.raises(ValueError, match="give batches, or ranges='batch_norm'"):
+        gl.calibrate(model)
+
+
 def test_no_batches_are_refused() -> None:
     model = gl.convert(VGG.make())
     used = generator()
@@ -163,12 +213,3 @@ def test_zero_is_exact_in_every_range(case: str) -> None:
     assert not y[:2].any()
     assert y[4].isnan()
     assert y[[0, 1, 2, 3, 5]].isfinite().all()
-
-
-def test_the_memory_of_an_observer_does_not_grow() -> None:
-    observer = MinMax()
-    for i in range(3):
-        observer.update(torch.linspace(-i, i, 5))
-        observer.update(torch.ones(0))
-    assert (float(observer.low), float(observer.high)) == (-2.0, 2.0)
-    assert set(vars(observer)) == {"low", "high"}

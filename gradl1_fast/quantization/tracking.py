@@ -1,0 +1,84 @@
+"""Ranges that follow the activations while a model is trained."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+from gradl1_fast.nn.quantizers import ActivationQuantizer
+from gradl1_fast.quantization.calibration import observed, quantizers_of, set_range
+from gradl1_fast.quantization.ranges.base import InHindsight, MovingAverage, Range
+from gradl1_fast.quantization.ranges.choice import choose
+
+__all__ = ["track_ranges"]
+
+
+@contextlib.contextmanager
+def track_ranges(model: nn.Module, ranges: str | MovingAverage = "in_hindsight") -> Iterator[nn.Module]:
+    """Let the ranges of activations follow the batches of training, for the ``with`` block.
+
+    Each forward pass in training mode moves the ranges, at whatever width; one in evaluation mode leaves
+    them as they are. With ``"moving_average"`` a batch is part of the range that quantizes it; with
+    ``"in_hindsight"`` it is quantized by the range of the batches before it, and the first batch by the
+    calibrated range, or by its own where there is none. After the block the ranges are those of all batches.
+
+    Args:
+        model: a converted model.
+        ranges: ``"in_hindsight"``, ``"moving_average"``, or an object of
+            :class:`gradl1_fast.ranges.InHindsight` or :class:`gradl1_fast.ranges.MovingAverage`.
+
+    Raises:
+        ValueError: the model has no activation quantizers, or ``ranges`` is another method; in a forward
+            pass, the values at a quantizer, which is named, hold NaN or infinity.
+        TypeError: ``ranges`` is neither a name nor an object.
+
+    A look at the values waits for the device once for each quantizer and step.
+    """
+    method = choose("track_ranges", ranges)
+    if not isinstance(method, MovingAverage):
+        raise ValueError(
+            f"track_ranges: ranges must be 'in_hindsight' or 'moving_average', got {type(method).__name__}"
+        )
+    quantizers = quantizers_of(model)
+    trackers = {name: _Tracker(name, quantizer, method) for name, quantizer in quantizers.items()}
+    with observed(quantizers, trackers):
+        yield model
+    for tracker in trackers.values():
+        tracker.apply()
+
+
+class _Tracker:
+    """Moves the range of one quantizer; its update runs before the quantizer looks at its range."""
+
+    def __init__(self, name: str, quantizer: ActivationQuantizer, method: Range) -> None:
+        self.name, self.quantizer = name, quantizer
+        self.range = copy.deepcopy(method)
+        if quantizer.low is not None and quantizer.high is not None and not quantizer.low.dim():
+            self.range.low, self.range.high = quantizer.low.reshape(1), quantizer.high.reshape(1)
+
+    def update(self, x: Tensor) -> None:
+        if not self.quantizer.training:
+            return
+        if isinstance(self.range, InHindsight) and self.range.low is not None:
+            self.apply()
+            self._take_note(x)
+        else:
+            self._take_note(x)
+            self.apply()
+
+    def _take_note(self, x: Tensor) -> None:
+        before = self.range.low, self.range.high
+        self.range.update(x.reshape(1, -1))
+        try:
+            if self.range.low is not None:
+                set_range("track_ranges", self.name, ActivationQuantizer(), self.range.ends())
+        except ValueError:
+            self.range.low, self.range.high = before
+            raise
+
+    def apply(self) -> None:
+        if self.range.low is not None:
+            set_range("track_ranges", self.name, self.quantizer, self.range.ends())

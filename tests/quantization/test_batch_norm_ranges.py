@@ -1,0 +1,167 @@
+"""Ranges without data, against Monte-Carlo and closed forms."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import gradl1_fast as gl
+from gradl1_fast.quantization.ranges.batch_norm import Gaussian
+from tests.networks import MOBILENET, RESNET, VGG, conv_norm
+
+INPUT = (-3.0, 3.0)
+
+
+def calibrated(model: nn.Module, sigmas: float = 6.0) -> nn.Module:
+    model = gl.convert(model.eval())
+    known = {name: INPUT for name, m in model.named_modules() if getattr(m, "probe", 0) is None}
+    if hasattr(model, "activation_quantizers") and hasattr(model.activation_quantizers, "_13"):
+        known["activation_quantizers._13"] = (0.0, 5.0)  # between two linear layers of VGG
+    gl.calibrate(model, ranges=gl.ranges.BatchNormStatistics(sigmas, known))
+    return model
+
+
+def ends(model: nn.Module, name: str) -> tuple[float, float]:
+    quantizer = model.get_submodule(name)
+    return float(quantizer.low), float(quantizer.high)
+
+
+def test_behind_a_batch_norm_it_is_beta_plus_six_gamma_and_relu_clips() -> None:
+    plain = VGG.make()
+    with torch.no_grad():
+        plain[1].weight[0] = -3.0
+    model = calibrated(plain)
+    expected = float((plain[1].bias + 6 * plain[1].weight.abs()).max())
+    assert ends(model, "1.quantizer") == (0.0, pytest.approx(expected, rel=1e-6))
+    pooled = float((plain[4].bias + 6 * plain[4].weight.abs()).max())
+    assert ends(model, "activation_quantizers._6") == (0.0, pytest.approx(pooled, rel=1e-6))
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(-math.inf, math.inf), (0.0, math.inf), (0.0, 6.0), (-math.inf, -1.0), (2.0, 2.5)]
+)
+def test_moments_after_clipping_against_draws(low: float, high: float) -> None:
+    mean = torch.tensor([0.0, 2.0, -3.0, 5.5, 1.0], dtype=torch.float64)
+    sigma = torch.tensor([1.0, 0.5, 2.0, 3.0, 0.0], dtype=torch.float64)
+    n = 400_000
+    draws = torch.special.ndtri((torch.arange(n, dtype=torch.float64) + 0.5) / n)  # no tail beyond 1 / 2n
+    x = (mean + sigma * draws[:, None]).clamp(low, high)
+    actual_mean, actual_variance = Gaussian(mean, sigma.square(), low, high).moments()
+    torch.testing.assert_close(actual_mean, x.mean(0), rtol=0, atol=1e-5)
+    torch.testing.assert_close(actual_variance, x.var(0, correction=0), rtol=1e-4, atol=2e-5)
+
+
+class Sum(nn.Module):
+    """A ReLU's output plus a batch norm's, behind a ReLU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Sequential(*conv_norm(3, 5)), nn.Sequential(*conv_norm(3, 5))
+        self.last = nn.Conv2d(5, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(F.relu(F.relu(self.a(x)) + self.b(x)))
+
+
+def test_a_sum_of_branches_has_the_deviation_of_independent_draws() -> None:
+    torch.manual_seed(4)
+    plain = Sum().double()
+    for norm in (plain.a[1], plain.b[1]):
+        nn.init.uniform_(norm.weight, 0.5, 2)
+        nn.init.uniform_(norm.bias, -1, 1)
+    sigmas = 2.0
+    low, high = ends(calibrated(plain, sigmas), "b.1.quantizer")
+    generator = torch.Generator().manual_seed(5)
+    draws = [
+        norm.bias + norm.weight * torch.randn(400_000, 5, generator=generator, dtype=torch.float64)
+        for norm in (plain.a[1], plain.b[1])
+    ]
+    total = (draws[0].clamp(min=0) + draws[1]).detach()
+    expected = float((total.mean(0) + sigmas * total.std(0)).max())
+    assert low == 0.0
+    assert high == pytest.approx(expected, rel=1e-2)
+
+
+@pytest.mark.parametrize("network", [RESNET, MOBILENET], ids=lambda n: n.id)
+def test_whole_networks_need_no_more_than_the_range_of_their_input(network: object) -> None:
+    plain = network.make()
+    if network is MOBILENET:
+        plain.scale = nn.Identity()  # the multiplication is not followed
+    model = calibrated(plain)
+    with torch.no_grad(), gl.bits(model, w=None, a=8):
+        assert model(network.batch()[0]).isfinite().all()
+    six = [m for m in model.modules() if isinstance(m, gl.BatchNormAct2d) and m.activation == "relu6"]
+    assert all(0 <= float(m.quantizer.low) <= float(m.quantizer.high) <= 6 for m in six if m.quantizer)
+
+
+def test_the_statistics_cover_data_that_follow_them() -> None:
+    plain = VGG.make().train()
+    for module in plain.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None
+            module.reset_running_stats()
+    x = torch.randn(64, 3, 8, 8, dtype=torch.float64)
+    plain(x)
+    free = calibrated(plain)
+    seen = gl.convert(plain.eval())
+    gl.calibrate(seen, [x])
+    for name in ("1.quantizer", "activation_quantizers._6"):
+        assert 0.5 < ends(free, name)[1] / ends(seen, name)[1] < 3
+
+
+def test_what_is_not_behind_a_batch_norm_is_named() -> None:
+    model = gl.convert(VGG.make().eval())
+    with pytest.raises(ValueError, match=r"calibrate: no batch norm says what reaches .*input.*known=\{"):
+        gl.calibrate(model, ranges="batch_norm")
+    assert model.get_submodule("1.quantizer").low is None
+    with pytest.raises(ValueError, match="known: no quantizer is called wrong; there are"):
+        gl.calibrate(model, ranges=gl.ranges.BatchNormStatistics(known={"wrong": INPUT}))
+
+
+class Times(nn.Module):
+    def __init__(self, of: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.a, self.of, self.last = nn.Sequential(*conv_norm(3, 4)), of, nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.of(self.a(x)))
+
+
+UNKNOWN: dict[str, Callable[[Tensor], Tensor]] = {
+    "product": lambda y: 3 * y,
+    "sum with a number": lambda y: y + 1,
+    "sigmoid": torch.sigmoid,
+}
+
+
+@pytest.mark.parametrize("case", UNKNOWN)
+def test_operations_that_are_not_followed_are_not_guessed(case: str) -> None:
+    with pytest.raises(ValueError, match="no batch norm says what reaches"):
+        calibrated(Times(UNKNOWN[case]))
+
+
+def test_channels_that_are_joined_keep_their_ranges() -> None:
+    class Joined(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Sequential(*conv_norm(3, 4)), nn.Sequential(*conv_norm(3, 2))
+            self.last = nn.Conv2d(6, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(torch.cat([self.a(x), self.b(x)], 1))
+
+    plain = Joined()
+    nn.init.constant_(plain.b[1].bias, 10.0)
+    model = calibrated(plain)
+    assert ends(model, "activation_quantizers.cat") == (-6.0, 16.0)
+
+
+def test_a_model_that_was_not_traced_is_refused() -> None:
+    layer = gl.convert(nn.Linear(3, 2))
+    with pytest.raises(ValueError, match="need a model that convert could trace; use data"):
+        gl.calibrate(layer, ranges="batch_norm")

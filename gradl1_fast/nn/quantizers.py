@@ -54,10 +54,12 @@ class WeightQuantizer(_Quantizer):
         clip: the stored range goes from ``-clip`` to ``clip`` and weights beyond are clamped. Shape
             ``(widths, channels)``, with one row for all widths or 16, for 1 to 16 bits, and one column
             or one for each channel. None for the weight's own range.
+        widest: the largest width that can be chosen.
     """
 
     clip: Tensor | None
-    _ranges = ("clip",)
+    widest: int = MAX_BITS
+    _ranges: ClassVar[tuple[str, ...]] = ("clip",)
 
     def __init__(self, *, per_channel: bool = False) -> None:
         super().__init__()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -125,7 +126,9 @@ def _kind(model: nn.Module, node: fx.Node) -> str:
 def _layer_row(name: str, layer: QuantizedLayer) -> tuple[str, ...]:
     quantizer = layer.weight_quantizer
     ranges = "per tensor" if quantizer.axis is None else "per channel"
-    return name, type(layer).__name__, "x".join(map(str, layer.weight.shape)), _bits(quantizer.bits), ranges
+    # Read from an any-bit file, a layer has codes in the place of its weight.
+    weight: Any = quantizer.codes if layer.weight is None else layer.weight
+    return name, type(layer).__name__, "x".join(map(str, weight.shape)), _bits(quantizer.bits), ranges
 
 
 def _quantizer_row(name: str, quantizer: ActivationQuantizer) -> tuple[str, ...]:

@@ -1,6 +1,7 @@
-"""Quantization on demand: ranges, widths, batch-norm folding, sweeps."""
+"""Quantization on demand: ranges, widths, batch-norm folding, sweeps, any-bit files."""
 
 from gradl1_fast.quantization import ranges
+from gradl1_fast.quantization.any_bit import load_any_bit, save_any_bit
 from gradl1_fast.quantization.bits import bits, set_bits
 from gradl1_fast.quantization.calibration import calibrate, calibrate_weights
 from gradl1_fast.quantization.folding import Folding, fold_batch_norm
@@ -15,8 +16,10 @@ __all__ = [
     "calibrate",
     "calibrate_weights",
     "fold_batch_norm",
+    "load_any_bit",
     "load_ranges",
     "ranges",
+    "save_any_bit",
     "save_ranges",
     "set_bits",
     "sweep",

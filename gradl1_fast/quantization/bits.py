@@ -24,7 +24,8 @@ def set_bits(model: nn.Module, *, w: int | None, a: int | None) -> None:
 
     Raises:
         TypeError: a width is not an int or None.
-        ValueError: a width is out of range, or the model has no quantizers.
+        ValueError: a width is out of range, or wider than what was read of an any-bit file, or the model
+            has no quantizers.
         RuntimeError: an activation has no range yet. The model is then as it was.
     """
     check_width("w", w)
@@ -35,6 +36,11 @@ def set_bits(model: nn.Module, *, w: int | None, a: int | None) -> None:
         raise RuntimeError(
             f"no activation range for {', '.join(uncalibrated)}: "
             "call gradl1_fast.calibrate(model, batches) first"
+        )
+    widest = min((q.widest for q in quantizers if isinstance(q, WeightQuantizer)), default=check.MAX_BITS)
+    if w is not None and w > widest:
+        raise ValueError(
+            f"w = {w}: the weights were read from an any-bit file with {widest} bits; read it again"
         )
     for quantizer in quantizers:
         quantizer.bits = w if isinstance(quantizer, WeightQuantizer) else a

@@ -18,6 +18,7 @@ from gradl1_fast.nn.layers import QConv1d, QConv2d, QConv3d, QuantizedLayer
 from gradl1_fast.nn.rewrite import count_calls, module_of, operation_of, replace_module
 from gradl1_fast.nn.trace import has_hooks
 from gradl1_fast.quantization._modes import evaluation
+from gradl1_fast.quantization.sliced import SlicedWeight
 
 __all__ = ["Folding", "fold_batch_norm"]
 
@@ -154,6 +155,8 @@ def _source_reason(
         kind = getattr(operation, "__name__", operation)
         return f"follows {what if operation is None else kind}, not a convolution"
     name = names[id(conv)]
+    if isinstance(conv.weight_quantizer, SlicedWeight):
+        return f"follows {name}, which holds bits of an any-bit file and no float weight"
     if calls[id(conv)] > 1:
         return f"follows {name}, which is called in several places"
     if len(source.users) > 1:

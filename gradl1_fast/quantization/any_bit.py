@@ -1,0 +1,211 @@
+"""One file for every width: weights as bit planes, and all else that a converted model consists of.
+
+The file is safetensors. Its entries, where ``<layer>`` and ``<quantizer>`` are names in the model:
+
+- ``plane.0.<layer>`` to ``plane.7.<layer>``: uint8, one bit of each weight, most significant first, packed;
+- ``scale.<layer>``: step of the 8-bit grid, a scalar or one value for each output channel;
+- ``shape.<layer>``: int64, shape of the weight;
+- ``low.<quantizer>``, ``high.<quantizer>``: range of an activation, absent where it has none;
+- ``state.<key>``: every other entry of the state dict: biases, norms, what is not quantized.
+
+Planes come last and in order, so that what a reader of w bits needs is the beginning of the file.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor, nn
+
+from gradl1_fast import _files
+from gradl1_fast._dtypes import sum_dtype
+from gradl1_fast.nn.layers import QuantizedLayer
+from gradl1_fast.nn.quantizers import ActivationQuantizer
+from gradl1_fast.nn.sites import named_layers, named_quantizers
+from gradl1_fast.quantization import bit_planes
+from gradl1_fast.quantization.partial_file import Entry, PartialFile
+from gradl1_fast.quantization.sliced import SlicedWeight, slice_weight
+
+__all__ = ["load_any_bit", "save_any_bit"]
+
+METADATA = {"format": "gradl1_fast.any_bit", "version": "1"}
+
+
+def save_any_bit(model: nn.Module, path: str | os.PathLike[str]) -> dict[int, int]:
+    """Write a model into one file that serves every width from 1 to 8.
+
+    Each weight is rounded once, on its 8-bit grid; the first w bits of its code are its w-bit code. A code
+    of w bits stands for 256 / 2**w codes of 8 bits and is read as the middle of them, so that cutting adds
+    no bias. At 8 bits the weights are exactly those of ``gl.bits(model, w=8)``. Below, values lie half a
+    step beside zero, which no weight then is; measured, that is as good as quantizing directly, and better
+    from 4 bits down (``docs/any-bit.md``).
+
+    The file is replaced whole or not at all.
+
+    Args:
+        model: a converted model. Ranges of activations are kept if it is calibrated.
+        path: of the file, customarily ending in ``.safetensors``.
+
+    Returns:
+        By width, how many bytes a reader of that width reads: the beginning of the file of that length.
+
+    Raises:
+        ImportError: safetensors is not installed.
+        ValueError: the model has no layers of this library, or a weight or another entry of the state dict
+            holds NaN or infinity; the message names it.
+        OSError: the file cannot be written.
+    """
+    try:
+        from safetensors.torch import save
+    except ImportError as error:
+        raise ImportError("any-bit files need safetensors: pip install 'gradl1-fast[export]'") from error
+    layers = _layers(model)
+    entries = {f"state.{key}": value for key, value in _state(model, layers).items()}
+    for name, quantizer in named_quantizers(model).items():
+        if quantizer.low is not None and quantizer.high is not None:
+            entries |= {f"low.{name}": quantizer.low, f"high.{name}": quantizer.high}
+    for name, layer in layers.items():
+        entries |= _encoded(name, layer)
+    # a clone each: the format refuses tensors that share memory, as tied parameters do
+    tensors = {key: value.detach().cpu().contiguous().clone() for key, value in entries.items()}
+    for key, value in tensors.items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise ValueError(f"save_any_bit: {key!r} holds NaN or infinity")
+    _files.write_bytes(path, save(tensors, metadata=METADATA))
+    with PartialFile(path) as file:
+        return {w: file.end_of([_plane(w - 1, name) for name in layers]) for w in _widths()}
+
+
+def load_any_bit(model: nn.Module, path: str | os.PathLike[str], *, w: int = 8) -> nn.Module:
+    """Give a model the first ``w`` bits of the weights in an any-bit file, and all else the file holds.
+
+    Only the bytes of these bits are read; a file that was cut off behind them will do. The layers of the
+    model then hold one byte for each weight in the place of the float weight, and decode it in each forward
+    pass. ``gl.set_bits(model, w=v, a=...)`` chooses any width v up to ``w``, again and again, and copies
+    nothing; ``w=None`` is the widest. Such a model is for evaluation: it has no weights to train, fold or
+    export.
+
+    The file is read as data, nothing in it is executed, and every entry is checked before the model is
+    changed.
+
+    Args:
+        model: a converted model of the structure that was saved. It is changed in place.
+        path: of the file.
+        w: bits to read, 1 to 8.
+
+    Returns:
+        The model, at width ``w`` of its weights; activations keep their width.
+
+    Raises:
+        TypeError: ``w`` is not an int.
+        ValueError: ``w`` is out of range, the model is not converted, or the file is damaged or does not
+            fit the model. The message names the file and the entry. The model is then as it was.
+        OSError: the file cannot be read.
+    """
+    _check_width(w)
+    layers = named_layers(model)
+    if not layers:
+        raise ValueError("load_any_bit: the model is not converted: call gradl1_fast.convert(model) first")
+    with PartialFile(path) as file:
+        file.check_metadata(METADATA)
+        sliced = {name: _read_weight(file, name, layer, w) for name, layer in layers.items()}
+        ranges = _read_ranges(file, model)
+        state = {
+            key: file.read(f"state.{key}", Entry(value.dtype, tuple(value.shape)))
+            for key, value in _state(model, layers).items()
+        }
+        file.check_that_all_are_known([_plane(i, name) for name in layers for i in range(bit_planes.WIDTH)])
+    for name, layer in layers.items():
+        slice_weight(layer, sliced[name])
+    for name, quantizer in named_quantizers(model).items():
+        quantizer.low, quantizer.high = ranges[name]
+    model.load_state_dict(state, strict=False)
+    return model
+
+
+def _widths() -> range:
+    return range(1, bit_planes.WIDTH + 1)
+
+
+def _check_width(w: object) -> None:
+    if isinstance(w, bool) or not isinstance(w, int):
+        raise TypeError(f"load_any_bit: w must be an int from 1 to {bit_planes.WIDTH}, got {w!r}")
+    if w not in _widths():
+        raise ValueError(f"load_any_bit: w must be from 1 to {bit_planes.WIDTH}, got {w}")
+
+
+def _plane(number: int, name: str) -> str:
+    return f"plane.{number}.{name}"
+
+
+def _layers(model: nn.Module) -> dict[str, QuantizedLayer]:
+    layers = named_layers(model)
+    if not layers:
+        raise ValueError("save_any_bit: the model is not converted: call gradl1_fast.convert(model) first")
+    for name, layer in layers.items():
+        if isinstance(layer.weight_quantizer, SlicedWeight):
+            raise ValueError(
+                f"save_any_bit: {name!r} holds bits of an any-bit file, no float weight; copy that file"
+            )
+        if not layer.weight.isfinite().all():
+            raise ValueError(f"save_any_bit: the weight of {name!r} holds NaN or infinity")
+    return layers
+
+
+def _state(model: nn.Module, layers: dict[str, QuantizedLayer]) -> dict[str, Tensor]:
+    """Return the state dict without the weights of the layers, under any of their names."""
+    ours = {id(layer) for layer in layers.values()}
+    weights = {
+        f"{name}.weight".removeprefix(".")
+        for name, module in model.named_modules(remove_duplicate=False)
+        if id(module) in ours
+    }
+    return {key: value for key, value in model.state_dict().items() if key not in weights}
+
+
+def _encoded(name: str, layer: QuantizedLayer) -> dict[str, Tensor]:
+    weight = layer.weight.detach()
+    scale = layer.weight_quantizer.grid(weight, bit_planes.WIDTH)[0]
+    codes = bit_planes.encode(weight, scale)
+    planes = {_plane(i, name): bit_planes.pack(codes, i) for i in range(bit_planes.WIDTH)}
+    return {f"scale.{name}": scale, f"shape.{name}": torch.tensor(weight.shape), **planes}
+
+
+def _read_weight(file: PartialFile, name: str, layer: QuantizedLayer, w: int) -> SlicedWeight:
+    old = layer.weight_quantizer
+    like = (old.codes, old.like) if isinstance(old, SlicedWeight) else (layer.weight, layer.weight)
+    shape, dtype, device = tuple(like[0].shape), like[1].dtype, like[0].device
+    found = file.read(f"shape.{name}", Entry(torch.int64, (len(shape),)))
+    if tuple(found.tolist()) != shape:
+        raise file.error(f"shape.{name}", f"the weight of this model has shape {shape}", found.tolist())
+    scale = file.read(f"scale.{name}", Entry(sum_dtype(dtype), () if old.axis is None else shape[:1]))
+    if not (scale > 0).all():
+        raise file.error(f"scale.{name}", "a step must be above 0", scale.min().item())
+    entry = Entry(torch.uint8, (bit_planes.plane_bytes(torch.Size(shape).numel()),))
+    planes = [file.read(_plane(i, name), entry) for i in range(w)]
+    return SlicedWeight(bit_planes.unpack(planes, shape).to(device), scale.to(device), w, dtype)
+
+
+def _read_ranges(file: PartialFile, model: nn.Module) -> dict[str, tuple[Tensor | None, Tensor | None]]:
+    """Return the checked ends of each range, on the model's device."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    ranges: dict[str, tuple[Tensor | None, Tensor | None]] = {}
+    for name in named_quantizers(model):
+        ranges[name] = None, None
+        if f"low.{name}" not in file and f"high.{name}" not in file:
+            continue
+        scratch = ActivationQuantizer()
+        try:
+            scratch.set_range(*(_read_end(file, f"{end}.{name}") for end in ("low", "high")))
+        except ValueError as error:
+            raise file.error(f"low.{name} and high.{name}", "they must be a range", error) from error
+        ranges[name] = scratch.to(device).low, scratch.high
+    return ranges
+
+
+def _read_end(file: PartialFile, key: str) -> Tensor:
+    return file.read(key, *(Entry(dtype, shape) for dtype in _FLOATS for shape in ((), (16,))))
+
+
+_FLOATS = (torch.float32, torch.float64)

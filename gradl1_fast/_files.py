@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["replacing", "write_bytes", "write_text"]
+__all__ = ["replacing", "to_disk", "write_bytes", "write_text"]
 
 
 @contextlib.contextmanager
@@ -25,13 +25,13 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     partial = target.with_name(f".partial-{target.name}")
     try:
         yield partial
-        _to_disk(partial)
+        to_disk(partial)
         os.replace(partial, target)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
     if os.name == "posix":  # elsewhere a folder cannot be opened
-        _to_disk(target.parent)
+        to_disk(target.parent)
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
@@ -45,7 +45,8 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     write_bytes(path, text.encode())
 
 
-def _to_disk(path: Path) -> None:
+def to_disk(path: Path) -> None:
+    """Bring what was written to a file, or the names in a folder, to the disk."""
     handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(handle)

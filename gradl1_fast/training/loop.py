@@ -6,12 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradl1_fast.nn import convert
-from gradl1_fast.penalty import GradL1
-from gradl1_fast.training.data import Batch, shuffled_batches
+from gradl1_fast.training.config import Config, Optimizer, Penalty, Training
+from gradl1_fast.training.data import Batch
+from gradl1_fast.training.trainer import Trainer
 
 __all__ = ["Recipe", "accuracy", "train"]
 
@@ -40,6 +40,15 @@ class Recipe:
         """Return the same recipe for the plain twin."""
         return replace(self, penalty_epochs=0)
 
+    def config(self, seed: int) -> Config:
+        """Return the recipe as the trainer takes it; data and network are its caller's."""
+        settings = {"lambda_w": self.coefficient, "lambda_a": self.coefficient, "scale": self.scale}
+        return Config(
+            optimizer=Optimizer("adam", self.learning_rate),
+            training=Training(self.epochs, self.batch_size, seed=seed),
+            penalty=Penalty("gradl1", self.penalty_epochs, settings=settings),
+        )
+
 
 def train(
     model: nn.Module,
@@ -60,34 +69,25 @@ def train(
         seed: of the order of the batches.
         on_epoch: called after each epoch with its number, from 1, and the mean loss without penalty.
     """
-    model = convert(model).train()
-    penalty = GradL1(model, recipe.coefficient, recipe.coefficient, scale=recipe.scale)
-    optimizer = torch.optim.Adam(model.parameters(), lr=recipe.learning_rate)
-    steps = recipe.epochs * (len(data[0]) // recipe.batch_size)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    generator = torch.Generator().manual_seed(seed)
-    for epoch in range(1, recipe.epochs + 1):
-        penalised = epoch > recipe.epochs - recipe.penalty_epochs
-        losses = []
-        for x, y in shuffled_batches(data, recipe.batch_size, generator):
-            loss = F.cross_entropy(model(x), y)
-            total = loss + penalty(loss) if penalised else loss
-            optimizer.zero_grad()
-            total.backward()
-            optimizer.step()
-            schedule.step()
-            losses.append(loss.detach())
+    trainer = Trainer(convert(model), data, recipe.config(seed))
+    while not trainer.done:
+        trainer.run_epoch()
         if on_epoch is not None:
-            on_epoch(epoch, float(torch.stack(losses).mean()))
-    return model.eval()
+            on_epoch(trainer.epoch + 1, float(torch.stack(trainer.seen.losses).mean()))
+        trainer.next_epoch()
+    return trainer.model.eval()
 
 
 @torch.no_grad()
 def accuracy(model: nn.Module, data: Batch, batch_size: int = 200) -> float:
-    """Return the percentage of images that the model, in its present mode and width, gets right."""
+    """Return the percentage of images that the model, in its present mode and width, gets right.
+
+    Images and labels are moved to the device of the model's first parameter, batch by batch.
+    """
     images, labels = data
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
     right: list[Tensor] = [
-        (model(x).argmax(1) == y).sum()
+        (model(x.to(device)).argmax(1) == y.to(device)).sum()
         for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True)
     ]
     return 100 * float(torch.stack(right).sum()) / len(labels)

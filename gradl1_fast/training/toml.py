@@ -12,7 +12,7 @@ import typing
 from pathlib import Path
 from typing import Any, TypeVar
 
-__all__ = ["SettingsError", "dumps", "from_dict", "read", "to_dict"]
+__all__ = ["SettingsError", "dumps", "from_dict", "parse_value", "read", "to_dict"]
 
 T = TypeVar("T")
 Scalar = str | int | float | bool
@@ -43,6 +43,15 @@ def _parser() -> Any:
         return importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
     except ImportError as error:
         raise ImportError("Python 3.10 reads TOML with tomli: pip install 'gradl1-fast[train]'") from error
+
+
+def parse_value(text: str) -> Scalar:
+    """Return the number or truth value that a text is in TOML; any other text is itself."""
+    try:
+        value = _parser().loads(f"value = {text}")["value"]
+    except ValueError:
+        return text
+    return value if type(value) in _WORDS else text
 
 
 def from_dict(kind: type[T], values: dict[str, Any], where: str) -> T:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gradl1_fast import _files
 
-__all__ = ["load_weights", "read_weights", "save_weights"]
+__all__ = ["check_entries", "load_weights", "read_weights", "require_safetensors", "save_weights"]
 
 FORMAT = {"format": "gradl1_fast.weights", "version": "1"}
 
@@ -32,7 +32,7 @@ def save_weights(
     """
     # a clone each: the format refuses tensors that share memory, as tied weights do
     tensors = {key: value.detach().cpu().contiguous().clone() for key, value in state.items()}
-    data = _safetensors().torch.save(tensors, metadata={**FORMAT, **(facts or {})})
+    data = require_safetensors().torch.save(tensors, metadata={**FORMAT, **(facts or {})})
     _files.write_bytes(path, data)
 
 
@@ -52,7 +52,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
 def read_weights(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the tensors and the texts of a file of weights; nothing in it is executed."""
-    safetensors = _safetensors()
+    safetensors = require_safetensors()
     with open(path, "rb"):  # the library's own message for a file that cannot be read names no file
         pass
     try:
@@ -85,7 +85,8 @@ def check_entries(
             raise ValueError(f"{path}: entry {key!r} holds NaN or infinity")
 
 
-def _safetensors() -> Any:
+def require_safetensors() -> Any:
+    """Return the package; an ImportError says what to install where it is missing."""
     try:
         import safetensors
         import safetensors.torch

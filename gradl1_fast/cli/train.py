@@ -1,0 +1,229 @@
+"""``gradl1 train``: a run from a recipe, in a folder of its own; and taking it up again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from gradl1_fast._plots import width_name
+from gradl1_fast.cli._console import fail, table
+from gradl1_fast.cli.app import app
+from gradl1_fast.quantization import Table
+from gradl1_fast.training import config as configs
+from gradl1_fast.training import launch as launches
+from gradl1_fast.training.config import Config
+from gradl1_fast.training.ranks import is_first
+from gradl1_fast.training.runs import Folder
+from gradl1_fast.training.toml import parse_value
+from gradl1_fast.training.trainer import Trainer, TrainingError
+
+__all__ = ["train"]
+
+_EPILOG = """[bold]Examples[/bold]
+
+gradl1 train --out runs/digits
+
+gradl1 train --recipe fashion-mnist --out runs/fashion
+
+gradl1 train --resume runs/fashion
+
+torchrun --nproc-per-node 2 -m gradl1_fast train --out runs/two
+"""
+_DATA, _LOOP, _PENALTY, _HOW = "Data and network", "Training", "Penalty", "How it computes"
+
+# Options that stand for one field of the configuration each; the others have another name there.
+_FIELDS = {
+    "data": {"data_set": "name", "data": "folder", "flip": "flip", "crop": "crop"},
+    "model": {"model": "name", "width": "width", "stem": "stem", "per_channel": "per_channel"},
+    "optimizer": {
+        "optimizer": "name",
+        "learning_rate": "learning_rate",
+        "momentum": "momentum",
+        "weight_decay": "weight_decay",
+        "warmup_epochs": "warmup_epochs",
+    },
+    "training": {
+        name: name
+        for name in (
+            *("epochs", "batch_size", "accumulate", "label_smoothing", "ema", "seed", "precision"),
+            *("checkpointing", "compile", "cuda_graph", "checkpoint_steps"),
+        )
+    },
+    "penalty": {"method": "method", "penalty_epochs": "epochs", "penalty_warmup": "warmup_epochs"},
+}
+
+
+def _option(panel: str, text: str, *names: str) -> Any:
+    return typer.Option(*names, help=text, rich_help_panel=panel, show_default=False)
+
+
+@app.command(epilog=_EPILOG)
+def train(
+    recipe: Annotated[
+        str, typer.Option(help=f"One of {', '.join(configs.recipes())}, or a file that ends in .toml.")
+    ] = "digits",
+    out: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("gradl1-run"),
+    resume: Annotated[
+        Path | None, typer.Option(help="Go on with the run in this folder, as it was configured.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the whole configuration and end.")
+    ] = False,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda or cuda:N; by default a GPU where there is one.")
+    ] = None,
+    data_set: Annotated[str | None, _option(_DATA, "Data set, by name.")] = None,
+    data: Annotated[str | None, _option(_DATA, "Folder of its files.")] = None,
+    model: Annotated[str | None, _option(_DATA, "Network, by name, or timm:NAME.")] = None,
+    width: Annotated[int | None, _option(_DATA, "Channels of its first layer.")] = None,
+    stem: Annotated[str | None, _option(_DATA, "cifar (small images) or imagenet.")] = None,
+    per_channel: Annotated[
+        bool | None, _option(_DATA, "One range for each output channel of a weight.")
+    ] = None,
+    flip: Annotated[bool | None, _option(_DATA, "Mirror training images by chance.")] = None,
+    crop: Annotated[int | None, _option(_DATA, "Shift training images by up to so many pixels.")] = None,
+    epochs: Annotated[int | None, _option(_LOOP, "Passes over the training images.")] = None,
+    batch_size: Annotated[int | None, _option(_LOOP, "Images in a step.")] = None,
+    seed: Annotated[int | None, _option(_LOOP, "Of everything that is drawn by chance.")] = None,
+    optimizer: Annotated[str | None, _option(_LOOP, "sgd, adam or adamw.")] = None,
+    learning_rate: Annotated[float | None, _option(_LOOP, "At its highest; a cosine brings it to 0.")] = None,
+    momentum: Annotated[float | None, _option(_LOOP, "Of sgd.")] = None,
+    weight_decay: Annotated[float | None, _option(_LOOP, "Of all parameters.")] = None,
+    warmup_epochs: Annotated[
+        int | None, _option(_LOOP, "The learning rate rises in the first so many.")
+    ] = None,
+    label_smoothing: Annotated[float | None, _option(_LOOP, "Of the cross-entropy.")] = None,
+    ema: Annotated[
+        float | None, _option(_LOOP, "Decay of a moving average of the weights, as 0.999.")
+    ] = None,
+    checkpoint_steps: Annotated[int | None, _option(_LOOP, "Checkpoints within an epoch too.")] = None,
+    method: Annotated[
+        str | None, _option(_PENALTY, "plain, gradl1, l2, sam, kure, defensive or qat.")
+    ] = None,
+    penalty_epochs: Annotated[
+        int | None, _option(_PENALTY, "It is on in the last so many; 0: never.")
+    ] = None,
+    penalty_from: Annotated[int | None, _option(_PENALTY, "Instead: the epoch that it begins with.")] = None,
+    penalty_warmup: Annotated[
+        int | None, _option(_PENALTY, "Its coefficients rise in so many epochs.")
+    ] = None,
+    coefficient: Annotated[
+        float | None, _option(_PENALTY, "lambda_w and lambda_a of gradl1 and l2.", "--lambda")
+    ] = None,
+    scale: Annotated[str | None, _option(_PENALTY, "none, or step: norms times quantization steps.")] = None,
+    every: Annotated[int | None, _option(_PENALTY, "On each so many-th step alone, times as much.")] = None,
+    setting: Annotated[
+        list[str] | None, _option(_PENALTY, "Another setting of the method, such as beta=0.002.")
+    ] = None,
+    precision: Annotated[str | None, _option(_HOW, "float32, bfloat16 or float16.")] = None,
+    accumulate: Annotated[int | None, _option(_HOW, "Parts in which a batch goes through.")] = None,
+    checkpointing: Annotated[bool | None, _option(_HOW, "Compute activations twice, save memory.")] = None,
+    compile: Annotated[bool | None, _option(_HOW, "Compile the whole step.")] = None,
+    cuda_graph: Annotated[bool | None, _option(_HOW, "Capture the whole step on a GPU.")] = None,
+) -> None:
+    """Train a network with the gradient-l1 penalty, quantize it and report.
+
+    Without options: handwritten digits, in half a minute on one CPU core. A
+    recipe sets everything; options change single values of it.
+
+    The folder of the run holds config.toml, metrics.csv, log.txt, the weights,
+    the ranges of the activations and report.html. While it goes on, watch it by
+    tensorboard --logdir FOLDER.
+    """  # fmt: skip
+    given = dict(locals())
+    console = Console()
+    try:
+        config = _resumed(resume, given) if resume else _configured(given)
+        if dry_run:
+            print(config.to_toml(), end="")
+            return
+        folder = resume or out
+        with _bar(config) as (on_step, say):
+            found = launches.launch(
+                config, folder, resume=resume is not None, device=device, on_step=on_step, say=say
+            )
+    except KeyboardInterrupt:
+        fail(f"stopped; go on with: gradl1 train --resume {resume or out}")
+    except OSError as error:
+        fail(f"{error.filename or resume or out}: {error.strerror or error}")
+    except (ValueError, TypeError, ImportError, TrainingError) as error:
+        fail(str(error))
+    if found is not None:
+        _print_results(console, config, Folder(folder), found)
+
+
+def _resumed(folder: Path, given: dict[str, Any]) -> Config:
+    allowed = ("recipe", "out", "resume", "dry_run", "device")
+    changed = [name for name, value in given.items() if value is not None and name not in allowed]
+    if changed:
+        names = ", ".join("--" + name.replace("_", "-") for name in changed)
+        raise ValueError(f"a run is resumed as it was configured, without {names}")
+    file = Folder(folder).config
+    if not file.is_file():
+        raise ValueError(f"{folder}: no config.toml here: there is no run to resume")
+    return Config.read(file)
+
+
+def _configured(given: dict[str, Any]) -> Config:
+    """Return the recipe with the values that were given."""
+    name = given["recipe"]
+    config = Config() if name == "digits" else Config.read(configs.recipe(name))
+    changes: dict[str, dict[str, Any]] = {
+        section: {field: given[option] for option, field in names.items() if given[option] is not None}
+        for section, names in _FIELDS.items()
+    }
+    changes["penalty"] |= _penalty(config, given)
+    sections = {section: replace(getattr(config, section), **values) for section, values in changes.items()}
+    return replace(config, **sections)
+
+
+def _penalty(config: Config, given: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of the method, and when it begins."""
+    changed = given["method"] not in (None, config.penalty.method)
+    settings = {} if changed else dict(config.penalty.settings)
+    if given["coefficient"] is not None:
+        settings |= {"lambda_w": given["coefficient"], "lambda_a": given["coefficient"]}
+    settings |= {name: given[name] for name in ("scale", "every") if given[name] is not None}
+    for text in given["setting"] or []:
+        name, separator, value = text.partition("=")
+        if not separator:
+            raise ValueError(f"--setting: a setting is written NAME=VALUE, got {text!r}")
+        settings[name.strip()] = parse_value(value.strip())
+    values: dict[str, Any] = {"settings": settings}
+    if given["penalty_from"] is not None:
+        if given["penalty_epochs"] is not None:
+            raise ValueError("--penalty-from and --penalty-epochs exclude each other")
+        epochs = config.training.epochs if given["epochs"] is None else given["epochs"]
+        if not 1 <= given["penalty_from"] <= epochs:
+            raise ValueError(f"--penalty-from must be from 1 to {epochs}, got {given['penalty_from']}")
+        values["epochs"] = epochs - given["penalty_from"] + 1
+    return values
+
+
+@contextmanager
+def _bar(config: Config) -> Iterator[tuple[Callable[[Trainer], None], Callable[[str], None]]]:
+    """Yield what is called after each step, and with each line of the log; other ranks are silent."""
+    columns = (TextColumn("{task.description:<18}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not is_first(), transient=True) as progress:
+        task = progress.add_task("reading data", total=None)
+
+        def on_step(trainer: Trainer) -> None:
+            what = f"epoch {trainer.epoch + 1} of {config.training.epochs}"
+            total = config.training.epochs * trainer.steps
+            progress.update(task, description=what, total=total, completed=trainer.steps_done)
+
+        yield on_step, lambda line: progress.console.print(line, highlight=False, markup=False)
+
+
+def _print_results(console: Console, config: Config, folder: Folder, found: Table) -> None:
+    console.print(f"{config.model.name} on {config.data.name}, equal bits for weights and activations:")
+    rows = [(width_name(row.w), f"{row.value:.2f}") for row in found.rows]
+    console.print(table("", ("bits", "test accuracy in %"), rows))
+    console.print(f"Report: [bold]{folder.report}[/bold]  (open it in a browser)", soft_wrap=True)

@@ -1,0 +1,163 @@
+"""A whole run: data, network, training, calibration, report, all in one folder; and taking it up again."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from gradl1_fast.quantization import Table, calibrate, sweep
+from gradl1_fast.training import checkpoints, data, run_report
+from gradl1_fast.training.config import Config
+from gradl1_fast.training.data import Dataset
+from gradl1_fast.training.loop import accuracy
+from gradl1_fast.training.norms import step_norms
+from gradl1_fast.training.ranks import Ranks, ranks
+from gradl1_fast.training.recorder import Recorder
+from gradl1_fast.training.runs import Folder, RunError, network
+from gradl1_fast.training.toml import SettingsError
+from gradl1_fast.training.trainer import Trainer
+from gradl1_fast.training.weights_file import require_safetensors
+
+__all__ = ["BITS", "CALIBRATION_IMAGES", "launch"]
+
+BITS: tuple[int | None, ...] = (None, 8, 7, 6, 5, 4, 3, 2)
+CALIBRATION_IMAGES = 2048
+
+Progress = Callable[[Trainer], None]
+
+
+def launch(
+    config: Config,
+    folder: Path,
+    *,
+    resume: bool = False,
+    device: str | None = None,
+    on_step: Progress = lambda trainer: None,
+    say: Callable[[str], None] = lambda line: None,
+) -> Table | None:
+    """Train, quantize and report; write everything into one folder.
+
+    Started by torchrun it trains with all its processes, of which the first one writes. After a kill
+    at any moment ``resume`` goes on from the last checkpoint, on a CPU to the same weights bit for bit.
+
+    Args:
+        config: of the run; to resume, that of the folder.
+        folder: is made if it is not there.
+        resume: go on with what is in the folder.
+        device: as for :func:`gradl1_fast.training.ranks.ranks`.
+        on_step: called after each step, for a progress bar.
+        say: called with each line of the log.
+
+    Returns:
+        The test accuracy in percent at equal bits for weights and activations; None on other ranks
+        than the first.
+
+    Raises:
+        RunError: the folder holds a run already, or none to resume.
+        ValueError: settings do not go together, the data are missing, or a checkpoint is damaged.
+        TrainingError: the loss is no number any more.
+        ImportError: a package is not installed; the message says which.
+        OSError: the folder cannot be written to.
+    """
+    require_safetensors()
+    run_report.require_matplotlib()
+    run = Folder(folder)
+    _check_folder(run, resume)
+    with ranks(device) as group:
+        images = data.load(config.data.name, config.data.folder)
+        torch.manual_seed(config.training.seed)
+        model = network(config, images.classes, images.channels).to(group.device)
+        if group.rank:
+            torch.manual_seed(config.training.seed + group.rank)  # each draws its own dropout
+        trainer = _trainer(model, images, config, group)
+        if group.first and not resume:
+            run.path.mkdir(parents=True, exist_ok=True)
+            run.write_config(config)
+        rows, place = _take_up(run, trainer) if resume else ([], "")
+        purge_from = trainer.epoch * trainer.steps if resume else None
+        recorder = Recorder(run, rows, purge_from, say) if group.first else None
+        with contextlib.closing(recorder) if recorder else contextlib.nullcontext():
+            if recorder and place:
+                recorder.log(place)
+            _train(run, trainer, images, recorder, on_step)
+            return _finish(run, trainer, images, recorder) if recorder else None
+
+
+def _check_folder(run: Folder, resume: bool) -> None:
+    if resume and not run.config.is_file():
+        raise RunError(f"{run.path}: no config.toml here: there is no run to resume")
+    if not resume and run.config.exists():
+        raise RunError(
+            f"{run.path}: holds a run already; go on with it by --resume, or choose another folder by --out"
+        )
+
+
+def _trainer(model: nn.Module, images: Dataset, config: Config, group: Ranks) -> Trainer:
+    try:
+        return Trainer(model, images.train, config, group)
+    except (TypeError, ValueError) as error:
+        raise SettingsError(str(error)) from error
+
+
+def _take_up(run: Folder, trainer: Trainer) -> tuple[list[dict[str, float]], str]:
+    path = checkpoints.latest(run.checkpoints)
+    if path is None:
+        return [], "resumed before the first checkpoint: from the beginning"
+    rows = checkpoints.load(path, trainer)
+    return rows, f"resumed after {trainer.steps_done} steps, in epoch {trainer.epoch + 1}"
+
+
+def _train(
+    run: Folder, trainer: Trainer, images: Dataset, recorder: Recorder | None, on_step: Progress
+) -> None:
+    every = trainer.config.training.checkpoint_steps
+
+    def keep() -> None:
+        state = trainer.state_dict()  # on every rank: they tell each other their random states
+        if recorder:
+            checkpoints.save(run.checkpoints, trainer, state, recorder.rows)
+
+    def after_step(trainer: Trainer) -> None:
+        on_step(trainer)
+        if every and trainer.step < trainer.steps and trainer.steps_done % every == 0:
+            keep()
+
+    while not trainer.done:
+        trainer.run_epoch(after_step)
+        trainer.average_over_ranks()
+        if recorder:
+            recorder.epoch(trainer, *_measured(trainer, images))
+        trainer.next_epoch()
+        keep()
+
+
+def _measured(trainer: Trainer, images: Dataset) -> tuple[float, dict[str, torch.Tensor]]:
+    """Return the test accuracy of what would be kept now, and the norms on the first training images."""
+    with trainer.to_be_kept() as model:
+        found = accuracy(model, images.test)
+    size, device = (
+        trainer.config.training.batch_size // trainer.config.training.accumulate,
+        trainer.ranks.device,
+    )
+    batch = images.train[0][:size].to(device), images.train[1][:size].to(device)
+    return found, step_norms(trainer.model, lambda: trainer.loss_of(batch))
+
+
+def _finish(run: Folder, trainer: Trainer, images: Dataset, recorder: Recorder) -> Table:
+    """Calibrate on some training images, keep weights and ranges, evaluate every width, report."""
+    with trainer.to_be_kept() as model:
+        count = len(images.train[1])
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(trainer.config.training.seed))
+        some = images.train[0][order[:CALIBRATION_IMAGES]]
+        calibrate(model, some.split(256))
+        run.write_model(model, images)
+        table = sweep(
+            model, lambda quantized: accuracy(quantized, images.test), [(b, b) for b in BITS], progress=False
+        )
+    run_report.write(run, trainer.config, recorder.rows, table)
+    recorder.log(f"finished: {run.weights.name}, {run.ranges.name}, {run.report.name}")
+    return table

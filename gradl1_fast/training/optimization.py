@@ -1,0 +1,105 @@
+"""Optimizers, the cosine schedule, and the moving average of weights."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.optim import lr_scheduler
+
+from gradl1_fast.training.config import Optimizer
+
+__all__ = ["Average", "optimizer_for", "schedule_for"]
+
+
+def optimizer_for(
+    model: nn.Module, settings: Optimizer, *, capturable: bool = False
+) -> torch.optim.Optimizer:
+    """Return an optimizer of the model's parameters.
+
+    Args:
+        model: any module.
+        settings: which, and its numbers.
+        capturable: keep its counters and its learning rate on the device, so that a CUDA graph can hold
+            its step.
+    """
+    parameters, decay = list(model.parameters()), settings.weight_decay
+    device = parameters[0].device
+    rate: float | Tensor = settings.learning_rate
+    if capturable:
+        rate = torch.tensor(rate, device=device)
+    if settings.name == "sgd":
+        momentum = settings.momentum
+        return torch.optim.SGD(
+            parameters, rate, momentum, weight_decay=decay, nesterov=momentum > 0, foreach=capturable or None
+        )
+    kind = torch.optim.Adam if settings.name == "adam" else torch.optim.AdamW
+    return kind(parameters, rate, weight_decay=decay, capturable=capturable)
+
+
+def schedule_for(
+    optimizer: torch.optim.Optimizer, settings: Optimizer, epochs: int, steps: int
+) -> lr_scheduler.LRScheduler:
+    """Return the schedule, to be stepped after each step: up along a line, then down along a cosine to 0.
+
+    Args:
+        optimizer: whose learning rate is its highest.
+        settings: the epochs of the rise.
+        epochs: of the whole training.
+        steps: in an epoch.
+    """
+    rise = settings.warmup_epochs * steps
+    if not rise:
+        return lr_scheduler.CosineAnnealingLR(optimizer, epochs * steps)
+    up = lr_scheduler.LinearLR(optimizer, 1 / (rise + 1), 1, rise)
+    down = lr_scheduler.CosineAnnealingLR(optimizer, epochs * steps - rise)
+    return lr_scheduler.SequentialLR(optimizer, [up, down], [rise])
+
+
+class Average:
+    """The exponential moving average of a model's weights and statistics.
+
+    In its first steps it moves faster, so that it forgets where the training began: after n updates
+    the decay is at most ``(n + 1) / (n + 10)``.
+
+    Args:
+        model: whose state dict is averaged.
+        decay: share of the average that one update leaves.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay, self.updates = decay, 0
+        self.state = {key: value.detach().clone() for key, value in model.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Let the weights of one step enter."""
+        share = 1 - min(self.decay, (self.updates + 1) / (self.updates + 10))
+        self.updates += 1
+        for key, value in model.state_dict().items():
+            if value.is_floating_point():
+                self.state[key].lerp_(value, share)
+            else:
+                self.state[key].copy_(value)
+
+    @contextlib.contextmanager
+    def applied(self, model: nn.Module) -> Iterator[None]:
+        """Give the model the averages for the ``with`` block; then it gets back its very values."""
+        before = {key: value.detach().clone() for key, value in model.state_dict().items()}
+        model.load_state_dict(self.state)
+        try:
+            yield
+        finally:
+            model.load_state_dict(before)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return what a training that resumes must restore."""
+        return {**self.state, "": torch.tensor(self.updates)}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take up a state that :meth:`state_dict` gave."""
+        self.updates = int(state[""])
+        for key, value in self.state.items():
+            value.copy_(state[key])

@@ -1,0 +1,187 @@
+"""How the gradients of one step are computed: eagerly, through torch.compile, or from a CUDA graph."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gradl1_fast.training.config import Config
+from gradl1_fast.training.data import Batch
+from gradl1_fast.training.objectives import Objective, Terms
+from gradl1_fast.training.objectives.gradient_l1 import GradientL1
+from gradl1_fast.training.objectives.plain import Plain
+
+__all__ = ["CompiledGradients", "EagerGradients", "Gradients", "check_supported", "mean_terms"]
+
+_TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# Under DDP gradients are averaged when backward() ends; these methods call it once, on whole sums.
+_DISTRIBUTED = ("plain", "gradl1", "l2", "kure", "defensive")
+
+
+class Gradients(Protocol):
+    """Adds the gradient of an objective over the parts of a batch to each parameter's ``grad``."""
+
+    def __call__(self, objective: Objective, parts: Sequence[Batch], scaler: torch.amp.GradScaler) -> Terms:
+        """Return the means over the parts."""
+        ...
+
+
+class EagerGradients:
+    """The common way: the objective's own backward, part by part.
+
+    Args:
+        model: that computes the logits, wrapped for several ranks or recomputing or not.
+        config: label smoothing and precision.
+    """
+
+    def __init__(self, model: nn.Module, config: Config) -> None:
+        self.model, self.smoothing = model, config.training.label_smoothing
+        self.dtype = _TYPES.get(config.training.precision)
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Return the mean loss of a batch, with its graph, in float32."""
+        x, y = batch
+        with self._autocast(x.device.type):
+            logits = self.model(x)
+        return F.cross_entropy(logits.float(), y, label_smoothing=self.smoothing)
+
+    def __call__(self, objective: Objective, parts: Sequence[Batch], scaler: torch.amp.GradScaler) -> Terms:
+        """See :class:`Gradients`. Ranks exchange their gradients once, after the last part."""
+        found = []
+
+        def scale(loss: Tensor) -> Tensor:
+            return scaler.scale(loss) / len(parts)
+
+        for place, batch in enumerate(parts):
+            with self._exchange(place + 1 == len(parts)):
+                found.append(objective.backward(partial(self.loss, batch), scale))
+        return mean_terms(found)
+
+    def _autocast(self, device: str) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext() if self.dtype is None else torch.autocast(device, self.dtype)
+
+    def _exchange(self, now: bool) -> contextlib.AbstractContextManager[Any]:
+        if now or not isinstance(self.model, nn.parallel.DistributedDataParallel):
+            return contextlib.nullcontext()
+        return self.model.no_sync()
+
+
+class CompiledGradients:
+    """Loss, penalty and the gradient of their sum, compiled as one graph.
+
+    Args:
+        model: that computes the logits.
+        config: label smoothing.
+        backend: of torch.compile.
+    """
+
+    def __init__(self, model: nn.Module, config: Config, backend: str = "inductor") -> None:
+        self.model, self.smoothing = model, config.training.label_smoothing
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.backend = backend
+        self._compiled: tuple[Objective, Callable[..., Any]] | None = None
+
+    def __call__(self, objective: Objective, parts: Sequence[Batch], scaler: torch.amp.GradScaler) -> Terms:
+        """See :class:`Gradients`."""
+        if self._compiled is None or self._compiled[0] is not objective:
+            whole = torch.compile(self._function(objective), backend=self.backend, fullgraph=True)
+            self._compiled = objective, whole
+        found = [self._one(objective, batch, len(parts)) for batch in parts]
+        return mean_terms(found)
+
+    def _one(self, objective: Objective, batch: Batch, count: int) -> Terms:
+        assert self._compiled is not None
+        with torch._dynamo.config.patch(trace_autograd_ops=True):
+            loss, penalty, grads = self._compiled[1](*batch)
+        for parameter, grad in zip(self.parameters, grads, strict=True):
+            parameter.grad = grad / count if parameter.grad is None else parameter.grad + grad / count
+        parts = dict(objective.penalty.terms) if isinstance(objective, GradientL1) else {}
+        return Terms(loss, penalty, parts)
+
+    def _function(self, objective: Objective) -> Callable[[Tensor, Tensor], Any]:
+        penalty = objective.penalty if isinstance(objective, GradientL1) else None
+
+        def compute(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+            loss = F.cross_entropy(self.model(x), y, label_smoothing=self.smoothing)
+            extra = loss.new_zeros(()) if penalty is None else penalty(loss)
+            grads = torch.autograd.grad(loss + extra, self.parameters)
+            return loss.detach(), extra.detach(), grads
+
+        return compute
+
+
+def mean_terms(found: Sequence[Terms]) -> Terms:
+    """Return the means of what each part was trained on."""
+    if len(found) == 1:
+        return found[0]
+    loss = torch.stack([terms.loss for terms in found]).mean()
+    penalty = torch.stack([terms.penalty for terms in found]).mean()
+    names = [name for name in found[0].parts if all(name in terms.parts for terms in found)]
+    parts = {name: torch.stack([terms.parts[name] for terms in found]).mean() for name in names}
+    return Terms(loss, penalty, parts)
+
+
+def check_supported(config: Config, objective: Objective, ranks: int, device: torch.device) -> None:
+    """Refuse what would compute a wrong number, or nothing at all, with the reason.
+
+    Raises:
+        ValueError: names the settings that do not go together.
+    """
+    training, method = config.training, objective.name
+    if ranks > 1:
+        _check_distributed(config, objective, ranks)
+    for name in ("compile", "cuda_graph"):
+        if getattr(training, name):
+            _check_one_graph(name, config, objective, ranks)
+    if training.compile and not hasattr(torch._dynamo.config, "trace_autograd_ops"):
+        raise ValueError(
+            f"compile: torch {torch.__version__} cannot trace torch.autograd.grad, and a compiled model "
+            "alone has no second derivative; a torch whose torch._dynamo.config has trace_autograd_ops can"
+        )
+    if training.compile and training.cuda_graph:
+        raise ValueError("compile and cuda_graph exclude each other: choose one")
+    if training.cuda_graph and device.type != "cuda":
+        raise ValueError(f"cuda_graph needs an NVIDIA GPU; this run computes on {device}")
+    if training.checkpointing and method in ("sam",):
+        raise ValueError(f"checkpointing: the method {method!r} moves weights between its passes")
+
+
+def _check_distributed(config: Config, objective: Objective, ranks: int) -> None:
+    exact = not isinstance(objective, GradientL1) or objective.penalty.method == "exact"
+    if objective.name not in _DISTRIBUTED or not exact:
+        raise ValueError(
+            f"{ranks} ranks: the method {objective.name!r}, as configured, takes several passes or keeps "
+            f"ranges of its own on each rank; distributed training has {', '.join(_DISTRIBUTED)} (exact)"
+        )
+    share = config.training.batch_size // config.training.accumulate
+    if share % ranks:
+        raise ValueError(f"{ranks} ranks must divide a part of a batch, {share} images")
+
+
+def _check_one_graph(name: str, config: Config, objective: Objective, ranks: int) -> None:
+    """Check what a step must be like to be traced or captured whole."""
+    exact = isinstance(objective, GradientL1) and objective.penalty.method == "exact" and objective.every == 1
+    if not (exact or isinstance(objective, Plain)):
+        raise ValueError(
+            f"{name}: the whole step must be one graph, the same each time; that holds for the methods "
+            "'plain' and 'gradl1' (method='exact', every=1)"
+        )
+    if config.penalty.epochs and config.penalty.warmup_epochs:
+        raise ValueError(f"{name}: a coefficient that rises each step would need a new graph each step")
+    wrong = {
+        "precision": config.training.precision != "float32",
+        "checkpointing": config.training.checkpointing,
+        "several ranks": ranks > 1,
+    }
+    for what, is_so in wrong.items():
+        if is_so:
+            raise ValueError(
+                f"{name} does not go together with {what}: only float32 in one process is proved"
+            )

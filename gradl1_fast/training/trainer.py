@@ -1,0 +1,314 @@
+"""The training loop: the one there is. It knows no files; what it does is told to a listener."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradl1_fast.training.augmentation import augment, generator_of
+from gradl1_fast.training.config import Config
+from gradl1_fast.training.cuda_graph import GraphedStep
+from gradl1_fast.training.data import Batch
+from gradl1_fast.training.objectives import Objective, Terms, make
+from gradl1_fast.training.optimization import Average, optimizer_for, schedule_for
+from gradl1_fast.training.ranks import ALONE, Ranks
+from gradl1_fast.training.recompute import recomputing
+from gradl1_fast.training.steps import CompiledGradients, EagerGradients, Gradients, check_supported
+
+__all__ = ["Epoch", "Trainer", "TrainingError"]
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says since when and what may help."""
+
+
+@dataclass
+class Epoch:
+    """What the steps of an epoch were trained on, as far as it has come.
+
+    Attributes:
+        losses: without penalty, one a step.
+        penalties: one a step.
+        parts: of the penalty: the sum over the steps, by name.
+        counts: over how many steps each was summed.
+        seconds: that the steps took.
+    """
+
+    losses: list[Tensor] = field(default_factory=list)
+    penalties: list[Tensor] = field(default_factory=list)
+    parts: dict[str, Tensor] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def add(self, terms: Terms) -> None:
+        """Take note of a step."""
+        self.losses.append(terms.loss.float())
+        self.penalties.append(terms.penalty.float())
+        for name, part in terms.parts.items():
+            self.parts[name] = self.parts[name] + part if name in self.parts else part
+            self.counts[name] = self.counts.get(name, 0) + 1
+
+    def mean_parts(self) -> dict[str, float]:
+        """Return the mean of each part over the steps in which it was measured."""
+        return {name: float(total) / self.counts[name] for name, total in self.parts.items()}
+
+
+class Trainer:
+    """Trains a converted model; can be stopped after any step and taken up again, bit for bit on a CPU.
+
+    One seed gives one order of the images and one augmentation, whatever the penalty and the number of
+    ranks. The penalty of several ranks is the mean of the ranks' penalties, each on its own images.
+
+    Args:
+        model: a converted model, on the device of the ranks.
+        data: training images and labels.
+        config: everything else.
+        ranks: the processes that train together.
+
+    Raises:
+        ValueError: settings that do not go together, or fewer images than one batch.
+        TypeError: a setting of the penalty is of the wrong type.
+
+    Attributes:
+        model: the one that is trained.
+        epoch: the present one, from 0; ``config.training.epochs`` at the end.
+        step: the next one in this epoch, from 0.
+        steps: in an epoch.
+        seen: what the steps of this epoch were trained on.
+    """
+
+    def __init__(self, model: nn.Module, data: Batch, config: Config, ranks: Ranks = ALONE) -> None:
+        settings = config.training
+        self.model, self.data, self.config, self.ranks = model.train(), data, config, ranks
+        self.steps = len(data[1]) // settings.batch_size
+        if not self.steps:
+            raise ValueError(f"batch_size: {settings.batch_size} is more than all {len(data[1])} images")
+        self.epoch = self.step = 0
+        self.seen = Epoch()
+        self._check()
+        self.optimizer = optimizer_for(model, config.optimizer, capturable=settings.cuda_graph)
+        self.schedule = schedule_for(self.optimizer, config.optimizer, settings.epochs, self.steps)
+        self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=settings.precision == "float16")
+        self.average = Average(model, settings.ema) if settings.ema else None
+        self._order_source = torch.Generator().manual_seed(settings.seed)
+        self._order: Tensor | None = None
+        self._order_state = self._order_source.get_state()
+        self._graph: GraphedStep | None = None
+        self.objective = self._objective()
+        self.gradients = self._gradients()
+
+    @property
+    def penalised(self) -> bool:
+        """Whether the present epoch has the penalty."""
+        epochs = self.config.penalty.epochs
+        return epochs > 0 and self.epoch >= self.config.training.epochs - epochs
+
+    @property
+    def steps_done(self) -> int:
+        """Steps since the beginning of the training."""
+        return self.epoch * self.steps + self.step
+
+    @property
+    def rate(self) -> float:
+        """The present learning rate."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    @property
+    def done(self) -> bool:
+        """Whether the training has come to its end."""
+        return self.epoch >= self.config.training.epochs
+
+    def run_epoch(self, after_step: Callable[[Trainer], None] = lambda trainer: None) -> None:
+        """Take the steps that are left of this epoch; :meth:`next_epoch` begins the next one.
+
+        Args:
+            after_step: called after each step; ``state_dict`` may be asked for then.
+
+        Raises:
+            TrainingError: the loss is no number any more.
+        """
+        while self.step < self.steps:
+            start = time.perf_counter()
+            self.seen.add(self._take_step())
+            self.seen.seconds += time.perf_counter() - start
+            self.step += 1
+            after_step(self)
+        self._check_losses()
+
+    def next_epoch(self) -> None:
+        """Begin the next epoch; where the penalty begins with it, change the objective."""
+        before = self.penalised
+        self._epoch_order()  # moves the source of orders on, even if no step was taken since a resume
+        self.epoch, self.step, self.seen, self._order = self.epoch + 1, 0, Epoch(), None
+        self._order_state = self._order_source.get_state()
+        if self.penalised and not before and not self.done:
+            self._replace_objective()
+
+    def average_over_ranks(self) -> None:
+        """Replace what this rank saw in the present epoch by the means over the ranks; call it on each."""
+        if self.ranks.count > 1:
+            for values in (self.seen.losses, self.seen.penalties):
+                values[:] = self.ranks.mean(torch.stack(values)).unbind()
+            for name, part in self.seen.parts.items():
+                self.seen.parts[name] = self.ranks.mean(part)
+
+    @contextlib.contextmanager
+    def to_be_kept(self) -> Iterator[nn.Module]:
+        """Yield the model as it would be kept now, in evaluation mode: with averaged weights, if any."""
+        with contextlib.nullcontext() if self.average is None else self.average.applied(self.model):
+            self.model.eval()
+            try:
+                yield self.model
+            finally:
+                self.model.train()
+
+    def loss_of(self, batch: Batch) -> Tensor:
+        """Return the loss of a batch in the model's present mode, in float32, with its graph."""
+        return EagerGradients(self.model, self.config).loss(batch)
+
+    def batch(self, step: int) -> Batch:
+        """Return this rank's images and labels of a step of the present epoch, augmented, on its device."""
+        settings, (images, labels) = self.config.training, self.data
+        start = step * settings.batch_size
+        chosen = self._epoch_order()[start : start + settings.batch_size]
+        x, y = images[chosen], labels[chosen]
+        if self.config.data.flip or self.config.data.crop:
+            source = generator_of(settings.seed, self.epoch, step)
+            x = augment(x, source, flip=self.config.data.flip, crop=self.config.data.crop)
+        device = self.ranks.device
+        return self.ranks.share(x).to(device), self.ranks.share(y).to(device)
+
+    def _take_step(self) -> Terms:
+        self.objective.strength = self._strength()
+        x, y = self.batch(self.step)
+        if self.config.training.cuda_graph:
+            if self._graph is None:
+                self._graph = GraphedStep(self.model, self.optimizer, self._change_weights, (x, y))
+            terms = self._graph((x, y))
+        else:
+            terms = self._change_weights((x, y))
+        self.schedule.step()
+        if self.average is not None:
+            self.average.update(self.model)
+        return terms
+
+    def _change_weights(self, batch: Batch) -> Terms:
+        count = self.config.training.accumulate
+        parts = list(zip(batch[0].chunk(count), batch[1].chunk(count), strict=True))
+        self.optimizer.zero_grad()
+        terms = self.gradients(self.objective, parts, self.scaler)
+        self.scaler.step(self.optimizer)  # leaves the weights alone if a gradient is infinite or NaN
+        self.scaler.update()
+        return terms
+
+    def _strength(self) -> float:
+        """Return the share of the penalty's coefficients at this step of their rise."""
+        rise = self.config.penalty.warmup_epochs * self.steps
+        begin = (self.config.training.epochs - self.config.penalty.epochs) * self.steps
+        return min(1.0, (self.steps_done - begin + 1) / (rise + 1)) if self.penalised else 1.0
+
+    def _epoch_order(self) -> Tensor:
+        if self._order is None:
+            self._order_state = self._order_source.get_state()
+            self._order = torch.randperm(len(self.data[1]), generator=self._order_source)
+        return self._order
+
+    def _replace_objective(self) -> None:
+        self.objective.close()
+        self.objective, self._graph = self._objective(), None
+
+    def _objective(self) -> Objective:
+        if not self.penalised:
+            return make("plain", self.model)
+        return make(self.config.penalty.method, self.model, **self.config.penalty.settings)
+
+    def _check(self) -> None:
+        """Refuse a penalty that cannot be made before the first step, rather than when its turn comes."""
+        method = self.config.penalty.method if self.config.penalty.epochs else "plain"
+        settings = self.config.penalty.settings if self.config.penalty.epochs else {}
+        trial = make(method, self.model, **settings)
+        try:
+            check_supported(self.config, trial, self.ranks.count, self.ranks.device)
+        finally:
+            trial.close()
+
+    def _check_losses(self) -> None:
+        if not math.isfinite(sum(map(float, self.seen.losses[-1:]))):
+            raise TrainingError(
+                f"the loss is {float(self.seen.losses[-1])} at the end of epoch {self.epoch + 1}; "
+                "a smaller learning rate, or a smaller penalty with a longer warm-up, may help"
+            )
+
+    def _gradients(self) -> Gradients:
+        settings = self.config.training
+        if settings.compile:
+            return CompiledGradients(self.model, self.config)
+        network = recomputing(self.model) if settings.checkpointing else self.model
+        return EagerGradients(self.ranks.wrap(network), self.config)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything but the model's own state that a training that resumes needs.
+
+        It holds tensors, numbers, strings, lists and dictionaries alone. Call it on every rank.
+        """
+        device = self.ranks.device
+        random = {"cpu": torch.get_rng_state()}
+        if device.type == "cuda":
+            random["cuda"] = torch.cuda.get_rng_state(device)
+        return {
+            "epoch": self.epoch,
+            "step": self.step,
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "average": {} if self.average is None else self.average.state_dict(),
+            "order": self._order_state,
+            "random": self.ranks.gather(random),
+            "objective": {"name": self.objective.name, "state": dict(self.objective.state_dict())},
+            "seen": {
+                **vars(self.seen),
+                "losses": _stacked(self.seen.losses),
+                "penalties": _stacked(self.seen.penalties),
+            },
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up a state that :meth:`state_dict` gave; the model's own state is to be loaded before.
+
+        Raises:
+            ValueError: it was written by another number of ranks, or with another objective.
+        """
+        if len(state["random"]) != self.ranks.count:
+            raise ValueError(
+                f"the checkpoint was written by {len(state['random'])} ranks, not {self.ranks.count}"
+            )
+        self.epoch, self.step = state["epoch"], state["step"]
+        self._replace_objective()
+        if state["objective"]["name"] != self.objective.name:
+            raise ValueError(f"the checkpoint's objective is {state['objective']['name']!r}")
+        self.objective.load_state_dict(state["objective"]["state"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.scaler.load_state_dict(state["scaler"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        self._order_source.set_state(state["order"])
+        self._order = None
+        seen = state["seen"]
+        lists = {name: list(seen[name].unbind()) for name in ("losses", "penalties")}
+        self.seen = Epoch(**{**seen, **lists})
+        mine = state["random"][self.ranks.rank]
+        torch.set_rng_state(mine["cpu"])
+        if self.ranks.device.type == "cuda":
+            torch.cuda.set_rng_state(mine["cuda"], self.ranks.device)
+
+
+def _stacked(values: list[Tensor]) -> Tensor:
+    return torch.stack(values).cpu() if values else torch.empty(0)

@@ -100,3 +100,37 @@ def test_without_its_packages_the_command_says_what_to_install(missing):
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 1
     assert result.stderr == ("The gradl1 command needs typer and rich: pip install 'gradl1-fast[cli]'\n")
+
+
+def test_the_experiment_prints_its_table_and_writes_its_rows(tmp_path):
+    rows = tmp_path / "deep" / "rows.json"
+    arguments = ["digits", "--quick", "--methods", "plain, gradl1", "--seeds", "1", "--json", str(rows)]
+    result = gradl1("experiment", *arguments, "--out", str(tmp_path / "runs"))
+    assert result.exit_code == 0, result.output
+    assert "gradl1 at 16 widths" in result.output
+    assert "best is" in result.output
+    found = json.loads(rows.read_text())
+    assert {row["method"] for row in found} == {"plain", "gradl1"}
+    assert len(found) == 2 * 16
+    assert "<html" in (tmp_path / "runs" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["imagenet"], "experiment must be one of fashion-mnist, digits, got 'imagenet'"),
+        (["digits", "--methods", "plain,magic"], "methods must be among plain, gradl1"),
+        (["digits", "--methods", ","], "got none"),
+        (["fashion-mnist", "--data", "/nowhere"], "dataset-fashion-mnist"),
+    ],
+)
+def test_a_wrong_experiment_is_refused_in_one_sentence(arguments, message, tmp_path):
+    result = gradl1("experiment", *arguments, "--out", str(tmp_path))
+    assert result.exit_code == 1
+    assert message in result.output
+
+
+def test_help_of_the_experiment_explains_every_method():
+    output = gradl1("experiment", "--help").output
+    assert all(f"{name}:" in output for name in ("plain", "gradl1-unscaled", "qat-4", "kure"))
+    assert "Example: gradl1 experiment fashion-mnist" in output

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from gradl1_fast import _checks as check
 from gradl1_fast.graph_checks import require_gradients
-from gradl1_fast.nn.sites import Site, activation_sites
+from gradl1_fast.nn.sites import activation_sites
+from gradl1_fast.training.objectives.activations import outputs_of
 from gradl1_fast.training.objectives.interface import (
     Closure,
     Objective,
@@ -50,7 +47,7 @@ class GradientL2(Objective):
 
     def backward(self, closure: Closure, scale: Scale = identity) -> Terms:
         """See :meth:`Objective.backward`."""
-        with _outputs(self._sites) as outputs:
+        with outputs_of(self._sites) as outputs:
             loss = closure()
         scaled = scale(loss)
         norms = self._norms(scaled, outputs)
@@ -78,25 +75,3 @@ class GradientL2(Objective):
             key = name if name not in norms else f"{name}, call {sum(n == name for n in names)}"
             norms[key] = of, torch.linalg.vector_norm(grad.float() if grad.itemsize < 4 else grad)
         return norms
-
-
-@contextlib.contextmanager
-def _outputs(sites: list[Site]) -> Iterator[list[tuple[str, Tensor]]]:
-    """Collect what the producers of activations give while the context lasts."""
-    found: list[tuple[str, Tensor]] = []
-
-    def collector(name: str) -> Any:
-        def collect(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
-            if not output.requires_grad:  # behind frozen layers alone
-                output = output.detach().requires_grad_()
-            found.append((name, output))
-            return output
-
-        return collect
-
-    handles = [site.producer.register_forward_hook(collector(site.name)) for site in sites]
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -1,0 +1,51 @@
+"""Progress of long work: bars on a terminal, lines elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+__all__ = ["Stage", "stages"]
+
+Stage = Callable[[str, int], Callable[[], None]]
+
+
+@contextlib.contextmanager
+def stages() -> Iterator[Stage]:
+    """Yield a function that takes the name of a stage and its number of parts.
+
+    It returns what is to be called after each part. All of it goes to standard error.
+    """
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _line(console)
+        return
+    columns = (TextColumn("{task.description:<44}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+
+        def stage(what: str, total: int) -> Callable[[], None]:
+            task = progress.add_task(what, total=total)
+            return lambda: progress.advance(task)
+
+        yield stage
+
+
+def _line(console: Console) -> Stage:
+    def stage(what: str, total: int) -> Callable[[], None]:
+        start, done = time.perf_counter(), 0
+
+        def after_part() -> None:
+            nonlocal done
+            done += 1
+            if done == total:
+                seconds = time.perf_counter() - start
+                console.print(f"{what}: {total} done in {seconds:.0f} s", highlight=False, markup=False)
+
+        console.print(f"{what}: begins, {total} parts", highlight=False, markup=False)
+        return after_part
+
+    return stage

@@ -1,0 +1,92 @@
+"""``gradl1 experiment``: methods compared, over seeds and widths."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from gradl1_fast.cli._console import fail, table
+from gradl1_fast.cli._stages import stages
+from gradl1_fast.cli.app import app
+from gradl1_fast.training import experiment as experiments
+from gradl1_fast.training.experiment import report as reports
+from gradl1_fast.training.report import prepare
+
+__all__ = ["experiment"]
+
+
+_METHODS = "\n".join(f"- {name}: {method.text}\n" for name, method in experiments.METHODS.items())
+_HELP = f"""Train a network by each method, quantize each to many widths, and compare.
+
+On Fashion-MNIST one network takes two to five minutes of one CPU core.
+The same seed and settings give the same rows on the same computer.
+Each finished run is kept in the folder --out: the same command goes on
+after an interruption.
+
+Methods:
+
+{_METHODS}"""
+_EXAMPLE = "Example: gradl1 experiment fashion-mnist --methods plain,gradl1 --seeds 1 --json rows.json"
+
+
+@app.command(help=_HELP, epilog=_EXAMPLE)
+def experiment(
+    name: Annotated[str, typer.Argument(help=f"What to train on: {' or '.join(experiments.EXPERIMENTS)}.")],
+    methods: Annotated[
+        str, typer.Option(help="Methods, with commas between them, or: all. The list is above.")
+    ] = "plain,gradl1",
+    seeds: Annotated[int, typer.Option(min=1, help="Networks of each method; the seeds are 0, 1, ...")] = 3,
+    json: Annotated[
+        Path | None,
+        typer.Option(
+            help="File for the accuracies: rows of method, seed, w, a, top1. Default: in the folder."
+        ),
+    ] = None,
+    out: Annotated[
+        Path, typer.Option(help="Folder for report.html and one file a run; runs found there are kept.")
+    ] = Path("gradl1-experiment"),
+    data: Annotated[
+        Path | None, typer.Option(help="Folder of the data set, where it is not in its usual place.")
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Tiny settings, seconds a method: shows that it runs, no more.")
+    ] = False,
+) -> None:
+    """Train a network by each method, quantize all of them to many widths, and compare."""
+    chosen = list(experiments.METHODS) if methods == "all" else _split(methods)
+    rows = json or out / "results.json"
+    try:
+        full = experiments.named(name, None if data is None else str(data))
+        prepare(out)
+        prepare(rows.parent)
+        with stages() as stage:
+            results = experiments.run(
+                full.quick() if quick else full,
+                chosen,
+                range(seeds),
+                out,
+                stage,
+                lambda so_far: so_far.write_rows(rows),
+            )
+        results.write_rows(rows)
+        reports.write(results, out / "report.html")
+    except OSError as error:
+        fail(
+            f"{error.filename or out}: {error.strerror or error}. Choose other places with --out and --json."
+        )
+    except (ImportError, ValueError) as error:
+        fail(str(error))
+    console = Console()
+    console.print(
+        "", table("Test accuracy in %: (weight bits, activation bits)", *reports.accuracy_table(results))
+    )
+    for line in reports.verdict(results):
+        console.print(f"- {line}", highlight=False, markup=False)
+    console.print(f"\nReport: [bold]{out / 'report.html'}[/bold]\nRows: {rows}", soft_wrap=True)
+
+
+def _split(text: str) -> list[str]:
+    return list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))

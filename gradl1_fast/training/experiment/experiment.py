@@ -1,0 +1,235 @@
+"""Experiments by name: twin networks by every method, over seeds, on one grid of widths."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from gradl1_fast import _environment
+from gradl1_fast.quantization import calibrate, sweep
+from gradl1_fast.training.config import Config, recipe
+from gradl1_fast.training.data import Dataset, load
+from gradl1_fast.training.experiment import measurements
+from gradl1_fast.training.experiment.methods import METHODS, settings_of
+from gradl1_fast.training.experiment.results import ResultError, Results, Row, Run
+from gradl1_fast.training.experiment.session import Session
+from gradl1_fast.training.loop import accuracy
+
+__all__ = ["EXPERIMENTS", "Experiment", "run"]
+
+Stage = Callable[[str, int], Callable[[], None]]
+
+BITS: tuple[int | None, ...] = (None, 8, 6, 4, 3, 2)
+EVALUATION_BATCH = 100
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What is compared, and on what.
+
+    Attributes:
+        config: of every network; ``training.seed`` and the penalty's method and settings are replaced.
+        bits: of weights and of activations, None for float; every pair of them is evaluated.
+        calibration: so many of the first training images set the ranges of activations.
+        probed: so many of them serve the measurements.
+        marks: measurements of norms in an epoch.
+        alone_bits: width at which one tensor alone is quantized.
+        images: so many of the training and of the test images are used; None for all.
+    """
+
+    config: Config
+    bits: tuple[int | None, ...] = BITS
+    calibration: int = 2000
+    probed: int = 500
+    marks: int = 4
+    alone_bits: int = 3
+    images: int | None = None
+
+    @property
+    def shared_epochs(self) -> int:
+        """The first epochs, which no method changes."""
+        return self.config.training.epochs - self.config.penalty.epochs
+
+    def config_of(self, method: str, seed: int) -> Config:
+        """Return the configuration of one run."""
+        penalty = replace(
+            self.config.penalty,
+            method=METHODS[method].objective,
+            settings=settings_of(method, self.config.penalty.settings),
+        )
+        return replace(self.config, penalty=penalty, training=replace(self.config.training, seed=seed))
+
+    def settings_of(self, method: str, seed: int) -> dict[str, Any]:
+        """Return everything that decides the result of one run, as it comes back from JSON."""
+        others = asdict(replace(self, config=Config()))
+        others.pop("config")
+        config = asdict(self.config_of(method, seed))
+        config["data"].pop("folder")  # where files lie decides nothing
+        return {**config, **others, "bits": list(self.bits)}
+
+    def quick(self) -> Experiment:
+        """Return tiny settings that show that everything runs, no more."""
+        config = replace(
+            self.config,
+            model=replace(self.config.model, width=4),
+            training=replace(self.config.training, epochs=2, batch_size=50),
+            penalty=replace(self.config.penalty, epochs=1, warmup_epochs=0),
+            optimizer=replace(self.config.optimizer, warmup_epochs=0),
+        )
+        bits = (None, 8, 4, 3)
+        return replace(self, config=config, bits=bits, calibration=100, probed=50, marks=1, images=200)
+
+
+EXPERIMENTS = ("fashion-mnist", "digits")
+
+
+def named(name: str, folder: str | None = None) -> Experiment:
+    """Return an experiment, made of the recipe of the same name.
+
+    Args:
+        name: one of :data:`EXPERIMENTS`.
+        folder: of the data; None for where they are usually found.
+
+    Raises:
+        ValueError: there is no such experiment.
+    """
+    if name not in EXPERIMENTS:
+        raise ValueError(f"experiment must be one of {', '.join(EXPERIMENTS)}, got {name!r}")
+    config = Config.read(recipe(name))
+    return Experiment(replace(config, data=replace(config.data, folder=folder)))
+
+
+def run(
+    experiment: Experiment,
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    folder: Path,
+    stage: Stage = lambda what, total: lambda: None,
+    on_run: Callable[[Results], None] = lambda results: None,
+) -> Results:
+    """Run what is not yet in the folder; return all that was asked for.
+
+    It computes with one thread, so that results do not depend on the number of cores.
+
+    Args:
+        experiment: see :class:`Experiment`.
+        methods: keys of :data:`METHODS`.
+        seeds: one network each.
+        folder: each finished run is written into it, and taken from it by the next call.
+        stage: called with the name of a stage and its number of parts; returns what is called after
+            each part. A progress bar fits.
+        on_run: called with the results so far when a run is finished.
+
+    Raises:
+        ValueError: a method is unknown.
+        ResultError: the folder holds a run with other settings.
+    """
+    unknown = [method for method in methods if method not in METHODS]
+    if unknown or not methods:
+        raise ValueError(f"methods must be among {', '.join(METHODS)}; got {', '.join(unknown) or 'none'}")
+    folder.mkdir(parents=True, exist_ok=True)
+    found = {
+        (method, seed): known
+        for method in methods
+        for seed in seeds
+        if (known := _known(experiment, method, seed, folder)) is not None
+    }
+    data: Dataset | None = None
+    for seed in seeds:
+        missing = [method for method in methods if (method, seed) not in found]
+        if not missing:
+            continue
+        data = data or _data(experiment)
+        with _one_thread():
+            for finished in _runs(experiment, missing, seed, data, stage):
+                Results([finished]).write_runs(_path(folder, finished.method, seed))
+                found[finished.method, seed] = finished
+                on_run(_ordered(found, methods, seeds))
+    return _ordered(found, methods, seeds)
+
+
+def _ordered(found: dict[tuple[str, int], Run], methods: Sequence[str], seeds: Sequence[int]) -> Results:
+    return Results(found[m, s] for m in methods for s in seeds if (m, s) in found)
+
+
+def _path(folder: Path, method: str, seed: int) -> Path:
+    return folder / f"{method}-seed-{seed}.json"
+
+
+def _known(experiment: Experiment, method: str, seed: int, folder: Path) -> Run | None:
+    path = _path(folder, method, seed)
+    if not path.exists():
+        return None
+    runs = Results.read_runs(path).runs
+    if len(runs) != 1 or (runs[0].method, runs[0].seed) != (method, seed):
+        raise ResultError(f"{path}: must hold the one run of {method} with seed {seed}")
+    if runs[0].settings != experiment.settings_of(method, seed):
+        raise ResultError(f"{path}: was made with other settings; choose another folder, or remove it")
+    return runs[0]
+
+
+def _data(experiment: Experiment) -> Dataset:
+    source = experiment.config.data
+    data, count = load(source.name, source.folder), experiment.images
+    train, test = ((x[:count], y[:count]) for x, y in (data.train, data.test))
+    return replace(data, train=train, test=test)
+
+
+def _runs(
+    experiment: Experiment, methods: Sequence[str], seed: int, data: Dataset, stage: Stage
+) -> Iterator[Run]:
+    """Train what methods share, then branch for each of them."""
+    trunk = Session(experiment.config_of("plain", seed), data, experiment.probed, experiment.marks)
+    _train(trunk, experiment.shared_epochs, stage(f"seed {seed}: shared epochs", experiment.shared_epochs))
+    for method in methods:
+        config = experiment.config_of(method, seed)
+        branch = trunk.branch(config)
+        _train(branch, config.penalty.epochs, stage(f"seed {seed}: {method}", config.penalty.epochs))
+        branch.trainer.objective.close()
+        yield _finished(experiment, method, seed, branch, data, stage)
+
+
+def _train(session: Session, epochs: int, after_epoch: Callable[[], None]) -> None:
+    for _ in range(epochs):
+        session.run_epoch()
+        after_epoch()
+
+
+def _finished(
+    experiment: Experiment, method: str, seed: int, branch: Session, data: Dataset, stage: Stage
+) -> Run:
+    """Measure, calibrate and evaluate a trained network."""
+    model = branch.trainer.model.eval()
+    changes = measurements.changes(model, branch.probed)
+    calibrate(model, data.train[0][: experiment.calibration].split(EVALUATION_BATCH))
+    alone = measurements.alone(model, branch.probed, experiment.alone_bits)
+    widths = [(w, a) for w in experiment.bits for a in experiment.bits]
+    after_width = stage(f"seed {seed}: {method} at {len(widths)} widths", len(widths))
+
+    def evaluate(quantized: nn.Module) -> float:
+        top1 = accuracy(quantized, data.test, EVALUATION_BATCH)
+        after_width()
+        return top1
+
+    table = sweep(model, evaluate, widths, progress=False)
+    rows = [Row(method, seed, row.w, row.a, round(row.value, 4)) for row in table.rows]
+    settings = experiment.settings_of(method, seed)
+    return Run(
+        method, seed, settings, rows, branch.epochs, branch.norms, changes, alone, _environment.describe()
+    )
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

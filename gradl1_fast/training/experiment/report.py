@@ -1,0 +1,136 @@
+"""The report of an experiment: one HTML page, and the tables that the command prints."""
+
+from __future__ import annotations
+
+import statistics
+from html import escape
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from gradl1_fast import _files
+from gradl1_fast._html import image, items, page, table
+from gradl1_fast._plots import width_name
+from gradl1_fast.training.experiment import charts
+from gradl1_fast.training.experiment.methods import METHODS
+from gradl1_fast.training.experiment.page import BODY
+from gradl1_fast.training.experiment.results import Results
+
+__all__ = ["accuracy_table", "html", "times", "verdict", "write"]
+
+Table = tuple[tuple[str, ...], list[tuple[str, ...]]]
+Width = tuple[int | None, int | None]
+
+
+def write(results: Results, path: Path) -> None:
+    """Write the page.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    _files.write_text(path, html(results))
+
+
+def accuracy_table(results: Results) -> Table:
+    """Return header and rows of accuracies in the layout of the paper: a row for each method."""
+    widths = _shown(results)
+    header = ("method", *(_name(w, a) for w, a in widths))
+    rows = [(method, *(str(results.spread(method, w, a)) for w, a in widths)) for method in results.methods]
+    return header, rows
+
+
+def _shown(results: Results) -> list[Width]:
+    """Return equal widths, then those of the weights alone."""
+    equal = [(w, a) for w, a in results.widths if w == a]
+    return equal + [(w, None) for w, _ in equal if w in (4, 3, 2) and (w, None) in results.widths]
+
+
+def _name(w: int | None, a: int | None) -> str:
+    return "float" if w is a is None else f"({width_name(w)}, {width_name(a)})"
+
+
+def times(results: Results) -> dict[str, float]:
+    """Return by method the median computing time of the epochs in which the method is at work."""
+    found = {}
+    for method in results.methods:
+        runs = results.of(method)
+        last = runs[0].settings["penalty"]["epochs"]
+        seconds = [e.cpu_seconds for run in runs for e in run.epochs[-last:]] if last else []
+        if seconds:
+            found[method] = statistics.median(seconds)
+    return found
+
+
+def verdict(results: Results) -> list[str]:
+    """Return what was found, in sentences, whatever it is: who leads at each width, and where gradl1 is."""
+    lines = []
+    for w, a in _shown(results):
+        means = {method: results.spread(method, w, a) for method in results.methods}
+        best = max(means, key=lambda method: means[method].mean)
+        line = f"{_name(w, a)}: best is {best}, {means[best]} %"
+        others = [f"{m} {means[m]} %" for m in ("gradl1", "plain") if m in means and m != best]
+        lines.append("; ".join([line, *others]) + ".")
+    return lines
+
+
+def html(results: Results) -> str:
+    """Return the page."""
+    settings: dict[str, Any] = results.runs[0].settings
+    seeds = sorted({run.seed for run in results.runs})
+    body = Template(BODY).substitute(
+        data=escape(settings["data"]["name"]),
+        seeds=", ".join(map(str, seeds)),
+        verdict=items(verdict(results)),
+        accuracy=table(*accuracy_table(results)),
+        methods=table(("method", "what is minimised", "settings"), _methods(results)),
+        bits=image(charts.bits_chart(results), "Accuracy over bits for each method", narrow=False),
+        grids=image(charts.grids_chart(results), "Accuracy over weight and activation bits", narrow=False),
+        norms=image(charts.norms_chart(results), "Norms of the gradient over training", narrow=False),
+        changes=image(
+            charts.changes_chart(results), "Change of the loss over the size of the move", narrow=False
+        ),
+        alone=table(*_alone(results)),
+        alone_bits=settings["alone_bits"],
+        time=image(charts.time_chart(results, times(results)), "Time of an epoch for each method"),
+        settings=table(("setting", "value"), _settings(settings)),
+        environment=table(
+            ("what", "value"),
+            [pair for group in results.runs[0].environment.values() for pair in group.items()],
+        ),
+        epochs=settings["training"]["epochs"],
+        last=settings["penalty"]["epochs"],
+        warmup=settings["penalty"]["warmup_epochs"],
+        calibration=settings["calibration"],
+        probed=settings["probed"],
+    )
+    return page(f"gradl1_fast: methods compared on {settings['data']['name']}", body)
+
+
+def _methods(results: Results) -> list[tuple[str, ...]]:
+    found: list[tuple[str, ...]] = []
+    for method in results.methods:
+        settings = results.of(method)[0].settings["penalty"]["settings"]
+        text = ", ".join(f"{key} = {value}" for key, value in settings.items())
+        found.append((method, METHODS[method].text, text or "none"))
+    return found
+
+
+def _alone(results: Results) -> Table:
+    """Return by tensor and method the rise of the loss, averaged over the seeds."""
+    rows: list[tuple[str, ...]] = []
+    for place, entry in enumerate(results.runs[0].alone):
+        rises = [statistics.fmean(run.alone[place].rise for run in results.of(m)) for m in results.methods]
+        rows.append((entry.tensor, *(f"{rise:+.3f}" for rise in rises)))
+    return ("tensor", *results.methods), rows
+
+
+def _settings(settings: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Return the settings that all runs share, one a line."""
+    rows: list[tuple[str, ...]] = []
+    for section in ("data", "model", "optimizer", "training"):
+        rows += [
+            (f"{section}.{key}", str(value))
+            for key, value in settings[section].items()
+            if value is not None and key != "seed"
+        ]
+    return rows

@@ -1,0 +1,169 @@
+"""What an experiment finds: one file for each finished run, and the rows of all of them."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from gradl1_fast import _files
+from gradl1_fast.training.experiment.measurements import Alone, Change, Norms
+from gradl1_fast.training.experiment.session import Epoch
+
+__all__ = ["ResultError", "Results", "Row", "Run", "Spread"]
+
+Width = tuple[int | None, int | None]
+
+
+class ResultError(ValueError):
+    """A file is no result of an experiment, or of another one; the message names it."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """The accuracy of one network at one width.
+
+    Attributes:
+        method: key of :data:`gradl1_fast.training.experiment.METHODS`.
+        seed: of initialisation, order and augmentation.
+        w: bits of the weights, None for float.
+        a: bits of the activations, likewise.
+        top1: test accuracy in percent.
+    """
+
+    method: str
+    seed: int
+    w: int | None
+    a: int | None
+    top1: float
+
+
+@dataclass(frozen=True)
+class Run:
+    """One network: how it was trained, and what was found.
+
+    Attributes:
+        method: as in :class:`Row`.
+        seed: likewise.
+        settings: everything that decides the result, as plain values.
+        rows: accuracies.
+        epochs: one entry for each epoch, those shared with other methods included.
+        norms: of gradients, over training.
+        changes: of the loss, when weights move.
+        alone: the loss when one tensor alone is quantized.
+        environment: versions and devices.
+    """
+
+    method: str
+    seed: int
+    settings: dict[str, Any]
+    rows: list[Row]
+    epochs: list[Epoch]
+    norms: list[Norms]
+    changes: list[Change]
+    alone: list[Alone]
+    environment: dict[str, dict[str, str]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, ready for JSON; :meth:`from_dict` gives the run back."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], where: str) -> Run:
+        """Return the run of :meth:`to_dict`.
+
+        Raises:
+            ResultError: the values are those of something else; names ``where``.
+        """
+        kinds = {"rows": Row, "epochs": Epoch, "norms": Norms, "changes": Change, "alone": Alone}
+        try:
+            lists = {key: [kind(**entry) for entry in values[key]] for key, kind in kinds.items()}
+            return cls(**{**values, **lists})
+        except (KeyError, TypeError) as error:
+            raise ResultError(f"{where}: is no result of gradl1 experiment ({error})") from error
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Values over the seeds."""
+
+    values: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        """The mean."""
+        return statistics.fmean(self.values)
+
+    @property
+    def deviation(self) -> float | None:
+        """The standard deviation of the sample, None for a single value."""
+        return statistics.stdev(self.values) if len(self.values) > 1 else None
+
+    def __str__(self) -> str:
+        """Return the mean and, of several values, their standard deviation."""
+        spread = "" if self.deviation is None else f" ± {self.deviation:.1f}"
+        return f"{self.mean:.1f}{spread}"
+
+
+class Results:
+    """All runs of one experiment.
+
+    Args:
+        runs: in the order in which methods are to be shown.
+    """
+
+    def __init__(self, runs: Iterable[Run]) -> None:
+        self.runs = list(runs)
+
+    @property
+    def methods(self) -> list[str]:
+        """The methods that have a run."""
+        return list(dict.fromkeys(run.method for run in self.runs))
+
+    @property
+    def widths(self) -> list[Width]:
+        """The widths at which every run was evaluated."""
+        found = [[(row.w, row.a) for row in run.rows] for run in self.runs]
+        return [width for width in found[0] if all(width in other for other in found)] if found else []
+
+    def of(self, method: str) -> list[Run]:
+        """Return the runs of a method."""
+        return [run for run in self.runs if run.method == method]
+
+    def spread(self, method: str, w: int | None, a: int | None) -> Spread:
+        """Return the accuracies of a method at one width."""
+        rows = [row for run in self.of(method) for row in run.rows]
+        return Spread(tuple(row.top1 for row in rows if (row.w, row.a) == (w, a)))
+
+    @property
+    def rows(self) -> list[Row]:
+        """The rows of all runs."""
+        return [row for run in self.runs for row in run.rows]
+
+    def write_rows(self, path: Path) -> None:
+        """Write a list of objects with the keys method, seed, w, a, top1, one a line."""
+        lines = ",\n".join(json.dumps(asdict(row)) for row in self.rows)
+        _files.write_text(path, f"[\n{lines}\n]\n")
+
+    def write_runs(self, path: Path) -> None:
+        """Write everything."""
+        _files.write_text(path, json.dumps([run.to_dict() for run in self.runs], indent=1) + "\n")
+
+    @classmethod
+    def read_runs(cls, path: Path) -> Results:
+        """Return what :meth:`write_runs` wrote.
+
+        Raises:
+            ResultError: the file holds something else.
+            OSError: it cannot be read.
+        """
+        try:
+            found = json.loads(path.read_text())
+        except ValueError as error:
+            raise ResultError(f"{path}: is not JSON ({error})") from error
+        if not isinstance(found, list) or not all(isinstance(entry, dict) for entry in found):
+            raise ResultError(f"{path}: must hold a list of runs")
+        return cls(Run.from_dict(entry, str(path)) for entry in found)

@@ -86,9 +86,7 @@ def test_finished_runs_are_kept_and_not_run_again(tmp_path):
 
 def test_runs_with_other_settings_are_refused(tmp_path):
     ran(tmp_path, ["plain"])
-    with pytest.raises(
-        ResultError, match=r"plain-seed-0\.json: was made with other settings; choose"
-    ):
+    with pytest.raises(ResultError, match=r"plain-seed-0\.json: was made with other settings; choose"):
         ran(tmp_path, ["plain"], experiment=replace(QUICK, calibration=50))
 
 

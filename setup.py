@@ -39,11 +39,11 @@ def architectures(nvcc: str) -> str:
     """Return the architectures to compile for: those asked for, or the default ones nvcc knows."""
     asked = os.environ.get("GRADL1_CUDA_ARCHS")
     if asked:
+        if not re.fullmatch(r"native|\d+(;\d+)*", asked):
+            raise SystemExit(f"GRADL1_CUDA_ARCHS must be like 90 or 80;90, or native, got {asked!r}")
         return asked
     listed = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout
-    known = [a for a in ARCHITECTURES if re.search(rf"^sm_{a}$", listed, re.MULTILINE)]
-    # Machine code for all of them; PTX, which later GPUs can compile, for the newest alone.
-    return ";".join([f"{a}-real" for a in known[:-1]] + [str(a) for a in known[-1:]])
+    return ";".join(str(a) for a in ARCHITECTURES if re.search(rf"^sm_{a}$", listed, re.MULTILINE))
 
 
 class CMakeBuild(build_ext):

@@ -7,6 +7,7 @@
 #include "checks.h"
 #include "engine.h"
 #include "engines.h"
+#include "host/binding.h"
 
 namespace gradl1 {
 namespace {

@@ -1,7 +1,5 @@
-// The engines of this build, and what each tells about itself.
+// The engines of this build.
 #pragma once
-
-#include <pybind11/pybind11.h>
 
 #include "engine.h"
 
@@ -9,7 +7,5 @@ namespace gradl1 {
 
 const Engine& host_engine();
 const Engine& cuda_engine();
-
-void define_host(pybind11::module_& m);
 
 }  // namespace gradl1

@@ -8,6 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from gradl1_fast import __version__, backends
+from gradl1_fast.backends import compiled
 from gradl1_fast.cli import app
 
 WIDE = {"COLUMNS": "160", "TERM": "dumb", "NO_COLOR": "1"}
@@ -49,6 +50,23 @@ def test_info_gives_the_reason_why_a_backend_cannot(monkeypatch):
 
     monkeypatch.setattr(backends, "_LOADERS", {"lunar": refuse, **backends._LOADERS})
     assert "not lunar: the moon is full" in gradl1("info").output
+
+
+def test_info_names_the_operations_that_a_reason_is_about(monkeypatch):
+    def refuse_one(op, device):
+        if op == "tap":
+            raise backends.UnavailableError("the moon is full")
+        return backends.reference
+
+    monkeypatch.setattr(backends, "_LOADERS", {"lunar": refuse_one, **backends._LOADERS})
+    assert "not lunar for tap: the moon is full" in gradl1("info").output
+
+
+def test_info_tells_what_was_compiled(monkeypatch):
+    facts = {"C++ compiler": "GNU 99", "CUDA architectures": "80 90"}
+    monkeypatch.setattr(compiled, "describe", lambda: facts)
+    output = gradl1("info").output
+    assert all(text in output for pair in facts.items() for text in pair)
 
 
 def test_info_tells_how_to_ask_for_a_backend_that_does_not_come_first(monkeypatch):

@@ -68,7 +68,7 @@ void sweep(const BatchNormAct& r, Where where) {
 }  // namespace
 
 void batch_norm_act_double_backward(const BatchNormAct& r, Where where) {
-    const OnDevice guard(where.first);
+    const OnDevice guard("batch_norm_act_double_backward", where.first);
     with_type(r.dtype, [&](auto type) {
         using T = decltype(type);
         using A = accumulator<T>;

@@ -69,7 +69,7 @@ void normalise(const BatchNormAct& r, Where where) {
 }  // namespace
 
 void batch_norm_act_forward(const BatchNormAct& r, Where where) {
-    const OnDevice guard(where.first);
+    const OnDevice guard("batch_norm_act_forward", where.first);
     with_type(r.dtype, [&](auto type) {
         using T = decltype(type);
         using A = accumulator<T>;

@@ -35,7 +35,7 @@ const A* coefficients(const FakeQuantize& r, Where where) {
 }  // namespace
 
 void fake_quantize_forward(const FakeQuantize& r, Where where) {
-    const OnDevice guard(where.first);
+    const OnDevice guard("fake_quantize_forward", where.first);
     with_type(r.dtype, [&](auto type) {
         using T = decltype(type);
         const auto k = coefficients<accumulator<T>>(r, where);
@@ -45,7 +45,7 @@ void fake_quantize_forward(const FakeQuantize& r, Where where) {
 }
 
 void fake_quantize_backward(const FakeQuantize& r, Where where) {
-    const OnDevice guard(where.first);
+    const OnDevice guard("fake_quantize_backward", where.first);
     with_type(r.dtype, [&](auto type) {
         using T = decltype(type);
         const auto k = coefficients<accumulator<T>>(r, where);
@@ -61,7 +61,7 @@ void fake_quantize_double_backward(const FakeQuantize& r, Where where) {
         const Layout flat{1, 1, r.layout.numel()};
         return tap_double_backward({r.dtype, flat, r.dy, nullptr, r.d_l1, r.out, nullptr, nullptr}, where);
     }
-    const OnDevice guard(where.first);
+    const OnDevice guard("fake_quantize_double_backward", where.first);
     with_type(r.dtype, [&](auto type) {
         using T = decltype(type);
         const auto k = coefficients<accumulator<T>>(r, where);

@@ -130,7 +130,7 @@ A* from(A* values, std::int64_t i, bool wide) {
 }  // namespace
 
 void l1_norm(const L1Norm& r, Where where) {
-    const OnDevice guard(where.first);
+    const OnDevice guard("l1_norm", where.first);
     double* slots = static_cast<double*>(r.scratch);
     for_each_table(r, [&](const Table& table, std::int64_t begin, std::int64_t blocks) {
         if (blocks) launch("l1_norm", l1_norm_kernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), where, table, slots);
@@ -141,7 +141,7 @@ void l1_norm(const L1Norm& r, Where where) {
 }
 
 void l1_norm_backward(const L1Norm& r, Where where) {
-    const OnDevice guard(where.first);
+    const OnDevice guard("l1_norm_backward", where.first);
     for_each_table(r, [&](const Table& table, std::int64_t begin, std::int64_t blocks) {
         if (!blocks) return;
         launch("l1_norm_backward", l1_norm_backward_kernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), where, table,

@@ -16,16 +16,17 @@
 
 namespace gradl1::cuda {
 
-inline void check(cudaError_t error, const char* what) {
-    if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
+// Kernel: the name of the kernel or sweep that cannot run; call: what failed, if not the launch itself.
+inline void check(cudaError_t error, const char* kernel, const char* call = "") {
+    if (error != cudaSuccess) throw std::runtime_error(std::string(kernel) + ": " + call + cudaGetErrorString(error));
 }
 
 // Makes a device the current one for as long as it lives.
 class OnDevice {
   public:
-    explicit OnDevice(std::int64_t device) : wanted_(static_cast<int>(device)) {
-        check(cudaGetDevice(&before_), "cudaGetDevice");
-        if (before_ != wanted_) check(cudaSetDevice(wanted_), "cudaSetDevice");
+    OnDevice(const char* sweep, std::int64_t device) : wanted_(static_cast<int>(device)) {
+        check(cudaGetDevice(&before_), sweep, "cudaGetDevice: ");
+        if (before_ != wanted_) check(cudaSetDevice(wanted_), sweep, "cudaSetDevice: ");
     }
     ~OnDevice() {
         if (before_ != wanted_) cudaSetDevice(before_);

@@ -1,6 +1,8 @@
 // How a pass is cut into blocks. Sizes alone decide, so that sums are the same on every device.
 #pragma once
 
+#include <initializer_list>
+
 #include "../requests.h"
 
 namespace gradl1::cuda {

@@ -6,7 +6,7 @@
 namespace gradl1::cuda {
 
 void tap_backward(const Tap& r, Where where) {
-    const OnDevice guard(where.first);
+    const OnDevice guard("tap_backward", where.first);
     with_type(r.dtype, [&](auto type) {
         using T = decltype(type);
         double* slots = static_cast<double*>(r.scratch);
@@ -17,7 +17,7 @@ void tap_backward(const Tap& r, Where where) {
 }
 
 void tap_double_backward(const Tap& r, Where where) {
-    const OnDevice guard(where.first);
+    const OnDevice guard("tap_double_backward", where.first);
     with_type(r.dtype, [&](auto type) {
         using T = decltype(type);
         const accumulator<T>* k = static_cast<const accumulator<T>*>(r.d_l1);

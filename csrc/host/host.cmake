@@ -11,7 +11,7 @@ set(exact -ffp-contract=off -fno-math-errno -fno-trapping-math)
 function(add_instruction_set name)
   add_library(host_${name} OBJECT ${sweeps})
   target_compile_definitions(host_${name} PRIVATE GRADL1_ISA=${name})
-  target_compile_options(host_${name} PRIVATE ${exact} ${ARGN})
+  target_compile_options(host_${name} PRIVATE ${exact} ${counted} ${ARGN})
   target_link_libraries(_gradl1 PRIVATE host_${name})
 endfunction()
 

@@ -1,8 +1,9 @@
 // Just enough CUDA for g++ to run the launchers on a CPU: test only, slow, one logical thread after another.
 //
-// Every thread of a block is a fiber. A fiber runs until it meets a barrier or a shuffle; when all have
-// met it, they go on in order. Meeting different ones, or a thread that ends while others wait, is an
-// error: on a GPU it would be undefined.
+// Every thread of a block is a fiber, and a warp runs as far as it can before the next one moves: it
+// passes its own shuffles and stops at a barrier. From one launch to the next the order turns round, so
+// that whoever reads shared memory too soon or writes it too soon is caught in one of the two. Meeting
+// different things, or a thread that ends while others wait, is an error: on a GPU it would be undefined.
 #pragma once
 
 #include <cstdint>
@@ -32,15 +33,15 @@ namespace emulation {
 
 void run(const char* name, dim3 grid, dim3 block, const std::function<void()>& thread);
 
-// Waits until all threads of the block have come to the same line of the program.
-void meet(const void* where, const char* what);
+// Waits until all threads of the block have come to a barrier.
+void barrier();
 
 // The bits of `value` in the thread `distance` lanes up, or its own at the end of the warp.
 std::uint64_t from_lane_above(std::uint64_t value, int distance);
 
 }  // namespace emulation
 
-#define __syncthreads() emulation::meet(nullptr, "__syncthreads")
+#define __syncthreads() emulation::barrier()
 
 inline float __shfl_down_sync(unsigned, float value, int distance) {
     const double wide = value;

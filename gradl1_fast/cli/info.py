@@ -6,6 +6,7 @@ import torch
 from rich.console import Console
 
 from gradl1_fast import _environment, backends
+from gradl1_fast.backends import compiled
 from gradl1_fast.cli._console import fail, pairs, table
 from gradl1_fast.cli.app import app
 
@@ -14,13 +15,14 @@ __all__ = ["info"]
 
 @app.command(epilog="Example: GRADL1_BACKEND=reference gradl1 info")
 def info() -> None:
-    """Print versions, devices, and which backend computes each operation, and why.
+    """Print versions, devices, what was compiled, and which backend computes each operation, and why.
 
     Takes a few seconds. Look here first when something is slower than expected.
     """
     console = Console()
     console.print(pairs("Versions", _environment.versions()))
     console.print(pairs("Devices", _environment.devices()))
+    console.print(pairs("Compiled extension", compiled.describe()))
     for device in _environment.devices():
         try:
             _print_backends(console, device)
@@ -34,14 +36,17 @@ def info() -> None:
 
 
 def _print_backends(console: Console, device: str) -> None:
-    rows, reasons = [], []
+    rows: list[tuple[str, str]] = []
+    reasons: dict[tuple[str, str], list[str]] = {}
     for op in backends.OPERATIONS:
         chosen, others = _choice(op, device)
         rows.append((op, chosen))
-        reasons += [f"{name}: {reason}" for name, reason in others.items()]
+        for name, reason in others.items():
+            reasons.setdefault((name, reason), []).append(op)
     console.print(table(f"Backends on {device}", ("operation", "computed by"), rows, numbers=False))
-    for reason in dict.fromkeys(reasons):
-        console.print(f"  not {reason}", highlight=False, markup=False)
+    for (name, reason), ops in reasons.items():
+        which = "" if len(ops) == len(backends.OPERATIONS) else f" for {', '.join(ops)}"
+        console.print(f"  not {name}{which}: {reason}", highlight=False, markup=False)
 
 
 def _choice(op: str, device: str) -> tuple[str, dict[str, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import functools
 import importlib.util
 import os
 import shutil
@@ -37,6 +38,20 @@ def build(name: str, *options: str) -> tuple[Path, str]:
         env = os.environ | {"PATH": path}
         run([cmake, "-S", str(ROOT / "csrc"), "-B", str(folder), "-G", "Ninja", *settings, *options], env)
         return folder, run([cmake, "--build", str(folder)], env)
+
+
+@functools.cache
+def emulated(sanitized: bool = False) -> Path:
+    """Return the module with both halves for the CPU, where accesses to memory are counted, or checked."""
+    options = [
+        "-DGRADL1_CUDA=ON",
+        "-DGRADL1_EMULATE=ON",
+        "-DGRADL1_BASE_ONLY=ON",
+        "-DGRADL1_OPTIMISE=-O0",
+    ]
+    if sanitized:  # takes minutes
+        return module_in(build("sanitized", *options, "-DGRADL1_SANITIZE=address,undefined")[0])
+    return module_in(build("emulated", *options, "-DGRADL1_COUNT=ON")[0])
 
 
 def run(command: list[str], env: dict[str, str]) -> str:

@@ -25,6 +25,12 @@ SHAPES = {
     "rows": [(3, 5, 2, 3), (11, 16, 3, 2), (1, 264, 5, 9)],
 }
 
+# The modules of the package that ask which engine computes.
+PARTS = [
+    f"gradl1_fast.backends.compiled.{name}"
+    for name in ("_tensors", "tap", "fake_quantize", "l1_norm", "batch_norm_act")
+]
+
 
 def load(path: str) -> Any:
     spec = importlib.util.spec_from_file_location("_gradl1", path)
@@ -37,9 +43,8 @@ def load(path: str) -> Any:
 
 def use(module: Any, half: str) -> None:
     """Send every sweep of the package on CPU tensors to one half of the module."""
-    for name in ("_tensors", "tap", "fake_quantize", "l1_norm", "batch_norm_act"):
-        part = sys.modules[f"gradl1_fast.backends.compiled.{name}"]
-        vars(part).update(engine_for=lambda x: getattr(module, half), where=lambda x: (0, 0))
+    for part in PARTS:
+        vars(sys.modules[part]).update(engine_for=lambda x: getattr(module, half), where=lambda x: (0, 0))
     assert _tensors.engine_for(torch.zeros(())) is getattr(module, half)
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from tests.compiled.linkage import assert_runs_anywhere
 
 HERE = (1, 0)
 
@@ -68,22 +70,9 @@ def test_unknown_instruction_set_is_refused(module: Any) -> None:
         module.use_instruction_set("mmx")
 
 
-@pytest.mark.skipif(not shutil.which("readelf"), reason="needs readelf")
 def test_module_names_no_torch_no_driver_and_no_thread_pool(module: Any) -> None:
     """So one built wheel works under every torch, and on a machine without GPU or driver."""
-    text = subprocess.run(
-        ["readelf", "--dyn-syms", "--dynamic", "--wide", module.__file__],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    needed = [line for line in text.splitlines() if "(NEEDED)" in line]
-    assert needed
-    for name in ("torch", "c10", "cuda", "gomp", "iomp", "libomp", "nvrtc"):
-        assert not any(name in line for line in needed), name
-    undefined = [line for line in text.splitlines() if " UND " in line]
-    for name in ("torch", "c10", "at::", "GOMP", "omp_"):
-        assert not any(name in line for line in undefined), name
+    assert_runs_anywhere(Path(module.__file__))
 
 
 def test_module_runs_without_torch(module: Any) -> None:

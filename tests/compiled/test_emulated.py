@@ -5,30 +5,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-from tests.compiled.builds import ROOT, build, module_in
+from tests.compiled.builds import ROOT, emulated
 
-OPTIONS = [
-    "-DGRADL1_CUDA=ON",
-    "-DGRADL1_EMULATE=ON",
-    "-DGRADL1_BASE_ONLY=ON",
-    "-DCMAKE_CXX_FLAGS_RELEASE=-O0",
-]
-SANITIZE = os.environ.get("GRADL1_TEST_SANITIZE") == "1"  # takes minutes to compile
-
-
-@pytest.fixture(scope="module")
-def module() -> Path:
-    if SANITIZE:
-        return module_in(build("sanitized", *OPTIONS, "-DGRADL1_SANITIZE=address,undefined")[0])
-    return module_in(build("emulated", *OPTIONS)[0])
+SANITIZE = os.environ.get("GRADL1_TEST_SANITIZE") == "1"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
-def test_both_halves_agree_with_the_reference(dtype: str, module: Path) -> None:
+def test_both_halves_agree_with_the_reference(dtype: str) -> None:
     runtimes = [
         subprocess.run(
             ["c++", f"-print-file-name={name}"], capture_output=True, text=True, check=True
@@ -43,7 +29,7 @@ def test_both_halves_agree_with_the_reference(dtype: str, module: Path) -> None:
         "OMP_NUM_THREADS": "1",
     }
     done = subprocess.run(
-        [sys.executable, "-m", "tests.compiled.emulated_matrix", str(module), dtype],
+        [sys.executable, "-m", "tests.compiled.emulated_matrix", str(emulated(SANITIZE)), dtype],
         env=env, cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]

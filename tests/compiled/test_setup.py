@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import runpy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -102,6 +103,23 @@ def test_both_halves_switched_off_leave_no_extension(script: Any, monkeypatch: p
     assert script["extensions"]() == []
 
 
-def test_architectures_can_be_chosen(script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GRADL1_CUDA_ARCHS", "90")
-    assert script["architectures"]("no compiler is asked") == "90"
+@pytest.mark.parametrize("chosen", ["90", "80;120", "native"])
+def test_architectures_can_be_chosen(chosen: str, script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRADL1_CUDA_ARCHS", chosen)
+    assert script["architectures"]("no compiler is asked") == chosen
+
+
+@pytest.mark.parametrize("chosen", ["80,90", "sm_90", "90-real", " "])
+def test_a_misspelt_architecture_is_an_error(
+    chosen: str, script: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRADL1_CUDA_ARCHS", chosen)
+    with pytest.raises(SystemExit, match="GRADL1_CUDA_ARCHS must be like 90"):
+        script["architectures"]("no compiler is asked")
+
+
+def test_the_default_architectures_are_those_that_the_compiler_knows(script: Any, tmp_path: Path) -> None:
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\nprintf 'sm_75\\nsm_80\\nsm_90\\nsm_90a\\nsm_120\\n'\n")
+    nvcc.chmod(0o755)
+    assert script["architectures"](str(nvcc)) == "80;90;120"

@@ -113,5 +113,5 @@ def test_a_launch_that_fails_names_its_kernel(cuda: ModuleType) -> None:
     x, out = torch.zeros(8, device="cuda"), torch.zeros(1, device="cuda")
     room = torch.zeros(1000, dtype=torch.float64, device="cuda")
     spans = [(t.data_ptr(), t.numel() * t.element_size()) for t in (x, out, room)]
-    with pytest.raises(RuntimeError, match="cudaSetDevice"):
+    with pytest.raises(RuntimeError, match="tap_backward: cudaSetDevice"):
         engine("cuda").tap_backward((99, 0), 0, 8, *spans)

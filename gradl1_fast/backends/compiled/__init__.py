@@ -10,7 +10,7 @@ from types import ModuleType
 
 import torch
 
-from gradl1_fast.backends.compiled._extension import engine
+from gradl1_fast.backends.compiled._extension import describe, engine
 from gradl1_fast.backends.compiled.batch_norm_act import (
     batch_norm_act_backward,
     batch_norm_act_double_backward,
@@ -28,6 +28,7 @@ __all__ = [
     "batch_norm_act_backward",
     "batch_norm_act_double_backward",
     "batch_norm_act_forward",
+    "describe",
     "fake_quantize_backward",
     "fake_quantize_double_backward",
     "fake_quantize_forward",

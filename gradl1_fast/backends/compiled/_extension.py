@@ -25,17 +25,23 @@ def engine(half: str) -> Any:
     return found
 
 
-def describe() -> dict[str, Any]:
-    """Return what is built: compiler, CUDA compiler and architectures, instruction sets, or the failure."""
+def describe() -> dict[str, str]:
+    """Return what is built and in use, compilers and instruction sets and so on; or why nothing is."""
     module, reason = _load()
     if module is None:
-        return {"built": False, "reason": reason}
-    facts: dict[str, Any] = {"built": True, "compiler": module.compiler, "cuda": module.cuda_compiler}
-    facts["cuda_architectures"] = module.cuda_architectures
+        return {"built": f"no: {reason}"}
+    facts = {"C++ compiler": module.compiler}
     if hasattr(module, "host"):
-        facts["instruction_sets"] = list(module.instruction_sets())
-        facts["instruction_set"] = module.instruction_set()
-        facts["threads"] = "torch's OpenMP" if module.has_team() else "one: no OpenMP runtime found"
+        sets = ", ".join(module.instruction_sets())
+        facts["CPU loops"] = f"{module.instruction_set()}, of {sets} that this processor can run"
+        facts["CPU threads"] = "torch's OpenMP" if module.has_team() else "one: no OpenMP runtime found"
+    else:
+        facts["CPU loops"] = "left out when it was built"
+    if hasattr(module, "cuda"):
+        facts["CUDA compiler"] = module.cuda_compiler
+        facts["CUDA architectures"] = module.cuda_architectures
+    else:
+        facts["CUDA kernels"] = "left out when it was built: no nvcc, or GRADL1_CUDA=0"
     return facts
 
 

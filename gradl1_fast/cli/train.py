@@ -40,7 +40,7 @@ _DATA, _LOOP, _PENALTY, _HOW = "Data and network", "Training", "Penalty", "How i
 
 # Options that stand for one field of the configuration each; the others have another name there.
 _FIELDS = {
-    "data": {"data_set": "name", "data": "folder", "flip": "flip", "crop": "crop"},
+    "data": {"data_set": "name", "data": "folder", "size": "size", "flip": "flip", "crop": "crop"},
     "model": {"model": "name", "width": "width", "stem": "stem", "per_channel": "per_channel"},
     "optimizer": {
         "optimizer": "name",
@@ -87,6 +87,7 @@ def train(
     per_channel: Annotated[
         bool | None, _option(_DATA, "One range for each output channel of a weight.")
     ] = None,
+    size: Annotated[int | None, _option(_DATA, "Sides of the images of a folder, in pixels.")] = None,
     flip: Annotated[bool | None, _option(_DATA, "Mirror training images by chance.")] = None,
     crop: Annotated[int | None, _option(_DATA, "Shift training images by up to so many pixels.")] = None,
     epochs: Annotated[int | None, _option(_LOOP, "Passes over the training images.")] = None,

@@ -23,16 +23,20 @@ class Data:
     Attributes:
         name: as for :func:`gradl1_fast.training.data.load`.
         folder: where its files are; None for where they are usually found.
+        size: of the sides of the images, where the data set leaves the choice; None for its own.
         flip: mirror each training image, or not, by chance.
         crop: shift each training image by up to so many pixels each way, with zeros coming in; 0 for not.
     """
 
     name: str = "digits"
     folder: str | None = None
+    size: int | None = None
     flip: bool = False
     crop: int = 0
 
     def __post_init__(self) -> None:
+        if self.size is not None:
+            check.count("size", self.size)
         _number("crop", self.crop)
 
 

@@ -68,7 +68,7 @@ def launch(
     run = Folder(folder)
     _check_folder(run, resume)
     with ranks(device) as group:
-        images = data.load(config.data.name, config.data.folder)
+        images = data.load(config.data.name, config.data.folder, size=config.data.size)
         torch.manual_seed(config.training.seed)
         model = network(config, images.classes, images.channels).to(group.device)
         if group.rank:

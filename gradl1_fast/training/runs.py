@@ -101,7 +101,7 @@ class Loaded:
     @cached_property
     def data(self) -> Dataset:
         """Its data set, read when it is first asked for."""
-        return load_data(self.config.data.name, self.config.data.folder)
+        return load_data(self.config.data.name, self.config.data.folder, size=self.config.data.size)
 
 
 def network(config: Config, classes: int, channels: int) -> nn.Module:

@@ -11,7 +11,7 @@ from gradl1_fast.training import config, toml
 from gradl1_fast.training.config import Config, Data, Model, Optimizer, Penalty, Training
 
 EVERYTHING = Config(
-    Data("cifar10", 'a "folder" with \\ and ä', flip=True, crop=4),
+    Data("cifar10", 'a "folder" with \\ and ä', 64, flip=True, crop=4),
     Model("resnet18", 8, "imagenet", per_channel=True),
     Optimizer("sgd", 0.05, 0.85, 5e-4, 2),
     Training(9, 64, 4, 0.1, 0.999, 3, "bfloat16", True, True, True, 100),

@@ -114,7 +114,7 @@ def test_the_real_set_where_it_is_installed():
 
 
 def test_an_unknown_set_is_refused():
-    with pytest.raises(ValueError, match=r"one of digits, fashion-mnist.*, got 'mnist'"):
+    with pytest.raises(ValueError, match=r"one of 'digits', 'fashion-mnist'.*, got 'mnist'"):
         data.load("mnist")
 
 

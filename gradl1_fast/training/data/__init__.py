@@ -1,9 +1,11 @@
 """Data sets: checked readers of files that are already there; nothing is downloaded."""
 
 from gradl1_fast.training.data.batches import Batch, shuffled_batches
+from gradl1_fast.training.data.cifar10 import cifar10
 from gradl1_fast.training.data.dataset import DataError, Dataset
 from gradl1_fast.training.data.digits import digits
 from gradl1_fast.training.data.fashion_mnist import fashion_mnist
+from gradl1_fast.training.data.image_folder import image_folder
 from gradl1_fast.training.data.load import NAMES, load
 
 __all__ = [
@@ -11,8 +13,10 @@ __all__ = [
     "Batch",
     "DataError",
     "Dataset",
+    "cifar10",
     "digits",
     "fashion_mnist",
+    "image_folder",
     "load",
     "shuffled_batches",
 ]

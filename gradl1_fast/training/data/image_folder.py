@@ -1,0 +1,136 @@
+"""Images in folders, a folder a class, in the layout of torchvision's ImageFolder. Needs Pillow."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from gradl1_fast.training.data.batches import Batch
+from gradl1_fast.training.data.dataset import DataError, Dataset
+
+__all__ = ["ImageFiles", "image_folder"]
+
+ENDINGS = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+TEST_NAMES = ("val", "test")
+
+# Of the colours in ImageNet, between 0 and 1: the custom for photographs.
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+MARGIN = 8 / 7  # the shorter side before the crop, as 256 to 224
+
+
+class ImageFiles:
+    """Images that are read from their files when they are asked for; indexed as a tensor of them is.
+
+    Each is scaled so that its shorter side is ``8 / 7 * size``, cut to the square in its middle and
+    standardised by the mean and deviation of ImageNet's colours.
+
+    Args:
+        paths: of the files.
+        size: of the sides, in pixels.
+    """
+
+    def __init__(self, paths: Sequence[Path], size: int) -> None:
+        self.paths, self.size = list(paths), size
+        self.shape = torch.Size((len(self.paths), 3, size, size))
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, chosen: Tensor | slice) -> Tensor:
+        """Return the images ``(N, 3, size, size)`` of some places, float32."""
+        places = range(len(self))[chosen] if isinstance(chosen, slice) else chosen.tolist()
+        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+            images = list(pool.map(self._read, [self.paths[place] for place in places]))
+        pixels = torch.stack(images) if images else torch.empty(0, 3, self.size, self.size)
+        mean, std = (torch.tensor(values).reshape(1, 3, 1, 1) for values in (MEAN, STD))
+        return (pixels / 255).sub_(mean).div_(std)
+
+    def split(self, count: int) -> Iterator[Tensor]:
+        """Yield all images in order, ``count`` at a time."""
+        for start in range(0, len(self), count):
+            yield self[start : start + count]
+
+    def _read(self, path: Path) -> Tensor:
+        image_module = _pillow()
+        try:
+            with image_module.open(path) as file:
+                image = _square(file.convert("RGB"), self.size)
+        except (OSError, ValueError, SyntaxError, image_module.DecompressionBombError) as error:
+            raise DataError(f"{path}: not a whole image: {error}") from error
+        values = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+        return values.reshape(self.size, self.size, 3).permute(2, 0, 1)
+
+
+def image_folder(folder: Path | None, size: int) -> Dataset:
+    """Return the images in ``train/CLASS/`` to train with, and those in ``val/CLASS/`` (or ``test``) to test.
+
+    Classes are numbered in the order of their names. Files are read when a batch asks for them.
+
+    Args:
+        folder: that holds the folders ``train`` and ``val``.
+        size: of the sides of the images, in pixels.
+
+    Raises:
+        DataError: a folder is missing or empty, or the classes differ; the message says which.
+        ImportError: Pillow is not installed.
+    """
+    _pillow()
+    if folder is None:
+        raise DataError(
+            "no folder was named: --data FOLDER, with train/CLASS/*.jpg and val/CLASS/*.jpg in it"
+        )
+    test = next((folder / name for name in TEST_NAMES if (folder / name).is_dir()), None)
+    if not (folder / "train").is_dir() or test is None:
+        raise DataError(
+            f"{folder}: must hold the folders train and val (or test), with a folder a class in each"
+        )
+    classes = _classes(folder / "train")
+    if _classes(test) != classes:
+        odd = sorted(set(_classes(test)) ^ set(classes))
+        raise DataError(
+            f"{folder}: train and {test.name} must have the same classes; only one has {', '.join(odd)}"
+        )
+    parts = [_part(place, classes, size) for place in (folder / "train", test)]
+    return Dataset("images", len(classes), *parts)
+
+
+def _classes(folder: Path) -> list[str]:
+    found = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    if not found:
+        raise DataError(f"{folder}: has no folders, one for each class")
+    return found
+
+
+def _part(folder: Path, classes: list[str], size: int) -> Batch:
+    paths, labels = [], []
+    for label, name in enumerate(classes):
+        found = sorted(path for path in (folder / name).rglob("*") if path.suffix.lower() in ENDINGS)
+        if not found:
+            raise DataError(f"{folder / name}: holds no image; their names end in {', '.join(ENDINGS)}")
+        paths += found
+        labels += [label] * len(found)
+    # what the loop does with images (length, choice, split) files can do as well as a tensor
+    return cast(Tensor, ImageFiles(paths, size)), torch.tensor(labels)
+
+
+def _square(image: Any, size: int) -> Any:
+    shorter = min(image.size)
+    scaled = [max(size, round(side * size * MARGIN / shorter)) for side in image.size]
+    image = image.resize(scaled, _pillow().Resampling.BILINEAR)
+    left, top = ((side - size) // 2 for side in scaled)
+    return image.crop((left, top, left + size, top + size))
+
+
+def _pillow() -> Any:
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ImportError("folders of images need Pillow: pip install 'gradl1-fast[vision]'") from error
+    return Image

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from gradl1_fast import _environment
+from gradl1_fast.backends import backend
 from gradl1_fast.quantization import calibrate, sweep
 from gradl1_fast.training.config import Config, recipe
 from gradl1_fast.training.data import Dataset, load
@@ -115,7 +116,8 @@ def run(
 ) -> Results:
     """Run what is not yet in the folder; return all that was asked for.
 
-    It computes with one thread, so that results do not depend on the number of cores.
+    It computes with one thread and the reference backend, so that results depend neither on the number
+    of cores nor on what is built here.
 
     Args:
         experiment: see :class:`Experiment`.
@@ -146,7 +148,7 @@ def run(
         if not missing:
             continue
         data = data or _data(experiment)
-        with _one_thread():
+        with backend("reference"), _one_thread():
             for finished in _runs(experiment, missing, seed, data, stage):
                 Results([finished]).write_runs(_path(folder, finished.method, seed))
                 found[finished.method, seed] = finished

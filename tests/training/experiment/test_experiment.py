@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from gradl1_fast.backends import resolve
 from gradl1_fast.training.data import digits
 from gradl1_fast.training.experiment import METHODS, ResultError, Results, named, run
 from gradl1_fast.training.experiment.session import Session
@@ -134,12 +135,17 @@ def test_runs_come_back_from_their_file(results, tmp_path):
     assert back.runs == results.runs
 
 
-def test_it_computes_with_one_thread_and_gives_the_number_back(tmp_path):
+def test_it_computes_with_one_thread_and_the_reference_and_gives_both_back(tmp_path, monkeypatch):
     before, inside = torch.get_num_threads(), []
     torch.set_num_threads(2)
+    monkeypatch.setenv("GRADL1_BACKEND", "host")
+
+    def look(_):
+        inside.append((torch.get_num_threads(), resolve("tap", torch.empty(0)).__name__))
+
     try:
-        ran(tmp_path, ["plain"], on_run=lambda _: inside.append(torch.get_num_threads()))
-        assert inside == [1]
+        ran(tmp_path, ["plain"], on_run=look)
+        assert inside == [(1, "gradl1_fast.backends.reference")]
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)

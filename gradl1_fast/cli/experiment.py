@@ -14,6 +14,7 @@ from gradl1_fast.cli.app import app
 from gradl1_fast.training import experiment as experiments
 from gradl1_fast.training.experiment import report as reports
 from gradl1_fast.training.report import prepare
+from gradl1_fast.training.trainer import TrainingError
 
 __all__ = ["experiment"]
 
@@ -77,7 +78,7 @@ def experiment(
         fail(
             f"{error.filename or out}: {error.strerror or error}. Choose other places with --out and --json."
         )
-    except (ImportError, ValueError) as error:
+    except (ImportError, ValueError, TrainingError) as error:
         fail(str(error))
     console = Console()
     console.print(

@@ -40,6 +40,12 @@ class Histogram:
         for part in x.split(max(_CHUNK // x.shape[0], 1), 1):
             self._count(part.double())
 
+    def select(self, rows: Tensor) -> Histogram:
+        """Return the histograms of some rows."""
+        part = Histogram(len(rows), self.side, rows.device)
+        part.counts, part.zeros, part.exponent = self.counts[rows], self.zeros[rows], self.exponent[rows]
+        return part
+
     def _count(self, x: Tensor) -> None:
         finite = x.isfinite()
         x = torch.where(finite, x, 0.0)

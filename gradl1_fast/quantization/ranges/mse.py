@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
@@ -17,10 +15,11 @@ __all__ = ["MeanSquaredError", "quantization_error"]
 # Bins on each side of zero: many for one tensor, fewer where each channel has a histogram of its own.
 _SIDE, _SIDE_OF_CHANNELS = 1024, 256
 
-Factors = list[tuple[float, float]]
+_ROWS_AT_ONCE = 64  # candidates of so many rows are in memory together
+
 _COARSE = [2 ** (-6 * i / 32) for i in range(33)]
 _FINE = [2 ** (6 / 32 * i / 8) for i in range(-8, 9)]
-_STAGES: tuple[Factors, ...] = (
+_STAGES = (
     [(f, f) for f in _COARSE],
     [(f, f) for f in _FINE],
     [(1.0, f) for f in _FINE],
@@ -53,42 +52,36 @@ class MeanSquaredError(Range):
         """Return the ends for each of 16 widths; see :meth:`Range.ends`."""
         low, high = self.seen()
         assert self._histogram is not None
-        found = [self._search(bits, symmetric) for bits in range(1, MAX_BITS + 1)]
+        extreme = torch.stack([low.nan_to_num().clamp(max=0), high.nan_to_num().clamp(min=0)], 1).double()
+        rows = torch.arange(len(low), device=low.device).split(_ROWS_AT_ONCE)
+        parts = [(self._histogram.select(part), extreme[part]) for part in rows]
+        widths = range(1, MAX_BITS + 1)
+        best = torch.stack(
+            [torch.cat([_search(*part, bits, symmetric) for part in parts]) for bits in widths]
+        )
         bad = ~(low.isfinite() & high.isfinite())
-        lower, upper = (torch.stack(ends).to(low.dtype) for ends in zip(*found, strict=True))
+        lower, upper = best.to(low.dtype).unbind(2)
         return torch.where(bad, low, lower), torch.where(bad, high, upper)
 
-    def _search(self, bits: int, symmetric: bool) -> Ends:
-        assert self._histogram is not None
-        low, high = (end.double().nan_to_num() for end in self.seen())
-        extreme = low.clamp(max=0), high.clamp(min=0)
-        best: Ends = extreme
-        least = torch.full_like(low, torch.inf)
-        for stage in _STAGES[:2] if symmetric else _STAGES:
-            start = best
-            for candidate in _candidates(start, extreme, stage):
-                error = quantization_error(self._histogram, *candidate, bits, symmetric=symmetric)
-                better = error < least
-                least = torch.where(better, error, least)
-                best = (
-                    torch.where(better, candidate[0], best[0]),
-                    torch.where(better, candidate[1], best[1]),
-                )
-        return best
 
-
-def _candidates(start: Ends, extreme: Ends, factors: Factors) -> Iterator[Ends]:
-    for low_factor, high_factor in factors:
-        yield (
-            torch.maximum(start[0] * low_factor, extreme[0]),
-            torch.minimum(start[1] * high_factor, extreme[1]),
-        )
+def _search(histogram: Histogram, extreme: Tensor, bits: int, symmetric: bool) -> Tensor:
+    """Return the best ends, shape ``(rows, 2)``, that lie within the extremes."""
+    best = extreme
+    for stage in _STAGES[:2] if symmetric else _STAGES:
+        factors = torch.tensor(stage, dtype=best.dtype, device=best.device)[:, None]
+        candidates = torch.minimum((best * factors).abs(), extreme.abs()) * extreme.sign()
+        candidates = torch.cat([candidates, best[None]])
+        low, high = candidates.unbind(2)
+        errors = quantization_error(histogram, low, high, bits, symmetric=symmetric)
+        least = errors.nan_to_num(torch.inf).argmin(0)
+        best = candidates[least, torch.arange(len(best), device=best.device)]
+    return best
 
 
 def quantization_error(
     histogram: Histogram, low: Tensor, high: Tensor, bits: int, *, symmetric: bool
 ) -> Tensor:
-    """Return the sum of squared errors of quantizing the values of a histogram, one for each row.
+    """Return the sum of squared errors of quantizing the values of a histogram, for each range and row.
 
     Values are taken as uniform within a bin. The error is then exact: with u = x / s, n the nearest code,
     clamped, and r = u - n, the integral of the squared error from 0 to x is ``s**3 (n / 12 + r**3 / 3)``.
@@ -96,14 +89,15 @@ def quantization_error(
 
     Args:
         histogram: of the values.
-        low: lower end of the range, one for each row.
-        high: upper end.
+        low: lower ends of the ranges, shape ``(*, rows)``.
+        high: upper ends.
         bits: 1 to 16.
         symmetric: as of :func:`gradl1_fast.functional.quantization_grid`.
     """
     scale, zero_point, q_min, q_max = F.quantization_grid(low, high, bits, symmetric=symmetric)
-    u = histogram.edges() / scale[:, None]
-    n = torch.minimum(torch.maximum(u.round(), (q_min - zero_point)[:, None]), (q_max - zero_point)[:, None])
-    integral = n / 12 + (u - n).pow(3) / 3
-    per_bin = (integral[:, 1:] - integral[:, :-1]) * histogram.counts
-    return per_bin.sum(1) * scale.pow(3) / histogram.width()
+    u = histogram.edges() / scale[..., None]
+    n = u.round()
+    n = torch.minimum(torch.maximum(n, (q_min - zero_point)[..., None]), (q_max - zero_point)[..., None])
+    integral = n / 12 + (u - n).pow_(3) / 3
+    per_bin = (integral[..., 1:] - integral[..., :-1]).mul_(histogram.counts)
+    return per_bin.sum(-1) * scale.pow(3) / histogram.width()

@@ -3,56 +3,65 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from torch import nn
 
 from gradl1_fast import _checks as check
 from gradl1_fast.nn.quantizers import ActivationQuantizer, WeightQuantizer
-from gradl1_fast.nn.sites import named_quantizers
+from gradl1_fast.nn.sites import named_layers, named_quantizers
 
-__all__ = ["bits", "set_bits"]
+__all__ = ["Widths", "bits", "check_width", "set_bits", "widths_of"]
+
+Widths = int | None | Mapping[str, int | None]
 
 
-def set_bits(model: nn.Module, *, w: int | None, a: int | None) -> None:
-    """Set the width of every weight and every activation; nothing is copied.
+def set_bits(model: nn.Module, *, w: Widths, a: Widths) -> None:
+    """Set the width of every weight and every activation, or of those named; nothing is copied.
 
     Args:
         model: a converted model.
-        w: bits of the weights, 1 to 16, or None for float.
-        a: bits of the activations, likewise; needs :func:`calibrate` before.
+        w: bits of the weights, 1 to 16, or None for float. Or a mapping from names of layers to
+            bits: weights that are not in it keep their width.
+        a: bits of the activations, likewise, by names of quantizers; needs :func:`calibrate` before.
 
     Raises:
         TypeError: a width is not an int or None.
-        ValueError: a width is out of range, or wider than what was read of an any-bit file, or the model
-            has no quantizers.
+        ValueError: a width is out of range, or wider than what was read of an any-bit file, a name is
+            unknown, or the model has no quantizers.
         RuntimeError: an activation has no range yet. The model is then as it was.
     """
-    check_width("w", w)
-    check_width("a", a)
-    quantizers = _quantizers(model)
-    uncalibrated = [name for name, q in named_quantizers(model).items() if q.low is None]
-    if a is not None and uncalibrated:
+    weights = {name: layer.weight_quantizer for name, layer in named_layers(model).items()}
+    activations = named_quantizers(model)
+    if not weights and not activations:
+        raise ValueError("the model has no quantizers: call gradl1_fast.convert(model) first")
+    w, a = _by_name("w", w, weights), _by_name("a", a, activations)
+    uncalibrated = [name for name, width in a.items() if width is not None and activations[name].low is None]
+    if uncalibrated:
         raise RuntimeError(
             f"no activation range for {', '.join(uncalibrated)}: "
             "call gradl1_fast.calibrate(model, batches) first"
         )
-    widest = min((q.widest for q in quantizers if isinstance(q, WeightQuantizer)), default=check.MAX_BITS)
-    if w is not None and w > widest:
-        raise ValueError(
-            f"w = {w}: the weights were read from an any-bit file with {widest} bits; read it again"
-        )
-    for quantizer in quantizers:
-        quantizer.bits = w if isinstance(quantizer, WeightQuantizer) else a
+    for name, width in w.items():
+        widest = weights[name].widest
+        if width is not None and width > widest:
+            raise ValueError(
+                f"w = {width}: the weights were read from an any-bit file with {widest} bits; read it again"
+            )
+    for name, width in w.items():
+        weights[name].bits = width
+    for name, width in a.items():
+        activations[name].bits = width
 
 
 @contextlib.contextmanager
-def bits(model: nn.Module, *, w: int | None, a: int | None) -> Iterator[nn.Module]:
+def bits(model: nn.Module, *, w: Widths, a: Widths) -> Iterator[nn.Module]:
     """Set widths as :func:`set_bits` does, for the ``with`` block alone.
 
     Each quantizer then gets the width that it had, also after an exception.
     """
-    before = [(quantizer, quantizer.bits) for quantizer in _quantizers(model)]
+    quantizers = [m for m in model.modules() if isinstance(m, WeightQuantizer | ActivationQuantizer)]
+    before = [(quantizer, quantizer.bits) for quantizer in quantizers]
     set_bits(model, w=w, a=a)
     try:
         yield model
@@ -61,11 +70,22 @@ def bits(model: nn.Module, *, w: int | None, a: int | None) -> Iterator[nn.Modul
             quantizer.bits = width
 
 
-def _quantizers(model: nn.Module) -> list[WeightQuantizer | ActivationQuantizer]:
-    found = [m for m in model.modules() if isinstance(m, WeightQuantizer | ActivationQuantizer)]
-    if not found:
-        raise ValueError("the model has no quantizers: call gradl1_fast.convert(model) first")
-    return found
+def widths_of(model: nn.Module) -> tuple[dict[str, int | None], dict[str, int | None]]:
+    """Return the present widths of weights, by layer, and of activations, by quantizer."""
+    weights = {name: layer.weight_quantizer.bits for name, layer in named_layers(model).items()}
+    return weights, {name: quantizer.bits for name, quantizer in named_quantizers(model).items()}
+
+
+def _by_name(kind: str, widths: Widths, known: Mapping[str, object]) -> Mapping[str, int | None]:
+    if not isinstance(widths, Mapping):
+        check_width(kind, widths)
+        return dict.fromkeys(known, widths)
+    unknown = [name for name in widths if name not in known]
+    if unknown:
+        raise ValueError(f"{kind}: there is no {', '.join(map(repr, unknown))}; there are {list(known)}")
+    for name, width in widths.items():
+        check_width(f"{kind}[{name!r}]", width)
+    return widths
 
 
 def check_width(name: str, value: int | None) -> None:

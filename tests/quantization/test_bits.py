@@ -111,3 +111,42 @@ def test_evaluation_changes_neither_ranges_nor_statistics() -> None:
             model(100 * RESNET.batch()[0])
     assert before.keys() == dict(model.named_buffers()).keys()
     assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+
+
+def test_widths_by_name_leave_the_others_as_they_are() -> None:
+    model = calibrated()
+    gl.set_bits(model, w=8, a=8)
+    with gl.bits(model, w={"3": 2, "12": None}, a={"1.quantizer": 4}):
+        layers = {name: model.get_submodule(name).weight_quantizer.bits for name in ("0", "3", "12")}
+        assert layers == {"0": 8, "3": 2, "12": None}
+        assert model.get_submodule("1.quantizer").bits == 4
+        assert model.get_submodule("activation_quantizers._6").bits == 8
+    assert widths(model) == {("w", 8), ("a", 8)}
+
+
+BAD_NAMES: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"w": {"1": 4}, "a": 8}, ValueError, r"w: there is no '1'; there are \['0', '3'"),
+    ({"w": 4, "a": {"input": 4}}, ValueError, "a: there is no 'input'"),
+    ({"w": {"0": 17}, "a": None}, ValueError, r"w\['0'\] \(None for float\) must be from 1 to 16"),
+    ({"w": {"0": True}, "a": None}, TypeError, r"w\['0'\].* must be an int"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "error", "message"), BAD_NAMES)
+def test_wrong_names_and_widths_by_name_change_nothing(
+    wrong: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    model = calibrated()
+    gl.set_bits(model, w=5, a=6)
+    with pytest.raises(error, match=message):
+        gl.set_bits(model, **wrong)
+    assert widths(model) == {("w", 5), ("a", 6)}
+
+
+def test_only_activations_that_are_to_be_quantized_need_a_range() -> None:
+    model = gl.convert(VGG.make())
+    name = "activation_quantizers._6"
+    model.get_submodule(name).set_range(torch.tensor(0.0), torch.tensor(1.0))
+    gl.set_bits(model, w=None, a={name: 4, "1.quantizer": None})
+    with pytest.raises(RuntimeError, match=r"no activation range for 1\.quantizer: call"):
+        gl.set_bits(model, w=None, a={name: 4, "1.quantizer": 4})

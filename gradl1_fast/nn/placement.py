@@ -49,7 +49,7 @@ def place_quantizers(root: nn.Module, graph: fx.Graph) -> None:
     for node in graph.nodes:
         layer = module_of(root, node)
         if isinstance(layer, QuantizedLayer):
-            readers.setdefault(_source(root, node.all_input_nodes[0]), layer)
+            readers.setdefault(source_of(root, node.all_input_nodes[0]), layer)
     for source, layer in readers.items():
         quantizer = ActivationQuantizer(penalized=source.op != "placeholder").to(layer.weight)
         _place(root, graph, source, quantizer.train(root.training), calls)
@@ -77,7 +77,7 @@ def _last_placeholder(graph: fx.Graph) -> fx.Node:
     return [node for node in graph.nodes if node.op == "placeholder"][-1]
 
 
-def _source(root: nn.Module, node: fx.Node) -> fx.Node:
+def source_of(root: nn.Module, node: fx.Node) -> fx.Node:
     """Return the node whose values ``node`` hands on."""
     while operation_of(node) in _SAME_VALUES or isinstance(module_of(root, node), nn.Flatten | nn.Identity):
         node = node.all_input_nodes[0]

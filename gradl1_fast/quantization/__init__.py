@@ -4,23 +4,32 @@ from gradl1_fast.quantization import ranges
 from gradl1_fast.quantization.any_bit import load_any_bit, save_any_bit
 from gradl1_fast.quantization.bits import bits, set_bits
 from gradl1_fast.quantization.calibration import calibrate, calibrate_weights
+from gradl1_fast.quantization.costs import Costs, costs
 from gradl1_fast.quantization.folding import Folding, fold_batch_norm
+from gradl1_fast.quantization.mixed_precision import Plan, search
 from gradl1_fast.quantization.ranges_file import load_ranges, save_ranges
+from gradl1_fast.quantization.sensitivity import Sensitivity, sensitivity
 from gradl1_fast.quantization.sweep import Table, sweep
 from gradl1_fast.quantization.tracking import track_ranges
 
 __all__ = [
+    "Costs",
     "Folding",
+    "Plan",
+    "Sensitivity",
     "Table",
     "bits",
     "calibrate",
     "calibrate_weights",
+    "costs",
     "fold_batch_norm",
     "load_any_bit",
     "load_ranges",
     "ranges",
     "save_any_bit",
     "save_ranges",
+    "search",
+    "sensitivity",
     "set_bits",
     "sweep",
     "track_ranges",

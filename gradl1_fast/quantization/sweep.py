@@ -86,32 +86,57 @@ class Table:
 
 def sweep(
     model: nn.Module,
-    evaluate: Callable[[nn.Module], float],
+    evaluate: Callable[..., Any],
     widths: Sequence[Width],
     *,
+    batches: Iterable[Any] | None = None,
     progress: bool = True,
 ) -> Table:
     """Evaluate a model at each width and put its widths back.
 
+    Quantization is simulated in floating point: an evaluation takes longer than that of the float model.
+    Widths are evaluated one after another, each with all of torch's threads.
+
     Args:
         model: a converted, calibrated model, in the mode in which it is to be evaluated.
-        evaluate: takes the model and returns one number.
+        evaluate: takes the model and returns one number. With ``batches`` it takes the model and a batch
+            and returns two, a sum and a count, as of right answers and of images; the result at a width is
+            the total sum over the total count.
         widths: pairs ``(w, a)``; None stands for float.
+        batches: data, gone through once for all widths: worthwhile where to read them takes time.
         progress: show a progress bar where there is a terminal and rich is installed.
 
     Raises:
-        TypeError: a width is not a pair of numbers of bits.
-        ValueError: there is no width, or one is out of range.
+        TypeError: a width is not a pair of numbers of bits, or, with ``batches``, a result is not a pair.
+        ValueError: there is no width or no batch, or a width is out of range.
         RuntimeError: an activation has no range yet.
     """
     checked = [_pair(width) for width in widths]
     if not checked:
         raise ValueError("sweep: widths is empty; give pairs such as [(8, 8), (4, 4)]")
+    if batches is not None:
+        return _one_pass(model, evaluate, checked, track(batches, "sweep", show=progress))
     rows = []
     for w, a in track(checked, "sweep", show=progress):
         with bits(model, w=w, a=a):
             rows.append(Row(w, a, float(evaluate(model))))
     return Table(rows)
+
+
+def _one_pass(
+    model: nn.Module, evaluate: Callable[..., Any], widths: Sequence[Width], batches: Iterable[Any]
+) -> Table:
+    totals = [(0.0, 0.0)] * len(widths)
+    for batch in batches:
+        for i, (w, a) in enumerate(widths):
+            with bits(model, w=w, a=a):
+                result = evaluate(model, batch)
+            if not isinstance(result, tuple | list) or len(result) != 2:
+                raise TypeError(f"sweep: with batches, evaluate returns a sum and a count, got {result!r}")
+            totals[i] = totals[i][0] + float(result[0]), totals[i][1] + float(result[1])
+    if not totals[0][1]:
+        raise ValueError("sweep: got no batches; an iterator that was used before is empty")
+    return Table(Row(w, a, total / count) for (w, a), (total, count) in zip(widths, totals, strict=True))
 
 
 def _pair(width: Any) -> Width:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from torch import nn
 
 import gradl1_fast as gl
@@ -89,3 +91,37 @@ def test_what_is_no_pair_is_refused(model: nn.Module, widths: list[object]) -> N
 def test_no_widths_are_refused(model: nn.Module) -> None:
     with pytest.raises(ValueError, match="widths is empty"):
         gl.sweep(model, of_widths, [])
+
+
+def squares(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, int]:
+    x, y = batch
+    with torch.no_grad():
+        return model(x).square().sum(), len(y)
+
+
+def test_one_pass_over_the_data_gives_what_many_give(model: nn.Module) -> None:
+    x, y = VGG.batch()
+    parts = list(zip(x.split(4), y.split(4), strict=True))  # of unequal sizes
+    times_read = []
+
+    def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        times_read.append(1)
+        yield from parts
+
+    def mean_square(model: nn.Module) -> float:
+        return sum(float(squares(model, part)[0]) for part in parts) / len(y)
+
+    widths = [(8, 8), (3, 3), (2, 2), (None, None)]
+    table = gl.sweep(model, squares, widths, batches=batches())
+    assert table.rows == gl.sweep(model, mean_square, widths).rows
+    assert len(times_read) == 1
+    assert len({row.value for row in table.rows}) == len(widths)
+    assert of_widths(model) == 0
+
+
+def test_one_pass_needs_batches_and_pairs(model: nn.Module) -> None:
+    with pytest.raises(ValueError, match="got no batches"):
+        gl.sweep(model, squares, WIDTHS, batches=iter([]))
+    with pytest.raises(TypeError, match=r"evaluate returns a sum and a count, got 1\.0"):
+        gl.sweep(model, lambda model, batch: 1.0, WIDTHS, batches=[VGG.batch()])
+    assert of_widths(model) == 0

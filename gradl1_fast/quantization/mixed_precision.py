@@ -1,0 +1,263 @@
+"""A width for each tensor under a budget: greedy by sensitivity, verified by evaluation."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from gradl1_fast import _checks as check
+from gradl1_fast._plots import new_figure, save, tidy
+from gradl1_fast._progress import track
+from gradl1_fast.quantization.bits import bits, check_width, set_bits
+from gradl1_fast.quantization.costs import Costs, costs
+from gradl1_fast.quantization.sensitivity import Sensitivity, sensitivity
+
+__all__ = ["Plan", "Point", "search"]
+
+Key = tuple[str, str]  # kind "w" or "a", and name
+State = dict[Key, int]
+_POINTS = 12
+
+
+@dataclass(frozen=True)
+class Point:
+    """A choice of widths that was evaluated.
+
+    Attributes:
+        w: bits of the weights, by layer.
+        a: bits of the activations, by quantizer; empty if they keep their widths.
+        cost: bytes, or operations on bits for one example.
+        estimate: sum of the single losses, in units of ``value``.
+        value: what ``evaluate`` returned.
+        uniform: whether all tensors have one width.
+    """
+
+    w: dict[str, int]
+    a: dict[str, int]
+    cost: float
+    estimate: float
+    value: float
+    uniform: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What :func:`search` found.
+
+    Attributes:
+        best: the best point within the budget.
+        points: all points evaluated, by falling cost.
+        budget: what ``best`` may cost.
+        unit: of cost and budget.
+        float_value: what ``evaluate`` returned with everything in float.
+        higher_is_better: of ``value``.
+    """
+
+    best: Point
+    points: list[Point]
+    budget: float
+    unit: str
+    float_value: float
+    higher_is_better: bool
+
+    def pareto(self) -> list[Point]:
+        """Return the points that no other betters in cost without being worse in value, by falling cost."""
+        sign = 1 if self.higher_is_better else -1
+        kept: list[Point] = []
+        for point in sorted(self.points, key=lambda p: (p.cost, -sign * p.value)):
+            if not kept or sign * point.value > sign * kept[-1].value:
+                kept.append(point)
+        return kept[::-1]
+
+    def apply(self, model: nn.Module) -> None:
+        """Set the widths of :attr:`best`."""
+        set_bits(model, w=self.best.w, a=self.best.a)
+
+    def __str__(self) -> str:
+        """Return the points as a table, and the widths of the best."""
+        front = set(map(id, self.pareto()))
+        lines = [f"{self.unit:>16}  {'value':>9}  widths"]
+        for point in self.points:
+            what = f"all {next(iter(point.w.values()))}" if point.uniform else "mixed"
+            marks = f"{' best within the budget' if point is self.best else ''}"
+            marks = f"{' pareto' if id(point) in front else ''}{marks}"
+            lines.append(f"{point.cost:>16,.0f}  {point.value:>9.4f}  {what}{marks}")
+        lines += [f"float: {self.float_value:.4f}, budget: {self.budget:,.0f} {self.unit}"]
+        lines += [f"w {name}: {width}" for name, width in self.best.w.items()]
+        lines += [f"a {name}: {width}" for name, width in self.best.a.items()]
+        return "\n".join(lines)
+
+    def plot(self, path: str | os.PathLike[str], *, title: str = "") -> None:
+        """Draw value over cost into an image file; needs matplotlib.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        figure = new_figure(6, 4)
+        axes = figure.subplots()
+        front = self.pareto()
+        axes.plot([p.cost for p in front], [p.value for p in front], color="0.7", zorder=0)
+        for uniform, label in ((False, "mixed"), (True, "one width for all")):
+            shown = [p for p in self.points if p.uniform is uniform]
+            axes.scatter([p.cost for p in shown], [p.value for p in shown], label=label)
+        axes.axvline(self.budget, color="black", linestyle=":", label="budget")
+        axes.axhline(self.float_value, color="black", linewidth=0.8, label="float")
+        axes.set_xlabel(self.unit)
+        axes.set_title(title, fontsize=11)
+        axes.legend(fontsize=8)
+        tidy(axes)
+        save(figure, path)
+
+
+def search(
+    model: nn.Module,
+    evaluate: Callable[[nn.Module], float],
+    *,
+    size: float | None = None,
+    bit_operations: float | None = None,
+    example: Tensor | None = None,
+    choices: Sequence[int] = (8, 6, 5, 4, 3, 2),
+    higher_is_better: bool = True,
+    progress: bool = True,
+) -> Plan:
+    """Choose a width for each tensor so that the network keeps within a budget and loses little.
+
+    First each tensor is quantized alone, at every width, see :func:`gradl1_fast.sensitivity`. Then, from the
+    widest choice on, the step that loses least per cost saved is taken again and again. Widths along this
+    path, those that just keep the budget, and one width for all are then evaluated; the best within the
+    budget is the result. A smooth number, such as the mean loss, orders the steps better than an accuracy,
+    in which small losses do not show.
+
+    Args:
+        model: a converted model, calibrated if activations are quantized, in the mode in which it is to be
+            evaluated.
+        evaluate: takes the model and returns one number.
+        size: budget for the bytes of the weights. Activations keep the widths that they have.
+        bit_operations: budget for the sum over all products of weight bits times input bits, for one
+            example; widths of weights and activations are chosen. Give this or ``size``.
+        example: a batch of inputs, needed with ``bit_operations``.
+        choices: widths to choose from.
+        higher_is_better: of what ``evaluate`` returns; False for a loss.
+        progress: show progress bars where there is a terminal and rich is installed.
+
+    Returns:
+        The best point and all that were evaluated; :meth:`Plan.apply` sets the widths. The model's
+        widths are as they were.
+
+    Raises:
+        TypeError: a width is not an int, or a budget is not a number.
+        ValueError: both budgets or none are given, the budget is below what the narrowest choice costs, or
+            a width is out of range.
+        RuntimeError: an activation has no range yet.
+    """
+    if (size is None) == (bit_operations is None):
+        raise ValueError("search: give one budget, size (bytes) or bit_operations")
+    if bit_operations is not None and example is None:
+        raise ValueError("search: bit_operations needs an example, to count multiplications")
+    widths = _widths(choices)
+    budget = check.coefficient("search: budget", size if bit_operations is None else bit_operations)
+    unit = "bytes" if bit_operations is None else "bit operations"
+    table = costs(model, example if bit_operations is not None else None)
+    price = _price(table, unit)
+    keys = [("w", name) for name in table.weights]
+    if bit_operations is not None:
+        keys += [("a", name) for name in dict.fromkeys(table.inputs.values()) if name is not None]
+    least = price(dict.fromkeys(keys, widths[-1]))
+    if least > budget:
+        raise ValueError(
+            f"search: the narrowest choice costs {least:,.0f} {unit}, the budget is {budget:,.0f}"
+        )
+    activations = () if bit_operations is None else widths
+    found = sensitivity(model, evaluate, w=widths, a=activations, progress=progress)
+    loss = _losses(found, keys, widths, 1 if higher_is_better else -1)
+    states = _to_evaluate(_path(keys, widths, loss, price), keys, widths, price, budget)
+    points = []
+    for state in track(states, "verify", show=progress):
+        w, a = ({name: b for (kind, name), b in state.items() if kind == k} for k in "wa")
+        with bits(model, w=w, a=a):
+            value = float(evaluate(model))
+        estimate = sum(loss[key][b] for key, b in state.items())
+        points.append(Point(w, a, price(state), estimate, value, len(set(state.values())) == 1))
+    points.sort(key=lambda p: -p.cost)
+    within = [p for p in points if p.cost <= budget]
+    best = max(within, key=lambda p: p.value if higher_is_better else -p.value)
+    return Plan(best, points, budget, unit, found.float_value, higher_is_better)
+
+
+def _widths(choices: Sequence[int]) -> list[int]:
+    for width in choices:
+        if width is None:
+            raise TypeError("search: choices are numbers of bits, got None")
+        check_width("search: choices", width)
+    if not choices:
+        raise ValueError("search: choices is empty; give widths such as (8, 4, 2)")
+    return sorted(set(choices), reverse=True)
+
+
+def _price(table: Costs, unit: str) -> Callable[[State], float]:
+    def price(state: Mapping[Key, int]) -> float:
+        w: dict[str, int | None] = {name: b for (kind, name), b in state.items() if kind == "w"}
+        if unit == "bytes":
+            return table.size(w)
+        return table.bit_operations(w, {name: b for (kind, name), b in state.items() if kind == "a"})
+
+    return price
+
+
+def _losses(
+    found: Sensitivity, keys: Sequence[Key], widths: Sequence[int], sign: int
+) -> dict[Key, dict[int, float]]:
+    """Return what each tensor loses at each width, made to grow as widths fall: what shrinks is noise."""
+    losses: dict[Key, dict[int, float]] = {}
+    for key in keys:
+        worst = 0.0
+        losses[key] = {}
+        for width in widths:
+            worst = max(worst, sign * (found.float_value - found[(*key, width)]))
+            losses[key][width] = worst
+    return losses
+
+
+def _path(
+    keys: Sequence[Key],
+    widths: Sequence[int],
+    loss: Mapping[Key, Mapping[int, float]],
+    price: Callable[[State], float],
+) -> list[State]:
+    """Return the states from the widest to the narrowest, one step of one tensor apart."""
+    state = dict.fromkeys(keys, widths[0])
+    states = [state]
+    narrower = dict(itertools.pairwise(widths))
+    while any(width in narrower for width in state.values()):
+        now = price(state)
+        steps = []
+        for key, width in state.items():
+            if width in narrower:
+                saved = now - price({**state, key: narrower[width]})
+                lost = loss[key][narrower[width]] - loss[key][width]
+                # What saves nothing comes last; among equals, what saves most comes first.
+                steps.append(((lost / saved if saved else float("inf")), -saved, key))
+        _, _, key = min(steps)
+        state = {**state, key: narrower[state[key]]}
+        states.append(state)
+    return states
+
+
+def _to_evaluate(
+    path: list[State],
+    keys: Sequence[Key],
+    widths: Sequence[int],
+    price: Callable[[State], float],
+    budget: float,
+) -> list[State]:
+    """Return states spread over the path, the first within the budget, and those of one width for all."""
+    count = min(_POINTS, len(path))
+    chosen = [path[round(i * (len(path) - 1) / max(count - 1, 1))] for i in range(count)]
+    chosen.append(next(state for state in path if price(state) <= budget))
+    chosen += [dict.fromkeys(keys, width) for width in widths]
+    distinct = {tuple(state.items()): state for state in chosen}
+    return list(distinct.values())

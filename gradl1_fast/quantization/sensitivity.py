@@ -1,0 +1,144 @@
+"""How much each weight and activation suffers from being quantized, alone."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from gradl1_fast._plots import new_figure, save, tidy
+from gradl1_fast._progress import track
+from gradl1_fast.nn.sites import named_layers, named_quantizers
+from gradl1_fast.quantization.bits import bits, check_width
+
+__all__ = ["Sensitivity", "SensitivityRow", "sensitivity"]
+
+
+@dataclass(frozen=True)
+class SensitivityRow:
+    """The result with one tensor quantized and all others in float.
+
+    Attributes:
+        kind: ``"w"`` for the weight of a layer, ``"a"`` for an activation.
+        name: of the layer, or of the quantizer.
+        bits: of this tensor.
+        value: what ``evaluate`` returned.
+    """
+
+    kind: str
+    name: str
+    bits: int
+    value: float
+
+
+class Sensitivity:
+    """Results of :func:`sensitivity`.
+
+    Attributes:
+        rows: one for each tensor and width.
+        float_value: what ``evaluate`` returned with everything in float.
+    """
+
+    def __init__(self, rows: Iterable[SensitivityRow], float_value: float) -> None:
+        self.rows = list(rows)
+        self.float_value = float_value
+
+    def __getitem__(self, key: tuple[str, str, int]) -> float:
+        """Return the value at ``(kind, name, bits)``; KeyError if it was not evaluated."""
+        for row in self.rows:
+            if (row.kind, row.name, row.bits) == key:
+                return row.value
+        raise KeyError(f"no row for (kind, name, bits) = {key}")
+
+    def __str__(self) -> str:
+        """Return the table as text, the change from float last."""
+        width = max([len(row.name) for row in self.rows] + [4])
+        lines = [f"{'name':<{width}}  kind  bits     value    change"]
+        for r in self.rows:
+            change = r.value - self.float_value
+            lines.append(f"{r.name:<{width}}  {r.kind:<4}  {r.bits:>4}  {r.value:>8.4f}  {change:>+8.4f}")
+        return "\n".join([*lines, f"float: {self.float_value:.4f}"])
+
+    def to_csv(self, path: str | os.PathLike[str]) -> None:
+        """Write the columns kind, name, bits, value; the float value is a row with only a value."""
+        with open(path, "w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(("kind", "name", "bits", "value"))
+            writer.writerow(("", "", "", self.float_value))
+            writer.writerows((r.kind, r.name, r.bits, r.value) for r in self.rows)
+
+    def plot(self, path: str | os.PathLike[str], *, title: str = "") -> None:
+        """Draw a bar for each tensor and width into an image file; needs matplotlib.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        save(self.figure(title=title), path)
+
+    def figure(self, *, title: str = "") -> object:
+        """Return a figure with a bar for each tensor and width: the change from float; needs matplotlib."""
+        names = list(dict.fromkeys((row.kind, row.name) for row in self.rows))
+        widths = sorted({row.bits for row in self.rows}, reverse=True)
+        figure = new_figure(8, 1.2 + 0.16 * len(names) * (len(widths) + 1))
+        axes = figure.subplots()
+        for i, width in enumerate(widths):
+            shown = [row for row in self.rows if row.bits == width]
+            places = [names.index((r.kind, r.name)) + (i + 0.5) / (len(widths) + 1) for r in shown]
+            changes = [r.value - self.float_value for r in shown]
+            axes.barh(places, changes, 0.9 / (len(widths) + 1), label=f"{width} bits")
+        axes.axvline(0, color="black", linewidth=0.8)
+        labels = [f"{name} ({'weight' if kind == 'w' else 'activation'})" for kind, name in names]
+        axes.set_yticks(
+            [i + 0.5 * len(widths) / (len(widths) + 1) for i in range(len(names))], labels, fontsize=8
+        )
+        axes.set_ylim(len(names), 0)
+        axes.set_xlabel("change from float, this tensor alone quantized")
+        axes.set_title(title, fontsize=11)
+        axes.legend(fontsize=8)
+        tidy(axes)
+        return figure
+
+
+def sensitivity(
+    model: nn.Module,
+    evaluate: Callable[[nn.Module], float],
+    *,
+    w: Sequence[int] = (4,),
+    a: Sequence[int] = (4,),
+    progress: bool = True,
+) -> Sensitivity:
+    """Evaluate a model with one tensor quantized and all others in float, for each tensor and width.
+
+    Args:
+        model: a converted, calibrated model, in the mode in which it is to be evaluated.
+        evaluate: takes the model and returns one number.
+        w: widths of the weights to try; empty to leave weights out.
+        a: widths of the activations to try, likewise.
+        progress: show a progress bar where there is a terminal and rich is installed.
+
+    Returns:
+        A row for each tensor and width. The model's widths are as they were.
+
+    Raises:
+        TypeError: a width is not an int.
+        ValueError: a width is out of range.
+        RuntimeError: an activation has no range yet.
+    """
+    for kind, widths in (("w", w), ("a", a)):
+        for width in widths:
+            if width is None:
+                raise TypeError(f"sensitivity: {kind}: float is always evaluated, give numbers of bits")
+            check_width(f"sensitivity: {kind}", width)
+    trials = [("w", name, b) for name in named_layers(model) for b in w]
+    trials += [("a", name, b) for name in named_quantizers(model) for b in a]
+    with bits(model, w=None, a=None):
+        value = float(evaluate(model))
+        rows = []
+        for kind, name, width in track(trials, "sensitivity", show=progress):
+            one = {name: width}
+            with bits(model, w=one if kind == "w" else {}, a=one if kind == "a" else {}):
+                rows.append(SensitivityRow(kind, name, width, float(evaluate(model))))
+    return Sensitivity(rows, value)

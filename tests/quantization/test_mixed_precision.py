@@ -1,0 +1,123 @@
+"""The search against all choices there are, where the truth is known; and its budget."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import gradl1_fast as gl
+from gradl1_fast.quantization.bits import widths_of
+from tests.networks import NO_NORM, VGG
+
+CHOICES = (8, 4, 2)
+FACTORS = {"0": 5.0, "3": 1.0, "7": 3.0, "12": 0.1, "14": 20.0}
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    model = gl.convert(VGG.make().eval())
+    gl.calibrate(model, [VGG.batch()])
+    return model
+
+
+def loss(model: nn.Module) -> float:
+    """Return a sum over layers of what rounding costs: separable, and convex in the bits of each."""
+    return sum(FACTORS[name] * 4.0 ** -(bits or 16) for name, bits in widths_of(model)[0].items())
+
+
+def all_choices() -> list[tuple[float, float]]:
+    """Return cost and loss of each of the 3**5 choices."""
+    weights = gl.costs(gl.convert(VGG.make())).weights
+    return [
+        (
+            sum(weights[n] * b for n, b in zip(FACTORS, widths, strict=True)) / 8,
+            sum(f * 4.0**-b for f, b in zip(FACTORS.values(), widths, strict=True)),
+        )
+        for widths in itertools.product(CHOICES, repeat=len(FACTORS))
+    ]
+
+
+def test_no_other_choice_betters_a_point_of_the_path(model: nn.Module) -> None:
+    plan = gl.search(model, loss, size=500, choices=CHOICES, higher_is_better=False)
+    front = plan.pareto()
+    assert len(front) > 6
+    for point in front:
+        if not point.uniform:
+            assert not any(c <= point.cost and v < point.value * (1 - 1e-12) for c, v in all_choices())
+    assert [p.cost for p in front] == sorted((p.cost for p in front), reverse=True)
+    assert [p.value for p in front] == sorted(p.value for p in front)
+
+
+@pytest.mark.parametrize("budget", [400.0, 500.0, 700.0])
+def test_the_best_keeps_the_budget_and_beats_one_width_for_all(model: nn.Module, budget: float) -> None:
+    gl.set_bits(model, w=None, a=6)
+    plan = gl.search(model, loss, size=budget, choices=CHOICES, higher_is_better=False)
+    assert plan.best.cost <= budget
+    assert plan.best.value == min(p.value for p in plan.points if p.cost <= budget)
+    assert plan.best.value < min(p.value for p in plan.points if p.uniform and p.cost <= budget)
+    assert set(widths_of(model)[0].values()) == {None}
+    plan.apply(model)
+    weights, activations = widths_of(model)
+    assert weights == plan.best.w
+    assert set(activations.values()) == {6}
+    assert loss(model) == plan.best.value
+    counted = gl.costs(model)
+    assert counted.size(weights) == plan.best.cost
+
+
+def test_operations_on_bits_choose_activations_too() -> None:
+    model = gl.convert(NO_NORM.make().eval())
+    gl.calibrate(model, [NO_NORM.batch()])
+    x, y = NO_NORM.batch()
+
+    def accuracy(model: nn.Module) -> float:
+        with torch.no_grad():
+            return -float(nn.functional.cross_entropy(model(x), y))
+
+    counted = gl.costs(model, x)
+    w, a = widths_of(model)
+    budget = counted.bit_operations(dict.fromkeys(w, 5), dict.fromkeys(a, 5))
+    plan = gl.search(model, accuracy, bit_operations=budget, example=x, choices=(8, 4, 2))
+    assert plan.best.a.keys() == a.keys()
+    assert counted.bit_operations(plan.best.w, plan.best.a) == plan.best.cost <= budget
+    assert len(set(plan.best.w.values()) | set(plan.best.a.values())) > 1
+    with gl.bits(model, w=plan.best.w, a=plan.best.a):
+        assert accuracy(model) == plan.best.value
+    assert set(widths_of(model)[1].values()) == {None}
+
+
+def test_text_and_picture(model: nn.Module, tmp_path: Path) -> None:
+    plan = gl.search(model, loss, size=500, choices=CHOICES, higher_is_better=False)
+    text = str(plan)
+    assert "pareto best within the budget" in text
+    assert "budget: 500 bytes" in text
+    assert f"w 0: {plan.best.w['0']}" in text
+    pytest.importorskip("matplotlib", reason="plots need matplotlib")
+    plan.plot(tmp_path / "p.png", title="a title")
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+
+
+WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({}, ValueError, "give one budget"),
+    ({"size": 1.0, "bit_operations": 1.0}, ValueError, "give one budget"),
+    ({"bit_operations": 1e9}, ValueError, "needs an example"),
+    ({"size": 3.0}, ValueError, r"the narrowest choice costs 282 bytes, the budget is 3"),
+    ({"size": float("nan")}, ValueError, "budget must be finite"),
+    ({"size": "1"}, TypeError, "budget must be a number"),
+    ({"size": 1e6, "choices": ()}, ValueError, "choices is empty"),
+    ({"size": 1e6, "choices": (8, 17)}, ValueError, "choices .*must be from 1 to 16"),
+    ({"size": 1e6, "choices": (None,)}, TypeError, "numbers of bits, got None"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "error", "message"), WRONG)
+def test_what_makes_no_search_is_refused_before_the_work(
+    model: nn.Module, wrong: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        gl.search(model, lambda m: pytest.fail("evaluated"), **wrong)

@@ -11,6 +11,7 @@ from gradl1_fast.nn import BatchNormAct2d, QConv1d, QConv2d, QConv3d, QLinear, c
 from gradl1_fast.penalty import GradL1
 from gradl1_fast.quantization import (
     Costs,
+    Equalization,
     Folding,
     Plan,
     Sensitivity,
@@ -18,7 +19,9 @@ from gradl1_fast.quantization import (
     bits,
     calibrate,
     calibrate_weights,
+    correct_bias,
     costs,
+    equalize,
     fold_batch_norm,
     load_any_bit,
     load_ranges,
@@ -35,6 +38,7 @@ from gradl1_fast.quantization import (
 __all__ = [
     "BatchNormAct2d",
     "Costs",
+    "Equalization",
     "Folding",
     "GradL1",
     "Plan",
@@ -50,7 +54,9 @@ __all__ = [
     "calibrate",
     "calibrate_weights",
     "convert",
+    "correct_bias",
     "costs",
+    "equalize",
     "fold_batch_norm",
     "functional",
     "load_any_bit",

@@ -2,9 +2,11 @@
 
 from gradl1_fast.quantization import ranges
 from gradl1_fast.quantization.any_bit import load_any_bit, save_any_bit
+from gradl1_fast.quantization.bias_correction import correct_bias
 from gradl1_fast.quantization.bits import bits, set_bits
 from gradl1_fast.quantization.calibration import calibrate, calibrate_weights
 from gradl1_fast.quantization.costs import Costs, costs
+from gradl1_fast.quantization.equalization import Equalization, equalize
 from gradl1_fast.quantization.folding import Folding, fold_batch_norm
 from gradl1_fast.quantization.mixed_precision import Plan, search
 from gradl1_fast.quantization.ranges_file import load_ranges, save_ranges
@@ -14,6 +16,7 @@ from gradl1_fast.quantization.tracking import track_ranges
 
 __all__ = [
     "Costs",
+    "Equalization",
     "Folding",
     "Plan",
     "Sensitivity",
@@ -21,7 +24,9 @@ __all__ = [
     "bits",
     "calibrate",
     "calibrate_weights",
+    "correct_bias",
     "costs",
+    "equalize",
     "fold_batch_norm",
     "load_any_bit",
     "load_ranges",

@@ -1,0 +1,98 @@
+"""Bias correction: what rounding a weight adds to the mean of each output channel is taken off its bias."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from gradl1_fast.nn.converted import copy_model
+from gradl1_fast.nn.layers import QLinear, QuantizedLayer
+from gradl1_fast.nn.sites import named_layers
+from gradl1_fast.quantization._modes import evaluation, run
+from gradl1_fast.quantization.bits import Widths, bits, widths_of
+
+__all__ = ["correct_bias"]
+
+
+class _Shift:
+    """Mean over all examples and places of what quantizing a layer's weight adds to each output channel."""
+
+    def __init__(self, bits: int) -> None:
+        self.bits = bits
+        self.total: Tensor | None = None
+        self.count = 0
+
+    def __call__(self, layer: Any, args: tuple[Tensor, ...], y: Tensor) -> None:
+        quantizer = layer.weight_quantizer
+        quantizer.bits = self.bits
+        try:
+            difference = (layer.forward(*args) - y).double()
+        finally:
+            quantizer.bits = None
+        if not isinstance(layer, QLinear):
+            channel = 1 if difference.dim() == layer.weight.dim() else 0
+            difference = difference.movedim(channel, -1)
+        rows = difference.reshape(-1, len(layer.weight))
+        self.total = rows.sum(0) if self.total is None else self.total + rows.sum(0)
+        self.count += len(rows)
+
+    def mean(self, name: str) -> Tensor:
+        if self.total is None or not self.count:
+            raise RuntimeError(f"correct_bias: no value reached the layer {name!r}")
+        shift = self.total / self.count
+        if not bool(shift.isfinite().all()):
+            raise ValueError(f"correct_bias: the input or the weight of {name!r} holds NaN or infinity")
+        return shift
+
+
+def correct_bias(model: nn.Module, batches: Iterable[Any], *, w: Widths) -> nn.Module:
+    """Return a model whose biases make up for the quantization of its weights at given widths.
+
+    Rounding a weight moves the mean of each output channel by ``E[(W_hat - W) x]``. That is measured layer
+    by layer, on the inputs of the float network, in one pass over the data, and taken off the bias. The
+    biases then fit these widths and no others; weights are shared with the model, which stays as it is. A
+    layer without a bias gets one.
+
+    Args:
+        model: a converted model, usually with its batch norms folded, which would take a shift back in
+            training, but not in evaluation.
+        batches: as of :func:`gradl1_fast.calibrate`.
+        w: bits of the weights, as of :func:`gradl1_fast.set_bits`. Layers at float keep their bias.
+
+    Returns:
+        A new model, with the widths of ``model``.
+
+    Raises:
+        TypeError: a width is not an int or None.
+        ValueError: there is no batch, a width or name is wrong, or the data hold NaN or infinity; the
+            message names the layer.
+        RuntimeError: a layer was never reached.
+
+    Source: Nagel et al. 2019, arXiv 1906.04721, section 4.2, with measured means.
+    """
+    result = copy_model(model)
+    with bits(result, w=w, a={}):
+        widths = widths_of(result)[0]
+    layers = {name: layer for name, layer in named_layers(result).items() if widths[name] is not None}
+    shifts = {name: _Shift(int(widths[name] or 0)) for name in layers}
+    with _hooks(layers, shifts), evaluation(result):
+        run(result, batches, "correct_bias")
+    means = {name: shift.mean(name) for name, shift in shifts.items()}
+    for name, layer in layers.items():
+        before = layer.weight.new_zeros(()) if layer.bias is None else layer.bias.detach()
+        corrected = (before.double() - means[name]).to(layer.weight.dtype)
+        layer.bias = nn.Parameter(corrected, requires_grad=layer.weight.requires_grad)
+    return result
+
+
+@contextlib.contextmanager
+def _hooks(layers: Mapping[str, QuantizedLayer], shifts: Mapping[str, _Shift]) -> Iterator[None]:
+    hooks = [layer.register_forward_hook(shifts[name]) for name, layer in layers.items()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,0 +1,95 @@
+"""Corrected biases: the mean of each output channel is that of the float layer, to rounding."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import gradl1_fast as gl
+from tests.networks import RESNET, VGG, Network
+
+
+def folded(network: Network) -> nn.Module:
+    model = gl.convert(network.make().eval())
+    return gl.fold_batch_norm(model).model
+
+
+def batches(network: Network) -> list[Tensor]:
+    x = network.batch()[0]
+    return [x, 2 * x[:3]]  # of unequal sizes: the mean is over all examples
+
+
+def rounded(weight: Tensor, bits: int) -> Tensor:
+    scale = weight.abs().max() / (2 ** (bits - 1) - 1)
+    return (weight / scale).round() * scale
+
+
+@pytest.mark.parametrize("network", [VGG, RESNET], ids=lambda n: n.id)
+def test_the_mean_of_each_channel_is_that_of_the_float_layer(network: Network) -> None:
+    model = folded(network)
+    inputs: dict[str, list[Tensor]] = {}
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, gl.nn.QuantizedLayer)}
+    hooks = [
+        m.register_forward_pre_hook(lambda _, args, n=n: inputs.setdefault(n, []).append(args[0].detach()))
+        for n, m in layers.items()
+    ]
+    for x in batches(network):
+        model(x)
+    for hook in hooks:
+        hook.remove()
+    corrected = gl.correct_bias(model, batches(network), w=3)
+    for name, layer in layers.items():
+        new = corrected.get_submodule(name)
+        assert new.weight is layer.weight
+        w = layer.weight.detach()
+        difference = [
+            apply(layer, x, rounded(w, 3), new.bias) - apply(layer, x, w, layer.bias) for x in inputs[name]
+        ]
+        assert max(float(d.abs().max()) for d in difference) > 1e-2
+        rows = torch.cat([d.movedim(1, -1).reshape(-1, len(w)) for d in difference])
+        torch.testing.assert_close(rows.mean(0), torch.zeros(len(w), dtype=torch.float64), rtol=0, atol=1e-12)
+
+
+def apply(layer: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    bias = None if bias is None else bias.detach()
+    if isinstance(layer, nn.Linear):
+        return F.linear(x, weight, bias)
+    return F.conv2d(x, weight, bias, layer.stride, layer.padding, layer.dilation, layer.groups)
+
+
+def test_the_model_stays_and_the_network_loses_less() -> None:
+    model = folded(VGG)
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    corrected = gl.correct_bias(model, batches(VGG), w=3)
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    x = torch.cat(batches(VGG))
+    exact = model(x).detach()
+    shifts = []
+    for candidate in (model, corrected):
+        with gl.bits(candidate, w=3, a={}):
+            shifts.append(float((candidate(x).detach() - exact).mean(0).norm()))
+    assert shifts[1] < 0.7 * shifts[0]
+
+
+def test_layers_at_float_and_without_bias() -> None:
+    plain = gl.convert(nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.ReLU(), nn.Conv2d(4, 2, 3)))
+    x = torch.randn(2, 3, 8, 8)
+    corrected = gl.correct_bias(plain, [x], w={"0": 2})
+    assert corrected.get_submodule("0").bias.shape == (4,)
+    assert corrected.get_submodule("2").bias is plain.get_submodule("2").bias
+    assert gl.correct_bias(plain, [x], w=None).get_submodule("0").bias is None
+    assert {m.bits for m in corrected.modules() if isinstance(m, gl.nn.WeightQuantizer)} == {None}
+
+
+def test_bad_data_are_named() -> None:
+    model = folded(VGG)
+    bad = VGG.batch()[0].clone()
+    bad[0] = float("nan")
+    with pytest.raises(ValueError, match="correct_bias: the input or the weight of '0' holds NaN"):
+        gl.correct_bias(model, [bad], w=4)
+    with pytest.raises(ValueError, match="correct_bias: got no batches"):
+        gl.correct_bias(model, [], w=4)
+    with pytest.raises(ValueError, match="there is no 'x'"):
+        gl.correct_bias(model, [bad], w={"x": 4})

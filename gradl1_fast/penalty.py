@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -306,6 +307,14 @@ def _no_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
 
 
 def _check_model(penalty: GradL1) -> None:
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # whoever wraps a model by it has imported it
+    if fsdp is not None and any(
+        isinstance(m, fsdp.FullyShardedDataParallel) for m in penalty.model.modules()
+    ):
+        raise ValueError(
+            "GradL1: FullyShardedDataParallel rules out gradients of gradients: it frees weights between the "
+            "two backward passes; use DistributedDataParallel"
+        )
     if penalty.lambda_w and not penalty.layers:
         raise ValueError("GradL1: the model has no quantizable layer; call gradl1_fast.convert first")
     if penalty.lambda_a and not penalty.sites:

@@ -164,7 +164,8 @@ def _resumed(folder: Path, given: dict[str, Any]) -> Config:
     allowed = ("recipe", "out", "resume", "dry_run", "device")
     changed = [name for name, value in given.items() if value is not None and name not in allowed]
     if changed:
-        names = ", ".join("--" + name.replace("_", "-") for name in changed)
+        flags = ["lambda" if name == "coefficient" else name.replace("_", "-") for name in changed]
+        names = ", ".join(f"--{flag}" for flag in flags)
         raise ValueError(f"a run is resumed as it was configured, without {names}")
     file = Folder(folder).config
     if not file.is_file():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
 from typing import Any
 
 from torch import fx, nn
@@ -56,17 +55,22 @@ class _Part(nn.Module):
     def _contexts(
         self,
     ) -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
-        return contextlib.nullcontext(), _statistics_kept(self.inside)
+        return contextlib.nullcontext(), _StatisticsKept(self.inside)
 
 
-@contextlib.contextmanager
-def _statistics_kept(module: nn.Module) -> Iterator[None]:
-    """Let batch norms normalise by the batch without a change of their running statistics."""
-    norms = [m for m in module.modules() if isinstance(m, _NORMALISATIONS) and m.track_running_stats]
-    for norm in norms:
-        norm.track_running_stats = False
-    try:
-        yield
-    finally:
-        for norm in norms:
+class _StatisticsKept:
+    """Lets batch norms normalise by the batch without a change of their running statistics.
+
+    It can be entered again: gradients of gradients compute the activations once more.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.norms = [m for m in module.modules() if isinstance(m, _NORMALISATIONS) and m.track_running_stats]
+
+    def __enter__(self) -> None:
+        for norm in self.norms:
+            norm.track_running_stats = False
+
+    def __exit__(self, *_: object) -> None:
+        for norm in self.norms:
             norm.track_running_stats = True

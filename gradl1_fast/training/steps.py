@@ -46,11 +46,12 @@ class EagerGradients:
         self.dtype = _TYPES.get(config.training.precision)
 
     def loss(self, batch: Batch) -> Tensor:
-        """Return the mean loss of a batch, with its graph, in float32."""
+        """Return the mean loss of a batch, with its graph, in float32 at least."""
         x, y = batch
         with self._autocast(x.device.type):
             logits = self.model(x)
-        return F.cross_entropy(logits.float(), y, label_smoothing=self.smoothing)
+        wide = logits if self.dtype is None else logits.float()
+        return F.cross_entropy(wide, y, label_smoothing=self.smoothing)
 
     def __call__(self, objective: Objective, parts: Sequence[Batch], scaler: torch.amp.GradScaler) -> Terms:
         """See :class:`Gradients`. Ranks exchange their gradients once, after the last part."""

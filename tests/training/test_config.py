@@ -58,8 +58,7 @@ def test_each_recipe_is_a_configuration(name):
 
 
 def test_the_recipe_for_digits_is_the_default():
-    assert Config.read(config.recipe("digits")).training == Config().training
-    assert Config.read(config.recipe("digits")).penalty == Config().penalty
+    assert Config.read(config.recipe("digits")) == Config()
 
 
 @pytest.mark.parametrize(

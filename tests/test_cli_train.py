@@ -1,0 +1,236 @@
+"""``gradl1 train``, as a user types it."""
+
+import csv
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from gradl1_fast.cli import app
+from gradl1_fast.training import config, runs
+from gradl1_fast.training.config import Config
+
+WIDE = {"COLUMNS": "160", "TERM": "dumb", "NO_COLOR": "1"}
+QUICK = ["--epochs", "2", "--penalty-epochs", "1", "--width", "4", "--batch-size", "200", "--device", "cpu"]
+
+
+def gradl1(*args):
+    return CliRunner(env=WIDE).invoke(app, [str(arg) for arg in args])
+
+
+def configured(*args):
+    result = gradl1("train", "--dry-run", *args)
+    assert result.exit_code == 0, result.output
+    return config.toml.from_dict(Config, config.toml._parser().loads(result.output), "printed")
+
+
+def refused(*args):
+    result = gradl1("train", *args)
+    assert result.exit_code == 1, result.output
+    return result.output
+
+
+def test_help_teaches_by_examples():
+    output = gradl1("train", "--help").output
+    assert "gradl1 train --recipe fashion-mnist" in output
+    assert "gradl1 train --resume" in output
+    assert "torchrun" in output
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "one"
+    result = gradl1("train", *QUICK, "--out", folder)
+    assert result.exit_code == 0, result.output
+    return folder, result.output
+
+
+def test_a_run_leaves_everything_in_its_folder(finished):
+    folder, output = finished
+    names = {path.name for path in folder.iterdir()}
+    assert names >= {
+        *("config.toml", "metrics.csv", "log.txt", "weights.safetensors", "ranges.safetensors"),
+        *("checkpoint", "report.html"),
+    }
+    assert "digits_net on digits" in output
+    assert str(folder / "report.html") in output
+    assert runs.load(folder).config.training.epochs == 2
+    rows = list(csv.DictReader((folder / "metrics.csv").open()))
+    assert [row["epoch"] for row in rows] == ["1", "2"]
+    assert float(rows[0]["penalty"]) == 0 < float(rows[1]["penalty"])
+    assert "epoch 2 of 2" in (folder / "log.txt").read_text()
+
+
+def test_the_report_is_whole(finished):
+    page = (finished[0] / "report.html").read_text()
+    assert page.count("data:image/svg+xml") == 3
+    for word in (
+        "Accuracy over widths",
+        "Loss and penalty",
+        "penalty.settings.lambda_w",
+        "torch",
+        "0.weight",
+    ):
+        assert word in page
+
+
+def test_a_finished_run_may_be_resumed_and_says_the_same(finished):
+    before = (finished[0] / "metrics.csv").read_text()
+    result = gradl1("train", "--resume", finished[0], "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    assert (finished[0] / "metrics.csv").read_text() == before
+    accuracies = [
+        re.findall(r"\d+\.\d\d", text.split("equal bits")[1]) for text in (finished[1], result.output)
+    ]
+    assert accuracies[0] == accuracies[1]
+
+
+def test_a_folder_with_a_run_is_not_written_over(finished):
+    assert "holds a run already" in refused("--out", finished[0])
+
+
+def test_nothing_to_resume(tmp_path):
+    assert "no run to resume" in refused("--resume", tmp_path)
+
+
+def test_a_resumed_run_is_not_changed(finished):
+    output = refused("--resume", finished[0], "--epochs", "3", "--lambda", "1")
+    assert "without --epochs, --lambda" in output
+
+
+def test_a_damaged_configuration_is_named(tmp_path):
+    (tmp_path / "config.toml").write_text("[training]\nepoch = 3\n")
+    output = refused("--resume", tmp_path)
+    assert "unknown key 'epoch'" in output
+    assert "config.toml" in output
+
+
+def test_without_options_the_defaults():
+    assert configured() == Config()
+
+
+@pytest.mark.parametrize("name", config.recipes())
+def test_a_recipe_by_name(name):
+    assert configured("--recipe", name) == Config.read(config.recipe(name))
+
+
+OPTIONS = {
+    "--data-set cifar10": ("data", "name", "cifar10"),
+    "--data /d": ("data", "folder", "/d"),
+    "--size 64": ("data", "size", 64),
+    "--flip": ("data", "flip", True),
+    "--crop 2": ("data", "crop", 2),
+    "--model resnet18": ("model", "name", "resnet18"),
+    "--width 9": ("model", "width", 9),
+    "--stem imagenet": ("model", "stem", "imagenet"),
+    "--per-channel": ("model", "per_channel", True),
+    "--optimizer sgd": ("optimizer", "name", "sgd"),
+    "--learning-rate 0.5": ("optimizer", "learning_rate", 0.5),
+    "--momentum 0.5": ("optimizer", "momentum", 0.5),
+    "--weight-decay 0.5": ("optimizer", "weight_decay", 0.5),
+    "--warmup-epochs 3": ("optimizer", "warmup_epochs", 3),
+    "--epochs 12": ("training", "epochs", 12),
+    "--batch-size 64": ("training", "batch_size", 64),
+    "--accumulate 2": ("training", "accumulate", 2),
+    "--label-smoothing 0.1": ("training", "label_smoothing", 0.1),
+    "--ema 0.9": ("training", "ema", 0.9),
+    "--seed 4": ("training", "seed", 4),
+    "--precision bfloat16": ("training", "precision", "bfloat16"),
+    "--checkpointing": ("training", "checkpointing", True),
+    "--compile": ("training", "compile", True),
+    "--cuda-graph": ("training", "cuda_graph", True),
+    "--checkpoint-steps 7": ("training", "checkpoint_steps", 7),
+    "--method plain": ("penalty", "method", "plain"),
+    "--penalty-epochs 3": ("penalty", "epochs", 3),
+    "--penalty-from 20": ("penalty", "epochs", 1),
+    "--penalty-warmup 2": ("penalty", "warmup_epochs", 2),
+    "--lambda 0.5": ("penalty", "settings", {"lambda_w": 0.5, "lambda_a": 0.5, "scale": "step"}),
+    "--scale none": ("penalty", "settings", {"lambda_w": 0.1, "lambda_a": 0.1, "scale": "none"}),
+    "--every 2": ("penalty", "settings", {"lambda_w": 0.1, "lambda_a": 0.1, "scale": "step", "every": 2}),
+    "--method defensive --setting beta=0.002": ("penalty", "settings", {"beta": 0.002}),
+    "--method gradl1 --setting method=finite_difference": (
+        "penalty",
+        "settings",
+        {"lambda_w": 0.1, "lambda_a": 0.1, "scale": "step", "method": "finite_difference"},
+    ),
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_an_option_changes_its_value_and_no_other(options):
+    section, field, value = OPTIONS[options]
+    found, expected = config.toml.to_dict(configured(*options.split())), config.toml.to_dict(Config())
+    assert found[section].pop(field) == value
+    expected[section].pop(field, None)
+    if "--method defensive" in options:
+        found["penalty"].pop("method")
+        expected["penalty"].pop("method")
+    if options == "--method plain":
+        found["penalty"].pop("settings")
+        expected["penalty"].pop("settings")
+    assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--recipe", "mnist"], "recipe must be one of"),
+        (["--recipe", "missing.toml"], "missing.toml"),
+        (["--epochs", "0"], "epochs must be 1 or more"),
+        (["--epochs", "5"], "penalty.epochs must be at most training.epochs, 5, got 10"),
+        (["--method", "lasso"], "objective must be one of"),
+        (["--setting", "beta"], "a setting is written NAME=VALUE, got 'beta'"),
+        (["--setting", "beta=1"], "its settings are lambda_w"),
+        (["--penalty-from", "30"], "--penalty-from must be from 1 to 20"),
+        (["--penalty-from", "3", "--penalty-epochs", "3"], "exclude each other"),
+        (["--data-set", "mnist"], "data must be one of"),
+        (["--data-set", "cifar10"], "Get CIFAR-10"),
+        (["--model", "lenet"], "model must be one of"),
+        (["--cuda-graph", "--device", "cpu"], "cuda_graph needs an NVIDIA GPU"),
+        (["--device", "gpu"], "device must be cpu, cuda or cuda:N"),
+    ],
+)
+def test_a_mistake_is_said_in_one_sentence(args, message, tmp_path):
+    output = refused(*args, "--out", tmp_path / "run")
+    assert message in output
+    assert "Traceback" not in output
+    assert not (tmp_path / "run" / "config.toml").exists()
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    output = refused(*QUICK, "--out", tmp_path / "file" / "run")
+    assert str(tmp_path / "file") in output
+
+
+@pytest.mark.parametrize("missing", ["safetensors", "matplotlib.figure"])
+def test_a_missing_package_is_named_before_the_work(missing, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, missing, None)
+    assert "pip install" in refused(*QUICK, "--out", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_tensorboard_it_says_so_and_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    result = gradl1("train", *QUICK, "--epochs", "1", "--out", tmp_path / "run")
+    assert result.exit_code == 0, result.output
+    assert "no events for TensorBoard" in (tmp_path / "run" / "log.txt").read_text()
+    assert not (tmp_path / "run" / "tensorboard").exists()
+
+
+def test_torchrun_trains_with_two_processes(tmp_path):
+    root = Path(__file__).parents[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "gradl1_fast", "train", *QUICK, "--epochs", "1", "--out", str(tmp_path / "run")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        command, cwd=root, env=environment, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("Report:") == 1
+    assert (tmp_path / "run" / "log.txt").read_text().count("epoch 1 of 1") == 1
+    assert runs.load(tmp_path / "run").config.training.batch_size == 200

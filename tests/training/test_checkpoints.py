@@ -1,0 +1,177 @@
+"""Checkpoints: only whole ones count, and a hostile or damaged one is named and never executed."""
+
+import os
+import pickle
+
+import pytest
+import torch
+
+import gradl1_fast as gl
+from gradl1_fast.training import checkpoints
+from gradl1_fast.training.config import Config, Penalty, Training
+from gradl1_fast.training.data import digits
+from gradl1_fast.training.models import digits_net
+from gradl1_fast.training.trainer import Trainer
+
+DATA = tuple(part[:60] for part in digits(0).train)
+
+
+def trainer(precision="float32"):
+    torch.manual_seed(0)
+    settings = Config(
+        training=Training(2, 20, ema=0.5, precision=precision),
+        penalty=Penalty("gradl1", 1, 0, {"lambda_w": 0.1}),
+    )
+    return Trainer(gl.convert(digits_net(4)), DATA, settings)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    made = trainer()
+    made.run_epoch()
+    made.next_epoch()
+    checkpoints.save(tmp_path, made, made.state_dict(), [])
+    return tmp_path
+
+
+def test_the_newest_one_stays_alone(folder):
+    made = trainer()
+    checkpoints.load(checkpoints.latest(folder), made)
+    made.run_epoch()
+    checkpoints.save(folder, made, made.state_dict(), [])
+    assert [path.name for path in folder.iterdir()] == ["step-000000000006"]
+    assert checkpoints.latest(folder).name == "step-000000000006"
+
+
+def test_what_a_kill_left_half_written_does_not_count(folder):
+    (folder / ".partial").mkdir()
+    (folder / ".partial" / "state.pt").write_bytes(b"half")
+    assert checkpoints.latest(folder).name == "step-000000000003"
+    made = trainer()
+    checkpoints.load(checkpoints.latest(folder), made)
+    made.run_epoch()
+    checkpoints.save(folder, made, made.state_dict(), [])
+    assert [path.name for path in folder.iterdir()] == ["step-000000000006"]
+
+
+def test_there_is_none_at_first(tmp_path):
+    assert checkpoints.latest(tmp_path) is None
+    assert checkpoints.latest(tmp_path / "nowhere") is None
+
+
+class Hostile:
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.target),)
+
+
+@pytest.mark.parametrize("raw", [True, False])
+def test_a_hostile_checkpoint_executes_nothing(raw, folder, tmp_path):
+    file, target = checkpoints.latest(folder) / "state.pt", tmp_path / "made"
+    if raw:
+        file.write_bytes(pickle.dumps(Hostile(target)))
+    else:
+        state = torch.load(file, weights_only=True)
+        torch.save({**state, "epoch": Hostile(target)}, file)
+    with pytest.raises(ValueError, match=r"state.pt: not a whole file of tensors and numbers"):
+        checkpoints.load(file.parent, trainer())
+    assert not target.exists()
+
+
+def put(*path, value):
+    """Return a way to damage a state: the entry at a path is replaced."""
+
+    def damage(state):
+        inner = state
+        for key in path[:-1]:
+            inner = inner[key]
+        inner[path[-1]] = value
+
+    return damage
+
+
+def drop(key):
+    return lambda state: state.pop(key)
+
+
+DAMAGES = {
+    "missing": (drop("order"), "missing entries: order"),
+    "unknown": (put("extra", value=1), "unknown entries: extra"),
+    "epoch type": (put("epoch", value=1.0), "entry 'epoch' must be a whole number from 0 to 2, got 1.0"),
+    "epoch": (put("epoch", value=3), "entry 'epoch' must be a whole number from 0 to 2, got 3"),
+    "step": (put("step", value=-1), "entry 'step' must be a whole number from 0 to 3, got -1"),
+    "order": (put("order", value=torch.ones(3)), "entry 'order' must be torch.uint8"),
+    "order kind": (put("order", value=[1]), "entry 'order' must be torch.uint8 of shape .* got \\[1\\]"),
+    "no dictionary": (put("seen", value=3), "entry 'seen' must be a dictionary, got int"),
+    "average": (
+        put("average", "0.weight", value=torch.ones(2)),
+        "entry 'average.0.weight' must be torch.float32",
+    ),
+    "average nan": (
+        put("average", "0.weight", value=torch.full((4, 1, 3, 3), torch.nan)),
+        "entry 'average.0.weight' holds NaN or infinity",
+    ),
+    "momentum": (
+        put("optimizer", "state", 0, "exp_avg", value=torch.ones(5)),
+        "optimizer.state.0.exp_avg' must have",
+    ),
+    "momentum inf": (
+        put("optimizer", "state", 0, "exp_avg", value=torch.full((4, 1, 3, 3), torch.inf)),
+        "entry 'optimizer.state.0.exp_avg' holds NaN",
+    ),
+    "parameter": (put("optimizer", "state", 99, value={}), "speaks of parameter 99"),
+    "rate": (put("optimizer", "param_groups", 0, "lr", value=float("nan")), "param_groups.0.lr' holds NaN"),
+    "groups": (put("optimizer", "param_groups", value=[]), "does not fit this training"),
+    "schedule": (put("schedule", value={}), "missing entries: schedule."),
+    "random": (put("random", value=[]), "written by 0 ranks, not 1"),
+    "random state": (put("random", value=[{"cpu": torch.ones(3)}]), "does not fit this training"),
+    "objective": (put("objective", "name", value="l2"), "objective is 'l2'"),
+    "rows": (drop("rows"), "missing entries: rows"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_a_damaged_state_is_named_with_its_entry(kind, folder):
+    damage, message = DAMAGES[kind]
+    file = checkpoints.latest(folder) / "state.pt"
+    state = torch.load(file, weights_only=True)
+    damage(state)
+    torch.save(state, file)
+    with pytest.raises(ValueError, match=message) as error:
+        checkpoints.load(file.parent, trainer())
+    assert str(error.value).startswith(str(file))
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"x" * 100])
+def test_a_file_of_something_else_is_named(content, folder):
+    file = checkpoints.latest(folder) / "state.pt"
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match="not a whole file"):
+        checkpoints.load(file.parent, trainer())
+
+
+@pytest.mark.parametrize("cut", [1, 100, 5000])
+def test_a_cut_file_is_named(cut, folder):
+    path = checkpoints.latest(folder)
+    for name in ("state.pt", "weights.safetensors"):
+        content = (path / name).read_bytes()
+        (path / name).write_bytes(content[:-cut])
+        with pytest.raises(ValueError, match=name):
+            checkpoints.load(path, trainer())
+        (path / name).write_bytes(content)
+
+
+def test_no_dictionary(folder):
+    file = checkpoints.latest(folder) / "state.pt"
+    torch.save([1], file)
+    with pytest.raises(ValueError, match="must hold a dictionary, got list"):
+        checkpoints.load(file.parent, trainer())
+
+
+def test_weights_of_another_network_are_refused(folder):
+    torch.manual_seed(0)
+    other = Trainer(gl.convert(digits_net(5)), DATA, trainer().config)
+    with pytest.raises(ValueError, match="entry"):
+        checkpoints.load(checkpoints.latest(folder), other)

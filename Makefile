@@ -53,8 +53,8 @@ format: $(READY)  ## put the code into the form that lint asks for
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-bench: $(BUILT)  ## time and memory of a training step on this machine's CPU
-	$(VENV)/bin/python -m bench.step $(ARGS)
+bench: $(BUILT)  ## measure operations and training steps beside their peers; ARGS="step --smoke" for a first look
+	$(VENV)/bin/gradl1 bench $(ARGS)
 
 # Uses the python at hand and installs nothing. The benchmark runs even when a test fails; either failure counts.
 gpu:  ## all that needs a GPU: its tests, then the measurements, into OUT (default bench/results)

@@ -1,37 +1,28 @@
-"""The training step on a GPU: networks, types and layouts, written beside the environment.
+"""All steps and operations on a GPU, with the Python at hand: nothing but PyTorch is needed.
 
     python -m bench.gpu --out results
 
-Writes ``<out>/<device>/step.json``. Takes a few minutes; needs a CUDA device.
+Writes ``<out>/<device>/step`` and ``<out>/<device>/ops``; the same as ``gradl1 bench --device cuda``, with
+TF32 besides.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench.step import measure, print_rows, resnet_setting
-from gradl1_fast import _environment
-
-NETWORKS = {
-    "ResNet-18, CIFAR size": {"width": 64, "batch": 256, "size": 32},
-    "ResNet-18, ImageNet size": {"width": 64, "batch": 64, "size": 224},
-}
-TYPES: dict[str, tuple[bool, torch.dtype | None]] = {
-    "fp32": (False, None),
-    "tf32": (True, None),
-    "bf16 autocast": (True, torch.bfloat16),
-}
-LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
+from bench import ops, results, step, tables
+from bench.workloads import Workload
 
 
 def main() -> int:
-    """Measure every combination; return 1 if there is no device or a gradient was wrong."""
+    """Measure; return 1 if there is no device, or a provider failed that should have run."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -41,44 +32,36 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("bench.gpu: no CUDA device here", file=sys.stderr)
         return 1
-    rows, failures = _all(args.rounds)
-    folder = args.out / torch.cuda.get_device_name().replace(" ", "-")
-    folder.mkdir(parents=True, exist_ok=True)
-    result = {"environment": _environment.describe(), "failures": failures, "rows": rows}
-    (folder / "step.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(f"\nwritten to {folder / 'step.json'}")
-    return 1 if failures else 0
+    folder = args.out / results.device_name("cuda")
+    todo = step.workloads("cuda")
+    todo += [replace(workload, tf32=True) for workload in todo]
+    rows = step.measure(todo, step.Settings(rounds=args.rounds), _print)
+    results.write(folder / "step", rows, rounds=args.rounds)
+    of_ops = ops.measure("cuda")
+    results.write(folder / "ops", of_ops)
+    print(_text(tables.ops(of_ops)))
+    failed = [row for row in rows + of_ops if row.get("failed")]
+    for row in failed:
+        print(f"{row['operation']}, {row['provider']}: {row['failed']}", file=sys.stderr)
+    print(f"\nwritten to {folder}")
+    return 1 if failed else 0
 
 
-def _all(rounds: int) -> tuple[list[dict[str, Any]], list[str]]:
-    rows, failures = [], []
-    for network, sizes in NETWORKS.items():
-        for type_name, (tf32, autocast) in TYPES.items():
-            for layout_name, layout in LAYOUTS.items():
-                title = f"{network}, {type_name}, {layout_name}"
-                keys = {"network": network, "type": type_name, "layout": layout_name}
-                try:
-                    found = _one(sizes, tf32, autocast, layout, rounds)
-                except RuntimeError as error:  # the other combinations are still worth their time
-                    failures.append(f"{title}: {error}")
-                    print(failures[-1], file=sys.stderr)
-                    continue
-                print_rows(title, found)
-                rows += [keys | row for row in found]
-    return rows, failures
+def _print(workload: Workload, rows: Sequence[dict[str, Any]]) -> None:
+    print(f"\n{workload.title()}{', TF32' if workload.tf32 else ''}\n{_text(tables.steps(rows))}")
+    for reason in tables.reasons(rows):
+        print(f"  not {reason}")
 
 
-def _one(
-    sizes: dict[str, int], tf32: bool, autocast: torch.dtype | None, layout: torch.memory_format, rounds: int
-) -> list[dict[str, Any]]:
-    setting = resnet_setting(**sizes, device="cuda", layout=layout, autocast=autocast)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
-    torch.backends.cudnn.benchmark = True
-    try:
-        # A sign that flips by rounding changes a whole term, so low precision leaves a wide margin.
-        return measure(setting, rounds, tolerance=0.5 if tf32 else 1e-3)
-    finally:
-        torch.cuda.empty_cache()
+def _text(content: tables.Table) -> str:
+    """Return a table in columns."""
+    header, rows = content
+    widths = [max(len(row[place]) for row in [header, *rows]) for place in range(len(header))]
+    lines = (
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        for row in [header, *rows]
+    )
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -1,140 +1,166 @@
-"""Ways to take a training step with the penalty, each beside the plain step of the same network."""
+"""The registry: every way to take a training step with the penalty, and the plain steps beside them."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gradl1_fast as gl
+from bench import sites
+from bench.steps import ByClosure, Captured, Penalised, Step
+from bench.transforms import CompiledStep, JvpStep
+from bench.workloads import Task
+from gradl1_fast import backends
 from gradl1_fast.training.speed import EagerPenalty
 
-__all__ = ["PROVIDERS", "Setting", "Step", "gradient_error", "make_step"]
+__all__ = ["LAMBDA", "PLAIN", "PROVIDERS", "CannotRunError", "Provider"]
 
-Penalty = Callable[[Tensor], Tensor]
 LAMBDA = 1e-3
+PLAIN, OURS = "plain", "gradl1_fast"
+BACKENDS = ("reference", "host", "triton", "cuda")
+
+
+class CannotRunError(RuntimeError):
+    """A provider has no place here; the message says why."""
 
 
 @dataclass(frozen=True)
-class Setting:
-    """What a step is measured on.
+class Provider:
+    """A way to take a step.
 
     Attributes:
-        make: returns the float network; equal at each call.
-        x: images.
-        y: labels.
-        layout: memory format of network and images.
-        autocast: type of autocast, or None.
+        name: of its row.
+        make: returns the step of a task with two coefficients and the backend of torch.compile; raises
+            CannotRunError, ImportError or UnavailableError where it has no place.
+        exact: whether its gradient must be that of double backprop; otherwise its error is a result.
+        terms: ``(lambda_w, lambda_a)``.
+        layout: of the network and images.
+        amp: whether it runs under bf16 autocast.
+        beside: the plain step of its own kind.
+        compiles: whether getting ready takes long.
     """
 
-    make: Callable[[], nn.Module]
-    x: Tensor
-    y: Tensor
-    layout: torch.memory_format = torch.channels_last
-    autocast: torch.dtype | None = None
+    name: str
+    make: Callable[[Task, float, float, str], Step]
+    exact: bool = True
+    terms: tuple[float, float] = (LAMBDA, LAMBDA)
+    layout: str = "channels_last"
+    amp: bool = False
+    beside: str = PLAIN
+    compiles: bool = False
 
-    def network(self) -> nn.Module:
-        """Return the network on the device and in the layout of the images."""
-        return self.make().to(self.x.device).to(memory_format=self.layout)
-
-    def loss(self, model: nn.Module) -> Tensor:
-        """Return the loss of the batch."""
-        context: Any = contextlib.nullcontext()
-        if self.autocast is not None:
-            context = torch.autocast(self.x.device.type, dtype=self.autocast)
-        with context:
-            return F.cross_entropy(model(self.x), self.y)
+    def step(self, workload: Any, compiler: str) -> Step:
+        """Return the step on a workload."""
+        layout = torch.channels_last if self.layout == "channels_last" else torch.contiguous_format
+        return self.make(workload.task(layout, self.amp), *self.terms, compiler)
 
 
-class Step:
-    """One optimisation step of a model.
-
-    Args:
-        setting: what it runs on.
-        model: the network, converted or not.
-        penalty: added to the loss, or None.
-        backend: computes the step; None for the automatic choice.
-    """
-
-    def __init__(
-        self, setting: Setting, model: nn.Module, penalty: Penalty | None, backend: str | None = None
-    ) -> None:
-        self.setting, self.model, self.penalty, self.backend = setting, model, penalty, backend
-        self.optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
-
-    def __call__(self) -> None:
-        """Take the step."""
-        self.optimizer.zero_grad()
-        with self.computed():
-            self.total().backward()
-        self.optimizer.step()
-
-    def computed(self) -> contextlib.AbstractContextManager[None]:
-        """Compute with the backend of this step."""
-        return contextlib.nullcontext() if self.backend is None else gl.backend(self.backend)
-
-    def total(self) -> Tensor:
-        """Return loss plus penalty, with the graph."""
-        loss = self.setting.loss(self.model)
-        return loss if self.penalty is None else loss + self.penalty(loss)
+def _plain(task: Task, lambda_w: float, lambda_a: float, compiler: str) -> Step:
+    return Penalised(task, task.network())
 
 
-def _plain(setting: Setting, lambda_w: float, lambda_a: float) -> Step:
-    return Step(setting, setting.network(), None)
+def _eager(task: Task, lambda_w: float, lambda_a: float, compiler: str) -> Step:
+    model = task.network()
+    return Penalised(task, model, EagerPenalty(model, lambda_w, lambda_a))
 
 
-def _eager(setting: Setting, lambda_w: float, lambda_a: float) -> Step:
-    model = setting.network()
-    return Step(setting, model, EagerPenalty(model, lambda_w, lambda_a))
+def _compiled(task: Task, lambda_w: float, lambda_a: float, compiler: str) -> Step:
+    model = sites.collecting(task.network())
+    if not (lambda_w or lambda_a):
+        return CompiledStep(task, model, model, None, compiler)
+    weights = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+
+    def penalty(loss: Tensor, activations: Sequence[Tensor]) -> Tensor:
+        grads = torch.autograd.grad(loss, [*weights, *activations], create_graph=True)
+        coefficients = [lambda_w] * len(weights) + [lambda_a] * len(activations)
+        return torch.stack([c * g.abs().sum() for c, g in zip(coefficients, grads, strict=True)]).sum()
+
+    return CompiledStep(task, model, model, penalty, compiler)
 
 
-def _ours(setting: Setting, lambda_w: float, lambda_a: float, backend: str | None = None) -> Step:
-    model = gl.convert(setting.network())
-    return Step(setting, model, gl.GradL1(model, lambda_w, lambda_a), backend)
+def _jvp(task: Task, lambda_w: float, lambda_a: float, compiler: str, *, compiled: bool = False) -> Step:
+    return JvpStep(task, lambda_w, lambda_a, compiler if compiled else None)
 
 
-_reference = partial(_ours, backend="reference")
+def _jax(task: Task, lambda_w: float, lambda_a: float, compiler: str, *, way: str) -> Step:
+    try:
+        import jax
+    except ImportError as error:
+        raise ImportError("needs JAX: pip install 'gradl1-fast[jax]'") from error
+    if task.x.device.type == "cuda" and jax.default_backend() == "cpu":
+        raise CannotRunError("this JAX computes on the CPU alone")
+    from bench.jax_step import JaxStep
+
+    return JaxStep(task, lambda_w, lambda_a, way)
 
 
-# Name of the row: how to make the step, and the two coefficients.
-PROVIDERS: dict[str, tuple[Callable[[Setting, float, float], Step], float, float]] = {
-    "plain": (_plain, 0.0, 0.0),
-    "gradl1_fast, weights": (_ours, LAMBDA, 0.0),
-    "gradl1_fast, weights and activations": (_ours, LAMBDA, LAMBDA),
-    "gradl1_fast in pure PyTorch, weights": (_reference, LAMBDA, 0.0),
-    "gradl1_fast in pure PyTorch, weights and activations": (_reference, LAMBDA, LAMBDA),
-    "eager double backprop, weights": (_eager, LAMBDA, 0.0),
-    "eager double backprop, weights and activations": (_eager, LAMBDA, LAMBDA),
-}
+def _ours(
+    task: Task,
+    lambda_w: float,
+    lambda_a: float,
+    compiler: str,
+    *,
+    backend: str | None = None,
+    every: int = 1,
+) -> Step:
+    if backend is not None:
+        with gl.backend(backend):
+            for op in backends.OPERATIONS:
+                backends.resolve(op, task.x)
+    model = gl.convert(task.network())
+    penalty = gl.GradL1(model, lambda_w, lambda_a, every=every)
+    return Penalised(task, model, penalty, backend=backend, steps=every)
 
 
-def make_step(name: str, setting: Setting) -> Step:
-    """Return the step of a provider."""
-    make, lambda_w, lambda_a = PROVIDERS[name]
-    return make(setting, lambda_w, lambda_a)
+def _ours_compiled(task: Task, lambda_w: float, lambda_a: float, compiler: str) -> Step:
+    model = gl.convert(task.network())
+    penalty = gl.GradL1(model, lambda_w, lambda_a)
+    return CompiledStep(task, model, lambda x: (model(x), ()), lambda loss, _: penalty(loss), compiler)
 
 
-def gradient_error(name: str, setting: Setting) -> float:
-    """Return how far a provider's whole gradient is from float64 double backprop, relative to its norm.
-
-    On a few images: the error of a rule does not depend on the size of the batch.
-    """
-    _, lambda_w, lambda_a = PROVIDERS[name]
-    few = Setting(setting.make, setting.x[:8], setting.y[:8], setting.layout, setting.autocast)
-    step = make_step(name, few)
-    exact_setting = Setting(lambda: setting.make().double(), few.x.double(), few.y, setting.layout)
-    exact = _plain(exact_setting, 0, 0) if name == "plain" else _eager(exact_setting, lambda_w, lambda_a)
-    gradient, truth = (_gradient(s) for s in (step, exact))
-    return float((gradient - truth).norm() / truth.norm())
+def _ours_captured(task: Task, lambda_w: float, lambda_a: float, compiler: str) -> Step:
+    if task.x.device.type != "cuda":
+        raise CannotRunError(f"a CUDA graph needs a CUDA device, and this run is on {task.x.device.type}")
+    model = gl.convert(task.network())
+    return Captured(Penalised(task, model, gl.GradL1(model, lambda_w, lambda_a)))
 
 
-def _gradient(step: Step) -> Tensor:
-    with step.computed():
-        grads = torch.autograd.grad(step.total(), list(step.model.parameters()))
-    return torch.cat([grad.double().flatten() for grad in grads])
+def _finite_difference(task: Task, lambda_w: float, lambda_a: float, compiler: str) -> Step:
+    model = gl.convert(task.network())
+    return ByClosure(task, model, gl.GradL1(model, lambda_w, lambda_a, method="finite_difference"))
+
+
+_NOTHING, _WEIGHTS = (0.0, 0.0), (LAMBDA, 0.0)
+_BF16: Any = {"exact": False, "amp": True}
+_JAX: Any = {"layout": "NHWC", "beside": "plain, JAX", "compiles": True}
+_INDUCTOR: Any = {"beside": "plain, torch.compile", "compiles": True}
+_ALL = [
+    Provider(PLAIN, _plain, terms=_NOTHING),
+    Provider("plain, NCHW", _plain, terms=_NOTHING, layout="NCHW", beside="plain, NCHW"),
+    Provider("plain, torch.compile", _compiled, terms=_NOTHING, **_INDUCTOR),
+    Provider("plain, bf16 autocast", _plain, terms=_NOTHING, beside="plain, bf16 autocast", **_BF16),
+    Provider("plain, JAX", partial(_jax, way="plain"), terms=_NOTHING, **_JAX),
+    Provider("eager double backprop, NCHW", _eager, layout="NCHW", beside="plain, NCHW"),
+    Provider("eager double backprop", _eager),
+    Provider("eager double backprop, weights only", _eager, terms=_WEIGHTS),
+    Provider("eager double backprop, bf16 autocast", _eager, beside="plain, bf16 autocast", **_BF16),
+    Provider("double backprop, torch.compile", _compiled, **_INDUCTOR),
+    Provider("torch.func, jvp of grad", _jvp),
+    Provider("torch.func, jvp of grad, torch.compile", partial(_jvp, compiled=True), **_INDUCTOR),
+    Provider("JAX, grad of grad", partial(_jax, way="grad of grad"), **_JAX),
+    Provider("JAX, jvp of grad", partial(_jax, way="jvp of grad"), **_JAX),
+    Provider("finite difference", _finite_difference, exact=False),
+    Provider(OURS, _ours),
+    Provider(f"{OURS}, weights only", _ours, terms=_WEIGHTS),
+    *(Provider(f"{OURS}, {name}", partial(_ours, backend=name)) for name in BACKENDS),
+    Provider(f"{OURS}, every=4", partial(_ours, every=4)),
+    Provider(f"{OURS}, bf16 autocast", _ours, beside="plain, bf16 autocast", **_BF16),
+    Provider(f"{OURS}, torch.compile", _ours_compiled, **_INDUCTOR),
+    Provider(f"{OURS}, CUDA graph", _ours_captured),
+]
+PROVIDERS = {provider.name: provider for provider in _ALL}

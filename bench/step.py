@@ -1,128 +1,218 @@
-"""A training step with the penalty beside the plain step, on a ResNet-18.
-
-    python -m bench.step --json results.json
-
-Every provider's gradient is compared with float64 double backprop before it is timed. Steps are
-taken in turn and only ratios within one run are meant to be compared between machines.
-"""
+"""``gradl1 bench step``: a training step by every provider, beside the plain step of the same network."""
 
 from __future__ import annotations
 
-import argparse
-import json
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench.measure import interleaved_times, peak_bytes, quantiles
-from bench.providers import PROVIDERS, Setting, gradient_error, make_step
-from gradl1_fast import _environment
-from gradl1_fast.training.models import resnet18
+from bench.floors import FLOORS
+from bench.measure import quantiles
+from bench.oracle import true_gradients
+from bench.processes import LostError, Process, interleaved
+from bench.providers import PLAIN, PROVIDERS, Provider
+from bench.workloads import Workload
+from gradl1_fast._progress import track
 
-__all__ = ["measure", "print_rows", "resnet_setting"]
+__all__ = ["SMOKE", "Settings", "empty_row", "gate", "measure", "prepare", "truths", "workloads"]
+
+Row = dict[str, Any]
+MEASURED = ("peak_bytes", "operator_calls", "bytes_moved")
+# Widths and batches that two CPU cores step through in a fraction of a second; on a GPU the real networks.
+_CPU = [("vgg_like", 16, 32), ("resnet18", 16, 32), ("resnet50", 8, 16), ("mobilenet_v2", 16, 16)]
+_GPU = [("vgg_like", 64, 256), ("resnet18", 64, 256), ("resnet50", 64, 128), ("mobilenet_v2", 32, 128)]
+SMOKE = [
+    Workload(*sizes, 16)
+    for sizes in (("vgg_like", 4, 4), ("resnet18", 4, 4), ("resnet50", 2, 4), ("mobilenet_v2", 4, 4))
+]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a run measures.
+
+    Attributes:
+        rounds: timed steps of each provider.
+        warm_up: steps before those.
+        compiler: backend of torch.compile.
+        limit: seconds that a provider may take to get ready (compile).
+        tolerance: of a gradient that should be exact, relative to the oracle's; see :func:`_bound`.
+        deep: whether providers that compile do so for the networks after the first.
+        providers: names; by default all.
+        floors: whether the floors are measured too.
+        threads: of each process; None for as many as PyTorch chooses.
+    """
+
+    rounds: int = 7
+    warm_up: int = 2
+    compiler: str = "inductor"
+    limit: float = 600
+    tolerance: float = 1e-4
+    deep: bool = True
+    providers: Sequence[str] = field(default_factory=lambda: list(PROVIDERS))
+    floors: bool = True
+    threads: int | None = None
+
+
+def workloads(device: str) -> list[Workload]:
+    """Return what is measured on a device: four networks at CIFAR's and at ImageNet's image size."""
+    if device == "cuda":
+        cifar = [Workload(*sizes, 32, device=device) for sizes in _GPU]
+        return cifar + [replace(w, batch=w.batch // 4, size=224) for w in cifar]
+    cifar = [Workload(*sizes, 32) for sizes in _CPU]
+    return cifar + [replace(w, batch=4, size=96) for w in cifar]
 
 
 def measure(
-    setting: Setting, rounds: int, providers: Sequence[str] = tuple(PROVIDERS), *, tolerance: float = 1e-4
-) -> list[dict[str, Any]]:
-    """Return one row for each provider: time, ratio to the plain step, peak of live bytes, error.
+    todo: Sequence[Workload], settings: Settings, done: Callable[[Workload, list[Row]], object]
+) -> list[Row]:
+    """Return a row for each workload and provider, and for each floor.
+
+    Each provider lives in a process of its own. Its gradient is compared with the float64 oracle on the
+    very batch that is timed; one that should be exact and is not is not timed.
 
     Args:
-        setting: what the step runs on.
-        rounds: timed steps of each provider.
-        providers: names of rows.
-        tolerance: the largest relative error that rounding explains; a provider beyond it is wrong,
-            and its time means nothing.
-
-    Raises:
-        RuntimeError: a provider's gradient is not that of double backprop.
+        todo: what to run on.
+        settings: how to measure.
+        done: called with the rows of each workload as soon as they are there.
     """
-    errors = {name: gradient_error(name, setting) for name in providers}
-    wrong = [name for name, error in errors.items() if not error < tolerance]
-    if wrong:
-        raise RuntimeError(
-            f"wrong gradients, nothing was timed: {', '.join(f'{n} {errors[n]:.2g}' for n in wrong)}"
-        )
-    steps = {name: make_step(name, setting) for name in providers}
-    times = interleaved_times(steps, rounds)
-    plain = quantiles(times["plain"])[1]
-    rows = []
-    for name, step in steps.items():
-        low, median, high = quantiles(times[name])
-        rows.append(
-            {
-                "provider": name,
-                "median_ms": round(median, 3),
-                "p20_ms": round(low, 3),
-                "p80_ms": round(high, 3),
-                "ratio_to_plain": round(median / plain, 3),
-                "peak_bytes": peak_bytes(step, setting.x.device),
-                "gradient_error": errors[name],
-            }
-        )
+    rows: list[Row] = []
+    names = list(dict.fromkeys([PLAIN, *settings.providers, *(FLOORS if settings.floors else ())]))
+    with ExitStack() as stack, tempfile.TemporaryDirectory() as folder:
+        processes = {name: stack.enter_context(Process(name, threads=settings.threads)) for name in names}
+        for place, workload in enumerate(todo):
+            paths = truths(workload, settings.providers, Path(folder))
+            found = _measure(workload, processes, paths, settings, settings.deep or not place)
+            done(workload, found)
+            rows += found
     return rows
 
 
-def resnet_setting(
-    *,
-    width: int,
-    batch: int,
-    size: int,
-    device: str,
-    layout: torch.memory_format = torch.channels_last,
-    autocast: torch.dtype | None = None,
-) -> Setting:
-    """Return a ResNet-18, with the stem for its image size, and a batch of random images."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(batch, 3, size, size, generator=generator).to(device).to(memory_format=layout)
-    y = torch.randint(0, 10, (batch,), generator=generator).to(device)
-
-    def make() -> torch.nn.Module:
-        torch.manual_seed(0)
-        return resnet18(width=width, classes=10, stem="imagenet" if size > 64 else "cifar")
-
-    return Setting(make, x, y, layout, autocast)
+def truths(workload: Workload, providers: Iterable[str], folder: Path) -> dict[tuple[float, float], str]:
+    """Write the oracle's gradient for each pair of coefficients in use; return where."""
+    task = workload.task()
+    paths: dict[tuple[float, float], str] = {}
+    for terms in dict.fromkeys(PROVIDERS[name].terms for name in [PLAIN, *providers]):
+        path = paths[terms] = str(folder / f"truth-{len(paths)}.pt")
+        torch.save(true_gradients(task.make, task.x, task.y, *terms), path)
+    return paths
 
 
-def print_rows(title: str, rows: list[dict[str, Any]]) -> None:
-    """Print a table of rows, memory as a multiple of the plain step's."""
-    plain = rows[0]["peak_bytes"]
-    print(f"\n{title}")
-    print(f"{'':53}{'ms':>9}{'20-80 %':>18}{'x plain':>9}{'memory x':>10}{'gradient error':>16}")
-    for row in rows:
-        spread = f"{row['p20_ms']:.1f}-{row['p80_ms']:.1f}"
-        print(
-            f"{row['provider']:53}{row['median_ms']:9.1f}{spread:>18}{row['ratio_to_plain']:9.2f}"
-            f"{row['peak_bytes'] / plain:10.2f}{row['gradient_error']:16.1e}"
-        )
+def _measure(
+    workload: Workload,
+    processes: dict[str, Process],
+    paths: Mapping[tuple[float, float], str],
+    settings: Settings,
+    compile_too: bool,
+) -> list[Row]:
+    rows = {name: empty_row(workload, name) for name in processes}
+    for name in track(list(processes), f"{workload.title()}: gradients"):
+        if not compile_too and name in PROVIDERS and PROVIDERS[name].compiles:
+            rows[name]["unavailable"] = "left out: it compiles for longer than this run may take"
+            continue
+        rows[name] |= prepare(processes[name], workload, paths, settings)
+    for name in processes:
+        rows[name] |= gate(rows, name, settings.tolerance)
+    timed = {n: p for n, p in processes.items() if not _reason(rows[n])}
+    turns = range(-settings.warm_up, settings.rounds)
+    times = interleaved(timed, track(turns, f"{workload.title()}: steps"))
+    for name in track(list(timed), f"{workload.title()}: memory and operators"):
+        rows[name] |= _statistics(workload, times, name)
+        rows[name] |= _ask(processes[name], "measure", settings.limit)
+    return list(rows.values())
 
 
-def main() -> None:
-    """Measure on the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def prepare(
+    process: Process, workload: Workload, paths: Mapping[tuple[float, float], str], settings: Settings
+) -> Row:
+    """Let a process make its step; return the error of its gradient, or why there is none."""
+    provider = PROVIDERS.get(process.provider)
+    return _ask(
+        process,
+        "prepare",
+        settings.limit,
+        workload=workload.asdict(),
+        truth=paths[provider.terms] if provider else None,
+        compiler=settings.compiler,
     )
-    parser.add_argument("--width", type=int, default=32, help="channels of the first stage (default 32)")
-    parser.add_argument("--batch", type=int, default=32, help="images in a batch (default 32)")
-    parser.add_argument("--size", type=int, default=32, help="height and width of an image (default 32)")
-    parser.add_argument("--rounds", type=int, default=15, help="timed steps of each provider (default 15)")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
-    parser.add_argument("--json", type=Path, help="write rows and environment to this file")
-    args = parser.parse_args()
-    setting = resnet_setting(width=args.width, batch=args.batch, size=args.size, device=args.device)
-    rows = measure(setting, args.rounds)
-    print_rows(f"ResNet-18, width {args.width}, batch {args.batch}, {args.size} x {args.size}", rows)
-    if args.json:
-        result = {
-            "environment": _environment.describe(),
-            "settings": {key: value for key, value in vars(args).items() if key != "json"},
-            "rows": rows,
-        }
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
-if __name__ == "__main__":
-    main()
+def _ask(process: Process, what: str, limit: float, **arguments: Any) -> Row:
+    """Ask a process; one that is lost is started again for the next workload."""
+    try:
+        return process.ask(what, limit=limit, **arguments)
+    except LostError as problem:
+        process.restart()
+        return {"failed": str(problem)}
+
+
+def empty_row(workload: Workload, name: str) -> Row:
+    """Return a row with every key, as yet without measurements."""
+    provider = PROVIDERS.get(name)
+    empty = dict.fromkeys(
+        ("median_ms", "p20_ms", "p80_ms", "ratio_to_plain", "ratio_to_own_plain", "images_per_s", *MEASURED)
+    )
+    return {
+        "family": "step",
+        "operation": workload.network,
+        "sweep": "step",
+        "provider": name,
+        "size": workload.numbers(),
+        "dtype": _dtype(workload, provider),
+        "layout": provider.layout if provider else "channels_last",
+        "device": workload.device,
+        "exact": provider.exact if provider else None,
+        **empty,
+        "gradient_error": None,
+    }
+
+
+def _dtype(workload: Workload, provider: Provider | None) -> str:
+    if provider is not None and provider.amp:
+        return "bfloat16 autocast"
+    return "tf32" if workload.tf32 else "float32"
+
+
+def _reason(row: Row) -> str | None:
+    return row.get("unavailable") or row.get("failed")
+
+
+def gate(rows: Mapping[str, Row], name: str, tolerance: float) -> Row:
+    """Refuse a gradient that should be exact and is not."""
+    error, provider = rows[name]["gradient_error"], PROVIDERS.get(name)
+    if provider is None or not provider.exact or error is None:
+        return {}
+    bound = _bound(rows, tolerance)
+    if error <= bound:
+        return {}
+    return {"failed": f"gradient error {error:.1e} is more than {bound:.1e}: not timed"}
+
+
+def _bound(rows: Mapping[str, Row], tolerance: float) -> float:
+    """Return the largest error that rounding explains.
+
+    A gradient that is zero but for rounding gives its sign to the penalty at random, so that deep networks
+    in float32 are further from the truth than the tolerance by any order of summation, eager PyTorch's too:
+    then twice the error of eager double backprop in the same type is allowed.
+    """
+    eager = rows.get("eager double backprop", {}).get("gradient_error")
+    return max(tolerance, 2 * eager if eager is not None else 0.0)
+
+
+def _statistics(workload: Workload, times: Mapping[str, list[float]], name: str) -> Row:
+    low, median, high = quantiles(times[name])
+    plain = quantiles(times[PLAIN])[1]
+    own = PROVIDERS[name].beside if name in PROVIDERS else PLAIN
+    return {
+        "median_ms": round(median, 3),
+        "p20_ms": round(low, 3),
+        "p80_ms": round(high, 3),
+        "ratio_to_plain": round(median / plain, 3),
+        "ratio_to_own_plain": round(median / quantiles(times[own])[1], 3) if own in times else None,
+        "images_per_s": round(1e3 * workload.batch / median, 1),
+    }

@@ -1,0 +1,65 @@
+"""Float64 truth: the gradient of loss plus penalty by ordinary automatic differentiation.
+
+It imports nothing of gradl1_fast, and a test holds it against the oracle of the tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["relative_error", "true_gradients"]
+
+Gradients = Mapping[str, Tensor]
+
+
+def true_gradients(
+    make: Callable[[], nn.Module], x: Tensor, y: Tensor, lambda_w: float, lambda_a: float
+) -> dict[str, Tensor]:
+    """Return the gradient of ``loss + lambda_w sum |dL/dW| + lambda_a sum |dL/dY|`` by parameter.
+
+    W are the weights of convolutions and linear layers; Y the distinct tensors that feed them and
+    depend on a parameter.
+
+    Args:
+        make: returns the network.
+        x: images, of any floating type.
+        y: labels.
+        lambda_w: coefficient of the weights' term.
+        lambda_a: coefficient of the activations' term.
+    """
+    model = make().to(x.device).double()
+    layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    inputs: list[Tensor] = []
+
+    def keep(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if args[0].requires_grad and all(args[0] is not other for other in inputs):
+            inputs.append(args[0])
+
+    for layer in layers:
+        layer.register_forward_pre_hook(keep)
+    loss = total = F.cross_entropy(model(x.double()), y)
+    for factor, measured in ((lambda_w, [m.weight for m in layers]), (lambda_a, inputs)):
+        if factor:
+            grads = torch.autograd.grad(loss, measured, create_graph=True)
+            total = total + factor * sum(g.abs().sum() for g in grads)
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    return dict(zip(names, torch.autograd.grad(total, parameters), strict=True))
+
+
+def relative_error(gradients: Gradients, truth: Gradients) -> float:
+    """Return the distance of a whole gradient from the true one, relative to the norm of the true one.
+
+    Raises:
+        ValueError: names or shapes differ.
+    """
+    if gradients.keys() != truth.keys():
+        raise ValueError(f"gradients of other parameters: {sorted(gradients.keys() ^ truth.keys())}")
+    wrong = [name for name in truth if gradients[name].shape != truth[name].shape]
+    if wrong:
+        raise ValueError(f"gradients of another shape: {wrong}")
+    found, true = (torch.cat([g[n].double().cpu().flatten() for n in truth]) for g in (gradients, truth))
+    return float((found - true).norm() / true.norm())

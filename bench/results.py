@@ -1,0 +1,68 @@
+"""Results as files: rows in JSON and CSV, and the environment beside them."""
+
+from __future__ import annotations
+
+import csv
+import json
+import platform
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gradl1_fast import _environment
+
+__all__ = ["KEYS", "device_name", "read", "read_environment", "write", "write_json"]
+
+Row = dict[str, Any]
+# What a row is about; everything else in it is a measurement.
+KEYS = ("family", "operation", "sweep", "provider", "size", "dtype", "layout", "device")
+_WORDS = ("unavailable", "failed", "note")
+
+
+def device_name(device: str = "cpu") -> str:
+    """Return the name of the folder for results of this machine's device."""
+    if device == "cuda":
+        name = torch.cuda.get_device_name()
+    else:
+        name = _environment.devices()["cpu"].partition(", torch")[0]
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or platform.machine()
+
+
+def write(folder: Path, rows: Sequence[Row], **settings: Any) -> None:
+    """Write ``rows.json``, ``rows.csv`` (a line for each metric) and ``environment.json``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "rows.json", rows)
+    with (folder / "rows.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow([*KEYS, "metric", "value"])
+        writer.writerows(_lines(rows))
+    environment = {**_environment.describe(), "settings": settings}
+    (folder / "environment.json").write_text(json.dumps(environment, indent=1) + "\n")
+
+
+def write_json(path: Path, rows: Sequence[Row]) -> None:
+    """Write the list of rows."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = ",\n".join(" " + json.dumps(row, ensure_ascii=False) for row in rows)
+    path.write_text(f"[\n{text}\n]\n")
+
+
+def read(folder: Path) -> list[Row]:
+    """Return the rows of a folder that :func:`write` wrote."""
+    return json.loads((folder / "rows.json").read_text())
+
+
+def read_environment(folder: Path) -> dict[str, Any]:
+    """Return the environment that the rows of a folder were measured in."""
+    return json.loads((folder / "environment.json").read_text())
+
+
+def _lines(rows: Sequence[Row]) -> Iterable[list[Any]]:
+    for row in rows:
+        about = [row.get(key, "") for key in KEYS]
+        for metric, value in row.items():
+            if metric not in KEYS and (value is not None or metric in _WORDS):
+                yield [*about, metric, value]

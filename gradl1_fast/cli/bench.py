@@ -1,0 +1,177 @@
+"""``gradl1 bench``: time and memory of operations and training steps, by this library and its peers."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+import gradl1_fast
+from gradl1_fast.cli._console import fail, table
+from gradl1_fast.cli.app import app
+
+__all__ = ["bench"]
+
+Rows = list[dict[str, Any]]
+
+bench = typer.Typer(
+    invoke_without_command=True,
+    help=(
+        "Measure operations, training steps and how they grow, by this library and its peers.\n\n"
+        "Without a subcommand: all three, which takes about half an hour on two CPU cores, most of it "
+        "compiling. Each gradient is compared with float64 double backprop before its time is taken.\n\n"
+        "Runs in a checkout of the project: pip install --editable '.[cli,bench]'"
+    ),
+    epilog="Example: gradl1 bench step --smoke",
+)
+app.add_typer(bench, name="bench")
+
+Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+Rounds = Annotated[int, typer.Option(min=2, help="Timed repetitions of each provider, taken in turn.")]
+Smoke = Annotated[bool, typer.Option("--smoke", help="Tiny sizes: shows that everything runs, no more.")]
+Json = Annotated[Path | None, typer.Option("--json", help="Also write the list of rows to this file.")]
+Out = Annotated[
+    Path | None,
+    typer.Option(help="Folder for the results; by default bench/results/DEVICE, and none with --smoke."),
+]
+
+
+@bench.callback()
+def _all(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        step()
+        ops()
+        scale()
+
+
+@bench.command(epilog="Example: gradl1 bench step --smoke --json rows.json")
+def step(
+    smoke: Smoke = False,
+    json: Json = None,
+    out: Out = None,
+    device: Device = "cpu",
+    rounds: Rounds = 7,
+) -> None:
+    """Measure a whole training step by every provider, on four networks at two image sizes.
+
+    With --smoke a minute or two on two CPU cores; otherwise about a quarter of
+    an hour, most of which torch.compile and JAX spend compiling.
+    """  # fmt: skip
+    steps, tables = _module("step"), _module("tables")
+    _check_device(device)
+    todo = steps.SMOKE if smoke else steps.workloads(device)
+    quick = {"rounds": 3, "warm_up": 1, "compiler": "aot_eager", "deep": False, "threads": 1} if smoke else {}
+    settings = steps.Settings(**{"rounds": rounds, **quick})
+    rows = steps.measure(
+        todo,
+        settings,
+        lambda w, found: _print(w.title(), tables.steps(found, wide=Console().width >= 140), found),
+    )
+    _write("step", rows, device, None if smoke else _folder(out, device), json, rounds=settings.rounds)
+
+
+@bench.command(epilog="Example: gradl1 bench ops --device cuda")
+def ops(
+    smoke: Smoke = False, json: Json = None, out: Out = None, device: Device = "cpu", rounds: Rounds = 15
+) -> None:
+    """Measure every operation and sweep by every backend, by plain PyTorch and compiled, against a copy.
+
+    Convolution's double backward for the layer shapes of ResNet-18, ResNet-50
+    and MobileNetV2 is compared with PyTorch's own.
+    """  # fmt: skip
+    family, tables = _module("ops"), _module("tables")
+    _check_device(device)
+    quick = {"rounds": 3, "compiler": "aot_eager"} if smoke else {"rounds": rounds}
+    rows = family.measure(device, smoke=smoke, **quick)
+    for dtype, layout in dict.fromkeys((row["dtype"], row["layout"]) for row in rows):
+        some = [row for row in rows if (row["dtype"], row["layout"]) == (dtype, layout)]
+        _print(f"Operations, {dtype}, {layout}", tables.ops(some), some)
+    _write("ops", rows, device, None if smoke else _folder(out, device), json, **quick)
+
+
+@bench.command(epilog="Example: gradl1 bench scale --rounds 5")
+def scale(
+    smoke: Smoke = False, json: Json = None, out: Out = None, device: Device = "cpu", rounds: Rounds = 7
+) -> None:
+    """Measure how time and memory of a step grow with batch, width, depth, and ranks under DDP."""
+    family, tables = _module("scale"), _module("tables")
+    _check_device(device)
+    rows = family.measure(device, smoke=smoke, rounds=3 if smoke else rounds)
+    for factor in dict.fromkeys(row["sweep"] for row in rows):
+        some = [row for row in rows if row["sweep"] == factor]
+        _print(f"Growth with {factor}", tables.scale(some), some)
+    _write("scale", rows, device, None if smoke else _folder(out, device), json, rounds=rounds)
+
+
+@bench.command(epilog="Example: gradl1 bench compare HEAD~1")
+def compare(
+    base: Annotated[str, typer.Argument(help="A revision as git understands it.")],
+    smoke: Smoke = False,
+    device: Device = "cpu",
+    rounds: Rounds = 15,
+) -> None:
+    """Measure the working tree's training step against that of another revision, in turns."""
+    comparison, steps, tables = _module("compare"), _module("step"), _module("tables")
+    _check_device(device)
+    todo = steps.SMOKE[:1] if smoke else steps.workloads(device)[: len(steps.SMOKE)]
+    settings = steps.Settings(rounds=3 if smoke else rounds)
+    try:
+        rows = comparison.compare(base, todo, settings)
+    except comparison.NoRevisionError as error:
+        fail(str(error))
+    _print(f"Working tree against {base}", tables.compared(rows), rows)
+
+
+def _module(name: str) -> ModuleType:
+    """Import a module of the checkout's benchmarks, which are no part of the installed package."""
+    places = (Path(gradl1_fast.__file__).parent.parent, Path.cwd())
+    root = next((place for place in places if (place / "bench" / "providers.py").is_file()), None)
+    if root is None:
+        fail("gradl1 bench runs in a checkout of the project, installed by pip install -e '.[cli,bench]'")
+    if str(root) not in sys.path:
+        sys.path.insert(0, str(root))
+    try:
+        return importlib.import_module(f"bench.{name}")
+    except ImportError as error:
+        fail(str(error))
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    if device not in ("cpu", "cuda"):
+        fail(f"--device: cpu or cuda, not {device!r}")
+    if device == "cuda" and not torch.cuda.is_available():
+        fail("--device cuda: PyTorch finds no CUDA device here")
+
+
+def _print(title: str, content: tuple[tuple[str, ...], Iterable[tuple[str, ...]]], rows: Rows) -> None:
+    console = Console()
+    console.print("", table(title, *content))
+    for line in _module("tables").reasons(rows):
+        console.print(f"  not {line}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _folder(out: Path | None, device: str) -> Path:
+    results, processes = _module("results"), _module("processes")
+    return out or processes.HERE / "bench" / "results" / results.device_name(device)
+
+
+def _write(family: str, rows: Rows, device: str, folder: Path | None, json: Path | None, **how: Any) -> None:
+    results = _module("results")
+    try:
+        if json:
+            results.write_json(json, rows)
+        if folder:
+            results.write(folder / family, rows, **how)
+            plots: Callable[..., Any] = getattr(_module("plots"), family)
+            _module("plots").save(plots(rows), folder / family)
+            Console().print(f"\nResults and plot: {folder / family}", soft_wrap=True)
+    except (OSError, ImportError) as error:
+        fail(f"cannot write the results: {error}")

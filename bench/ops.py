@@ -22,9 +22,10 @@ __all__ = ["measure"]
 Row = dict[str, Any]
 Run = Callable[[], Any]
 BACKENDS = ("reference", "host", "triton", "cuda")
-# Distance from the reference in float64, relative to its norm: a few of bfloat16's values fall on the other
-# side of a ReLU by rounding, which the largest difference of an element would show alone.
-TOLERANCE = {"float32": 1e-4, "tf32": 5e-3, "bfloat16": 5e-2}
+# Distance from the reference in float64, relative to its norm. bfloat16 rounds by 2**-9, so that where plain
+# PyTorch rounds before it adds the residual some 2**-8 of the values fall on the other side of a ReLU, and
+# the norm of what they change is the square root of that.
+TOLERANCE = {"float32": 1e-4, "tf32": 5e-3, "bfloat16": 0.1}
 
 
 def measure(

@@ -15,10 +15,9 @@ Row = dict[str, Any]
 OURS, PLAIN, APPROXIMATE, PEER, FLOOR = "#c2410c", "#64748b", "#a3a3a3", "#1d4ed8", "#d4d4d8"
 
 
-def save(figure: Any, folder: Path) -> None:
-    """Write a figure as ``plot.svg`` and ``plot.png``."""
-    (folder / "plot.svg").write_text(_plots.svg(figure))
-    _plots.save(figure, folder / "plot.png")
+def save(figure: Any, folder: Path, name: str = "plot") -> None:
+    """Write a figure as an SVG file."""
+    (folder / f"{name}.svg").write_text(_plots.svg(figure))
 
 
 def step(rows: Sequence[Row]) -> Any:

@@ -24,7 +24,7 @@ __all__ = ["SMOKE", "Settings", "empty_row", "gate", "measure", "prepare", "trut
 Row = dict[str, Any]
 MEASURED = ("peak_bytes", "operator_calls", "bytes_moved")
 # Widths and batches that two CPU cores step through in a fraction of a second; on a GPU the real networks.
-_CPU = [("vgg_like", 16, 32), ("resnet18", 16, 32), ("resnet50", 8, 16), ("mobilenet_v2", 16, 16)]
+_CPU = [("vgg_like", 32, 32), ("resnet18", 32, 32), ("resnet50", 16, 16), ("mobilenet_v2", 16, 16)]
 _GPU = [("vgg_like", 64, 256), ("resnet18", 64, 256), ("resnet50", 64, 128), ("mobilenet_v2", 32, 128)]
 SMOKE = [
     Workload(*sizes, 16)

@@ -46,7 +46,8 @@ class Worker:
             compiler: backend of torch.compile.
         """
         self.step = None
-        torch._dynamo.reset()
+        if "torch._dynamo" in sys.modules:  # importing it takes longer than a step
+            torch._dynamo.reset()
         self.workload = Workload(**workload)
         tf32 = self.workload.tf32
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32

@@ -44,7 +44,7 @@ class Process:
         self._start()
 
     def _start(self) -> None:
-        self._errors = tempfile.TemporaryFile("w+")
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (it lives as long as the process)
         self._popen = subprocess.Popen(
             [sys.executable, "-c", _CODE, str(self.library), str(HERE)],
             stdin=subprocess.PIPE,

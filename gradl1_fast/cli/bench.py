@@ -12,7 +12,6 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-import gradl1_fast
 from gradl1_fast.cli._console import fail, table
 from gradl1_fast.cli.app import app
 
@@ -130,7 +129,7 @@ def compare(
 
 def _module(name: str) -> ModuleType:
     """Import a module of the checkout's benchmarks, which are no part of the installed package."""
-    places = (Path(gradl1_fast.__file__).parent.parent, Path.cwd())
+    places = (Path(__file__).parents[2], Path.cwd())
     root = next((place for place in places if (place / "bench" / "providers.py").is_file()), None)
     if root is None:
         fail("gradl1 bench runs in a checkout of the project, installed by pip install -e '.[cli,bench]'")

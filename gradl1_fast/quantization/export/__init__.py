@@ -1,0 +1,17 @@
+"""Export of a quantized network to formats that run without this library."""
+
+from gradl1_fast.quantization.export.agreement import Agreement, compare
+from gradl1_fast.quantization.export.onnx_file import Exported, export_onnx
+from gradl1_fast.quantization.export.prepared import NotExportableError, Prepared, prepare
+from gradl1_fast.quantization.export.torch_file import export_torch
+
+__all__ = [
+    "Agreement",
+    "Exported",
+    "NotExportableError",
+    "Prepared",
+    "compare",
+    "export_onnx",
+    "export_torch",
+    "prepare",
+]

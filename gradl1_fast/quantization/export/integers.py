@@ -1,0 +1,110 @@
+"""The integer types of ONNX in which codes of a width are stored."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradl1_fast.quantization.export.packages import onnx, onnxruntime
+
+__all__ = ["IntegerType", "integer_type", "to_bytes"]
+
+
+@dataclass(frozen=True)
+class IntegerType:
+    """A type of ONNX.
+
+    Attributes:
+        name: such as ``"INT4"``.
+        bits: of the type, 2, 4, 8 or 16; at least those of the codes.
+        opset: the first version of the operators that knows it.
+    """
+
+    name: str
+    bits: int
+    opset: int
+
+    @property
+    def code(self) -> int:
+        """The number of the type in ONNX."""
+        return int(getattr(onnx().TensorProto, self.name))
+
+
+_OPSETS = {2: 25, 4: 21, 8: 17, 16: 21}
+
+
+def integer_type(bits: int, *, signed: bool, narrow: bool = True) -> tuple[IntegerType, str | None]:
+    """Return the type for codes of a width, and a sentence if it is wider than it could be.
+
+    Codes of 2, 4, 8 and 16 bits have a type of their own; others take 8 bits, and so do 2 bits where the
+    installed packages cannot run them, and 4 bits likewise, and both where ``narrow`` is off.
+
+    Raises:
+        ValueError: ``bits`` is from 9 to 15, for which no runtime has the operators.
+    """
+    if 8 < bits < 16:
+        raise ValueError(f"export has widths 1 to 8 and 16, got {bits}")
+    prefix = "INT" if signed else "UINT"
+    own = IntegerType(f"{prefix}{bits}", bits, _OPSETS.get(bits, 0))
+    wide = IntegerType(f"{prefix}8", 8, _OPSETS[8])
+    if bits not in _OPSETS or (bits < 8 and not narrow):
+        return wide, None
+    if bits in (2, 4) and not _runs(own):
+        return wide, (
+            f"{own.name} needs opset {own.opset}, which the installed onnx and onnxruntime cannot run: "
+            f"the codes are in {wide.name}"
+        )
+    return own, None
+
+
+@functools.cache
+def _runs(type_: IntegerType) -> bool:
+    """Return whether the installed packages can quantize to a type and back."""
+    helper, proto = onnx().helper, onnx().TensorProto
+    if not hasattr(proto, type_.name) or onnx().defs.onnx_opset_version() < type_.opset:
+        return False
+    scale = helper.make_tensor("scale", proto.FLOAT, [], [1.0])
+    zero = helper.make_tensor("zero", type_.code, [], [0])
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["q"]),
+        helper.make_node("DequantizeLinear", ["q", "scale", "zero"], ["y"]),
+    ]
+    ends = [helper.make_tensor_value_info(name, proto.FLOAT, [1]) for name in ("x", "y")]
+    graph = helper.make_graph(nodes, "probe", ends[:1], ends[1:], [scale, zero])
+    opsets = [helper.make_opsetid("", type_.opset)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=helper.find_min_ir_version_for(opsets))
+    try:
+        session(model.SerializeToString())
+    except Exception:  # the runtime's errors have no class in common; any of them is a no
+        return False
+    return True
+
+
+def session(model: bytes, *, fused: bool = True) -> Any:
+    """Return onnxruntime's session of a model on the CPU.
+
+    Args:
+        model: the content of a file.
+        fused: as users get it by default, with quantized operations in integer arithmetic; otherwise each
+            node is computed as it stands, in float.
+    """
+    options = onnxruntime().SessionOptions()
+    options.log_severity_level = 4  # what is fatal; everything else comes back as an exception
+    if not fused:
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
+    return onnxruntime().InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def to_bytes(codes: Tensor, bits: int) -> bytes:
+    """Return whole numbers as ONNX stores them: types below 8 bits packed, the first one lowest."""
+    if bits == 16:
+        return codes.to(torch.int16).numpy().tobytes()
+    flat = codes.to(torch.int16).flatten()  # of the unsigned ones, 8 bits do not fit int8
+    count = 8 // bits
+    padded = torch.nn.functional.pad(flat & (2**bits - 1), (0, -len(flat) % count)).reshape(-1, count)
+    shifts = torch.arange(0, 8, bits, dtype=torch.int16)
+    return (padded << shifts).sum(1).to(torch.uint8).numpy().tobytes()

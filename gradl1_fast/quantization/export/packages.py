@@ -1,0 +1,26 @@
+"""The optional packages of export, imported when they are needed."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__all__ = ["onnx", "onnxruntime"]
+
+
+def onnx() -> Any:
+    """Return the package ``onnx``."""
+    _import("onnx.helper")
+    return _import("onnx")
+
+
+def onnxruntime() -> Any:
+    """Return the package ``onnxruntime``."""
+    return _import("onnxruntime")
+
+
+def _import(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ImportError(f"export needs {name.split('.')[0]}: pip install 'gradl1-fast[export]'") from error

@@ -1,6 +1,6 @@
 """Export of a quantized network to formats that run without this library."""
 
-from gradl1_fast.quantization.export.agreement import Agreement, compare
+from gradl1_fast.quantization.export.agreement import Agreement, compare, compare_torch
 from gradl1_fast.quantization.export.onnx_file import Exported, export_onnx
 from gradl1_fast.quantization.export.prepared import NotExportableError, Prepared, prepare
 from gradl1_fast.quantization.export.torch_file import export_torch
@@ -11,6 +11,7 @@ __all__ = [
     "NotExportableError",
     "Prepared",
     "compare",
+    "compare_torch",
     "export_onnx",
     "export_torch",
     "prepare",

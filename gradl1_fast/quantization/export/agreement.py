@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,8 +18,9 @@ from gradl1_fast.quantization.export.packages import onnx
 
 if TYPE_CHECKING:
     from gradl1_fast.quantization.export.onnx_file import Exported
+    from gradl1_fast.quantization.export.prepared import Prepared
 
-__all__ = ["CODES", "OUTPUTS", "TOP_1", "Agreement", "compare"]
+__all__ = ["CODES", "OUTPUTS", "TOP_1", "Agreement", "compare", "compare_torch"]
 
 CODES = 1  # a value on the edge between two codes may fall to either side
 OUTPUTS = 1e-3  # of the largest output
@@ -85,6 +87,25 @@ def compare(exported: Exported, inputs: Tensor, *, fused: bool = False, batch_si
     with torch.no_grad():
         for x in inputs.split(batch_size):
             _compare_batch(exported, file, watched, x, tally)
+    return tally.result()
+
+
+def compare_torch(data: bytes, prepared: Prepared, inputs: Tensor, *, batch_size: int = 100) -> Agreement:
+    """Run a ``.pt2`` file and compare its outputs with the simulation.
+
+    Args:
+        data: of :func:`export_torch`.
+        prepared: the simulation.
+        inputs: real ones, ``(N, ...)``.
+        batch_size: how many are run at once.
+    """
+    program = torch.export.load(io.BytesIO(data)).module()
+    tally = _Tally()
+    with torch.no_grad():
+        for x in inputs.split(batch_size):
+            ours, theirs = program(x), prepared.model(x)
+            tally.decide(ours, theirs)
+            tally.output(ours, theirs)
     return tally.result()
 
 

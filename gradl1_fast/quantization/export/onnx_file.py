@@ -15,7 +15,7 @@ from gradl1_fast._version import __version__
 from gradl1_fast.nn.converted import ConvertedModel
 from gradl1_fast.quantization.export.integers import session
 from gradl1_fast.quantization.export.operations import Writer
-from gradl1_fast.quantization.export.prepared import NotExportableError, Prepared, prepare
+from gradl1_fast.quantization.export.prepared import NotExportableError, Prepared, ends, prepare
 
 __all__ = ["Exported", "export_onnx"]
 
@@ -102,18 +102,15 @@ def _why_not_loaded(data: bytes) -> str | None:
 
 
 def _write(writer: Writer) -> bytes:
-    begin = [node for node in writer.model.graph.nodes if node.op == "placeholder"]
-    end = next(node for node in writer.model.graph.nodes if node.op == "output").args[0]
-    if len(begin) != 1 or not isinstance(end, fx.Node):
-        raise NotExportableError("the model must have one tensor as its input and one as its output")
+    begin, end = ends(writer.model)
     x = writer.graph.name("input")
-    writer.values[begin[0]] = x
+    writer.values[begin] = x
     for node in writer.model.graph.nodes:
         if node.op not in ("placeholder", "output"):
             writer.write(node)
     y = writer.graph.node("Identity", [writer.values[end]], "output")
     about = {"gradl1_fast": __version__, "widths": f"w={writer.w} a={writer.a}"}
-    proto = writer.graph.model((x, writer.shapes[begin[0]]), (y, writer.shapes[end]), about)
+    proto = writer.graph.model((x, writer.shapes[begin]), (y, writer.shapes[end]), about)
     return bytes(proto.SerializeToString())
 
 

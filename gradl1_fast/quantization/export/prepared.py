@@ -6,7 +6,7 @@ import warnings
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from gradl1_fast.nn.converted import ConvertedModel
 from gradl1_fast.nn.sites import named_layers
@@ -14,7 +14,7 @@ from gradl1_fast.quantization.bits import check_width, set_bits
 from gradl1_fast.quantization.folding import Folding, fold_batch_norm
 from gradl1_fast.quantization.sliced import SlicedWeight
 
-__all__ = ["NotExportableError", "Prepared", "prepare"]
+__all__ = ["NotExportableError", "Prepared", "ends", "prepare"]
 
 
 class NotExportableError(ValueError):
@@ -66,13 +66,23 @@ def prepare(model: nn.Module, inputs: Tensor, *, w: int | None, a: int | None) -
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # what is not folded is in the result
         folding = fold_batch_norm(model, inputs)
-    folded = folding.model
-    if not isinstance(folded, ConvertedModel):
-        raise NotExportableError(
-            f"{type(model).__name__} was not traced when it was converted: it has no graph"
-        )
-    set_bits(folded, w=w, a=a)
-    return Prepared(folded, folding, w, a)
+    if not isinstance(folding.model, ConvertedModel):
+        raise RuntimeError("folding has lost the graph")
+    set_bits(folding.model, w=w, a=a)
+    return Prepared(folding.model, folding, w, a)
+
+
+def ends(model: ConvertedModel) -> tuple[fx.Node, fx.Node]:
+    """Return the nodes of the input and of the output.
+
+    Raises:
+        NotExportableError: there are several.
+    """
+    begin = [node for node in model.graph.nodes if node.op == "placeholder"]
+    end = next(node for node in model.graph.nodes if node.op == "output").args[0]
+    if len(begin) != 1 or not isinstance(end, fx.Node):
+        raise NotExportableError("the model must have one tensor as its input and one tensor as its output")
+    return begin[0], end
 
 
 def _check_model(model: nn.Module) -> None:
@@ -81,6 +91,11 @@ def _check_model(model: nn.Module) -> None:
         raise NotExportableError("the model is not converted: call gradl1_fast.convert(model) first")
     if model.training:
         raise NotExportableError("the model is in training mode: call model.eval() first")
+    if not isinstance(model, ConvertedModel):
+        raise NotExportableError(
+            f"{type(model).__name__} was not traced as it was converted: it has no graph"
+        )
+    ends(model)
     for name, layer in layers.items():
         if isinstance(layer.weight_quantizer, SlicedWeight):
             raise NotExportableError(f"{name} holds bits of an any-bit file, no float weight; export the run")

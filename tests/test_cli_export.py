@@ -1,0 +1,94 @@
+"""``gradl1 export`` on a small run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import gradl1_fast as gl
+
+pytest.importorskip("typer", reason="the command needs typer")
+pytest.importorskip("onnxruntime", reason="export needs onnxruntime")
+pytest.importorskip("safetensors", reason="runs are in safetensors")
+
+from typer.testing import CliRunner, Result
+
+from gradl1_fast.cli import app
+from gradl1_fast.cli import export as command
+from gradl1_fast.training import data, runs
+from gradl1_fast.training.config import Config, Model
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was not trained, but for its batch norms."""
+    folder = runs.Folder(tmp_path_factory.mktemp("run"))
+    torch.manual_seed(0)
+    config, digits = Config(model=Model(width=4)), data.load("digits")
+    model = runs.network(config, 10, 1)
+    with torch.no_grad():
+        for images in digits.train[0].split(100)[:12]:
+            model.train()(images)
+    gl.calibrate(model.eval(), [digits.train[0]])
+    folder.write_config(config)
+    folder.write_model(model, digits)
+    return folder.path
+
+
+def gradl1(*arguments: object) -> Result:
+    return CliRunner().invoke(app, ["export", *map(str, arguments)], env={"COLUMNS": "200"})
+
+
+def test_onnx(run: Path) -> None:
+    result = gradl1(run, "--w", 4, "--a", 8)
+    assert result.exit_code == 0, result.output
+    assert (run / "model-w4-a8.onnx").stat().st_size > 1000
+    for words in ("largest code difference", "top-1 agreement", "100.00 %", "500 test images", "9 of 9"):
+        assert words in result.output
+
+
+def test_other_formats(run: Path, tmp_path: Path) -> None:
+    result = gradl1(run, "--w", 4, "--format", "torch-export", "--out", tmp_path / "x.pt2", "--inputs", 50)
+    assert result.exit_code == 0, result.output
+    assert "largest code difference" not in result.output
+    torch.export.load(tmp_path / "x.pt2")
+    result = gradl1(run, "--format", "any-bit")
+    assert result.exit_code == 0, result.output
+    loaded = runs.load(run)
+    gl.load_any_bit(loaded.model, run / "model-any-bit.safetensors", w=3)
+    size = (run / "model-any-bit.safetensors").stat().st_size
+    assert f"{size:,}" in result.output
+
+
+def test_a_mismatch_fails_and_nothing_is_written(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command.agreement, "TOP_1", 1.5)
+    for form in ("onnx", "torch-export"):
+        result = gradl1(run, "--w", 4, "--a", 8, "--out", tmp_path / "file", "--format", form)
+        assert result.exit_code == 1
+        assert "nothing is written: top-1 agreement is 100.00 %, needed is 150 %" in result.output
+        assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--w", 9), "export has widths 1 to 8 and 16, got 9"),
+        (("--format", "torchao"), "integer weights for linear layers alone"),
+        (("--format", "any-bit", "--w", 4), "an any-bit file holds every width"),
+        (("--w", 4, "--out", "/nowhere/x.onnx"), "/nowhere"),
+    ],
+)
+def test_what_is_refused(run: Path, arguments: tuple[object, ...], message: str) -> None:
+    result = gradl1(run, *arguments)
+    assert result.exit_code == 1
+    assert message in result.output
+
+
+def test_a_folder_that_holds_no_run(tmp_path: Path) -> None:
+    result = gradl1(tmp_path)
+    assert result.exit_code == 1
+    assert "not the folder of a finished run" in result.output

@@ -32,8 +32,9 @@ def optimizer_for(
         rate = torch.tensor(rate, device=device)
     if settings.name == "sgd":
         momentum = settings.momentum
+        # of the forms of SGD the fused one alone reads the rate on the device
         return torch.optim.SGD(
-            parameters, rate, momentum, weight_decay=decay, nesterov=momentum > 0, foreach=capturable or None
+            parameters, rate, momentum, weight_decay=decay, nesterov=momentum > 0, fused=capturable or None
         )
     kind = torch.optim.Adam if settings.name == "adam" else torch.optim.AdamW
     return kind(parameters, rate, weight_decay=decay, capturable=capturable)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -55,6 +56,12 @@ def test_any_text_and_number_reads_back(text, number, whole, table):
 def test_each_recipe_is_a_configuration(name):
     made = Config.read(config.recipe(name))
     assert made.data.name == name
+
+
+def test_the_example_in_the_documentation_is_a_configuration(tmp_path):
+    page = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+    (tmp_path / "my.toml").write_text(page.split("```toml")[1].split("```")[0])
+    assert Config.read(tmp_path / "my.toml").penalty.warmup_epochs == 2
 
 
 def test_the_recipe_for_digits_is_the_default():

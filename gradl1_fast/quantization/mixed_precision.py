@@ -6,6 +6,7 @@ import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -97,6 +98,10 @@ class Plan:
         Raises:
             ImportError: matplotlib is not installed.
         """
+        save(self.figure(title=title), path)
+
+    def figure(self, *, title: str = "") -> Any:
+        """Return a figure of value over cost; needs matplotlib."""
         figure = new_figure(6, 4)
         axes = figure.subplots()
         front = self.pareto()
@@ -110,7 +115,7 @@ class Plan:
         axes.set_title(title, fontsize=11)
         axes.legend(fontsize=8)
         tidy(axes)
-        save(figure, path)
+        return figure
 
 
 def search(

@@ -6,6 +6,7 @@ import csv
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -78,7 +79,7 @@ class Sensitivity:
         """
         save(self.figure(title=title), path)
 
-    def figure(self, *, title: str = "") -> object:
+    def figure(self, *, title: str = "") -> Any:
         """Return a figure with a bar for each tensor and width: the change from float; needs matplotlib."""
         names = list(dict.fromkeys((row.kind, row.name) for row in self.rows))
         widths = sorted({row.bits for row in self.rows}, reverse=True)

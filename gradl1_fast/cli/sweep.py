@@ -1,0 +1,108 @@
+"""``gradl1 sweep``: a finished run at every width."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from gradl1_fast._plots import new_figure, width_name
+from gradl1_fast.cli._console import fail, table
+from gradl1_fast.cli.app import app
+from gradl1_fast.quantization.ranges.choice import NAMES
+from gradl1_fast.training import runs, sweep_report
+from gradl1_fast.training import sweep as sweeps
+
+__all__ = ["sweep"]
+
+_EPILOG = """[bold]Examples[/bold]
+
+gradl1 sweep runs/digits
+
+gradl1 sweep runs/digits --bits float,8,4,3 --ranges mse --weight-ranges mse
+
+gradl1 sweep runs/fashion --images 10000 --size 60000
+"""
+_RANGES = ", ".join(NAMES)
+
+
+@app.command(epilog=_EPILOG)
+def sweep(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished gradl1 train.")],
+    bits: Annotated[
+        str, typer.Option(help="Widths of weights and of activations; every pair is evaluated.")
+    ] = "float,8,6,5,4,3,2",
+    alone: Annotated[int, typer.Option(help="Width at which each tensor is quantized alone.")] = 4,
+    images: Annotated[
+        int, typer.Option(min=0, help="Test images, evenly spread over all of them; 0 for all.")
+    ] = 2000,
+    ranges: Annotated[
+        str | None,
+        typer.Option(help=f"Find the ranges of activations anew, on 1000 training images: {_RANGES}."),
+    ] = None,
+    weight_ranges: Annotated[
+        str | None, typer.Option(help="Find ranges of weights, such as mse; by default their own.")
+    ] = None,
+    fold: Annotated[bool, typer.Option("--fold", help="Fold batch norms into convolutions first.")] = False,
+    size: Annotated[
+        float | None,
+        typer.Option(help="Search a width for each layer so that the weights take at most so many bytes."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The report; by default RUN/sweep.html.")] = None,
+) -> None:
+    """Evaluate a finished run at every width, and write a report.
+
+    Prints the test accuracy for every pair of widths. The report adds what
+    each tensor loses when it alone is quantized, the ranges, and step times
+    gradient norm of each tensor.
+
+    Quantization is simulated in floating point. It shows what a width costs in
+    accuracy; it is slower than float, not faster.
+    """  # fmt: skip
+    console = Console()
+    try:
+        new_figure(1, 1)  # without matplotlib there is no report: say so before the work
+        settings = sweeps.Settings(
+            bits=_bits(bits),
+            alone=alone,
+            images=images or None,
+            ranges=ranges,
+            weight_ranges=weight_ranges,
+            fold=fold,
+            size=size,
+        )
+        run = runs.load(folder)
+        results = sweeps.run(run.model, run.data, settings)
+        path = out or folder / "sweep.html"
+        sweep_report.write(path, f"{run.config.model.name} on {run.config.data.name}", results)
+    except OSError as error:
+        fail(f"{error.filename or folder}: {error.strerror or error}")
+    except (ValueError, TypeError, ImportError) as error:
+        fail(str(error))
+    _print_results(console, results)
+    console.print(f"Report: [bold]{path}[/bold]  (open it in a browser)", soft_wrap=True)
+
+
+def _bits(text: str) -> tuple[int | None, ...]:
+    """Return the widths that were written, in their order."""
+    found: list[int | None] = []
+    for part in text.split(","):
+        word = part.strip()
+        if word != "float" and not (word.isdecimal() and 1 <= int(word) <= 16):
+            raise ValueError(f"--bits: widths are float or numbers from 1 to 16, with commas, got {part!r}")
+        found.append(None if word == "float" else int(word))
+    return tuple(dict.fromkeys(found))
+
+
+def _print_results(console: Console, results: sweeps.Results) -> None:
+    widths = results.settings.bits
+    header = ("weight bits", *(f"a {width_name(a)}" for a in widths))
+    rows = [(width_name(w), *(f"{results.table[w, a]:.2f}" for a in widths)) for w in widths]
+    console.print("Test accuracy in %; widths of activations across:", table("", header, rows), "", sep="\n")
+    for line in sweep_report.found(results):
+        console.print(f"- {line}", highlight=False, markup=False)
+    if results.plan is not None:
+        rows = [(name, str(width)) for name, width in results.plan.best.w.items()]
+        console.print("", "A width for each layer:", table("", ("layer", "bits"), rows), sep="\n")

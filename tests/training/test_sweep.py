@@ -1,0 +1,141 @@
+"""A finished run at every width: the command, its numbers and its page."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import gradl1_fast as gl
+from gradl1_fast.cli import app
+from gradl1_fast.training import data, runs, sweep, sweep_report
+from gradl1_fast.training.config import Config, Model
+from gradl1_fast.training.loop import accuracy
+
+CONFIG = Config(model=Model(width=4))
+DIGITS = data.load("digits")
+WIDE = {"COLUMNS": "160", "TERM": "dumb", "NO_COLOR": "1"}
+
+
+def network():
+    torch.manual_seed(0)
+    model = runs.network(CONFIG, 10, 1)
+    for _ in range(3):
+        model(DIGITS.train[0][:200])  # statistics of batch norms
+    gl.calibrate(model, [DIGITS.train[0]])
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A finished run that was never trained."""
+    run = runs.Folder(tmp_path_factory.mktemp("run"))
+    run.write_config(CONFIG)
+    run.write_model(network(), DIGITS)
+    return run.path
+
+
+def gradl1(*args):
+    return CliRunner(env=WIDE).invoke(app, list(map(str, args)))
+
+
+@pytest.fixture(scope="module")
+def results():
+    settings = sweep.Settings(bits=(None, 8, 3), images=150, size=1500.0, fold=True)
+    return sweep.run(network(), DIGITS, settings, progress=False)
+
+
+def test_accuracies_are_those_of_the_same_images(results):
+    images, labels = DIGITS.test
+    places = torch.linspace(0, len(labels) - 1, 150).round().long()
+    model = gl.fold_batch_norm(network()).model
+    for w, a in ((8, 8), (3, None)):
+        with gl.bits(model, w=w, a=a):
+            assert results.table[w, a] == pytest.approx(accuracy(model, (images[places], labels[places])))
+    assert results.images == 150
+    assert len(results.table.rows) == 9
+
+
+def test_every_tensor_has_its_loss_its_range_and_its_norm(results):
+    weights = {f"{row.name}.weight" for row in results.alone.rows if row.kind == "w"}
+    activations = {row.name for row in results.alone.rows if row.kind == "a"}
+    assert results.ends.keys() == weights | activations
+    assert results.norms.keys() == weights | {n for n in activations if "input" not in n}
+    assert all(low <= high for low, high in results.ends.values())
+    assert results.plan.best.cost <= 1500
+    assert results.folding.difference < 1e-4
+
+
+def test_norms_are_step_times_gradient(results):
+    model = gl.fold_batch_norm(network()).model
+    images, labels = DIGITS.train
+    places = torch.linspace(0, len(labels) - 1, 200).round().long()
+    loss = torch.nn.functional.cross_entropy(model(images[places]), labels[places])
+    name, layer = next((n, m) for n, m in model.named_modules() if isinstance(m, gl.nn.QuantizedLayer))
+    (grad,) = torch.autograd.grad(loss, [layer.weight])
+    expected = float(grad.abs().sum() * layer.weight.detach().abs().max() / 7)
+    assert results.norms[f"{name}.weight"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_page_needs_nothing_beside_it_and_says_what_was_found(results):
+    page = sweep_report.html("net <of> mine", results)
+    assert page.count("data:image/svg+xml") == 5
+    assert "net &lt;of&gt; mine" in page
+    assert not re.findall(r'(?:src|href)="(?!data:)', page)
+    for sentence in sweep_report.found(results):
+        assert sentence in page
+    assert "takes longer than float" in page
+
+
+def test_ranges_from_batch_norms_take_the_images_as_known():
+    model = network()
+    settings = sweep.Settings(bits=(8,), images=20, ranges="batch_norm", weight_ranges="mse")
+    found = sweep.run(model, DIGITS, settings, progress=False)
+    norm = next(m for m in model.modules() if isinstance(m, gl.BatchNormAct2d) and m.quantizer)
+    six = float((norm.bias + 6 * norm.weight.abs()).detach().max())
+    assert float(norm.quantizer.high) == pytest.approx(six)
+    assert next(m for m in model.modules() if isinstance(m, gl.nn.WeightQuantizer)).clip is not None
+    assert found.plan is None
+
+
+def test_the_command_prints_the_table_and_writes_the_page(folder):
+    result = gradl1("sweep", folder, "--bits", "float, 8,3", "--images", "100", "--size", "2000")
+    assert result.exit_code == 0, result.output
+    assert "Test accuracy in %" in result.output
+    assert "A width for each layer" in result.output
+    assert (folder / "sweep.html").read_text().startswith("<!doctype html>")
+    model = runs.load(folder).model
+    with gl.bits(model, w=8, a=8):
+        images, labels = DIGITS.test
+        places = torch.linspace(0, len(labels) - 1, 100).round().long()
+        assert f"{accuracy(model, (images[places], labels[places])):.2f}" in result.output
+
+
+def test_help_says_that_simulation_is_slower():
+    output = gradl1("sweep", "--help").output
+    assert "slower than float" in output
+    assert "gradl1 sweep runs/digits" in output
+
+
+WRONG = {
+    "no run": (("{empty}",), "not the folder of a finished run"),
+    "bits": (("{run}", "--bits", "8,17"), "--bits: widths are float or numbers from 1 to 16"),
+    "words": (("{run}", "--bits", "8;4"), "--bits: widths are float or numbers"),
+    "ranges": (("{run}", "--ranges", "best"), "ranges must be one of"),
+    "weights": (("{run}", "--weight-ranges", "batch_norm"), "is for activations, not for weights"),
+    "alone": (("{run}", "--alone", "17", "--images", "10"), "must be from 1 to 16"),
+    "budget": (("{run}", "--size", "1", "--images", "10", "--bits", "8"), "the narrowest choice costs"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_arguments_are_named_in_one_sentence(case, folder, tmp_path):
+    args, message = WRONG[case]
+    filled = [arg.format(run=folder, empty=tmp_path) for arg in args]
+    result = gradl1("sweep", *filled, "--out", tmp_path / "page.html")
+    assert result.exit_code == 1
+    assert result.output.startswith("gradl1: ")
+    assert message in result.output
+    assert not (tmp_path / "page.html").exists()

@@ -56,14 +56,16 @@ format: $(READY)  ## put the code into the form that lint asks for
 bench: $(BUILT)  ## measure operations and training steps beside their peers; ARGS="step --smoke" for a first look
 	$(VENV)/bin/gradl1 bench $(ARGS)
 
-# Uses the python at hand and installs nothing. The benchmark runs even when a test fails; either failure counts.
-gpu:  ## all that needs a GPU: its tests, then the measurements, into OUT (default bench/results)
+# Everything that needs a GPU, with the python at hand; nothing is installed. Each step runs even when one before
+# it failed, and any failure counts. Tests of one file share a process: those of 2^31 elements need the memory.
+gpu:  ## all that needs a GPU: its tests, compute-sanitizer, then the measurements, into OUT (default bench/results)
 	@export PYTHONPATH=".$${PYTHONPATH:+:$$PYTHONPATH}"; status=0; \
 	GRADL1_CUDA=1 GRADL1_CUDA_ARCHS="$${GRADL1_CUDA_ARCHS:-native}" $(PYTHON) setup.py -q build_ext --inplace || status=1; \
-	$(PYTHON) -m pytest tests/gpu || status=1; \
-	if command -v compute-sanitizer >/dev/null; then PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
-	compute-sanitizer --error-exitcode 1 $(PYTHON) -m pytest tests/gpu/test_triton_elementwise.py \
-	-k "test_tap or test_l1_norm" || status=1; else echo "compute-sanitizer not found: not run"; fi; \
+	$(PYTHON) -m pytest tests/gpu $$($(PYTHON) -c "import xdist" 2>/dev/null && echo "-n 4 --dist loadfile") || status=1; \
+	if command -v compute-sanitizer >/dev/null; then for tool in memcheck racecheck initcheck; do \
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
+	$(PYTHON) -m tests.gpu.small_set cuda triton || status=1; done; \
+	else echo "compute-sanitizer not found: not run"; status=1; fi; \
 	$(PYTHON) -m bench.kernels --out "$${OUT:-bench/results}" || status=1; \
 	$(PYTHON) -m bench.gpu --out "$${OUT:-bench/results}" || status=1; \
 	exit $$status

@@ -44,8 +44,7 @@ void launch(
     const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, Where where, const Arguments&... arguments
 ) {
 #if defined(GRADL1_EMULATED)
-    (void)where;
-    emulation::run(name, grid, block, [&] { kernel(arguments...); });
+    emulation::run(name, where.first, grid, block, [&] { kernel(arguments...); });
 #else
     kernel<<<grid, block, 0, reinterpret_cast<cudaStream_t>(where.second)>>>(arguments...);
     check(cudaGetLastError(), name);

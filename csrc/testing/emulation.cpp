@@ -8,6 +8,22 @@
 
 dim3 threadIdx, blockIdx, blockDim, gridDim;
 
+static int current_device = 0;
+
+cudaError_t cudaGetDevice(int* device) {
+    *device = current_device;
+    return cudaSuccess;
+}
+
+cudaError_t cudaSetDevice(int device) {
+    if (device < 0 || device > 1) return 1;
+    current_device = device;
+    return cudaSuccess;
+}
+
+// For tests, through ctypes.
+extern "C" __attribute__((visibility("default"))) int gradl1_current_device() { return current_device; }
+
 namespace emulation {
 namespace {
 
@@ -85,7 +101,8 @@ std::uint64_t from_lane_above(std::uint64_t value, int distance) {
     return fibers[lane < kWarp ? self + static_cast<std::size_t>(distance) : self].value[turn];
 }
 
-void run(const char* name, dim3 grid, dim3 block, const std::function<void()>& thread) {
+void run(const char* name, std::int64_t device, dim3 grid, dim3 block, const std::function<void()>& thread) {
+    if (device != current_device) throw std::runtime_error(std::string(name) + ": launched on another device");
     if (grid.x == 0 || grid.y == 0 || grid.y > 65535 || grid.z != 1 || block.x > 1024 || block.x % kWarp ||
         block.y != 1) {
         throw std::runtime_error(std::string(name) + ": invalid configuration argument");

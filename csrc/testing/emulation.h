@@ -24,14 +24,14 @@ using cudaError_t = int;
 constexpr cudaError_t cudaSuccess = 0;
 
 inline const char* cudaGetErrorString(cudaError_t) { return "error"; }
-inline cudaError_t cudaGetDevice(int* device) { return *device = 0; }
-inline cudaError_t cudaSetDevice(int device) { return device; }  // there is only device 0
+cudaError_t cudaGetDevice(int* device);
+cudaError_t cudaSetDevice(int device);  // there are devices 0 and 1
 
 extern dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace emulation {
 
-void run(const char* name, dim3 grid, dim3 block, const std::function<void()>& thread);
+void run(const char* name, std::int64_t device, dim3 grid, dim3 block, const std::function<void()>& thread);
 
 // Waits until all threads of the block have come to a barrier.
 void barrier();

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -9,6 +10,8 @@ import torch
 
 from gradl1_fast.backends import UnavailableError, backend, resolve
 from gradl1_fast.backends.compiled._extension import engine
+from tests.compiled.builds import emulated
+from tests.compiled.emulated_matrix import PARTS, load
 
 
 @pytest.fixture
@@ -39,3 +42,14 @@ def module(loops: Any) -> Iterator[Any]:
     used = _gradl1.instruction_set()
     yield _gradl1
     _gradl1.use_instruction_set(used)
+
+
+@pytest.fixture(params=["host", "cuda"])
+def emulated_half(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, str]:
+    """Send the sweeps of the package to a half of the module that is compiled for the CPU alone."""
+    path, half = emulated(), request.param
+    module = load(str(path))
+    for part in PARTS:
+        monkeypatch.setattr(f"{part}.engine_for", lambda x: getattr(module, half), raising=False)
+        monkeypatch.setattr(f"{part}.where", lambda x: (0, 0), raising=False)
+    return path, half

@@ -21,7 +21,7 @@ from tests.ops.layouts import channels_last
 
 # Vector and scalar packs, rows and planes, several chunks, several tiles of channels, a tail.
 SHAPES = {
-    "planes": [(3, 4, 2, 5), (2, 3, 4, 8), (1, 1, 5, 1031)],
+    "planes": [(3, 4, 2, 5), (2, 3, 4, 8), (2, 3, 5, 13), (1, 1, 5, 1031)],
     "rows": [(3, 5, 2, 3), (11, 16, 3, 2), (1, 264, 5, 9)],
 }
 

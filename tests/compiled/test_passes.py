@@ -6,6 +6,7 @@ Every access to memory is counted, of the CPU loops and of the CUDA kernels comp
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,6 @@ from torch import Tensor
 
 from bench.kernels import sweeps
 from gradl1_fast.backends import compiled
-from tests.compiled.builds import emulated
-from tests.compiled.emulated_matrix import PARTS, load
 
 X = torch.randn(4, 8, 16, 32)  # as many elements as a CUDA block takes in several turns, 16-byte packs
 ONE = torch.ones(())
@@ -33,6 +32,7 @@ class Counter:
             count = self.counts[f"gradl1_{name}"]
             count.argtypes, count.restype = (ctypes.c_size_t,), ctypes.c_uint64
         self.watched: list[Tensor] = []
+        self.place: Callable[[Tensor], Tensor] = torch.clone
 
     def __call__(self, sweep: str, *arguments: Any) -> tuple[list[int], list[int]]:
         """Return how often each argument and new tensor was read, and each new one written."""
@@ -62,7 +62,7 @@ class Counter:
         """Return the argument in memory of its own, watched."""
         if isinstance(argument, list):
             return [self.copy(a) for a in argument]
-        return self.watch(argument.clone()) if isinstance(argument, Tensor) else argument
+        return self.watch(self.place(argument)) if isinstance(argument, Tensor) else argument
 
     def watch(self, tensor: Tensor) -> Tensor:
         if tensor.numel() == X.numel():
@@ -71,14 +71,9 @@ class Counter:
         return tensor
 
 
-@pytest.fixture(params=["host", "cuda"])
-def passes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Counter:
-    path = emulated()
-    module = load(str(path))
-    for part in PARTS:
-        monkeypatch.setattr(f"{part}.engine_for", lambda x: getattr(module, request.param), raising=False)
-        monkeypatch.setattr(f"{part}.where", lambda x: (0, 0), raising=False)
-    return Counter(path, request.param)
+@pytest.fixture
+def passes(emulated_half: tuple[Path, str]) -> Counter:
+    return Counter(*emulated_half)
 
 
 def whole(times: float) -> int:

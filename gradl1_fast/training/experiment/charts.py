@@ -131,7 +131,8 @@ def changes_chart(results: Results) -> str:
             label="quantized, 8 to 3 bits",
         )
         axes.set_xscale("log", base=2)
-        axes.set_yscale("symlog", linthresh=1e-4)
+        axes.set_yscale("log", nonpositive="mask")
+        axes.set_ylim(bottom=1e-4)
         axes.set_title(method, fontsize=11)
         axes.set_xlabel("largest move, half steps at 4 bits")
         axes.grid(color="#e3e6ea")

@@ -4,7 +4,7 @@ __all__ = ["BODY"]
 
 BODY = """<h1>Training methods compared: $data</h1>
 <p class="lead">One network by each method from the same start, then quantized to every width after
-training, by the same quantizer. Test accuracy in percent; seeds $seeds.</p>
+training, by the same quantizer. Test accuracy in percent; seeds: $seeds.</p>
 
 <h2>What was found</h2>
 $verdict
@@ -41,11 +41,14 @@ $norms
 <p>All weights are moved at once by the same number of half steps (at 4 bits) of their tensor. Dashed:
 what the l1 norm foretells as the worst. Orange: the loss when each weight moves along the sign of its
 gradient. Crosses: the loss when weights are rounded to 8, 7, 6, 5, 4 and 3 bits, placed at the largest
-move that rounding can make. Where the orange line leaves the dashed one, curvature has taken over.</p>
+move that rounding can make; a loss that falls is not drawn. Where the orange line leaves the dashed one,
+curvature has taken over.</p>
 $changes
 
 <h2>What holds a network back</h2>
-<p>The rise of the loss on $probed training images when one tensor alone is quantized to $alone_bits bits.</p>
+<p>The rise of the loss on $probed training images when one tensor alone is quantized to $alone_bits bits.
+Numbers count the layers; <code>activation_quantizers</code> are those behind pooling and at the
+input.</p>
 $alone
 
 <h2>What it costs</h2>

@@ -84,6 +84,16 @@ def test_the_simulation_of_an_unfolded_network_is_near() -> None:
     assert apart < 0.05 * unfolded.detach().abs().max()
 
 
+def test_relu6_does_not_keep_activations_from_4_bits() -> None:
+    if not types._runs(types.IntegerType("UINT4", 4, 21)):
+        pytest.skip("the installed onnxruntime does not run uint4")
+    model, x = network(MOBILENET)
+    exported = export_onnx(model, x, w=4, a=4)
+    assert not exported.remarks
+    zeros = initializers(onnx.load_from_string(exported.data), ".zero_point").values()
+    assert {zero.data_type for zero in zeros} == {onnx.TensorProto.UINT4}
+
+
 def test_every_activation_quantizer_is_in_the_file() -> None:
     model, x = network(MOBILENET)
     exported = export_onnx(model, x, w=4, a=8)
@@ -236,6 +246,7 @@ class Of(nn.Module):
 
 OPERATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu6": F.relu6,
+    "relu6 that is not quantized": lambda y: F.relu6(y).mean((2, 3), keepdim=True),
     "method relu": lambda y: y.relu(),
     "add": lambda y: y + y.relu(),
     "add a number": lambda y: y + 0.5,
@@ -254,7 +265,7 @@ MODULES: dict[str, nn.Module] = {
     "residual": Residual(),
     "one dimension": nn.Sequential(nn.Conv1d(3, 4, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(12, 3)),
     "three dimensions": nn.Sequential(nn.Conv3d(3, 4, 2), nn.AvgPool3d(2), nn.Conv3d(4, 2, 1), nn.Flatten()),
-    "same": nn.Sequential(nn.Conv2d(3, 4, (3, 4), padding="same", dilation=(1, 2)), nn.Flatten()),
+    "same": nn.Sequential(nn.Conv2d(3, 4, (3, 4), padding="same", dilation=(2, 1)), nn.Flatten()),
     "valid": nn.Sequential(nn.Conv2d(3, 4, 3, padding="valid"), nn.Flatten()),
     "groups": nn.Sequential(nn.Conv2d(3, 6, 3, groups=3, bias=False), nn.ReLU6(), nn.Flatten()),
     "identity and dropout": nn.Sequential(nn.Conv2d(3, 4, 3), nn.Identity(), nn.Dropout(), nn.Flatten()),

@@ -116,7 +116,7 @@ def _check(file: Path, state: dict[str, Any], trainer: Trainer) -> None:
             raise ValueError(
                 f"{file}: entry {name!r} must be a whole number from 0 to {end}, got {state[name]!r}"
             )
-    for name in ("optimizer", "schedule", "scaler", "average", "seen", "objective"):
+    for name in ("optimizer", "schedule", "scaler", "average", "objective"):
         _same_keys(file, f"{name}.", state[name], like[name])
     for key, value in like["average"].items():
         _same_tensor(file, f"average.{key}", state["average"][key], value)

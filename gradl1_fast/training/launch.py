@@ -15,7 +15,7 @@ from gradl1_fast.training.config import Config
 from gradl1_fast.training.data import Dataset
 from gradl1_fast.training.loop import accuracy
 from gradl1_fast.training.norms import step_norms
-from gradl1_fast.training.ranks import Ranks, ranks
+from gradl1_fast.training.ranks import Ranks, is_first, ranks
 from gradl1_fast.training.recorder import Recorder
 from gradl1_fast.training.runs import Folder, RunError, network
 from gradl1_fast.training.toml import SettingsError
@@ -66,7 +66,8 @@ def launch(
     require_safetensors()
     run_report.require_matplotlib()
     run = Folder(folder)
-    _check_folder(run, resume)
+    if is_first():  # another rank may come when the first one has begun to write
+        _check_folder(run, resume)
     with ranks(device) as group:
         images = data.load(config.data.name, config.data.folder, size=config.data.size)
         torch.manual_seed(config.training.seed)

@@ -21,8 +21,9 @@ __all__ = ["CompiledGradients", "EagerGradients", "Gradients", "check_supported"
 
 _TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
-# Under DDP gradients are averaged when backward() ends; these methods call it once, on whole sums.
-_DISTRIBUTED = ("plain", "gradl1", "l2", "kure", "defensive")
+# These run the forward pass once and call backward() once: under DDP gradients are averaged when that
+# ends, and activations that are computed again meet the same weights and ranges.
+_ONE_PASS = ("plain", "gradl1", "l2", "kure", "defensive")
 
 
 class Gradients(Protocol):
@@ -150,26 +151,32 @@ def check_supported(config: Config, objective: Objective, ranks: int, device: to
         raise ValueError("compile and cuda_graph exclude each other: choose one")
     if training.cuda_graph and device.type != "cuda":
         raise ValueError(f"cuda_graph needs an NVIDIA GPU; this run computes on {device}")
-    if training.checkpointing and method in ("sam",):
-        raise ValueError(f"checkpointing: the method {method!r} moves weights between its passes")
+    if training.checkpointing and (method not in _ONE_PASS or not _is_exact(objective)):
+        raise ValueError(
+            f"checkpointing: with the method {method!r}, as configured, weights or ranges are others by "
+            f"the time activations are computed again; it goes together with {', '.join(_ONE_PASS)} (exact)"
+        )
 
 
 def _check_distributed(config: Config, objective: Objective, ranks: int) -> None:
-    exact = not isinstance(objective, GradientL1) or objective.penalty.method == "exact"
-    if objective.name not in _DISTRIBUTED or not exact:
+    if objective.name not in _ONE_PASS or not _is_exact(objective):
         raise ValueError(
             f"{ranks} ranks: the method {objective.name!r}, as configured, takes several passes or keeps "
-            f"ranges of its own on each rank; distributed training has {', '.join(_DISTRIBUTED)} (exact)"
+            f"ranges of its own on each rank; distributed training has {', '.join(_ONE_PASS)} (exact)"
         )
     share = config.training.batch_size // config.training.accumulate
     if share % ranks:
         raise ValueError(f"{ranks} ranks must divide a part of a batch, {share} images")
 
 
+def _is_exact(objective: Objective) -> bool:
+    return not isinstance(objective, GradientL1) or objective.penalty.method == "exact"
+
+
 def _check_one_graph(name: str, config: Config, objective: Objective, ranks: int) -> None:
     """Check what a step must be like to be traced or captured whole."""
-    exact = isinstance(objective, GradientL1) and objective.penalty.method == "exact" and objective.every == 1
-    if not (exact or isinstance(objective, Plain)):
+    penalised = isinstance(objective, GradientL1) and _is_exact(objective) and objective.every == 1
+    if not (penalised or isinstance(objective, Plain)):
         raise ValueError(
             f"{name}: the whole step must be one graph, the same each time; that holds for the methods "
             "'plain' and 'gradl1' (method='exact', every=1)"

@@ -55,6 +55,17 @@ class Epoch:
             self.parts[name] = self.parts[name] + part if name in self.parts else part
             self.counts[name] = self.counts.get(name, 0) + 1
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return it as tensors, numbers and dictionaries."""
+        lists = {"losses": _stacked(self.losses), "penalties": _stacked(self.penalties)}
+        return {**vars(self), **lists}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Epoch:
+        """Return what :meth:`state_dict` gave."""
+        lists = {name: list(state[name].unbind()) for name in ("losses", "penalties")}
+        return cls(**{**state, **lists})
+
     def mean_parts(self) -> dict[str, float]:
         """Return the mean of each part over the steps in which it was measured."""
         return {name: float(total) / self.counts[name] for name, total in self.parts.items()}
@@ -140,7 +151,9 @@ class Trainer:
             self.seen.seconds += time.perf_counter() - start
             self.step += 1
             after_step(self)
-        self._check_losses()
+        start = time.perf_counter()
+        self._check_losses()  # waits for the device
+        self.seen.seconds += time.perf_counter() - start
 
     def next_epoch(self) -> None:
         """Begin the next epoch; where the penalty begins with it, change the objective."""
@@ -272,11 +285,7 @@ class Trainer:
             "order": self._order_state,
             "random": self.ranks.gather(random),
             "objective": {"name": self.objective.name, "state": dict(self.objective.state_dict())},
-            "seen": {
-                **vars(self.seen),
-                "losses": _stacked(self.seen.losses),
-                "penalties": _stacked(self.seen.penalties),
-            },
+            "seen": self.ranks.gather(self.seen.state_dict()),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -301,9 +310,7 @@ class Trainer:
             self.average.load_state_dict(state["average"])
         self._order_source.set_state(state["order"])
         self._order = None
-        seen = state["seen"]
-        lists = {name: list(seen[name].unbind()) for name in ("losses", "penalties")}
-        self.seen = Epoch(**{**seen, **lists})
+        self.seen = Epoch.from_state(state["seen"][self.ranks.rank])
         mine = state["random"][self.ranks.rank]
         torch.set_rng_state(mine["cpu"])
         if self.ranks.device.type == "cuda":

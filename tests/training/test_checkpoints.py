@@ -104,7 +104,7 @@ DAMAGES = {
     "step": (put("step", value=-1), "entry 'step' must be a whole number from 0 to 3, got -1"),
     "order": (put("order", value=torch.ones(3)), "entry 'order' must be torch.uint8"),
     "order kind": (put("order", value=[1]), "entry 'order' must be torch.uint8 of shape .* got \\[1\\]"),
-    "no dictionary": (put("seen", value=3), "entry 'seen' must be a dictionary, got int"),
+    "no dictionary": (put("schedule", value=3), "entry 'schedule' must be a dictionary, got int"),
     "average": (
         put("average", "0.weight", value=torch.ones(2)),
         "entry 'average.0.weight' must be torch.float32",
@@ -128,6 +128,7 @@ DAMAGES = {
     "random": (put("random", value=[]), "written by 0 ranks, not 1"),
     "random state": (put("random", value=[{"cpu": torch.ones(3)}]), "does not fit this training"),
     "objective": (put("objective", "name", value="l2"), "objective is 'l2'"),
+    "seen": (put("seen", value=[{}]), "does not fit this training"),
     "rows": (drop("rows"), "missing entries: rows"),
 }
 

@@ -31,23 +31,23 @@ def results(tmp_path_factory):
     return torch.load(path, weights_only=True)
 
 
-@pytest.mark.parametrize("accumulate", [1, 3])
-def test_the_gradient_is_the_mean_of_the_gradients_of_the_ranks(results, accumulate):
-    expected = [(a + b) / 2 for a, b in zip(*results["expected"][str(accumulate)], strict=True)]
+@pytest.mark.parametrize("case", ["plain 1", "gradl1 1", "gradl1 3", "l2 1", "kure 1", "defensive 1"])
+def test_the_gradient_is_the_mean_of_the_gradients_of_the_ranks(results, case):
+    expected = [(a + b) / 2 for a, b in zip(*results["expected"][case], strict=True)]
     for found in results["found"]:
-        assert_gradients(found[f"gradients {accumulate}"], expected, 1e-5)
-    different = results["expected"][str(accumulate)]
+        assert_gradients(found[f"gradients {case}"], expected, 1e-5)
+    different = results["expected"][case]
     assert not all(torch.allclose(a, b, rtol=0.1) for a, b in zip(*different, strict=True))
 
 
 def test_it_is_not_the_gradient_of_one_penalty_over_the_whole_batch(results):
-    one, three = (results["found"][0][f"gradients {accumulate}"] for accumulate in (1, 3))
+    one, three = (results["found"][0][f"gradients gradl1 {accumulate}"] for accumulate in (1, 3))
     assert not all(torch.allclose(a, b, rtol=1e-3) for a, b in zip(one, three, strict=True))
 
 
 def test_ranks_exchange_their_gradients_once_a_step(results):
     for found in results["found"]:
-        assert found["exchanges 1"] == found["exchanges 3"] == 1
+        assert found["exchanges gradl1 1"] == found["exchanges gradl1 3"] == 1
 
 
 def test_all_ranks_have_the_same_weights_and_tell_the_same_loss(results):

@@ -162,8 +162,18 @@ def test_activations_are_not_kept():
     assert sum(kept) < plain / 2
 
 
-def test_the_trainer_recomputes():
-    one, other = trainer(config()), trainer(config(checkpointing=True))
+METHODS = {
+    "plain": {},
+    "gradl1": GRADL1,
+    "l2": {"lambda_w": 0.1, "lambda_a": 0.1},
+    "kure": {"coefficient": 0.1},
+    "defensive": {"beta": 0.01},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_trainer_recomputes(method):
+    one, other = (trainer(config(method, METHODS[method], checkpointing=again)) for again in (False, True))
     for made in (one, other):
         made.run_epoch()
     assert all(
@@ -230,9 +240,17 @@ REFUSED = {
     "compile checkpointing": (config(compile=True, checkpointing=True), "not go together with checkpointing"),
     "graph on a CPU": (config(cuda_graph=True), "cuda_graph needs an NVIDIA GPU; this run computes on cpu"),
     "graph and compile": (config(cuda_graph=True, compile=True), "compile and cuda_graph exclude each other"),
+    "checkpointing qat": (
+        config("qat", {"w": 4, "a": 4}, checkpointing=True),
+        "checkpointing: with the method 'qat'",
+    ),
+    "checkpointing fd": (
+        config(settings={"lambda_w": 0.1, "method": "finite_difference"}, checkpointing=True),
+        "checkpointing: with the method 'gradl1', as configured",
+    ),
     "checkpointing sam": (
         config("sam", {"epsilon": 0.1}, checkpointing=True),
-        "checkpointing: the method 'sam'",
+        "checkpointing: with the method 'sam'",
     ),
     "large batch": (config(batch_size=121), "batch_size: 121 is more than all 120 images"),
     "method": (config("lasso"), "objective must be one of plain"),

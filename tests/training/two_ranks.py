@@ -17,7 +17,14 @@ from gradl1_fast.training.objectives import make
 from gradl1_fast.training.ranks import ALONE, Ranks, ranks
 from gradl1_fast.training.trainer import Trainer
 
-SETTINGS = {"lambda_w": 0.05, "lambda_a": 0.03, "scale": "step"}
+METHODS: dict[str, dict[str, object]] = {
+    "gradl1": {"lambda_w": 0.05, "lambda_a": 0.03, "scale": "step"},
+    "plain": {},
+    "l2": {"lambda_w": 0.1, "lambda_a": 0.1},
+    "kure": {"coefficient": 0.1},
+    "defensive": {"beta": 0.01},
+}
+CASES = [("gradl1", 3), *((method, 1) for method in METHODS)]
 DATA = torch.randn(24, 2, 6, 6, generator=torch.Generator().manual_seed(5)), torch.arange(24) % 3
 
 
@@ -28,9 +35,10 @@ def network() -> nn.Module:
     return gl.convert(nn.Sequential(*layers))
 
 
-def config(**training: object) -> Config:
+def config(method: str = "gradl1", **training: object) -> Config:
     whole = {"epochs": 1, "batch_size": 12, **training}
-    return Config(training=Training(**whole), penalty=Penalty("gradl1", 1, 0, SETTINGS))  # type: ignore[arg-type]
+    penalty = Penalty(method, 1, 0, METHODS[method])
+    return Config(training=Training(**whole), penalty=penalty)  # type: ignore[arg-type]
 
 
 def gradients(trainer: Trainer) -> list[Tensor]:
@@ -49,11 +57,11 @@ def one_rank(rank: int, folder: str, store: str) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store}
     with ranks("cpu") as group:
         found: dict[str, object] = {}
-        for accumulate in (1, 3):
-            trainer = Trainer(network(), DATA, config(accumulate=accumulate), group)
+        for method, accumulate in CASES:
+            trainer = Trainer(network(), DATA, config(method, accumulate=accumulate), group)
             calls = count_exchanges(trainer)
-            found[f"gradients {accumulate}"] = gradients(trainer)
-            found[f"exchanges {accumulate}"] = len(calls)
+            found[f"gradients {method} {accumulate}"] = gradients(trainer)
+            found[f"exchanges {method} {accumulate}"] = len(calls)
         trainer = Trainer(network(), DATA, config(), group)
         trainer.run_epoch()
         trainer.average_over_ranks()
@@ -93,14 +101,14 @@ def refusals(group: Ranks) -> dict[str, str]:
     return said
 
 
-def alone(rank: int, accumulate: int) -> list[Tensor]:
+def alone(rank: int, method: str, accumulate: int) -> list[Tensor]:
     """Return the gradients of a rank's share of the batch, computed by one process."""
-    trainer = Trainer(network(), DATA, config(batch_size=12), ALONE)
+    trainer = Trainer(network(), DATA, config(), ALONE)
     x, y = trainer.batch(0)
-    objective = make("gradl1", trainer.model, **SETTINGS)
+    objective = make(method, trainer.model, **METHODS[method])
     trainer.optimizer.zero_grad()
     for part in zip(x[rank::2].chunk(accumulate), y[rank::2].chunk(accumulate), strict=True):
-        objective.backward(lambda part=part: trainer.loss_of(part) / accumulate)  # type: ignore[misc]
+        objective.backward(lambda part=part: trainer.loss_of(part), lambda loss: loss / accumulate)  # type: ignore[misc]
     return [p.grad.clone() for p in trainer.model.parameters() if p.grad is not None]
 
 
@@ -108,7 +116,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         multiprocessing.spawn(one_rank, (folder, sys.argv[2]), nprocs=2)
         found = [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(2)]
-    expected = {f"{accumulate}": [alone(rank, accumulate) for rank in range(2)] for accumulate in (1, 3)}
+    expected = {f"{case[0]} {case[1]}": [alone(rank, *case) for rank in range(2)] for case in CASES}
     torch.save({"found": found, "expected": expected}, sys.argv[1])
 
 

@@ -121,3 +121,24 @@ def test_what_makes_no_search_is_refused_before_the_work(
 ) -> None:
     with pytest.raises(error, match=message):
         gl.search(model, lambda m: pytest.fail("evaluated"), **wrong)
+
+
+def test_to_sweep_and_to_search_changes_neither_ranges_nor_statistics(model: nn.Module) -> None:
+    x = VGG.batch()[0]
+
+    def norm(model: nn.Module) -> float:
+        with torch.no_grad():
+            return float(model(3 * x).norm())
+
+    before = {name: t.clone() for name, t in (*model.named_buffers(), *model.named_parameters())}
+    modes = [m.training for m in model.modules()]
+    gl.sweep(model, norm, [(4, 4), (2, None)])
+    gl.sensitivity(model, norm)
+    gl.search(model, norm, bit_operations=1e9, example=x, choices=(4, 2))
+    gl.fold_batch_norm(model, x)
+    gl.correct_bias(model, [x], w=4)
+    after = dict((*model.named_buffers(), *model.named_parameters()))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(t, before[name]) for name, t in after.items())
+    assert [m.training for m in model.modules()] == modes
+    assert {m.bits for m in model.modules() if hasattr(m, "bits")} == {None}

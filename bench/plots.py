@@ -12,6 +12,12 @@ from gradl1_fast import _plots
 __all__ = ["ops", "save", "scale", "step"]
 
 Row = dict[str, Any]
+LINES = {
+    "plain": "#64748b",
+    "eager double backprop": "#1d4ed8",
+    "finite difference": "#a3a3a3",
+    "gradl1_fast": "#c2410c",
+}
 OURS, PLAIN, APPROXIMATE, PEER, FLOOR = "#c2410c", "#64748b", "#a3a3a3", "#1d4ed8", "#d4d4d8"
 
 
@@ -128,5 +134,5 @@ def scale(rows: Sequence[Row]) -> Any:
 def _lines(axes: Any, rows: Sequence[Row], metric: str, unit: float) -> None:
     for name in dict.fromkeys(row["provider"] for row in rows):
         points = [(row["value"], row[metric] * unit) for row in rows if row["provider"] == name]
-        axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=name)
+        axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=name, color=LINES.get(name))
         axes.set_xticks([x for x, _ in points])

@@ -71,6 +71,7 @@ def _measured() -> list[Path]:
 def _device(folder: Path) -> str:
     rows = _small_images(results.read(folder))
     place = folder.relative_to(HERE).as_posix()
+    sizes = dict.fromkeys(f"{TITLES[row['operation']]} of {row['size']}" for row in rows)
     device = results.read_environment(folder)["devices"]
     name = device["cuda:0"] if rows[0]["device"] == "cuda" else device["cpu"]
     return "\n".join(
@@ -78,6 +79,8 @@ def _device(folder: Path) -> str:
             *_table(rows, f"time of a step, plain = 1 ({name})"),
             "",
             f"![Time of a step by every provider]({place}/chart.svg)",
+            "",
+            f"{'; '.join(sizes)}. A peer that is not in the table has not been measured here.",
             "",
             f"Measured by `make bench`; each row, its spread, memory and gradient error: [{place}]({place}).",
         ]

@@ -142,3 +142,13 @@ def test_to_sweep_and_to_search_changes_neither_ranges_nor_statistics(model: nn.
     assert all(torch.equal(t, before[name]) for name, t in after.items())
     assert [m.training for m in model.modules()] == modes
     assert {m.bits for m in model.modules() if hasattr(m, "bits")} == {None}
+
+
+def test_a_loss_that_every_width_has_does_not_keep_a_tensor_wide(model: nn.Module) -> None:
+    def with_constant(model: nn.Module) -> float:
+        return loss(model) + (50.0 if widths_of(model)[0]["12"] is not None else 0.0)
+
+    plain = gl.search(model, loss, size=400, choices=CHOICES, higher_is_better=False)
+    shifted = gl.search(model, with_constant, size=400, choices=CHOICES, higher_is_better=False)
+    assert [p.w for p in shifted.points] == [p.w for p in plain.points]
+    assert shifted.best.w == plain.best.w

@@ -25,7 +25,7 @@ from gradl1_fast.nn.quantizers import ActivationQuantizer
 from gradl1_fast.nn.sites import named_layers, named_quantizers
 from gradl1_fast.quantization import bit_planes
 from gradl1_fast.quantization.partial_file import Entry, PartialFile
-from gradl1_fast.quantization.sliced import SlicedWeight, slice_weight
+from gradl1_fast.quantization.sliced import SlicedWeight, refuse_sliced, slice_weight
 
 __all__ = ["load_any_bit", "save_any_bit"]
 
@@ -143,11 +143,8 @@ def _layers(model: nn.Module) -> dict[str, QuantizedLayer]:
     layers = named_layers(model)
     if not layers:
         raise ValueError("save_any_bit: the model is not converted: call gradl1_fast.convert(model) first")
+    refuse_sliced(model, "save_any_bit")
     for name, layer in layers.items():
-        if isinstance(layer.weight_quantizer, SlicedWeight):
-            raise ValueError(
-                f"save_any_bit: {name!r} holds bits of an any-bit file, no float weight; copy that file"
-            )
         if not layer.weight.isfinite().all():
             raise ValueError(f"save_any_bit: the weight of {name!r} holds NaN or infinity")
     return layers

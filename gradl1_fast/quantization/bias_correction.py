@@ -13,6 +13,7 @@ from gradl1_fast.nn.layers import QLinear, QuantizedLayer
 from gradl1_fast.nn.sites import named_layers
 from gradl1_fast.quantization._modes import evaluation, run
 from gradl1_fast.quantization.bits import Widths, bits, widths_of
+from gradl1_fast.quantization.sliced import refuse_sliced
 
 __all__ = ["correct_bias"]
 
@@ -73,6 +74,7 @@ def correct_bias(model: nn.Module, batches: Iterable[Any], *, w: Widths) -> nn.M
 
     Source: Nagel et al. 2019, arXiv 1906.04721, section 4.2, with measured means.
     """
+    refuse_sliced(model, "correct_bias")
     result = copy_model(model)
     with bits(result, w=w, a={}):
         widths = widths_of(result)[0]

@@ -17,6 +17,7 @@ from gradl1_fast.quantization._modes import evaluation, run
 from gradl1_fast.quantization.ranges.base import MinMax, Range
 from gradl1_fast.quantization.ranges.batch_norm import BatchNormStatistics
 from gradl1_fast.quantization.ranges.choice import choose
+from gradl1_fast.quantization.sliced import refuse_sliced
 
 __all__ = ["calibrate", "calibrate_weights", "observed", "quantizers_of", "set_range"]
 
@@ -84,6 +85,7 @@ def calibrate_weights(model: nn.Module, *, ranges: str | Range = "mse") -> None:
     layers = named_layers(model)
     if not layers:
         raise ValueError("the model has no layers of this library: call gradl1_fast.convert(model) first")
+    refuse_sliced(model, "calibrate_weights")
     method = choose("calibrate_weights", ranges)
     if not isinstance(method, Range) or not method.for_weights:
         raise ValueError(f"calibrate_weights: {type(method).__name__} is for activations, not for weights")

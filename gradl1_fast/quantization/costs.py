@@ -17,6 +17,7 @@ from gradl1_fast.nn.quantizers import ActivationQuantizer
 from gradl1_fast.nn.rewrite import module_of
 from gradl1_fast.nn.sites import named_layers, named_quantizers
 from gradl1_fast.quantization._modes import evaluation
+from gradl1_fast.quantization.sliced import refuse_sliced
 
 __all__ = ["Costs", "costs"]
 
@@ -65,6 +66,7 @@ def costs(model: nn.Module, example: Tensor | None = None) -> Costs:
     layers = named_layers(model)
     if not layers:
         raise ValueError("the model has no layers of this library: call gradl1_fast.convert(model) first")
+    refuse_sliced(model, "costs")
     first = {id(layer.weight): name for name, layer in reversed(layers.items())}
     weights = {
         name: layer.weight.numel() if first[id(layer.weight)] == name else 0 for name, layer in layers.items()

@@ -15,6 +15,7 @@ from gradl1_fast.nn.layers import QLinear, QuantizedLayer
 from gradl1_fast.nn.quantizers import ActivationQuantizer
 from gradl1_fast.nn.rewrite import count_calls, module_of, operation_of
 from gradl1_fast.nn.trace import has_hooks
+from gradl1_fast.quantization.sliced import refuse_sliced
 
 __all__ = ["Equalization", "equalize"]
 
@@ -82,6 +83,7 @@ def equalize(model: nn.Module) -> Equalization:
     """
     if not isinstance(model, ConvertedModel):
         raise ValueError("equalize: needs a model that gradl1_fast.convert could trace")
+    refuse_sliced(model, "equalize")
     result = Equalization(copy_model(model))
     pairs = list(_pairs(result.model))  # type: ignore[arg-type]
     _balance(pairs)

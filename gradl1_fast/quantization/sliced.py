@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gradl1_fast.nn.layers import QuantizedLayer
 from gradl1_fast.nn.quantizers import WeightQuantizer
+from gradl1_fast.nn.sites import named_layers
 from gradl1_fast.quantization import bit_planes
 
-__all__ = ["SlicedWeight", "slice_weight"]
+__all__ = ["SlicedWeight", "refuse_sliced", "slice_weight"]
 
 
 class SlicedWeight(WeightQuantizer):
@@ -82,3 +83,14 @@ def slice_weight(layer: QuantizedLayer, quantizer: SlicedWeight) -> None:
     # Not absent but None, as a bias can be: no state dict takes or gives it, and GradL1 refuses it by name.
     layer.register_parameter("weight", None)
     layer.weight_quantizer = quantizer.train(layer.training)
+
+
+def refuse_sliced(model: nn.Module, what: str) -> None:
+    """Refuse a model without float weights; ``what`` names the caller, which needs them.
+
+    Raises:
+        ValueError: a layer holds codes; the message names it.
+    """
+    for name, layer in named_layers(model).items():
+        if isinstance(layer.weight_quantizer, SlicedWeight):
+            raise ValueError(f"{what}: {name!r} holds bits of an any-bit file and no float weight")

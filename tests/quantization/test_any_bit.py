@@ -18,6 +18,9 @@ from torch import Tensor, nn
 import gradl1_fast as gl
 from gradl1_fast.nn.sites import named_layers, named_quantizers
 from gradl1_fast.quantization import bit_planes, partial_file
+from gradl1_fast.quantization.bias_correction import correct_bias
+from gradl1_fast.quantization.costs import costs
+from gradl1_fast.quantization.equalization import equalize
 from tests.networks import MOBILENET, VGG, Network
 
 save_file = pytest.importorskip("safetensors.torch", reason="any-bit files need safetensors").save_file
@@ -265,6 +268,17 @@ class TestASlicedModel:
             gl.GradL1(model, 0.1, 0.0)
         with pytest.raises(RuntimeError, match="no grid of integers"):
             model.get_submodule(FIRST).weight_quantizer.step(None, 4)
+
+    def test_what_needs_float_weights_says_so(self, model: nn.Module) -> None:
+        x = VGG.batch(torch.float32)[0]
+        for name, call in {
+            "calibrate_weights": lambda: gl.calibrate_weights(model),
+            "equalize": lambda: equalize(model),
+            "correct_bias": lambda: correct_bias(model, [x], w=4),
+            "costs": lambda: costs(model),
+        }.items():
+            with pytest.raises(ValueError, match=f"{name}: '0' holds bits of an any-bit file and no float"):
+                call()
 
     def test_its_batch_norms_stay(self, model: nn.Module) -> None:
         with pytest.warns(UserWarning, match="holds bits of an any-bit file"):

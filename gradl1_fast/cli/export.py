@@ -66,11 +66,11 @@ def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run, of gradl1 train.")],
     w: Annotated[
         int | None,
-        typer.Option(help="Bits of the weights: 1 to 8 or 16. [default: float]", show_default=False),
+        typer.Option(help="Bits of the weights: 1 to 8 or 16. Without it, float.", show_default=False),
     ] = None,
     a: Annotated[
         int | None,
-        typer.Option(help="Bits of the activations: 1 to 8 or 16. [default: float]", show_default=False),
+        typer.Option(help="Bits of the activations: 1 to 8 or 16. Without it, float.", show_default=False),
     ] = None,
     format: Annotated[
         Format,
@@ -80,7 +80,7 @@ def export(
         ),
     ] = Format.onnx,
     out: Annotated[
-        Path | None, typer.Option(help="File to write. [default: in RUN]", show_default=False)
+        Path | None, typer.Option(help="File to write. By default in RUN.", show_default=False)
     ] = None,
     inputs: Annotated[int, typer.Option(min=1, help="How many test images are compared.")] = 500,
 ) -> None:

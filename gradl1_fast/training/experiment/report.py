@@ -32,10 +32,13 @@ def write(results: Results, path: Path) -> None:
 
 
 def accuracy_table(results: Results) -> Table:
-    """Return header and rows of accuracies in the layout of the paper: a row for each method."""
+    """Return header and rows of accuracies: a row for each method, with the number of its networks."""
     widths = _shown(results)
-    header = ("method", *(_name(w, a) for w, a in widths))
-    rows = [(method, *(str(results.spread(method, w, a)) for w, a in widths)) for method in results.methods]
+    header = ("method", *(_name(w, a) for w, a in widths), "seeds")
+    rows = [
+        (m, *(str(results.spread(m, w, a)) for w, a in widths), str(len(results.of(m))))
+        for m in results.methods
+    ]
     return header, rows
 
 
@@ -67,7 +70,7 @@ def verdict(results: Results) -> list[str]:
     for w, a in _shown(results):
         means = {method: results.spread(method, w, a) for method in results.methods}
         best = max(means, key=lambda method: means[method].mean)
-        line = f"{_name(w, a)}: best is {best}, {means[best]} %"
+        line = f"{_name(w, a)}: highest mean has {best}, {means[best]} %"
         others = [f"{m} {means[m]} %" for m in ("gradl1", "plain") if m in means and m != best]
         lines.append("; ".join([line, *others]) + ".")
     return lines

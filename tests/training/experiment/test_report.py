@@ -58,16 +58,17 @@ def test_texts_are_escaped():
 
 def test_the_table_has_equal_widths_and_those_of_the_weights_alone():
     header, rows = report.accuracy_table(results(80.0, 70.0))
-    assert header == ("method", "float", "(8, 8)", "(4, 4)", "(3, 3)", "(4, float)", "(3, float)")
+    widths = ("float", "(8, 8)", "(4, 4)", "(3, 3)", "(4, float)", "(3, float)")
+    assert header == ("method", *widths, "seeds")
     assert [row[0] for row in rows] == ["plain", "gradl1"]
-    assert rows[0][1] == "81.0 ± 1.4"
+    assert (rows[0][1], rows[0][-1]) == ("81.0 ± 1.4", "2")
 
 
 @pytest.mark.parametrize(("tops", "best"), [((80.0, 70.0), "plain"), ((70.0, 80.0), "gradl1")])
 def test_the_leader_is_named_whoever_it_is(tops, best):
     other = "gradl1" if best == "plain" else "plain"
     line = report.verdict(results(*tops))[0]
-    assert line == f"float: best is {best}, 81.0 ± 1.4 %; {other} 71.0 ± 1.4 %."
+    assert line == f"float: highest mean has {best}, 81.0 ± 1.4 %; {other} 71.0 ± 1.4 %."
 
 
 def test_times_are_those_of_the_epochs_in_which_the_method_is_at_work():

@@ -203,7 +203,7 @@ def _bound(rows: Mapping[str, Row], tolerance: float) -> float:
     in either layout, is allowed.
     """
     found = [rows.get(name, {}).get("gradient_error") for name in EAGER]
-    return max(tolerance, *(2 * error for error in found if error is not None))
+    return max([tolerance, *(2 * error for error in found if error is not None)])
 
 
 def _statistics(workload: Workload, times: Mapping[str, list[float]], name: str) -> Row:

@@ -118,7 +118,9 @@ def test_every_kernel_compiles_exactly_and_without_spills(
         registers[name] = max(used, registers.get(name, 0))
         # float64 is there for tests; Triton 3.6 stores one register of one kernel in that type
         hot = dtype != torch.float64
-        assert not (hot and spilled), f"{name} stores {spilled} registers in local memory, using {used} registers"
+        assert not (hot and spilled), (
+            f"{name} stores {spilled} registers in local memory, using {used} registers"
+        )
         assert not re.search(r"\bfma\.|\.ftz|\bdiv\.(approx|full)|\bsqrt\.approx", ptx), f"{name}: not IEEE"
         assert not re.search(r"\batom\.|\bred\.", ptx), f"{name}: atomics"
     print(

@@ -91,6 +91,9 @@ def export(
     this library: codes of activations at most 1 apart, outputs within 0.1 %
     of the largest, the same decision for 99 % of the images. Otherwise
     nothing is written and the command fails.
+
+    Quantization is simulated in floating point here, slower than float; only
+    a runtime with integer kernels gains speed from the file.
     """  # fmt: skip
     if format is Format.torchao:
         fail(_NO_TORCHAO)

@@ -12,10 +12,11 @@ T = TypeVar("T")
 __all__ = ["track"]
 
 
-def track(items: Iterable[T], what: str, *, show: bool = True) -> Iterator[T]:
+def track(items: Iterable[T], what: str, *, total: int | None = None, show: bool = True) -> Iterator[T]:
     """Yield the items, with a bar on standard error if it is a terminal and rich is installed.
 
-    While another bar is being shown there is none.
+    While another bar is being shown there is none. ``total`` is the number of items, where they do not
+    know it themselves.
     """
     if show and sys.stderr.isatty():
         try:
@@ -26,6 +27,6 @@ def track(items: Iterable[T], what: str, *, show: bool = True) -> Iterator[T]:
             pass  # a bar is a courtesy: without rich the work goes on without one
         else:
             with contextlib.suppress(LiveError):  # raised before the first item, or never
-                yield from rich_track(items, what, console=Console(stderr=True), transient=True)
+                yield from rich_track(items, what, total, console=Console(stderr=True), transient=True)
                 return
     yield from items

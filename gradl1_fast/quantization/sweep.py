@@ -12,9 +12,11 @@ from typing import Any
 
 from torch import nn
 
+from gradl1_fast import _checks as check
 from gradl1_fast._plots import heat_map, new_figure, save, width_name
 from gradl1_fast._progress import track
 from gradl1_fast.quantization.bits import bits, check_width
+from gradl1_fast.quantization.parallel import parallel_map
 
 __all__ = ["Row", "Table", "sweep"]
 
@@ -90,12 +92,13 @@ def sweep(
     widths: Sequence[Width],
     *,
     batches: Iterable[Any] | None = None,
+    workers: int = 1,
     progress: bool = True,
 ) -> Table:
     """Evaluate a model at each width and put its widths back.
 
     Quantization is simulated in floating point: an evaluation takes longer than that of the float model.
-    Widths are evaluated one after another, each with all of torch's threads.
+    With one worker, widths are evaluated one after another, each with all of torch's threads.
 
     Args:
         model: a converted, calibrated model, in the mode in which it is to be evaluated.
@@ -104,23 +107,39 @@ def sweep(
             the total sum over the total count.
         widths: pairs ``(w, a)``; None stands for float.
         batches: data, gone through once for all widths: worthwhile where to read them takes time.
+        workers: how many widths are evaluated at once, by threads that share the weights and divide torch's
+            threads among them. Worthwhile on many cores, for networks too small to use them all; ``evaluate``
+            must then be safe to call from several threads, and the model in evaluation mode. Not with
+            ``batches``, where the widths take turns at each batch.
         progress: show a progress bar where there is a terminal and rich is installed.
 
     Raises:
-        TypeError: a width is not a pair of numbers of bits, or, with ``batches``, a result is not a pair.
-        ValueError: there is no width or no batch, or a width is out of range.
+        TypeError: a width is not a pair of numbers of bits, ``workers`` is no int, or, with ``batches``, a
+            result is not a pair.
+        ValueError: there is no width or no batch, a width or ``workers`` is out of range, or there are
+            several workers and ``batches``, or a module in training mode.
         RuntimeError: an activation has no range yet.
     """
     checked = [_pair(width) for width in widths]
     if not checked:
         raise ValueError("sweep: widths is empty; give pairs such as [(8, 8), (4, 4)]")
+    if check.count("sweep: workers", workers) > 1 and batches is not None:
+        raise ValueError(
+            "sweep: several workers cannot share batches; give evaluate its own data, or workers=1"
+        )
     if batches is not None:
         return _one_pass(model, evaluate, checked, track(batches, "sweep", show=progress))
-    rows = []
-    for w, a in track(checked, "sweep", show=progress):
-        with bits(model, w=w, a=a):
-            rows.append(Row(w, a, float(evaluate(model))))
-    return Table(rows)
+
+    def value(replica: nn.Module, width: Width) -> float:
+        with bits(replica, w=width[0], a=width[1]):
+            return float(evaluate(replica))
+
+    if workers == 1:
+        values: Iterable[float] = (value(model, width) for width in checked)
+    else:
+        values = parallel_map(model, value, checked, workers)
+    shown = track(values, "sweep", total=len(checked), show=progress)
+    return Table(Row(w, a, each) for (w, a), each in zip(checked, shown, strict=True))
 
 
 def _one_pass(

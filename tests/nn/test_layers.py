@@ -118,7 +118,7 @@ def test_weights_per_channel_and_per_tensor() -> None:
 def test_repr_shows_the_quantizers() -> None:
     text = repr(gl.QConv2d(2, 3, 3, per_channel=True))
     assert text.startswith("QConv2d(\n  2, 3, kernel_size=(3, 3), stride=(1, 1)")
-    assert "WeightQuantizer(bits=None, per_channel=True)" in text
+    assert "WeightQuantizer(bits=None, per_channel=True, range=own)" in text
     assert "ActivationQuantizer(bits=None, range=None, penalized=True)" in text
     norm = gl.BatchNormAct2d(3, activation="relu", quantize_output=True)
     norm.quantizer.set_range(torch.tensor(0.0), torch.tensor(1.5))

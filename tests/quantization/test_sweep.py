@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -125,3 +126,55 @@ def test_one_pass_needs_batches_and_pairs(model: nn.Module) -> None:
     with pytest.raises(TypeError, match=r"evaluate returns a sum and a count, got 1\.0"):
         gl.sweep(model, lambda model, batch: 1.0, WIDTHS, batches=[VGG.batch()])
     assert of_widths(model) == 0
+
+
+def logits(model: nn.Module) -> float:
+    assert not torch.is_grad_enabled()
+    return float(model(VGG.batch()[0]).double().sum())
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+@torch.no_grad()
+def test_workers_find_what_one_alone_finds(model: nn.Module, workers: int) -> None:
+    threads = torch.get_num_threads()
+    assert gl.sweep(model, logits, WIDTHS, workers=workers).rows == gl.sweep(model, logits, WIDTHS).rows
+    assert torch.get_num_threads() == threads
+    assert {q.bits for q in model.modules() if hasattr(q, "bits")} == {None}
+
+
+def test_workers_run_at_once_and_share_the_weights(model: nn.Module) -> None:
+    meeting = threading.Barrier(2, timeout=30)
+    weights = set()
+
+    def evaluate(replica: nn.Module) -> float:
+        meeting.wait()
+        weights.add(replica.get_submodule("0").weight.data_ptr())
+        return 0.0
+
+    gl.sweep(model, evaluate, WIDTHS, workers=2)
+    assert weights == {model.get_submodule("0").weight.data_ptr()}
+
+
+def test_an_error_of_a_worker_arrives(model: nn.Module) -> None:
+    def evaluate(_: nn.Module) -> float:
+        raise OSError("no data")
+
+    with pytest.raises(OSError, match="no data"):
+        gl.sweep(model, evaluate, WIDTHS, workers=2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"workers": 0}, "workers must be 1 or more"),
+        ({"workers": 2, "batches": [1]}, "cannot share batches"),
+    ],
+)
+def test_workers_that_cannot_be(model: nn.Module, arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        gl.sweep(model, logits, WIDTHS, **arguments)
+
+
+def test_workers_refuse_training_mode(model: nn.Module) -> None:
+    with pytest.raises(ValueError, match="training mode"):
+        gl.sweep(model.train(), logits, WIDTHS, workers=2)

@@ -1,0 +1,67 @@
+"""One model evaluated at several widths at once, by threads that share its weights."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+T = TypeVar("T")
+
+__all__ = ["parallel_map"]
+
+
+def parallel_map(
+    model: nn.Module, task: Callable[[nn.Module, T], float], items: Sequence[T], workers: int
+) -> Iterator[float]:
+    """Yield ``task(replica, item)`` for each item, in order; at most ``workers`` run at once.
+
+    A replica has modules of its own and the parameters and buffers of ``model``: its widths may differ,
+    and nothing of size is copied. The threads of torch are divided among the workers, whose gradient mode
+    is that of the caller.
+
+    Args:
+        model: in evaluation mode: replicas in training mode would change the same statistics.
+        task: what is done with each item.
+        items: for which it is done.
+        workers: number of threads.
+
+    Raises:
+        ValueError: a module of ``model`` is in training mode.
+    """
+    training = [name or type(model).__name__ for name, module in model.named_modules() if module.training]
+    if training:
+        raise ValueError(
+            f"several workers need evaluation mode; {training[0]} is in training mode: model.eval()"
+        )
+    replicas: SimpleQueue[nn.Module] = SimpleQueue()
+    for _ in range(workers):
+        replicas.put(_replica(model))
+    gradients, threads = torch.is_grad_enabled(), torch.get_num_threads()
+
+    def run(item: T) -> float:
+        replica = replicas.get()
+        try:
+            with torch.set_grad_enabled(gradients):
+                return task(replica, item)
+        finally:
+            replicas.put(replica)
+
+    share = max(1, threads // workers)
+    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(share,))
+    try:
+        yield from pool.map(run, items)
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)
+
+
+def _replica(model: nn.Module) -> nn.Module:
+    shared = itertools.chain(model.parameters(), model.buffers())
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})

@@ -53,7 +53,7 @@ $alone
 
 <h2>What it costs</h2>
 <p>Median computing time of an epoch in which the method is at work, on one thread; other work on the
-same computer may have slowed some of them. The measurements of norms are included, alike for all.</p>
+same computer may have slowed some of them. Measuring norms is not counted.</p>
 $time
 
 <h2>Settings and versions</h2>

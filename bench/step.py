@@ -117,7 +117,7 @@ def _measure(
     rows = {name: empty_row(workload, name) for name in processes}
     for name in track(list(processes), f"{workload.title()}: gradients"):
         if not compile_too and name in PROVIDERS and PROVIDERS[name].compiles:
-            rows[name]["unavailable"] = "left out: it compiles for longer than this run may take"
+            rows[name]["unavailable"] = "left out: it compiles for minutes; --deep measures it too"
             continue
         rows[name] |= prepare(processes[name], workload, paths, settings)
     for name in processes:

@@ -34,6 +34,13 @@ app.add_typer(bench, name="bench")
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 Rounds = Annotated[int, typer.Option(min=2, help="Timed repetitions of each provider, taken in turn.")]
 Smoke = Annotated[bool, typer.Option("--smoke", help="Tiny sizes: shows that everything runs, no more.")]
+Networks = Annotated[
+    list[str] | None, typer.Option(help="Measure this network alone; may be given several times.")
+]
+Deep = Annotated[
+    bool,
+    typer.Option("--deep", help="Compile every network; otherwise what compiles runs on the first alone."),
+]
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the list of rows to this file.")]
 Out = Annotated[
     Path | None,
@@ -56,23 +63,28 @@ def step(
     out: Out = None,
     device: Device = "cpu",
     rounds: Rounds = 7,
+    network: Networks = None,
+    deep: Deep = False,
 ) -> None:
     """Measure a whole training step by every provider, on four networks at two image sizes.
 
-    With --smoke a minute or two on two CPU cores; otherwise about a quarter of
-    an hour, most of which torch.compile and JAX spend compiling.
+    Takes a few minutes with --smoke, otherwise about a quarter of an hour on
+    two CPU cores. Results are written after each network and size.
     """  # fmt: skip
     steps, tables = _module("step"), _module("tables")
     _check_device(device)
-    todo = steps.SMOKE if smoke else steps.workloads(device)
-    quick = {"rounds": 3, "warm_up": 1, "compiler": "aot_eager", "deep": False, "threads": 1} if smoke else {}
-    settings = steps.Settings(**{"rounds": rounds, **quick})
-    rows = steps.measure(
-        todo,
-        settings,
-        lambda w, found: _print(w.title(), tables.steps(found, wide=Console().width >= 140), found),
-    )
-    _write("step", rows, device, None if smoke else _folder(out, device), json, rounds=settings.rounds)
+    todo = _chosen(steps.SMOKE if smoke else steps.workloads(device), network)
+    quick = {"rounds": 3, "warm_up": 1, "compiler": "aot_eager", "threads": 1} if smoke else {}
+    settings = steps.Settings(**{"rounds": rounds, "deep": deep, **quick})
+    folder, rows = None if smoke else _folder(out, device), []
+
+    def done(workload: Any, found: Rows) -> None:
+        rows.extend(found)
+        _print(workload.title(), tables.steps(found, wide=Console().width >= 140), found)
+        _write("step", rows, device, folder, json, rounds=settings.rounds)
+
+    steps.measure(todo, settings, done)
+    _say_where(folder, "step")
 
 
 @bench.command(epilog="Example: gradl1 bench ops --device cuda")
@@ -91,7 +103,9 @@ def ops(
     for dtype, layout in dict.fromkeys((row["dtype"], row["layout"]) for row in rows):
         some = [row for row in rows if (row["dtype"], row["layout"]) == (dtype, layout)]
         _print(f"Operations, {dtype}, {layout}", tables.ops(some), some)
-    _write("ops", rows, device, None if smoke else _folder(out, device), json, **quick)
+    folder = None if smoke else _folder(out, device)
+    _write("ops", rows, device, folder, json, **quick)
+    _say_where(folder, "ops")
 
 
 @bench.command(epilog="Example: gradl1 bench scale --rounds 5")
@@ -105,7 +119,9 @@ def scale(
     for factor in dict.fromkeys(row["sweep"] for row in rows):
         some = [row for row in rows if row["sweep"] == factor]
         _print(f"Growth with {factor}", tables.scale(some), some)
-    _write("scale", rows, device, None if smoke else _folder(out, device), json, rounds=rounds)
+    folder = None if smoke else _folder(out, device)
+    _write("scale", rows, device, folder, json, rounds=rounds)
+    _say_where(folder, "scale")
 
 
 @bench.command(epilog="Example: gradl1 bench compare HEAD~1")
@@ -162,6 +178,21 @@ def _folder(out: Path | None, device: str) -> Path:
     return out or processes.HERE / "bench" / "results" / results.device_name(device)
 
 
+def _chosen(workloads: Iterable[Any], networks: list[str] | None) -> list[Any]:
+    """Return the workloads of some networks, or all."""
+    every = list(workloads)
+    known = list(dict.fromkeys(w.network for w in every))
+    for name in networks or ():
+        if name not in known:
+            fail(f"--network: one of {', '.join(known)}, not {name!r}")
+    return [w for w in every if not networks or w.network in networks]
+
+
+def _say_where(folder: Path | None, family: str) -> None:
+    if folder:
+        Console().print(f"\nResults and plot: {folder / family}", soft_wrap=True)
+
+
 def _write(family: str, rows: Rows, device: str, folder: Path | None, json: Path | None, **how: Any) -> None:
     results = _module("results")
     try:
@@ -171,6 +202,5 @@ def _write(family: str, rows: Rows, device: str, folder: Path | None, json: Path
             results.write(folder / family, rows, **how)
             plots: Callable[..., Any] = getattr(_module("plots"), family)
             _module("plots").save(plots(rows), folder / family)
-            Console().print(f"\nResults and plot: {folder / family}", soft_wrap=True)
     except (OSError, ImportError) as error:
         fail(f"cannot write the results: {error}")

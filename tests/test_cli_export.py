@@ -70,6 +70,7 @@ def test_a_mismatch_fails_and_nothing_is_written(
         result = gradl1(run, "--w", 4, "--a", 8, "--out", tmp_path / "file", "--format", form)
         assert result.exit_code == 1
         assert "nothing is written: top-1 agreement is 100.00 %, needed is 150 %" in result.output
+        assert result.output.count("gradl1:") == 1
         assert not list(tmp_path.iterdir())
 
 
@@ -86,6 +87,7 @@ def test_what_is_refused(run: Path, arguments: tuple[object, ...], message: str)
     result = gradl1(run, *arguments)
     assert result.exit_code == 1
     assert message in result.output
+    assert result.output.count("gradl1:") == 1
 
 
 def test_a_folder_that_holds_no_run(tmp_path: Path) -> None:

@@ -102,7 +102,9 @@ def export(
         path = out or run / f"model{_widths(format, w, a)}{_ENDINGS[format]}"
         if format is Format.any_bit:
             if (w, a) != (None, None):
-                fail("an any-bit file holds every width: leave out --w and --a, and choose when it is read")
+                raise ValueError(
+                    "an any-bit file holds every width: leave out --w and --a, and choose when it is read"
+                )
             _any_bit(loaded, path)
         else:
             images = loaded.data.test[0][:inputs]
@@ -198,4 +200,4 @@ def _say(remark: str) -> None:
 
 def _refuse(found: Agreement) -> None:
     if found.faults():
-        fail(f"nothing is written: {'; '.join(found.faults())}")
+        raise ValueError(f"nothing is written: {'; '.join(found.faults())}")

@@ -32,8 +32,11 @@ def run(model: nn.Module, batches: Iterable[Any], what: str) -> None:
     """Run the model on each batch, with a progress bar; ``what`` names the caller.
 
     Raises:
+        TypeError: ``batches`` is a single tensor, whose first dimension would be taken for the batches.
         ValueError: there is no batch.
     """
+    if isinstance(batches, Tensor):
+        raise TypeError(f"{what}: batches is a tensor of shape {tuple(batches.shape)}; put it in a list: [x]")
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     count = 0
     for batch in track(batches, what):

@@ -67,7 +67,7 @@ def correct_bias(model: nn.Module, batches: Iterable[Any], *, w: Widths) -> nn.M
         A new model, with the widths of ``model``.
 
     Raises:
-        TypeError: a width is not an int or None.
+        TypeError: a width is not an int or None, or ``batches`` is a single tensor.
         ValueError: there is no batch, a width or name is wrong, or the data hold NaN or infinity; the
             message names the layer.
         RuntimeError: a layer was never reached.

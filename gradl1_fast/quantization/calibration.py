@@ -48,7 +48,8 @@ def calibrate(
         ValueError: there is no batch, the model has no activation quantizers, a tensor holds NaN or
             infinity, or nothing is known of it without data; the message names the quantizer. The ranges
             are then as they were.
-        TypeError: ``ranges`` is neither a name nor an object of :mod:`gradl1_fast.ranges`.
+        TypeError: ``ranges`` is neither a name nor an object of :mod:`gradl1_fast.ranges`, or ``batches`` is
+            a single tensor.
         RuntimeError: a quantizer was never reached.
     """
     quantizers = quantizers_of(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from gradl1_fast import _checks as check
 from gradl1_fast._plots import new_figure, save, tidy
 from gradl1_fast._progress import track
-from gradl1_fast.quantization.bits import bits, check_width, set_bits
+from gradl1_fast.quantization.bits import bits, check_width, set_bits, widths_of
 from gradl1_fast.quantization.costs import Costs, costs
 from gradl1_fast.quantization.sensitivity import Sensitivity, sensitivity
 
@@ -50,7 +51,7 @@ class Plan:
     """What :func:`search` found.
 
     Attributes:
-        best: the best point within the budget.
+        best: the best point within the budget; of several with the best value, the cheapest.
         points: all points evaluated, by falling cost.
         budget: what ``best`` may cost.
         unit: of cost and budget.
@@ -155,8 +156,8 @@ def search(
 
     Raises:
         TypeError: a width is not an int, or a budget is not a number.
-        ValueError: both budgets or none are given, the budget is below what the narrowest choice costs, or
-            a width is out of range.
+        ValueError: both budgets or none are given, the budget is below what the narrowest choice costs, a
+            width is out of range, or ``evaluate`` returned NaN.
         RuntimeError: an activation has no range yet.
     """
     if (size is None) == (bit_operations is None):
@@ -177,18 +178,26 @@ def search(
             f"search: the narrowest choice costs {least:,.0f} {unit}, the budget is {budget:,.0f}"
         )
     activations = () if bit_operations is None else widths
-    found = sensitivity(model, evaluate, w=widths, a=activations, progress=progress)
+
+    def number(model: nn.Module) -> float:
+        value = float(evaluate(model))
+        if math.isnan(value):  # it compares with nothing, and would pass for no loss at all
+            w, a = ({n: b for n, b in widths.items() if b is not None} for widths in widths_of(model))
+            raise ValueError(f"search: evaluate returned NaN at w = {w}, a = {a}, all else in float")
+        return value
+
+    found = sensitivity(model, number, w=widths, a=activations, progress=progress)
     loss = _losses(found, keys, widths, 1 if higher_is_better else -1)
     states = _to_evaluate(_path(keys, widths, loss, price), keys, widths, price, budget)
     points = []
     for state in track(states, "verify", show=progress):
         w, a = ({name: b for (kind, name), b in state.items() if kind == k} for k in "wa")
         with bits(model, w=w, a=a):
-            value = float(evaluate(model))
+            value = number(model)
         estimate = sum(loss[key][b] for key, b in state.items())
         points.append(Point(w, a, price(state), estimate, value, len(set(state.values())) == 1))
     points.sort(key=lambda p: -p.cost)
-    within = [p for p in points if p.cost <= budget]
+    within = [p for p in reversed(points) if p.cost <= budget]  # of equal values the first, the cheapest
     best = max(within, key=lambda p: p.value if higher_is_better else -p.value)
     return Plan(best, points, budget, unit, found.float_value, higher_is_better)
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from gradl1_fast import _files
 from gradl1_fast.nn.quantizers import ActivationQuantizer, WeightQuantizer
 from gradl1_fast.nn.sites import named_layers, named_quantizers
+from gradl1_fast.quantization.sliced import refuse_sliced
 
 __all__ = ["load_ranges", "save_ranges"]
 
@@ -64,8 +65,9 @@ def load_ranges(model: nn.Module, path: str | os.PathLike[str]) -> None:
         ImportError: safetensors is not installed.
         OSError: the file cannot be read.
         ValueError: the file is no whole file of ranges, an entry is missing, unknown, of a wrong shape or
-            type, not finite or inverted, or the model has no activation quantizers. The message names
-            the file and the entry. The model is then as it was.
+            type, not finite or inverted, or the model has no activation quantizers, or, where the file has
+            ranges of weights, no float weights. The message names the file and the entry. The model is then
+            as it was.
     """
     activations, weights = _activation_quantizers(model), _weight_quantizers(model)
     entries = _read(path)
@@ -74,6 +76,8 @@ def load_ranges(model: nn.Module, path: str | os.PathLike[str]) -> None:
     entries = {key: value.to(device) for key, value in entries.items()}
     for name in activations:
         _checked(path, name, ActivationQuantizer().set_range, entries[f"{name}.low"], entries[f"{name}.high"])
+    if any(f"{name}.clip" in entries for name in weights):
+        refuse_sliced(model, f"load_ranges: {path} has ranges of weights")
     layers = {f"{name}.weight_quantizer".removeprefix("."): m for name, m in named_layers(model).items()}
     for name, quantizer in weights.items():
         if f"{name}.clip" in entries:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gradl1_fast import _checks as check
 from gradl1_fast import functional
 from gradl1_fast.nn.sites import named_layers, named_quantizers
 from gradl1_fast.quantization import (
@@ -93,18 +94,21 @@ def run(model: nn.Module, data: Dataset, settings: Settings, *, progress: bool =
         progress: show progress bars where there is a terminal.
 
     Raises:
-        ValueError: a name of ranges is unknown, or the budget cannot be kept.
+        ValueError: a name of ranges is unknown, a width is out of range, or the budget cannot be kept.
     """
+    check.bits(settings.alone, "alone")
     test = _spread(data.test, settings.images)
     train = _spread(data.train, _CALIBRATION_IMAGES)
+    if settings.ranges is not None:  # before folding, which leaves no batch norms to find ranges from
+        _calibrate(model, train[0], settings.ranges)
     folding = fold_batch_norm(model, train[0][:_BATCH]) if settings.fold else None
     model = model if folding is None else folding.model
-    if settings.ranges is not None:
-        _calibrate(model, train[0], settings.ranges)
     if settings.weight_ranges is not None:
         calibrate_weights(model, ranges=settings.weight_ranges)
     batches = list(zip(test[0].split(_BATCH), test[1].split(_BATCH), strict=True))
     widths = [(w, a) for w in settings.bits for a in settings.bits]
+    # First, since it may be refused.
+    plan = None if settings.size is None else _search(model, batches, settings.size, progress)
     table = sweep(model, _right, widths, batches=batches, progress=progress)
     bits = (settings.alone,)
     return Results(
@@ -115,7 +119,7 @@ def run(model: nn.Module, data: Dataset, settings: Settings, *, progress: bool =
         _ends(model, settings.alone),
         _norms(model, _spread(data.train, _NORM_IMAGES), settings.alone),
         folding,
-        None if settings.size is None else _search(model, batches, settings.size, progress),
+        plan,
     )
 
 

@@ -86,7 +86,8 @@ def _body(title: str, results: Results) -> str:
             "Loss added by each tensor alone",
         ),
         "<h2>Step times gradient norm</h2>",
-        f"<p>The quantization step at {bits} bits times the l1 norm of the gradient, on training images. "
+        f"<p>The quantization step at {bits} bits, of the tensor's own full range whatever range was chosen, "
+        "times the l1 norm of the gradient, on training images. "
         "Half of it is the worst that quantizing this tensor alone can add to the loss, to first order; the "
         "table sets it beside what was added. This is what the penalty with "
         '<code>scale="step"</code> makes small.</p>',

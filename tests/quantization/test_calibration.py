@@ -158,6 +158,12 @@ def test_no_batches_are_refused() -> None:
             gl.calibrate(model, empty)
 
 
+def test_a_tensor_is_not_taken_for_its_rows() -> None:
+    model = gl.convert(VGG.make())
+    with pytest.raises(TypeError, match=r"calibrate: batches is a tensor of shape \(.*\); put it in a list"):
+        gl.calibrate(model, batches(VGG)[0])
+
+
 def test_an_exception_while_running_leaves_everything_as_it_was() -> None:
     model = gl.convert(VGG.make())
     gl.calibrate(model, batches(VGG))

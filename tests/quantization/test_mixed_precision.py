@@ -152,3 +152,18 @@ def test_a_loss_that_every_width_has_does_not_keep_a_tensor_wide(model: nn.Modul
     shifted = gl.search(model, with_constant, size=400, choices=CHOICES, higher_is_better=False)
     assert [p.w for p in shifted.points] == [p.w for p in plain.points]
     assert shifted.best.w == plain.best.w
+
+
+def test_of_equal_values_the_cheapest_is_best(model: nn.Module) -> None:
+    plan = gl.search(model, lambda m: 0.5, size=500, choices=CHOICES)
+    assert plan.best.cost == min(p.cost for p in plan.points)
+    assert any(point is plan.best for point in plan.pareto())
+
+
+def test_a_result_of_nan_is_named_and_not_taken_for_no_loss(model: nn.Module) -> None:
+    def broken(model: nn.Module) -> float:
+        return float("nan") if widths_of(model)[0]["3"] == 2 else loss(model)
+
+    with pytest.raises(ValueError, match=r"evaluate returned NaN at w = \{'3': 2\}, a = \{\}"):
+        gl.search(model, broken, size=500, choices=CHOICES, higher_is_better=False)
+    assert set(widths_of(model)[0].values()) == {None}

@@ -198,3 +198,15 @@ def test_ranges_stay_wide_in_a_model_of_low_precision(dtype: torch.dtype) -> Non
     model.to(dtype)
     assert (float(quantizer.low), quantizer.high.dtype) == (-1e6, torch.float32)
     assert model.get_submodule("0").weight.dtype == dtype
+
+
+def test_ranges_of_weights_do_not_go_into_codes_of_an_any_bit_file(tmp_path: Path) -> None:
+    model = calibrated()
+    gl.save_ranges(model, tmp_path / "ranges.safetensors")
+    gl.save_any_bit(model, tmp_path / "model.safetensors")
+    sliced = gl.convert(VGG.make().eval(), per_channel=True)
+    gl.load_any_bit(sliced, tmp_path / "model.safetensors", w=4)
+    before = state(sliced)
+    with pytest.raises(ValueError, match=r"ranges.safetensors has ranges of weights: '0' holds bits"):
+        gl.load_ranges(sliced, tmp_path / "ranges.safetensors")
+    assert all(torch.equal(value, before[name]) for name, value in state(sliced).items())

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 import gradl1_fast as gl
 from gradl1_fast.cli import app
+from gradl1_fast.nn.sites import named_quantizers
 from gradl1_fast.training import data, runs, sweep, sweep_report
 from gradl1_fast.training.config import Config, Model
 from gradl1_fast.training.loop import accuracy
@@ -128,6 +129,23 @@ WRONG = {
     "alone": (("{run}", "--alone", "17", "--images", "10"), "must be from 1 to 16"),
     "budget": (("{run}", "--size", "1", "--images", "10", "--bits", "8"), "the narrowest choice costs"),
 }
+
+
+def test_what_can_be_refused_is_refused_before_the_sweep(monkeypatch):
+    monkeypatch.setattr(sweep, "sweep", lambda *_, **__: pytest.fail("swept"))
+    for wrong in (sweep.Settings(alone=0, images=10), sweep.Settings(size=1.0, images=10)):
+        with pytest.raises(ValueError, match=r"must be from 1 to 16|the narrowest choice costs"):
+            sweep.run(network(), DIGITS, wrong, progress=False)
+
+
+def test_ranges_from_batch_norms_that_are_then_folded():
+    model = network()
+    settings = sweep.Settings(bits=(8,), images=10, ranges="batch_norm", fold=True)
+    ends = sweep.run(model, DIGITS, settings, progress=False).ends
+    inputs = {name: ends[name] for name, q in named_quantizers(model).items() if q.probe is None}
+    gl.calibrate(model, ranges=gl.ranges.BatchNormStatistics(known=inputs))
+    for name, quantizer in named_quantizers(model).items():
+        assert ends[name] == (float(quantizer.low), float(quantizer.high))
 
 
 @pytest.mark.parametrize("case", WRONG)

@@ -98,7 +98,12 @@ def compare_torch(data: bytes, prepared: Prepared, inputs: Tensor, *, batch_size
         prepared: the simulation.
         inputs: real ones, ``(N, ...)``.
         batch_size: how many are run at once.
+
+    Raises:
+        ValueError: there are no inputs.
     """
+    if not len(inputs):
+        raise ValueError("compare_torch: there are no inputs")
     program = torch.export.load(io.BytesIO(data)).module()
     tally = _Tally()
     with torch.no_grad():

@@ -64,3 +64,10 @@ def test_what_cannot_be_exported() -> None:
     model = gl.convert(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect")).eval())
     with pytest.raises(NotExportableError, match="0 has a padding_mode"):
         export_torch(prepare(model, x, w=4, a=None), x)
+
+
+def test_nothing_to_compare() -> None:
+    model, x = network(NO_NORM)
+    prepared = prepare(model, x, w=4, a=8)
+    with pytest.raises(ValueError, match="there are no inputs"):
+        compare_torch(export_torch(prepared, x[:2]), prepared, x[:0])

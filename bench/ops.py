@@ -129,7 +129,7 @@ def _statistics(sweep: Sweep, times: list[float], copy: float) -> Row:
     found = {"median_ms": round(median, 4), "p20_ms": round(low, 4), "p80_ms": round(high, 4)}
     if sweep.bytes:
         rate = sweep.bytes / median
-        found |= {"gb_per_s": round(rate / 1e6, 2), "of_copy": round(rate / copy, 3)}
+        found |= {"gb_per_s": float(f"{rate / 1e6:.3g}"), "of_copy": float(f"{rate / copy:.3g}")}
     return found
 
 

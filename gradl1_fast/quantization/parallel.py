@@ -24,7 +24,7 @@ def parallel_map(
 
     A replica has modules of its own and the parameters and buffers of ``model``: its widths may differ,
     and nothing of size is copied. The threads of torch are divided among the workers, whose gradient mode
-    is that of the caller.
+    and autocast, on the model's device, are those of the caller.
 
     Args:
         model: in evaluation mode: replicas in training mode would change the same statistics.
@@ -44,11 +44,13 @@ def parallel_map(
     for _ in range(workers):
         replicas.put(_replica(model))
     gradients, threads = torch.is_grad_enabled(), torch.get_num_threads()
+    device = next((p.device.type for p in model.parameters()), "cpu")
+    dtype, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
 
     def run(item: T) -> float:
         replica = replicas.get()
         try:
-            with torch.set_grad_enabled(gradients):
+            with torch.set_grad_enabled(gradients), torch.autocast(device, dtype, enabled=enabled):
                 return task(replica, item)
         finally:
             replicas.put(replica)

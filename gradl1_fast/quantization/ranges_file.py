@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from gradl1_fast import _files
 from gradl1_fast.nn.quantizers import ActivationQuantizer, WeightQuantizer
-from gradl1_fast.nn.sites import named_layers, named_quantizers
+from gradl1_fast.nn.sites import named_layers
+from gradl1_fast.quantization.calibration import quantizers_of
 from gradl1_fast.quantization.sliced import refuse_sliced
 
 __all__ = ["load_ranges", "save_ranges"]
@@ -38,7 +39,7 @@ def save_ranges(model: nn.Module, path: str | os.PathLike[str]) -> None:
         OSError: the file cannot be written.
     """
     save = _safetensors("torch").save
-    quantizers = _activation_quantizers(model)
+    quantizers = quantizers_of(model)
     entries = {}
     for name, quantizer in quantizers.items():
         if quantizer.low is None or quantizer.high is None:
@@ -69,7 +70,7 @@ def load_ranges(model: nn.Module, path: str | os.PathLike[str]) -> None:
             ranges of weights, no float weights. The message names the file and the entry. The model is then
             as it was.
     """
-    activations, weights = _activation_quantizers(model), _weight_quantizers(model)
+    activations, weights = quantizers_of(model), _weight_quantizers(model)
     entries = _read(path)
     _check_names(path, entries, activations, weights)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -137,13 +138,6 @@ def _checked(path: str | os.PathLike[str], name: str, check: Any, *values: Tenso
         check(*values)
     except ValueError as error:
         raise ValueError(f"{path}: entry {name!r}: {error}") from error
-
-
-def _activation_quantizers(model: nn.Module) -> dict[str, ActivationQuantizer]:
-    found = named_quantizers(model)
-    if not found:
-        raise ValueError("the model has no activation quantizers: call gradl1_fast.convert(model) first")
-    return found
 
 
 def _weight_quantizers(model: nn.Module) -> dict[str, WeightQuantizer]:

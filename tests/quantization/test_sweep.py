@@ -155,6 +155,16 @@ def test_workers_run_at_once_and_share_the_weights(model: nn.Module) -> None:
     assert weights == {model.get_submodule("0").weight.data_ptr()}
 
 
+def test_workers_compute_under_the_autocast_of_the_caller(model: nn.Module) -> None:
+    def is_half(_: nn.Module) -> bool:
+        x = torch.ones(1, 1)
+        return (x @ x).dtype == torch.bfloat16
+
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(row.value for row in gl.sweep(model, is_half, WIDTHS, workers=2).rows)
+    assert not any(row.value for row in gl.sweep(model, is_half, WIDTHS, workers=2).rows)
+
+
 def test_an_error_of_a_worker_arrives(model: nn.Module) -> None:
     def evaluate(_: nn.Module) -> float:
         raise OSError("no data")

@@ -147,6 +147,13 @@ def test_memory_that_is_missing_is_named(name: str, arguments: Any, loops: Any) 
             call(*without)
 
 
+def test_one_cotangent_is_needed(loops: Any) -> None:
+    room, name = Room(), "fake_quantize_double_backward"
+    without = filled(dict(CALLS)[name], lambda m: None if m.name in ("d_dx", "d_l1") else room(m))
+    with pytest.raises(ValueError, match="d_l1 is missing"):
+        getattr(loops, name)(*without)
+
+
 @pytest.mark.parametrize(("name", "arguments"), CALLS, ids=ids)
 @pytest.mark.parametrize(
     ("spoil", "message"),
@@ -220,3 +227,9 @@ def test_sizes_that_cannot_be_are_refused(layout: Any, message: str, loops: Any)
         loops.scratch_bytes(layout)
     with pytest.raises(ValueError, match="negative"):
         loops.l1_norm_scratch_bytes([(FLOAT32, -1, (8, 8), None)])
+
+
+def test_scratch_is_bounded_however_many_channels_and_pixels(loops: Any) -> None:
+    """At most 256 chunks, of 5 sums in float64, and less than 20 coefficients."""
+    pixels, channels = 511, 20_000
+    assert loops.scratch_bytes((pixels, channels, 1)) < (256 * 5 + 20) * channels * 8

@@ -93,3 +93,20 @@ def test_kernels_run_on_the_device_of_their_tensors(emulated_half: Half) -> None
     assert current() == 0
     with pytest.raises(RuntimeError, match=r"^tap_backward: cudaSetDevice: "):
         sweep((2, 0), 0, 8, *spans)
+
+
+@pytest.mark.usefixtures("emulated_half")
+def test_the_sums_of_more_blocks_than_a_warp_has_lanes() -> None:
+    """35 blocks side by side: some lanes add two slots, and the upper half of the warp adds slots too."""
+    x = channels_last(torch.randn(11, 32, 10, 10, dtype=torch.float64))
+    arguments = (x, None, None, None, None, None, True, 1e-5, "none")
+    actual, expected = (b.batch_norm_act_forward(*arguments) for b in (compiled, reference))
+    assert_agree(actual, expected, TOLERANCES[x.dtype], "batch_norm_act_forward")
+
+
+@pytest.mark.usefixtures("emulated_half")
+def test_a_variance_that_underflows_is_not_negative() -> None:
+    """In float32 the squares vanish, while the square of their mean, a double, does not."""
+    x = torch.tensor([0.0, *[1e-25] * 7]).view(8, 1, 1, 1)
+    _, _, rstd = compiled.batch_norm_act_forward(x, None, None, None, None, None, True, 0.0, "none")
+    assert rstd > 1e24

@@ -68,14 +68,12 @@ def test_codes_are_bit_equal(dtype: torch.dtype, axis: int | None, host: ModuleT
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_every_16_bit_pattern_converts_as_torch_does(dtype: torch.dtype, host: ModuleType) -> None:
-    """Widened and narrowed: x + 0 * sign(x) rounds to x, and x / 1 to the nearest whole code."""
+    """Widened and narrowed: x + c * sign(x), for a c of 0 and for sums that have to be rounded."""
     x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
-    c = torch.tensor(0.0)
-    assert_same(host.tap_double_backward(x, c, x), reference.tap_double_backward(x, c, x))
-    tiny = torch.tensor(1.3e-6)
-    assert_same(host.tap_double_backward(x, tiny, x), reference.tap_double_backward(x, tiny, x))
-    third = torch.tensor(0.3333)
-    assert_same(host.tap_double_backward(x, third, x), reference.tap_double_backward(x, third, x))
+    # Among them the middle between neighbours, and what makes a large number, but no infinity, finite again.
+    for c in (0.0, 1.3e-6, 0.3333, torch.finfo(dtype).eps / 2, -40.0):
+        arguments = (x, torch.tensor(c), x)
+        assert_same(host.tap_double_backward(*arguments), reference.tap_double_backward(*arguments))
 
 
 def assert_same(actual: Tensor, expected: Tensor) -> None:

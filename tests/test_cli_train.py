@@ -100,6 +100,21 @@ def test_nothing_to_resume(tmp_path):
 def test_a_resumed_run_is_not_changed(finished):
     output = refused("--resume", finished[0], "--epochs", "3", "--lambda", "1")
     assert "without --epochs, --lambda" in output
+    elsewhere = refused("--resume", finished[0], "--recipe", "fashion-mnist", "--out", finished[0].parent)
+    assert "without --recipe, --out" in elsewhere
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_one_that_is_stopped_says_how_to_go_on_where_it_can(tmp_path, monkeypatch, begun):
+    def stopped(config, folder, **_options):
+        if begun:
+            runs.Folder(folder).write_config(config)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("gradl1_fast.training.launch.launch", stopped)
+    output = refused("--out", tmp_path)
+    assert "stopped" in output
+    assert (f"--resume {tmp_path}" in output) == begun
 
 
 def test_a_damaged_configuration_is_named(tmp_path):

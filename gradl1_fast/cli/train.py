@@ -36,6 +36,7 @@ gradl1 train --resume runs/fashion
 
 torchrun --nproc-per-node 2 -m gradl1_fast train --out runs/two
 """
+_RECIPE, _OUT = "digits", Path("gradl1-run")
 _DATA, _LOOP, _PENALTY, _HOW = "Data and network", "Training", "Penalty", "How it computes"
 
 # Options that stand for one field of the configuration each; the others have another name there.
@@ -68,8 +69,8 @@ def _option(panel: str, text: str, *names: str) -> Any:
 def train(
     recipe: Annotated[
         str, typer.Option(help=f"One of {', '.join(configs.recipes())}, or a file that ends in .toml.")
-    ] = "digits",
-    out: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("gradl1-run"),
+    ] = _RECIPE,
+    out: Annotated[Path, typer.Option(help="Folder of the run.")] = _OUT,
     resume: Annotated[
         Path | None, typer.Option(help="Go on with the run in this folder, as it was configured.")
     ] = None,
@@ -151,7 +152,8 @@ def train(
                 config, folder, resume=resume is not None, device=device, on_step=on_step, say=say
             )
     except KeyboardInterrupt:
-        fail(f"stopped; go on with: gradl1 train --resume {resume or out}")
+        begun = Folder(resume or out).config.is_file()
+        fail(f"stopped; go on with: gradl1 train --resume {resume or out}" if begun else "stopped")
     except OSError as error:
         fail(f"{error.filename or resume or out}: {error.strerror or error}")
     except (ValueError, TypeError, ImportError, TrainingError) as error:
@@ -161,8 +163,9 @@ def train(
 
 
 def _resumed(folder: Path, given: dict[str, Any]) -> Config:
-    allowed = ("recipe", "out", "resume", "dry_run", "device")
-    changed = [name for name, value in given.items() if value is not None and name not in allowed]
+    allowed = ("resume", "dry_run", "device")
+    unset = {"recipe": _RECIPE, "out": _OUT}
+    changed = [name for name, value in given.items() if value != unset.get(name) and name not in allowed]
     if changed:
         flags = ["lambda" if name == "coefficient" else name.replace("_", "-") for name in changed]
         names = ", ".join(f"--{flag}" for flag in flags)
@@ -176,7 +179,7 @@ def _resumed(folder: Path, given: dict[str, Any]) -> Config:
 def _configured(given: dict[str, Any]) -> Config:
     """Return the recipe with the values that were given."""
     name = given["recipe"]
-    config = Config() if name == "digits" else Config.read(configs.recipe(name))
+    config = Config() if name == _RECIPE else Config.read(configs.recipe(name))
     changes: dict[str, dict[str, Any]] = {
         section: {field: given[option] for option, field in names.items() if given[option] is not None}
         for section, names in _FIELDS.items()

@@ -137,23 +137,19 @@ def _train(
 
 
 def _measured(trainer: Trainer, images: Dataset) -> tuple[float, dict[str, torch.Tensor]]:
-    """Return the test accuracy of what would be kept now, and the norms on the first training images."""
+    """Return the test accuracy of what would be kept now, and the norms on some training images."""
     with trainer.to_be_kept() as model:
         found = accuracy(model, images.test)
-    size, device = (
-        trainer.config.training.batch_size // trainer.config.training.accumulate,
-        trainer.ranks.device,
-    )
-    batch = images.train[0][:size].to(device), images.train[1][:size].to(device)
+    settings, device = trainer.config.training, trainer.ranks.device
+    some = _drawn(images, settings.seed)[: settings.batch_size // settings.accumulate]
+    batch = images.train[0][some].to(device), images.train[1][some].to(device)
     return found, step_norms(trainer.model, lambda: trainer.loss_of(batch))
 
 
 def _finish(run: Folder, trainer: Trainer, images: Dataset, recorder: Recorder) -> Table:
     """Calibrate on some training images, keep weights and ranges, evaluate every width, report."""
     with trainer.to_be_kept() as model:
-        count = len(images.train[1])
-        order = torch.randperm(count, generator=torch.Generator().manual_seed(trainer.config.training.seed))
-        some = images.train[0][order[:CALIBRATION_IMAGES]]
+        some = images.train[0][_drawn(images, trainer.config.training.seed)[:CALIBRATION_IMAGES]]
         calibrate(model, some.split(256))
         run.write_model(model, images)
         table = sweep(
@@ -162,3 +158,8 @@ def _finish(run: Folder, trainer: Trainer, images: Dataset, recorder: Recorder) 
     run_report.write(run, trainer.config, recorder.rows, table)
     recorder.log(f"finished: {run.weights.name}, {run.ranges.name}, {run.report.name}")
     return table
+
+
+def _drawn(images: Dataset, seed: int) -> torch.Tensor:
+    """Return an order of the training images in which classes are mixed: folders come class by class."""
+    return torch.randperm(len(images.train[1]), generator=torch.Generator().manual_seed(seed))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from gradl1_fast.graph_checks import require_gradients
 from gradl1_fast.nn.sites import activation_sites, named_layers
 from gradl1_fast.second_pass import RandomState, buffers_kept
+from gradl1_fast.training.objectives.activations import outputs_of
 
 __all__ = ["step_norms"]
 
@@ -32,15 +32,16 @@ def step_norms(model: nn.Module, loss_of: Callable[[], Tensor], bits: int = 4) -
     """
     layers = {name: m for name, m in named_layers(model).items() if m.weight.requires_grad}
     randomness = RandomState()
-    outputs: list[tuple[str, Tensor, Tensor]] = []
-    with buffers_kept(model):
-        loss = _watched(model, loss_of, bits, outputs)
+    sites = activation_sites(model)
+    quantizers = {site.name: site.quantizer for site in sites}
+    with buffers_kept(model), outputs_of(sites) as outputs:
+        loss = loss_of()
     randomness.replay()
     weights = [layer.weight for layer in layers.values()]
-    names = [*layers, *(name for name, _, _ in outputs)]
-    grads = torch.autograd.grad(loss, [*weights, *(output for _, output, _ in outputs)], allow_unused=True)
+    names = [*layers, *(name for name, _ in outputs)]
+    grads = torch.autograd.grad(loss, [*weights, *(output for _, output in outputs)], allow_unused=True)
     steps = [layer.weight_quantizer.step(layer.weight, bits).detach() for layer in layers.values()]
-    steps += [step for _, _, step in outputs]
+    steps += [quantizers[name].step(output.detach(), bits) for name, output in outputs]
     norms: dict[str, Tensor] = {}
     for place, (name, step, grad) in enumerate(
         zip(names, steps, require_gradients(names, grads), strict=True)
@@ -48,25 +49,3 @@ def step_norms(model: nn.Module, loss_of: Callable[[], Tensor], bits: int = 4) -
         key = f"{name}.weight".removeprefix(".") if place < len(layers) else name
         norms[key] = norms.get(key, 0) + (step * grad.float()).abs().sum()
     return norms
-
-
-def _watched(
-    model: nn.Module, loss_of: Callable[[], Tensor], bits: int, outputs: list[tuple[str, Tensor, Tensor]]
-) -> Tensor:
-    """Run the forward pass; collect the activations of each site and their steps."""
-
-    def watch(site: Any) -> Callable[..., Tensor]:
-        def note(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
-            if not output.requires_grad:  # behind frozen layers alone
-                output = output.detach().requires_grad_()
-            outputs.append((site.name, output, site.quantizer.step(output.detach(), bits)))
-            return output
-
-        return note
-
-    handles = [site.producer.register_forward_hook(watch(site)) for site in activation_sites(model)]
-    try:
-        return loss_of()
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -120,14 +120,14 @@ class CompiledGradients:
 
 
 def mean_terms(found: Sequence[Terms]) -> Terms:
-    """Return the means of what each part was trained on."""
+    """Return the means of what each part was trained on; of a norm, over the parts that measured it."""
     if len(found) == 1:
         return found[0]
     loss = torch.stack([terms.loss for terms in found]).mean()
     penalty = torch.stack([terms.penalty for terms in found]).mean()
-    names = [name for name in found[0].parts if all(name in terms.parts for terms in found)]
-    parts = {name: torch.stack([terms.parts[name] for terms in found]).mean() for name in names}
-    return Terms(loss, penalty, parts)
+    names = dict.fromkeys(name for terms in found for name in terms.parts)
+    measured = {name: [terms.parts[name] for terms in found if name in terms.parts] for name in names}
+    return Terms(loss, penalty, {name: torch.stack(values).mean() for name, values in measured.items()})
 
 
 def check_supported(config: Config, objective: Objective, ranks: int, device: torch.device) -> None:

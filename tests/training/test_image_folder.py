@@ -6,8 +6,10 @@ import sys
 import pytest
 import torch
 
-from gradl1_fast.training import data
+from gradl1_fast.training import data, launch
+from gradl1_fast.training.config import Config, Data, Model, Penalty, Training
 from gradl1_fast.training.loop import accuracy
+from gradl1_fast.training.trainer import Trainer
 
 pillow = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
 reader = importlib.import_module("gradl1_fast.training.data.image_folder")
@@ -115,3 +117,16 @@ def test_without_pillow_says_what_to_install(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL", None)
     with pytest.raises(ImportError, match=r"pip install 'gradl1-fast\[vision\]'"):
         data.load("images", folder)
+
+
+def test_norms_are_measured_on_images_of_all_classes(folder, tmp_path, monkeypatch):
+    seen, loss_of = [], Trainer.loss_of
+    monkeypatch.setattr(Trainer, "loss_of", lambda self, batch: seen.append(batch[1]) or loss_of(self, batch))
+    chosen = Config(
+        data=Data("images", str(folder), size=32),
+        model=Model("vgg_small", width=4),
+        training=Training(epochs=1, batch_size=6),
+        penalty=Penalty(epochs=0),
+    )
+    launch.launch(chosen, tmp_path / "run", device="cpu")
+    assert [set(labels.tolist()) for labels in seen] == [{0, 1, 2}]  # the first six are of two classes

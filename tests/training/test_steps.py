@@ -69,6 +69,14 @@ def test_accumulated_gradients_are_the_mean_over_the_parts():
     torch.testing.assert_close(terms.penalty, torch.stack(penalties).mean())
 
 
+def test_a_norm_is_the_mean_over_the_parts_that_measured_it():
+    made = trainer(config(settings={**GRADL1, "every": 2}, accumulate=2))
+    terms, _ = gradients(made)
+    assert terms.parts.keys() == made.objective.penalty.terms.keys()
+    for name, value in made.objective.penalty.terms.items():
+        torch.testing.assert_close(terms.parts[name], 2 * value)  # measured on half the loss of the second
+
+
 # Precision
 
 

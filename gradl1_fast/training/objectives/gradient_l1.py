@@ -21,7 +21,7 @@ class GradientL1(Objective):
     Args:
         model: a converted model.
         lambda_w: coefficient of the weights' term.
-        lambda_a: coefficient of the activations' term.
+        lambda_a: coefficient of the activations' term; one of both is more than 0.
         scale: ``"none"``, as in the paper, or ``"step"``.
         every: the penalty enters on each ``every``-th step only, multiplied by ``every``.
         method: ``"exact"`` or ``"finite_difference"``.
@@ -47,6 +47,11 @@ class GradientL1(Objective):
     ) -> None:
         self.strength = 1.0
         self.every = check.count("GradientL1: every", every)
+        if lambda_w == lambda_a == 0:
+            raise ValueError(
+                "GradientL1: lambda_w and lambda_a are both 0, so nothing would be penalised; "
+                "set one of them (--lambda), or train plainly (--penalty-epochs 0)"
+            )
         sites = activation_sites(model)
         self._before = [(s.quantizer, s.quantizer.step_bits, s.probe.requires_grad) for s in sites]
         self._activations = {site.name for site in sites}
@@ -59,7 +64,7 @@ class GradientL1(Objective):
     def backward(self, closure: Closure, scale: Scale = identity) -> Terms:
         """See :meth:`Objective.backward`. The finite difference calls the closure twice."""
         self._steps += 1
-        due = self._steps % self.every == 0 and self.strength > 0 and any(self._lambdas)
+        due = self._steps % self.every == 0 and self.strength > 0
         if not due:
             loss = closure()
             scale(loss).backward()

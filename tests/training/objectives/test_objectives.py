@@ -235,6 +235,7 @@ def test_a_nan_reaches_the_loss_and_no_weight():
         ("plain", {"lambda_w": 1.0}, TypeError, "objective plain: .*'lambda_w'; its settings are none"),
         ("l2", {"lambda_w": 1.0}, TypeError, "missing .*lambda_a.*its settings are lambda_w, lambda_a"),
         ("l2", {"lambda_w": -1.0, "lambda_a": 0.0}, ValueError, "lambda_w must be finite and 0 or more"),
+        ("gradl1", {"scale": "step"}, ValueError, "lambda_w and lambda_a are both 0"),
         ("gradl1", {"lambda_w": 1.0, "every": 0}, ValueError, "every must be 1 or more"),
         ("sam", {"epsilon": float("nan")}, ValueError, "epsilon must be finite"),
         ("kure", {"coefficient": "1"}, TypeError, "coefficient must be a number"),

@@ -37,6 +37,7 @@ class Writer:
         quantized: name in ``graph`` of the output of each activation quantizer, by its name in the model.
         remarks: sentences on what could not be said as asked for.
         wide: ``"a"``, ``"w"`` or both: what has codes in types of 8 bits at the least.
+        sizes: nodes that compute with sizes, no tensors.
     """
 
     model: ConvertedModel
@@ -48,6 +49,7 @@ class Writer:
     quantized: dict[str, str] = field(default_factory=dict)
     remarks: dict[str, None] = field(default_factory=dict)
     wide: tuple[str, ...] = ()
+    sizes: set[fx.Node] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self._names = {id(module): name for name, module in self.model.named_modules()}
@@ -62,11 +64,21 @@ class Writer:
             value = operator.attrgetter(str(node.target))(self.model)
             self.values[node] = self.graph.constant(str(node.target), value.detach().float())
             return
+        if self._is_of_sizes(node):
+            self.sizes.add(node)
+            return
         module = self.model.get_submodule(str(node.target)) if node.op == "call_module" else None
         say = _MODULES.get(type(module)) if module is not None else _FUNCTIONS.get(node.target)
         if say is None:
             raise self.refusal(node, "is no operation that export knows")
         self.values[node] = say(self, node, module)
+
+    def _is_of_sizes(self, node: fx.Node) -> bool:
+        """Whether a node computes with sizes of tensors, which the shapes already tell."""
+        if node.target == "size" or (node.target is getattr and node.args[1:] == ("shape",)):
+            return True
+        inputs = node.all_input_nodes
+        return bool(inputs) and node not in self.shapes and all(x in self.sizes for x in inputs)
 
     def refusal(self, node: fx.Node, reason: str) -> NotExportableError:
         """Return the error that names a node and its operation."""
@@ -253,6 +265,15 @@ def _flatten(writer: Writer, node: fx.Node, module: nn.Flatten | None) -> str:
     return writer.graph.node("Flatten", [writer.operand(node)], node.name, axis=1)
 
 
+def _reshape(writer: Writer, node: fx.Node, _: object) -> str:
+    before, after = writer.shapes[node.all_input_nodes[0]], writer.shapes[node]
+    if len(after) != 2 or before[0] != after[0]:
+        raise writer.refusal(
+            node, f"turns {tuple(before)} to {tuple(after)}; export knows the flattening of all but the batch"
+        )
+    return writer.graph.node("Flatten", [writer.operand(node)], node.name, axis=1)
+
+
 def _argument(node: fx.Node, place: int, name: str, default: Any) -> Any:
     return node.args[place] if len(node.args) > place else node.kwargs.get(name, default)
 
@@ -332,6 +353,7 @@ _FUNCTIONS: dict[Any, Say] = {
     **dict.fromkeys((operator.add, torch.add, "add"), _two("Add")),
     **dict.fromkeys((operator.mul, torch.mul, "mul"), _two("Mul")),
     **dict.fromkeys((torch.flatten, "flatten"), _flatten),
+    **dict.fromkeys((torch.reshape, "reshape", "view"), _reshape),
     **dict.fromkeys((torch.cat, torch.concat), _concatenate),
     **dict.fromkeys((torch.mean, "mean"), _mean),
     F.max_pool2d: _function(nn.MaxPool2d),

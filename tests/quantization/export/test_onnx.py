@@ -244,6 +244,18 @@ class Of(nn.Module):
         return torch.flatten(self.last(y), 1)
 
 
+class Flattened(nn.Module):
+    """A convolution, a way to flatten what it gives, and a linear layer."""
+
+    def __init__(self, flatten: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.conv, self.linear = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(256, 2)
+        self.flatten = flatten
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.flatten(self.conv(x)))
+
+
 OPERATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu6": F.relu6,
     "relu6 that is not quantized": lambda y: F.relu6(y).mean((2, 3), keepdim=True),
@@ -263,6 +275,8 @@ OPERATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 MODULES: dict[str, nn.Module] = {
     "residual": Residual(),
+    "view": Flattened(lambda y: y.view(y.size(0), -1)),
+    "reshape": Flattened(lambda y: y.reshape(-1, y.shape[1] * y.shape[2] * y.shape[3])),
     "one dimension": nn.Sequential(nn.Conv1d(3, 4, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(12, 3)),
     "three dimensions": nn.Sequential(nn.Conv3d(3, 4, 2), nn.AvgPool3d(2), nn.Conv3d(4, 2, 1), nn.Flatten()),
     "same": nn.Sequential(nn.Conv2d(3, 4, (3, 4), padding="same", dilation=(2, 1)), nn.Flatten()),
@@ -327,6 +341,11 @@ REFUSED: dict[str, tuple[nn.Module, str]] = {
         nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(2)),
         r"1 \(Flatten\) flattens dimensions 2",
     ),
+    "reshaping": (
+        Of(lambda y: y.view(y.size(0), 4, 4, 16)),
+        r"view \(view\) turns \(2, 4, 8, 8\) to \(2, 4, 4, 16\)",
+    ),
+    "split": (Of(lambda y: torch.cat(y.split(2, 1), 1)), r"split \(split\) is no operation"),
     "sum with alpha": (Of(lambda y: torch.add(y, y, alpha=2)), r"add \(add\) has arguments besides"),
     "mean of all": (Of(lambda y: y + y.mean()), r"mean \(mean\) is over dim=None"),
     "two outputs": (TwoInputs(), "one tensor as its input and one tensor as its output"),

@@ -30,6 +30,7 @@ PROVIDERS = {
     "gradl1_fast, every=4": "gradl1_fast, every fourth step",
     "finite difference": "finite difference (approximate)",
     "eager double backprop": "double backprop in eager PyTorch",
+    "eager double backprop, NCHW": "the same, NCHW",
     "double backprop, torch.compile": "the same, torch.compile",
     "torch.func, jvp of grad": "torch.func, jvp of grad",
     "torch.func, jvp of grad, torch.compile": "the same, torch.compile",

@@ -2,6 +2,8 @@
 PYTHON ?= python3
 WORKERS ?= 2
 ARGS ?=
+SEED ?= 0
+EXAMPLES ?= 2000
 
 VENV := .venv
 READY := $(VENV)/.ready
@@ -13,13 +15,14 @@ BUILT := $(VENV)/.built
 BUILD = $(shell nvidia-smi -L >/dev/null 2>&1 || echo GRADL1_CUDA=0)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test sanitize kernels lint format bench gpu clean
+.PHONY: help demo test fuzz soak sanitize kernels lint format bench gpu clean
 
 help:  ## this text
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
 	@echo
 	@echo "Settings: PYTHON=$(PYTHON) makes the virtual environment (3.10 or newer) and runs 'make gpu';"
 	@echo "WORKERS=$(WORKERS) test processes; ARGS=... goes to the demo, pytest or the benchmark; OUT=folder for 'make gpu'."
+	@echo "EXAMPLES=$(EXAMPLES) of each property for 'make fuzz', drawn from SEED=$(SEED), as are the deaths of 'make soak'."
 
 $(READY): pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv --clear $(VENV)
@@ -36,6 +39,13 @@ demo: $(READY)  ## train, quantize and compare on a CPU; writes gradl1-demo/repo
 
 test: $(BUILT)  ## all tests; those that need a GPU are skipped where there is none
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+
+fuzz: $(BUILT)  ## many random networks and damaged files; SEED=1 EXAMPLES=10000 for others and more
+	GRADL1_TEST_EXAMPLES=$(EXAMPLES) OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal \
+	tests/properties --hypothesis-profile=fuzz --hypothesis-seed=$(SEED) $(ARGS)
+
+soak: $(BUILT)  ## 2,000 penalised steps in peace, and through kills and interruptions, into gradl1-soak
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m tests.training.soak gradl1-soak --seed $(SEED) $(ARGS)
 
 sanitize: $(BUILT)  ## CPU loops and emulated CUDA kernels under AddressSanitizer and UBSan
 	GRADL1_TEST_SANITIZE=1 OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/compiled/test_emulated.py $(ARGS)
@@ -71,5 +81,5 @@ gpu:  ## all that needs a GPU: its tests, compute-sanitizer, then the measuremen
 	exit $$status
 
 clean:  ## remove the virtual environment, caches, builds and the demo's output
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis gradl1-demo
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis gradl1-demo gradl1-soak
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

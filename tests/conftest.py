@@ -5,6 +5,16 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+try:
+    from hypothesis import settings
+except ImportError:  # `make gpu` installs nothing, and tests/gpu needs none of it
+    pass
+else:
+    # One and the same examples on every run; `make fuzz` chooses the other profile, and a seed.
+    settings.register_profile("ci", derandomize=True, deadline=None)
+    settings.register_profile("fuzz", derandomize=False, deadline=None, print_blob=True)
+    settings.load_profile("ci")
+
 
 def pytest_configure(config: pytest.Config) -> None:
     # PyTorch says so whenever the two sides of "same" differ, as they do in some cases here.

@@ -102,6 +102,7 @@ def penalised_gradients(
     scale: str = "none",
     weight_bits: int = 4,
     activation_bits: int = 4,
+    per_channel: bool = False,
 ) -> Penalised:
     """Differentiate ``loss + lambda_w * sum |dL/dW| + lambda_a * sum |dL/dY|``.
 
@@ -114,10 +115,12 @@ def penalised_gradients(
         scale: "step" multiplies each term by the tensor's quantization step, a function of the tensor.
         weight_bits: width at which the step of a weight is taken, on a symmetric grid.
         activation_bits: width at which the step of an activation is taken, on an affine grid.
+        per_channel: a step for each output channel of a weight.
     """
     measured = model_fn()
     sites = [
-        (n, t, lambda_w, symmetric_step(_unquantized(t), weight_bits)) for n, t in measured.weights.items()
+        (n, t, lambda_w, symmetric_step(_unquantized(t), weight_bits, per_channel=per_channel))
+        for n, t in measured.weights.items()
     ]
     sites += [
         (n, t, lambda_a, affine_step(_unquantized(t), activation_bits))
@@ -127,9 +130,9 @@ def penalised_gradients(
     penalty = torch.zeros_like(measured.loss)
     terms = {}
     for (name, _, factor, step), gradient in zip(sites, gradients, strict=True):
-        term = gradient.abs().sum()
-        penalty = penalty + factor * (term * step if scale == "step" else term)
-        terms[name] = term.detach()
+        norm = gradient.abs().sum()
+        penalty = penalty + factor * ((gradient.abs() * step).sum() if scale == "step" else norm)
+        terms[name] = norm.detach()
     total = torch.autograd.grad(
         measured.loss + penalty, list(parameters.values()), allow_unused=True, materialize_grads=True
     )
@@ -142,8 +145,9 @@ def _unquantized(t: Tensor) -> Tensor:
     return getattr(t, "unquantized", t)
 
 
-def symmetric_step(t: Tensor, bits: int) -> Tensor:
-    return t.abs().max() / max(2 ** (bits - 1) - 1, 1)
+def symmetric_step(t: Tensor, bits: int, *, per_channel: bool = False) -> Tensor:
+    largest = t.abs().amax(tuple(range(1, t.dim())), keepdim=True) if per_channel else t.abs().max()
+    return largest / max(2 ** (bits - 1) - 1, 1)
 
 
 def affine_step(t: Tensor, bits: int) -> Tensor:
@@ -223,7 +227,7 @@ def quantize(
     module.train(training)
     for hook in hooks:
         hook.remove()
-    grids = {name: _affine_grid(*ends, activation_bits) for name, ends in ranges.items()}
+    grids = {name: affine_grid(*ends, activation_bits) for name, ends in ranges.items()}
 
     def quantized(name: str, t: Tensor) -> Tensor:
         result = fake_quantize(t, *grids[name])
@@ -242,6 +246,6 @@ def quantize(
         parametrize.register_parametrization(layer, attribute, grid)
 
 
-def _affine_grid(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor, int, int]:
+def affine_grid(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor, int, int]:
     scale = (high.clamp(min=0) - low.clamp(max=0)) / (2**bits - 1)
     return scale, torch.round(-low.clamp(max=0) / scale), 0, 2**bits - 1

@@ -1,0 +1,145 @@
+"""Penalty and gradient of random networks against float64 double backprop by ordinary autograd."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from torch import nn
+
+import gradl1_fast as gl
+from tests import oracle
+from tests.penalty.test_against_oracle import assert_same
+from tests.properties import walk
+from tests.properties.build import LAYOUTS, batch, channels_last, loss, make
+from tests.properties.examples import examples
+from tests.properties.grammar import Network, networks
+
+SMALLEST = 1e-4  # a range below is that of a tensor that is zero but for rounding
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a network is penalised."""
+
+    lambda_w: float = 1.0
+    lambda_a: float = 1.0
+    scale: str = "none"
+    training: bool = True
+    w: int | None = None
+    a: int | None = None
+    per_channel: bool = False
+    layout: str = "contiguous"
+    backend: str | None = None
+
+
+SETTINGS = st.builds(
+    Setting,
+    lambda_w=st.sampled_from((1.0, 0.03, 0.0)),
+    lambda_a=st.sampled_from((1.0, 0.2, 0.0)),
+    scale=st.sampled_from(("none", "step")),
+    training=st.booleans(),
+    w=st.sampled_from((None, 2, 3, 4, 8)),
+    a=st.sampled_from((None, 1, 2, 4, 8)),
+    per_channel=st.booleans(),
+    layout=st.sampled_from(list(LAYOUTS)),
+    backend=st.sampled_from((None, "reference")),
+)
+FLOATS = SETTINGS.map(lambda setting: replace(setting, w=None, a=None))
+
+
+def found_in(network: Network) -> walk.Layout:
+    return walk.layout(network, make(network), batch(network)[0])
+
+
+def plain(network: Network, setting: Setting, found: walk.Layout) -> nn.Module:
+    model = make(network).train(setting.training)
+    if setting.w is not None:
+        walk.quantize_weights(model, found.weights, setting.w, per_channel=setting.per_channel)
+    return model
+
+
+def truth(
+    network: Network, setting: Setting, found: walk.Layout, noise: float = walk.NOISE
+) -> oracle.Penalised:
+    """Return what the oracle computes; reject a network in which rounding decides a sign or an extreme."""
+    data = batch(network)
+    for reverse in (False, True):
+        inputs = tuple(t.flip(0) if reverse else t for t in data)
+        measured, passed = walk.measure(network, plain(network, setting, found), inputs, found, setting.a)
+        assume(walk.decided(passed, measured, extremes=setting.scale == "step", noise=noise))
+    model = plain(network, setting, found)
+    result = oracle.penalised_gradients(
+        lambda: walk.measure(network, model, data, found, setting.a)[0],
+        dict(model.named_parameters()),
+        lambda_w=setting.lambda_w,
+        lambda_a=setting.lambda_a,
+        scale=setting.scale,
+        per_channel=setting.per_channel,
+    )
+    original = ".parametrizations.weight.original"
+    gradients = {name.replace(original, ".weight"): g for name, g in result.gradients.items()}
+    return oracle.Penalised(result.loss, result.penalty, result.terms, gradients)
+
+
+def ours(network: Network, setting: Setting, dtype: torch.dtype = torch.float64) -> oracle.Penalised:
+    model = gl.convert(make(network, dtype).train(setting.training), per_channel=setting.per_channel)
+    data = batch(network, dtype, setting.layout)
+    if setting.layout == "channels last":
+        for p in model.parameters():
+            p.data = channels_last(p.data)
+    if setting.a is not None:
+        gl.calibrate(model, [data])
+    gl.set_bits(model, w=setting.w, a=setting.a)
+    with gl.backend(setting.backend) if setting.backend else torch.enable_grad():
+        penalty = gl.GradL1(model, setting.lambda_w, setting.lambda_a, setting.scale)
+        value = loss(model, data)
+        extra = penalty(value)
+        (value + extra).backward()
+    gradients = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()}
+    return oracle.Penalised(value.detach(), extra.detach(), dict(penalty.terms), gradients)
+
+
+def usable(setting: Setting, found: walk.Layout) -> bool:
+    """Say whether there is something to penalise, and no range that is zero but for rounding."""
+    if setting.lambda_a and not found.penalised:
+        return False
+    quantized = setting.a is not None or setting.scale == "step"
+    return not quantized or all(
+        float(torch.maximum(-low, high)) > SMALLEST for low, high in found.ends.values()
+    )
+
+
+@examples(60)
+@given(networks(), SETTINGS)
+def test_penalty_and_gradient_equal_the_oracle(network: Network, setting: Setting) -> None:
+    found = found_in(network)
+    assume(usable(setting, found))
+    expected = truth(network, setting, found)
+    assume(bool(expected.penalty) or not (setting.lambda_w or setting.lambda_a))  # all of it dead
+    actual = ours(network, setting)
+    torch.testing.assert_close(actual.loss, expected.loss, rtol=1e-12, atol=0)
+    assert_same(actual, expected, 1e-10)
+    if setting.lambda_w and setting.lambda_a:
+        assert_same_terms(actual, expected, setting)
+
+
+def assert_same_terms(actual: oracle.Penalised, expected: oracle.Penalised, setting: Setting) -> None:
+    assert len(actual.terms) == len(expected.terms)
+    if setting.scale == "none":  # the oracle's are without the step
+        found, wanted = (torch.stack([*r.terms.values()]).sort().values for r in (actual, expected))
+        torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-15)
+
+
+@examples(40)
+@given(networks(), FLOATS)
+def test_float32_is_near_the_oracle(network: Network, setting: Setting) -> None:
+    found = found_in(network)
+    assume(usable(setting, found))
+    expected = truth(network, setting, found, noise=1e-4)
+    assume(bool(expected.penalty) or not (setting.lambda_w or setting.lambda_a))
+    actual = ours(network, setting, torch.float32)
+    assert {g.dtype for g in actual.gradients.values()} == {torch.float32}
+    assert_same(actual, expected, 1e-4, tiny=0.1)

@@ -1,0 +1,219 @@
+"""A network of the grammar computed part by part, for the oracle: which tensors feed layers, and their grids.
+
+Nothing of gradl1_fast is used. A tensor that is only reshaped, or passed through an identity, stays the same
+activation; it is counted, and quantized, where its values were computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from tests import oracle
+from tests.properties.build import FUNCTIONS, loss
+from tests.properties.grammar import Act, Concat, Conv, Network, Norm, Part, Pool, Same, Sum, Twice
+
+LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+INPUT = 0
+NOISE = 1e-10  # of the largest gradient of a tensor
+
+
+@dataclass(frozen=True)
+class Value:
+    """A tensor and the number of the activation that it is."""
+
+    tensor: Tensor
+    number: int
+
+
+class Walk:
+    """Calls a plain model as its network says.
+
+    Args:
+        network: as data.
+        model: made of it; its modules compute, its own forward pass is not used.
+        alter: gets number and tensor of each activation, and returns what takes its place.
+
+    Attributes:
+        activations: the tensors by number; the input is the first.
+        feeding: the numbers of those that a convolution or linear layer reads.
+        pooled: what a maximum was taken of.
+        activated: what went into an activation.
+    """
+
+    def __init__(
+        self, network: Network, model: nn.Module, alter: Callable[[int, Tensor], Tensor] = lambda _, t: t
+    ) -> None:
+        self.network, self.model, self.alter = network, model, alter
+        self.activations: list[Tensor] = []
+        self.feeding: list[int] = []
+        self.pooled: list[Tensor] = []
+        self.activated: list[Tensor] = []
+
+    def __call__(self, x: Tensor) -> Tensor:
+        value = self._chain(self.network.parts, self.model.body, self._made(x))
+        return self._top(self.model.top, value).tensor
+
+    def _made(self, tensor: Tensor) -> Value:
+        number = len(self.activations)
+        self.activations.append(self.alter(number, tensor))
+        return Value(self.activations[-1], number)
+
+    def _read(self, value: Value) -> Tensor:
+        if value.number not in self.feeding:
+            self.feeding.append(value.number)
+        return value.tensor
+
+    def _chain(self, parts: tuple[Part, ...], modules: nn.Sequential, value: Value) -> Value:
+        for part, module in zip(parts, modules, strict=True):
+            value = self._part(part, module, value)
+        return value
+
+    def _part(self, part: Part, module: nn.Module, value: Value) -> Value:
+        match part:
+            case Same():
+                return value
+            case Conv():
+                return self._made(module(self._read(value)))
+            case Norm() | Pool():
+                self.pooled += [value.tensor] * (isinstance(part, Pool) and part.kind == "max")
+                return self._made(module(value.tensor))
+            case Act():
+                self.activated.append(value.tensor)
+                return self._made(FUNCTIONS[part.kind](value.tensor))
+            case Twice():
+                return self._chain(part.parts, module.inner, self._chain(part.parts, module.inner, value))
+            case Sum() | Concat():
+                left = self._chain(part.left, module.left, value).tensor
+                right = self._chain(part.right, module.right, value).tensor
+                return self._made(left + right if isinstance(part, Sum) else torch.cat([left, right], 1))
+
+    def _top(self, top: nn.Module, value: Value) -> Value:
+        form = self.network.head.form
+        if form == "tokens":
+            value = self._made(value.tensor.flatten(2).transpose(1, 2))
+        elif form in ("pool", "mean"):
+            value = self._made(value.tensor.flatten(2).mean(2))
+        else:
+            value = Value(value.tensor.flatten(1), value.number)
+        for layer in top.layers:
+            self.activated += [value.tensor] * isinstance(layer, nn.ReLU)
+            value = self._made(
+                layer(self._read(value)) if isinstance(layer, nn.Linear) else layer(value.tensor)
+            )
+        return self._made(value.tensor.mean(1)) if form == "tokens" else value
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What of a network is quantized, found by a pass in evaluation mode.
+
+    Attributes:
+        weights: names.
+        ends: smallest and largest value of each activation that is quantized, by number.
+    """
+
+    weights: tuple[str, ...]
+    ends: dict[int, tuple[Tensor, Tensor]]
+
+    @property
+    def penalised(self) -> list[int]:
+        """The numbers of the activations that a penalty counts: all but the data."""
+        return [number for number in self.ends if number != INPUT]
+
+
+def layout(network: Network, model: nn.Module, x: Tensor) -> Layout:
+    """Return what of a network is quantized; the model stays as it is."""
+    modes = {module: module.training for module in model.modules()}
+    walk = Walk(network, model.eval())
+    with torch.no_grad():
+        walk(x)
+    for module, training in modes.items():
+        module.training = training
+    kept = {number: walk.activations[number] for number in sorted(walk.feeding)}
+    weights = tuple(f"{name}.weight" for name, m in model.named_modules() if isinstance(m, LAYERS))
+    return Layout(weights, {number: (t.min(), t.max()) for number, t in kept.items()})
+
+
+def measure(
+    network: Network,
+    model: nn.Module,
+    data: tuple[Tensor, Tensor],
+    found: Layout,
+    activation_bits: int | None,
+) -> tuple[oracle.Measured, Walk]:
+    """Run the plain model with quantized activations; return what a penalty measures, and the pass."""
+    kept: dict[str, Tensor] = {}
+
+    def alter(number: int, t: Tensor) -> Tensor:
+        if number not in found.ends:
+            return t
+        if activation_bits is not None:
+            grid = oracle.affine_grid(*found.ends[number], activation_bits)
+            t, unquantized = oracle.fake_quantize(t, *grid), t
+            t.unquantized = unquantized
+        if number != INPUT:
+            kept[f"activation {number}"] = t if t.requires_grad else t.requires_grad_()
+        return t
+
+    with parametrize.cached():
+        walk = Walk(network, model, alter)
+        value = loss(walk, data)
+        return oracle.Measured(value, {name: _find(model, name) for name in found.weights}, kept), walk
+
+
+def decided(walk: Walk, measured: oracle.Measured, *, extremes: bool, noise: float = NOISE) -> bool:
+    """Say whether rounding decides nothing: where values tie but for rounding, gradients are chance.
+
+    Args:
+        walk: after a pass.
+        measured: in that pass. The sign of a gradient whose contributions cancel is chance.
+        extremes: whether the extremes of activations matter.
+        noise: what rounding may amount to, relative to the largest value of a tensor.
+    """
+    tensors = [*measured.weights.values(), *measured.activations.values()]
+    sizes = [g.abs() for g in torch.autograd.grad(measured.loss, tensors, retain_graph=True)]
+    if any(bool(((size > 0) & (size < noise * size.max())).any()) for size in sizes):
+        return False
+    if any(_ties(t.flatten(2).flatten(0, 1), noise) for t in walk.pooled):
+        return False
+    if any(_meets_kink(t, noise) for t in walk.activated):
+        return False
+    ranged = [getattr(t, "unquantized", t) for t in measured.activations.values()] if extremes else []
+    return not any(
+        _ties(torch.stack([t, -t]).flatten(1).topk(min(2, t.numel())).values, noise) for t in ranged
+    )
+
+
+def _meets_kink(t: Tensor, noise: float) -> bool:
+    """Say whether a value before a ReLU or ReLU6 is almost at its end, and not exactly there."""
+    near = torch.stack([t.detach(), t.detach() - 6]).abs()
+    return bool(((near > 0) & (near < noise * t.detach().abs().max())).any())
+
+
+def _ties(rows: Tensor, noise: float) -> bool:
+    """Say whether a row has two values that are almost the same, and not the end of a ReLU or ReLU6."""
+    rows = rows.detach().sort(1).values
+    near = rows.diff(dim=1) <= noise * rows.abs().max()
+    return bool((near & (rows[:, 1:] != 0) & (rows[:, 1:].abs() != 6)).any())
+
+
+def quantize_weights(model: nn.Module, names: tuple[str, ...], bits: int, *, per_channel: bool) -> None:
+    """Fake-quantize the named weights of a plain model in place, each in its own range."""
+    limit = max(2 ** (bits - 1) - 1, 1)
+    for name in names:
+        layer = model.get_submodule(name.removesuffix(".weight"))
+        scale = oracle.symmetric_step(layer.weight.detach(), bits, per_channel=per_channel)
+        grid = scale.flatten() if per_channel else scale
+        quantizer = oracle.FakeQuantize(
+            grid, torch.zeros_like(grid), -limit, limit, 0 if per_channel else None
+        )
+        parametrize.register_parametrization(layer, "weight", quantizer)
+
+
+def _find(model: nn.Module, name: str) -> Tensor:
+    return model.get_submodule(name.removesuffix(".weight")).weight

@@ -3,6 +3,7 @@
 import csv
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,9 +24,9 @@ def gradl1(*args):
 
 
 def configured(*args):
+    """Return the configuration that a dry run prints, whether it could run here or not."""
     result = gradl1("train", "--dry-run", *args)
-    assert result.exit_code == 0, result.output
-    return config.toml.from_dict(Config, config.toml._parser().loads(result.output), "printed")
+    return config.toml.from_dict(Config, config.toml._parser().loads(result.stdout), "printed")
 
 
 def refused(*args):
@@ -190,7 +191,7 @@ def test_an_option_changes_its_value_and_no_other(options):
     assert found == expected
 
 
-@pytest.mark.parametrize(
+MISTAKES = pytest.mark.parametrize(
     ("args", "message"),
     [
         (["--recipe", "mnist"], "recipe must be one of"),
@@ -207,26 +208,58 @@ def test_an_option_changes_its_value_and_no_other(options):
         (["--model", "lenet"], "model must be one of"),
         (["--cuda-graph", "--device", "cpu"], "cuda_graph needs an NVIDIA GPU"),
         (["--device", "gpu"], "device must be cpu, cuda or cuda:N"),
+        (["--batch-size", "2000"], "2000 is more than all 1437 images"),
+        (["--model", "vgg_small", "--batch-size", "1"], "more than 1 value per channel"),
     ],
 )
-def test_a_mistake_is_said_in_one_sentence(args, message, tmp_path):
-    output = refused(*args, "--out", tmp_path / "run")
+DRY = pytest.mark.parametrize("dry", [[], ["--dry-run"]], ids=["run", "dry run"])
+
+
+@DRY
+@MISTAKES
+def test_a_mistake_is_said_in_one_sentence(args, message, dry, tmp_path):
+    output = refused(*args, *dry, "--out", tmp_path / "run")
     assert message in output
     assert "Traceback" not in output
-    assert not (tmp_path / "run" / "config.toml").exists()
+    assert dry == [] or not (tmp_path / "run").exists()
 
 
-def test_a_folder_that_cannot_be_written(tmp_path):
+@DRY
+def test_a_folder_that_cannot_be_written(dry, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
-    output = refused(*QUICK, "--out", tmp_path / "file" / "run")
-    assert str(tmp_path / "file") in output
+    output = refused(*QUICK, *dry, "--out", tmp_path / "file" / "run")
+    assert f"{tmp_path / 'file'}: Not a directory" in output
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # to root every folder is open
+    assert f"{tmp_path}: Permission denied" in refused(*QUICK, *dry, "--out", tmp_path / "run")
 
 
+@DRY
 @pytest.mark.parametrize("missing", ["safetensors", "matplotlib.figure"])
-def test_a_missing_package_is_named_before_the_work(missing, tmp_path, monkeypatch):
+def test_a_missing_package_is_named_before_the_work(missing, dry, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, missing, None)
-    assert "pip install" in refused(*QUICK, "--out", tmp_path / "run")
+    assert "pip install" in refused(*QUICK, *dry, "--out", tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_that_could_run_says_so_by_its_exit_code_and_writes_nothing(tmp_path):
+    result = gradl1("train", "--dry-run", *QUICK, "--out", tmp_path / "run")
+    assert result.exit_code == 0, result.output
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_passes_a_batch_through(tmp_path):
+    output = refused("--dry-run", "--model", "vgg_like", "--width", "4", "--out", tmp_path / "run")
+    assert "vgg_like does not take a batch of shape (50, 1, 8, 8): " in output
+
+
+def test_a_dry_run_of_a_resumption_reads_the_checkpoint(finished, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(finished[0], folder)
+    result = gradl1("train", "--dry-run", "--resume", folder, "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    state = next((folder / "checkpoint").glob("step-*/state.pt"))
+    state.write_bytes(state.read_bytes()[:1000])
+    assert "state.pt: not a whole file" in refused("--dry-run", "--resume", folder, "--device", "cpu")
 
 
 def test_without_tensorboard_it_says_so_and_goes_on(tmp_path, monkeypatch):

@@ -75,7 +75,8 @@ def train(
         Path | None, typer.Option(help="Go on with the run in this folder, as it was configured.")
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the whole configuration and end.")
+        bool,
+        typer.Option("--dry-run", help="Print the whole configuration, check that it could run, and end."),
     ] = False,
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda or cuda:N; by default a GPU where there is one.")
@@ -97,7 +98,7 @@ def train(
     optimizer: Annotated[str | None, _option(_LOOP, "sgd, adam or adamw.")] = None,
     learning_rate: Annotated[float | None, _option(_LOOP, "At its highest; a cosine brings it to 0.")] = None,
     momentum: Annotated[float | None, _option(_LOOP, "Of sgd.")] = None,
-    weight_decay: Annotated[float | None, _option(_LOOP, "Of all parameters.")] = None,
+    weight_decay: Annotated[float | None, _option(_LOOP, "Of all parameters, also biases and norms.")] = None,
     warmup_epochs: Annotated[
         int | None, _option(_LOOP, "The learning rate rises in the first so many.")
     ] = None,
@@ -143,10 +144,12 @@ def train(
     console = Console()
     try:
         config = _resumed(resume, given) if resume else _configured(given)
-        if dry_run:
-            print(config.to_toml(), end="")
-            return
         folder = resume or out
+        if dry_run:
+            if is_first():
+                print(config.to_toml(), end="")
+            launches.rehearse(config, folder, resume=resume is not None, device=device)
+            return
         with _bar(config) as (on_step, say):
             found = launches.launch(
                 config, folder, resume=resume is not None, device=device, on_step=on_step, say=say

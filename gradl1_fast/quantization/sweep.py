@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -69,8 +70,12 @@ class Table:
             writer.writerows((_cell(row.w), _cell(row.a), row.value) for row in self.rows)
 
     def to_json(self, path: str | os.PathLike[str]) -> None:
-        """Write a list of objects with the keys w, a, value; a float width is null."""
-        Path(path).write_text(json.dumps([vars(row) for row in self.rows], indent=1) + "\n")
+        """Write a list of objects with the keys w, a, value; a float width is null.
+
+        So is a value that is NaN or infinite, which JSON has no way to write.
+        """
+        rows = [{**vars(row), "value": row.value if math.isfinite(row.value) else None} for row in self.rows]
+        Path(path).write_text(json.dumps(rows, indent=1, allow_nan=False) + "\n")
 
     def plot(self, path: str | os.PathLike[str], *, title: str = "") -> None:
         """Draw the values over widths as a heat map into an image file; needs matplotlib.

@@ -69,7 +69,8 @@ class Optimizer:
         name: ``"sgd"`` (with Nesterov's momentum), ``"adam"`` or ``"adamw"``.
         learning_rate: at its highest.
         momentum: of ``"sgd"`` alone.
-        weight_decay: of all parameters; decoupled with ``"adamw"``.
+        weight_decay: of all parameters, biases and those of batch norms among them, as torch.optim does it
+            and as the recipes were measured; decoupled with ``"adamw"``.
         warmup_epochs: in the first so many the learning rate rises linearly.
     """
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import errno
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,12 +25,24 @@ from gradl1_fast.training.toml import SettingsError
 from gradl1_fast.training.trainer import Trainer
 from gradl1_fast.training.weights_file import require_safetensors
 
-__all__ = ["BITS", "CALIBRATION_IMAGES", "launch"]
+__all__ = ["BITS", "CALIBRATION_IMAGES", "launch", "rehearse"]
 
 BITS: tuple[int | None, ...] = (None, 8, 7, 6, 5, 4, 3, 2)
 CALIBRATION_IMAGES = 2048
 
 Progress = Callable[[Trainer], None]
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A run before its first step; ``rows`` and ``place`` say where one that is resumed stands."""
+
+    run: Folder
+    group: Ranks
+    images: Dataset
+    trainer: Trainer
+    rows: list[dict[str, float]]
+    place: str
 
 
 def launch(
@@ -63,6 +78,52 @@ def launch(
         ImportError: a package is not installed; the message says which.
         OSError: the folder cannot be written to.
     """
+    with _prepared(config, folder, resume, device) as made:
+        run, group, images, trainer = made.run, made.group, made.images, made.trainer
+        if group.first and not resume:
+            run.path.mkdir(parents=True, exist_ok=True)
+            run.write_config(config)
+        purge_from = trainer.epoch * trainer.steps if resume else None
+        recorder = Recorder(run, made.rows, purge_from, say) if group.first else None
+        with contextlib.closing(recorder) if recorder else contextlib.nullcontext():
+            if recorder and made.place:
+                recorder.log(made.place)
+            _train(run, trainer, images, recorder, on_step)
+            return _finish(run, trainer, images, recorder) if recorder else None
+
+
+def rehearse(config: Config, folder: Path, *, resume: bool = False, device: str | None = None) -> None:
+    """Raise what :func:`launch` would raise before its first step, and pass one batch through; write nothing.
+
+    The data are read, the network is made, a checkpoint is taken up; what only training itself can find
+    (too little memory, a loss that is no number any more) stays unknown.
+
+    Args:
+        config: as for :func:`launch`.
+        folder: likewise.
+        resume: likewise.
+        device: likewise.
+
+    Raises:
+        ValueError: as :func:`launch`, or the network does not take such images.
+        ImportError: as :func:`launch`.
+        OSError: likewise.
+    """
+    with _prepared(config, folder, resume, device) as made, torch.no_grad():
+        x, y = made.trainer.batch(0)
+        parts = config.training.accumulate
+        part = x.chunk(parts)[0]
+        try:
+            made.trainer.loss_of((part, y.chunk(parts)[0]))
+        except RuntimeError as error:
+            raise ValueError(
+                f"{config.model.name} does not take a batch of shape {tuple(part.shape)}: {error}"
+            ) from error
+
+
+@contextlib.contextmanager
+def _prepared(config: Config, folder: Path, resume: bool, device: str | None) -> Iterator[_Prepared]:
+    """Do all that comes before the first step and writes nothing."""
     require_safetensors()
     run_report.require_matplotlib()
     run = Folder(folder)
@@ -75,17 +136,8 @@ def launch(
         if group.rank:
             torch.manual_seed(config.training.seed + group.rank)  # each draws its own dropout
         trainer = _trainer(model, images, config, group)
-        if group.first and not resume:
-            run.path.mkdir(parents=True, exist_ok=True)
-            run.write_config(config)
         rows, place = _take_up(run, trainer) if resume else ([], "")
-        purge_from = trainer.epoch * trainer.steps if resume else None
-        recorder = Recorder(run, rows, purge_from, say) if group.first else None
-        with contextlib.closing(recorder) if recorder else contextlib.nullcontext():
-            if recorder and place:
-                recorder.log(place)
-            _train(run, trainer, images, recorder, on_step)
-            return _finish(run, trainer, images, recorder) if recorder else None
+        yield _Prepared(run, group, images, trainer, rows, place)
 
 
 def _check_folder(run: Folder, resume: bool) -> None:
@@ -95,6 +147,11 @@ def _check_folder(run: Folder, resume: bool) -> None:
         raise RunError(
             f"{run.path}: holds a run already; go on with it by --resume, or choose another folder by --out"
         )
+    there = next(path for path in (run.path.absolute(), *run.path.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(there))
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(there))
 
 
 def _trainer(model: nn.Module, images: Dataset, config: Config, group: Ranks) -> Trainer:

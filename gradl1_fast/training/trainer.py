@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,59 +14,16 @@ from gradl1_fast.training.augmentation import augment, generator_of
 from gradl1_fast.training.config import Config
 from gradl1_fast.training.cuda_graph import GraphedStep
 from gradl1_fast.training.data import Batch
+from gradl1_fast.training.epoch import Epoch, TrainingError, check_finite
 from gradl1_fast.training.objectives import Objective, Terms, make
 from gradl1_fast.training.optimization import Average, optimizer_for, schedule_for
 from gradl1_fast.training.ranks import ALONE, Ranks
 from gradl1_fast.training.recompute import recomputing
 from gradl1_fast.training.steps import CompiledGradients, EagerGradients, Gradients, check_supported
 
-__all__ = ["Epoch", "Trainer", "TrainingError"]
+__all__ = ["CHECK_EVERY", "Epoch", "Trainer", "TrainingError"]
 
-
-class TrainingError(RuntimeError):
-    """Training cannot go on; the message says since when and what may help."""
-
-
-@dataclass
-class Epoch:
-    """What the steps of an epoch were trained on, as far as it has come.
-
-    Attributes:
-        losses: without penalty, one a step.
-        penalties: one a step.
-        parts: of the penalty: the sum over the steps, by name.
-        counts: over how many steps each was summed.
-        seconds: that the steps took.
-    """
-
-    losses: list[Tensor] = field(default_factory=list)
-    penalties: list[Tensor] = field(default_factory=list)
-    parts: dict[str, Tensor] = field(default_factory=dict)
-    counts: dict[str, int] = field(default_factory=dict)
-    seconds: float = 0.0
-
-    def add(self, terms: Terms) -> None:
-        """Take note of a step."""
-        self.losses.append(terms.loss.float())
-        self.penalties.append(terms.penalty.float())
-        for name, part in terms.parts.items():
-            self.parts[name] = self.parts[name] + part if name in self.parts else part
-            self.counts[name] = self.counts.get(name, 0) + 1
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return it as tensors, numbers and dictionaries."""
-        lists = {"losses": _stacked(self.losses), "penalties": _stacked(self.penalties)}
-        return {**vars(self), **lists}
-
-    @classmethod
-    def from_state(cls, state: Mapping[str, Any]) -> Epoch:
-        """Return what :meth:`state_dict` gave."""
-        lists = {name: list(state[name].unbind()) for name in ("losses", "penalties")}
-        return cls(**{**state, **lists})
-
-    def mean_parts(self) -> dict[str, float]:
-        """Return the mean of each part over the steps in which it was measured."""
-        return {name: float(total) / self.counts[name] for name, total in self.parts.items()}
+CHECK_EVERY = 50  # steps between looks at the losses where a look waits
 
 
 class Trainer:
@@ -143,17 +98,17 @@ class Trainer:
             after_step: called after each step; ``state_dict`` may be asked for then.
 
         Raises:
-            TrainingError: the loss is no number any more.
+            TrainingError: the loss or the penalty is no finite number any more. On a CPU this is seen at
+                once, otherwise within :data:`CHECK_EVERY` steps: to look is to wait for GPU and ranks.
         """
         while self.step < self.steps:
             start = time.perf_counter()
             self.seen.add(self._take_step())
-            self.seen.seconds += time.perf_counter() - start
             self.step += 1
+            if self.step % self._check_every == 0 or self.step == self.steps:
+                self._check_losses()
+            self.seen.seconds += time.perf_counter() - start
             after_step(self)
-        start = time.perf_counter()
-        self._check_losses()  # waits for the device
-        self.seen.seconds += time.perf_counter() - start
 
     def next_epoch(self) -> None:
         """Begin the next epoch; where the penalty begins with it, change the objective."""
@@ -252,12 +207,22 @@ class Trainer:
         finally:
             trial.close()
 
+    @property
+    def _skips(self) -> bool:
+        """Whether a step whose gradients are not finite changes nothing, as with float16."""
+        return self.scaler.is_enabled()
+
+    @property
+    def _check_every(self) -> int:
+        at_once = self.ranks.count == 1 and self.ranks.device.type == "cpu" and not self._skips
+        return 1 if at_once else CHECK_EVERY
+
     def _check_losses(self) -> None:
-        if not math.isfinite(sum(map(float, self.seen.losses[-1:]))):
-            raise TrainingError(
-                f"the loss is {float(self.seen.losses[-1])} at the end of epoch {self.epoch + 1}; "
-                "a smaller learning rate, or a smaller penalty with a longer warm-up, may help"
-            )
+        """Look at the latest steps, on every rank alike; waits for the device."""
+        first = max(0, self.step - self._check_every)
+        if first < self.step:
+            losses, penalties = self.ranks.mean(self.seen.since(first)).cpu()
+            check_finite(losses, penalties, self.epoch, first, skips=self._skips)
 
     def _gradients(self) -> Gradients:
         settings = self.config.training
@@ -270,7 +235,12 @@ class Trainer:
         """Return everything but the model's own state that a training that resumes needs.
 
         It holds tensors, numbers, strings, lists and dictionaries alone. Call it on every rank.
+
+        Raises:
+            TrainingError: as :meth:`run_epoch`: what is no number is not to be gone on from.
         """
+        if not self._skips:
+            self._check_losses()
         device = self.ranks.device
         random = {"cpu": torch.get_rng_state()}
         if device.type == "cuda":
@@ -315,7 +285,3 @@ class Trainer:
         torch.set_rng_state(mine["cpu"])
         if self.ranks.device.type == "cuda":
             torch.cuda.set_rng_state(mine["cuda"], self.ranks.device)
-
-
-def _stacked(values: list[Tensor]) -> Tensor:
-    return torch.stack(values).cpu() if values else torch.empty(0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -66,6 +67,13 @@ def test_csv_and_json_hold_all_of_it(table: gl.Table, tmp_path: Path) -> None:
     assert read == table.rows
     table.to_json(tmp_path / "table.json")
     assert [Row(**r) for r in json.loads((tmp_path / "table.json").read_text())] == table.rows
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_json_says_null_for_what_is_no_number(value: float, tmp_path: Path) -> None:
+    gl.Table([Row(4, None, value)]).to_json(tmp_path / "table.json")
+    read = json.loads((tmp_path / "table.json").read_text(), parse_constant=pytest.fail)
+    assert read == [{"w": 4, "a": None, "value": None}]
 
 
 def test_plot_writes_a_picture(table: gl.Table, tmp_path: Path) -> None:

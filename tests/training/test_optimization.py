@@ -45,6 +45,7 @@ def test_each_optimizer_has_its_numbers(name, kind):
     group = optimizer_for(model(), Optimizer(name, 0.3, momentum=0.7, weight_decay=0.2)).param_groups[0]
     assert type(optimizer_for(model(), Optimizer(name))) is kind
     assert (group["lr"], group["weight_decay"]) == (0.3, 0.2)
+    assert len(group["params"]) == 4  # weight decay is of biases and norms as well
     if name == "sgd":
         assert (group["momentum"], group["nesterov"]) == (0.7, True)
 

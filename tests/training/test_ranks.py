@@ -74,6 +74,11 @@ def test_what_would_be_wrong_on_several_ranks_is_refused(results, name, message)
         assert message in found["refused"][name]
 
 
+def test_every_rank_stops_where_one_meets_nan(results):
+    for found in results["found"]:
+        assert found["stopped"].startswith("the loss is nan since step 1 of epoch 1")
+
+
 def test_a_checkpoint_of_another_number_of_ranks_is_refused(results):
     from tests.training.two_ranks import DATA, Trainer, config, network
 

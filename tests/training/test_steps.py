@@ -1,5 +1,6 @@
 """How a step is computed: precision, accumulation, recomputation, compilation; and what is refused."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -12,6 +13,7 @@ from gradl1_fast.training.config import Config, Optimizer, Penalty, Training
 from gradl1_fast.training.data import digits
 from gradl1_fast.training.models import digits_net
 from gradl1_fast.training.objectives import make
+from gradl1_fast.training.ranks import Ranks
 from gradl1_fast.training.recompute import recomputing
 from gradl1_fast.training.steps import CompiledGradients
 from gradl1_fast.training.trainer import Trainer, TrainingError
@@ -129,11 +131,48 @@ def test_a_step_with_infinity_is_skipped_not_applied(average):
     assert not torch.isfinite(made.seen.losses[1])
 
 
-def test_in_float32_a_loss_that_is_no_number_ends_the_training():
+def stops_after(made, after_step=lambda made: None):
+    """Return the message with which a training ends, and the steps that were told of before."""
+    told = []
+    with pytest.raises(TrainingError) as error:
+        made.run_epoch(lambda made: (told.append(made.step), after_step(made)))
+    return str(error.value), told
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_loss_that_is_no_number_ends_the_training_at_once(precision):
+    made = trainer(config(precision=precision), Overflowing())
+    message, told = stops_after(made, lambda made: made.model.factor.fill_(float("nan")))
+    assert message.startswith("the loss is nan since step 2 of epoch 1; a smaller learning rate")
+    assert told == [1]
+    with pytest.raises(TrainingError, match="since step 2"):
+        made.state_dict()  # no checkpoint takes the place of the last good one
+
+
+def test_a_penalty_that_is_no_number_ends_the_training_at_once():
+    made = trainer(config())
+    computed = made.gradients
+    made.gradients = lambda *args: replace(computed(*args), penalty=torch.tensor(torch.inf))
+    assert stops_after(made)[0].startswith("the penalty is inf since step 1 of epoch 1")
+
+
+def test_where_a_look_has_to_wait_it_is_taken_at_intervals(monkeypatch):
+    monkeypatch.setattr("gradl1_fast.training.trainer.CHECK_EVERY", 3)
     made = trainer(config(), Overflowing())
-    made.model.factor.fill_(float("nan"))
-    with pytest.raises(TrainingError, match="the loss is nan at the end of epoch 1; a smaller learning rate"):
-        made.run_epoch()
+    made.ranks = Ranks(0, 1, torch.device("meta"))  # any that is not a CPU
+    monkeypatch.setattr(made, "batch", lambda step: tuple(part[:30] for part in DATA))
+    message, told = stops_after(made, lambda made: made.model.factor.fill_(float("nan")))
+    assert message.startswith("the loss is nan since step 2 of epoch 1")
+    assert told == [1, 2]
+
+
+def test_in_float16_training_ends_where_not_one_step_is_taken():
+    made = trainer(config(precision="float16"), Overflowing())
+    made.model.factor.fill_(float("inf"))
+    message, told = stops_after(made)
+    assert message.startswith("the loss is nan since step 1 of epoch 1")
+    assert told == [1, 2, 3]
+    assert all(torch.isfinite(p).all() for p in made.model.parameters())
 
 
 # Recomputation

@@ -15,7 +15,7 @@ import gradl1_fast as gl
 from gradl1_fast.training.config import Config, Penalty, Training
 from gradl1_fast.training.objectives import make
 from gradl1_fast.training.ranks import ALONE, Ranks, ranks
-from gradl1_fast.training.trainer import Trainer
+from gradl1_fast.training.trainer import Trainer, TrainingError
 
 METHODS: dict[str, dict[str, object]] = {
     "gradl1": {"lambda_w": 0.05, "lambda_a": 0.03, "scale": "step"},
@@ -69,6 +69,7 @@ def one_rank(rank: int, folder: str, store: str) -> None:
         found["losses"] = torch.stack(trainer.seen.losses)
         found["state"] = trainer.state_dict()
         found["refused"] = refusals(group)
+        found["stopped"] = stopped(group)
         torch.save(found, f"{folder}/{rank}.pt")
 
 
@@ -99,6 +100,18 @@ def refusals(group: Ranks) -> dict[str, str]:
         except ValueError as error:
             said[name] = str(error)
     return said
+
+
+def stopped(group: Ranks) -> str:
+    """Return what ends a training in which the first rank alone meets an image that is no number."""
+    trainer = Trainer(network(), DATA, config(), group)
+    x, y = trainer.batch(0)
+    trainer.batch = lambda step: (x / group.rank, y)  # type: ignore[method-assign]
+    try:
+        trainer.run_epoch()
+    except TrainingError as error:
+        return str(error)
+    return ""
 
 
 def alone(rank: int, method: str, accumulate: int) -> list[Tensor]:

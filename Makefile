@@ -15,7 +15,7 @@ BUILT := $(VENV)/.built
 BUILD = $(shell nvidia-smi -L >/dev/null 2>&1 || echo GRADL1_CUDA=0)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test fuzz soak sanitize kernels lint format bench gpu clean
+.PHONY: help demo test coverage fuzz soak sanitize kernels lint format bench gpu clean
 
 help:  ## this text
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
@@ -39,6 +39,13 @@ demo: $(READY)  ## train, quantize and compare on a CPU; writes gradl1-demo/repo
 
 test: $(BUILT)  ## all tests; those that need a GPU are skipped where there is none
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+
+# Workers of pytest and processes that tests start write a file each, brought together at the end.
+coverage: $(BUILT)  ## all tests again, slower: fails under 95 % of lines and branches; ARGS=tests/nn shows those of some
+	$(VENV)/bin/coverage erase
+	OMP_NUM_THREADS=1 $(VENV)/bin/coverage run -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+	$(VENV)/bin/coverage combine --quiet
+	$(VENV)/bin/coverage report
 
 fuzz: $(BUILT)  ## many random networks and damaged files; SEED=1 EXAMPLES=10000 for others and more
 	GRADL1_TEST_EXAMPLES=$(EXAMPLES) OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal \
@@ -81,5 +88,6 @@ gpu:  ## all that needs a GPU: its tests, compute-sanitizer, then the measuremen
 	exit $$status
 
 clean:  ## remove the virtual environment, caches, builds and the demo's output
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis gradl1-demo gradl1-soak
+	rm -rf $(VENV) build dist *.egg-info .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf gradl1-demo gradl1-soak
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -8,11 +8,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from typer.testing import CliRunner
 
-from bench import compare, ops, plots, scale, tables
+from bench import compare, ops, plots, results, scale, tables
 from bench.processes import HERE
 from bench.step import Settings
 from bench.workloads import Workload
@@ -118,6 +119,34 @@ def test_the_command_writes_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     keys = {"provider", "median_ms", "ratio_to_plain", "gradient_error", "peak_bytes"}
     assert all(keys <= row.keys() for row in rows)
     assert {"plain", "gradl1_fast"} <= {row["provider"] for row in rows}
+
+
+@pytest.mark.parametrize("family", [ops, scale], ids=lambda module: module.__name__)
+def test_what_was_measured_is_shown_and_kept(
+    family: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = family.__name__.rpartition(".")[2]
+    rows = results.read(next((HERE / "bench" / "results").glob(f"*/{name}")))
+    monkeypatch.setattr(family, "measure", lambda device, **how: rows)
+    shown = CliRunner(env={"COLUMNS": "160"}).invoke(app, ["bench", name, "--out", str(tmp_path)])
+    assert shown.exit_code == 0, shown.output
+    assert ("Operations, float32" if name == "ops" else "Growth with batch") in shown.output
+    assert results.read(tmp_path / name) == rows
+    assert {path.suffix for path in (tmp_path / name).iterdir()} == {".json", ".csv", ".svg"}
+    (tmp_path / "file").touch()
+    refused = CliRunner().invoke(app, ["bench", name, "--out", str(tmp_path / "file")])
+    assert refused.exit_code == 1
+    assert "cannot write the results" in refused.output
+
+
+def test_what_is_not_known_is_refused_before_the_work() -> None:
+    for arguments, message in (
+        (["compare", "no-such-branch", "--smoke"], "'no-such-branch' is no revision"),
+        (["step", "--network", "lenet", "--smoke"], "--network: one of "),
+    ):
+        refused = CliRunner().invoke(app, ["bench", *arguments])
+        assert refused.exit_code == 1
+        assert message in refused.output
 
 
 def test_outside_a_checkout_one_sentence_says_so(tmp_path: Path) -> None:

@@ -1,0 +1,32 @@
+"""Where an optional package is missing, what needs it says what to install; everything else works."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import gradl1_fast as gl
+from gradl1_fast.quantization import export
+
+NEEDS: dict[str, tuple[str, str, Callable[[nn.Module, Path], object]]] = {
+    "plots": ("matplotlib.figure", "cli", lambda model, path: gl.Table([]).plot(path)),
+    "ranges": ("safetensors", "export", gl.save_ranges),
+    "any-bit files": ("safetensors", "export", gl.save_any_bit),
+    "ONNX": ("onnx", "export", lambda model, path: export.export_onnx(model, torch.ones(1, 3), w=8, a=8)),
+}
+
+
+@pytest.mark.parametrize("feature", NEEDS)
+def test_what_is_missing_is_named(feature: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package, extra, use = NEEDS[feature]
+    model = gl.convert(nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2)).eval())
+    gl.calibrate(model, [torch.ones(1, 3)])
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=rf"pip install 'gradl1-fast\[{extra}\]'"):
+        use(model, tmp_path / "file")
+    assert not list(tmp_path.iterdir())

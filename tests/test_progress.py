@@ -1,0 +1,75 @@
+"""Bars and lines about long work: on a terminal, elsewhere, and without the package that draws them."""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Callable
+
+import pytest
+
+from gradl1_fast._progress import track
+
+rich = pytest.importorskip("rich.progress", reason="rich is not installed")
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Terminal]:
+    """Return what puts a terminal in the place of standard error, which pytest sets anew for the test."""
+
+    def put() -> Terminal:
+        made = Terminal()
+        monkeypatch.setattr(sys, "stderr", made)
+        return made
+
+    monkeypatch.setenv("TERM", "xterm")
+    return put
+
+
+def test_on_a_terminal_there_is_a_bar(terminal: Callable[[], Terminal]) -> None:
+    shown = terminal()
+    assert list(track(iter("abc"), "letters", total=3)) == ["a", "b", "c"]
+    assert "letters" in shown.getvalue()
+    assert "100%" in shown.getvalue()
+
+
+@pytest.mark.parametrize("show", [True, False])
+def test_elsewhere_and_when_not_asked_for_there_is_none(show: bool, terminal: Callable[[], Terminal]) -> None:
+    shown = terminal()
+    shown.isatty = lambda: not show  # type: ignore[method-assign]
+    assert list(track("abc", "letters", show=show)) == ["a", "b", "c"]
+    assert shown.getvalue() == ""
+
+
+def test_without_rich_the_work_goes_on(
+    terminal: Callable[[], Terminal], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = terminal()
+    monkeypatch.setitem(sys.modules, "rich.progress", None)
+    assert list(track("abc", "letters")) == ["a", "b", "c"]
+    assert shown.getvalue() == ""
+
+
+def test_within_another_bar_there_is_none_and_errors_arrive(terminal: Callable[[], Terminal]) -> None:
+    terminal()
+    with rich.Progress():
+        assert list(track("abc", "letters")) == ["a", "b", "c"]
+    with pytest.raises(ZeroDivisionError):
+        list(track((1 // (2 - n) for n in range(3)), "numbers"))
+
+
+def test_stages_are_bars_on_a_terminal(terminal: Callable[[], Terminal]) -> None:
+    shown = terminal()
+    from gradl1_fast.cli._stages import stages
+
+    with stages() as stage:
+        after_part = stage("training", 2)
+        after_part()
+        after_part()
+    assert "training" in shown.getvalue()
+    assert "2/2" in shown.getvalue()

@@ -208,6 +208,7 @@ class GradL1:
         """Return the layers whose weights are penalised, one for each distinct parameter."""
         if not self.lambda_w:
             return {}
+        _check_parameters(self.layers)  # once more: a model may be parametrized later
         one_bit = [name for name, layer in self.layers.items() if layer.weight_quantizer.bits == 1]
         if one_bit:  # half of the weights are clamped there, and dL/dW is not what reaches the output
             raise RuntimeError(
@@ -322,9 +323,15 @@ def _check_model(penalty: GradL1) -> None:
             "GradL1: lambda_a needs activation quantizers and the model has none that is penalised; "
             "call gradl1_fast.convert first, or set lambda_a=0"
         )
-    for name, layer in penalty.layers.items():
+    _check_parameters(penalty.layers)
+
+
+def _check_parameters(layers: dict[str, QuantizedLayer]) -> None:
+    for name, layer in layers.items():
         if not isinstance(layer.weight, nn.Parameter):
-            raise ValueError(f"GradL1: {name}.weight is not a parameter (a hook recomputes it)")
+            raise ValueError(
+                f"GradL1: {_weight_of(name)} is not a parameter (a hook or parametrization computes it)"
+            )
 
 
 def _check_finite_difference(penalty: GradL1) -> None:

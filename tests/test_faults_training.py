@@ -6,11 +6,13 @@ import gc
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import gradl1_fast as gl
@@ -84,6 +86,35 @@ def test_two_runs_from_one_seed_are_bitwise_equal(network: Network, scale: str) 
     assert all(torch.equal(one[name], two[name]) for name in one)
     start = gl.convert(network.make(torch.float32)).state_dict()
     assert not all(torch.equal(one[name], start[name]) for name in one)
+
+
+class Waiting(TorchDispatchMode):
+    """Notes what would wait for a GPU: a look at a value, or a result whose size depends on values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name in ("_local_scalar_dense", "is_nonzero", "nonzero", "equal", "unique", "masked_select"):
+            self.waits.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("scale", ["none", "step"])
+@pytest.mark.parametrize("bits", [None, 4])
+def test_a_step_never_looks_at_a_value(bits: int | None, scale: str) -> None:
+    model = gl.convert(VGG.make(torch.float32))
+    x, y = VGG.batch(torch.float32)
+    gl.calibrate(model, [x])
+    penalty = gl.GradL1(model, 1e-3, 1e-3, scale=scale)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9)
+    with gl.bits(model, w=bits, a=bits), Waiting() as mode:
+        loss = F.cross_entropy(model(x), y)
+        (loss + penalty(loss)).backward()
+        optimizer.step()
+    assert mode.waits == []
 
 
 class Checkpointed(nn.Module):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import Tensor
@@ -162,3 +163,11 @@ def test_more_channels_than_a_grid_has_blocks(host: ModuleType) -> None:
     assert_agree(
         host.batch_norm_act_forward(*arguments), reference.batch_norm_act_forward(*arguments), 1e-5, "forward"
     )
+
+
+def test_more_than_2_to_the_31_elements(host: ModuleType) -> None:
+    """The zeros are never written, so they take no memory."""
+    dy = torch.from_numpy(numpy.zeros(2**31 + 1, numpy.int16)).view(torch.bfloat16)
+    dy[-1] = -3.0
+    assert host.tap_backward(dy) == 3
+    assert host.l1_norm_forward([dy, dy[:-1]]).tolist() == [3, 0]

@@ -14,6 +14,7 @@ from tests.ops.cases import CASES, Case, _batch_norm, _conv, _fake_quantize
 from tests.ops.sweeps import leaf, random_like, scalar_probe, sweep
 
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
+on_each_backend = pytest.mark.usefixtures("each_cpu_backend")
 L1 = {"function": lambda *t: ours.l1_norm(t), "truth": lambda *t: oracle.l1_norm(t)}
 LINEAR = {"function": ours.linear, "truth": oracle.linear}
 TAP = {"function": ours.tap, "truth": oracle.tap, "probe": True}
@@ -41,11 +42,13 @@ ODD_SIZES = [
 ]
 
 
+@on_each_backend
 @pytest.mark.parametrize("case", ODD_SIZES, ids=lambda c: c.id)
 def test_odd_sizes(case: Case) -> None:
     assert_gradients(sweep(case).flat(), sweep(case, truth=True).flat())
 
 
+@on_each_backend
 @pytest.mark.parametrize("training", [True, False])
 def test_batch_norm_without_channels(training: bool) -> None:
     # PyTorch's own raises an IndexError here.
@@ -53,6 +56,7 @@ def test_batch_norm_without_channels(training: bool) -> None:
     assert result.y.shape == result.first[0].shape == (2, 0, 3)
 
 
+@on_each_backend
 @each_case
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_not_finite_input_gives_what_pytorch_gives(case: Case, value: float) -> None:
@@ -69,11 +73,14 @@ def _first_order(case: Case, inputs: list[Tensor], truth: bool) -> list[Tensor]:
     return [y, *torch.autograd.grad(y, leaves, random_like(y, 11))]
 
 
+@on_each_backend
 @each_case
 def test_not_finite_gradient_is_passed_on(case: Case) -> None:
     leaves = [leaf(t) for t in case.inputs()]
-    y = case.call(leaves, scalar_probe(leaves[0]) if case.probe else None)
-    gradients = torch.autograd.grad(y, leaves, torch.full_like(y, float("nan")))
+    probe = scalar_probe(leaves[0]) if case.probe else None
+    y = case.call(leaves, probe)
+    asked = leaves if probe is None else [*leaves, probe]
+    gradients = torch.autograd.grad(y, asked, torch.full_like(y, float("nan")), create_graph=True)
     assert all(g.isnan().any() for g in gradients)
 
 

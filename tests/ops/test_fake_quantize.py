@@ -9,6 +9,7 @@ from tests.ops.sweeps import leaf
 
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 each_type = pytest.mark.parametrize("dtype", FLOATS, ids=str)
+pytestmark = pytest.mark.usefixtures("each_cpu_backend")
 NAN, INF = float("nan"), float("inf")
 
 

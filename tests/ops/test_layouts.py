@@ -11,6 +11,7 @@ from tests.ops.cases import BATCH_NORM_ACT, CASES, CONV, Case
 from tests.ops.layouts import LAYOUTS, constant, expanded
 from tests.ops.sweeps import sweep
 
+pytestmark = pytest.mark.usefixtures("each_cpu_backend")
 IMAGES = [c for c in CONV + BATCH_NORM_ACT if len(c.shapes[0]) == 4]
 
 

@@ -410,3 +410,13 @@ def test_autocast_sums_in_float32() -> None:
     torch.testing.assert_close(value, exact, rtol=0.1, atol=0)
     (loss + value).backward()
     assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_inside_autocast_it_is_what_it_is_outside() -> None:
+    """A loss of float32, of which the backward pass has products that autocast would round."""
+    model = gl.convert(linears().float())
+    penalty, mix = gl.GradL1(model, 1.0, 1.0), torch.randn(4, 4)
+    loss = (model(data().float()) @ mix).square().mean()
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = penalty(loss)
+    assert torch.equal(inside, penalty(loss))

@@ -157,10 +157,10 @@ def coefficient(name: str, value: object) -> float:
     return float(value)
 
 
-def count(name: str, value: object) -> int:
-    """Return a count, after checking that it is an int from 1 up."""
+def count(name: str, value: object, smallest: int = 1) -> int:
+    """Return a count, after checking that it is an int from ``smallest`` up."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{name} must be 1 or more, got {value}")
+    if value < smallest:
+        raise ValueError(f"{name} must be {smallest} or more, got {value}")
     return value

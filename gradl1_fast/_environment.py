@@ -14,7 +14,7 @@ __all__ = ["describe", "devices", "variables", "versions"]
 
 _PACKAGES = (
     "triton", "numpy", "typer", "rich", "matplotlib", "scikit-learn", "safetensors", "onnx", "onnxruntime",
-    "tensorboard", "torchvision", "timm", "jax",
+    "tensorboard", "torchvision", "timm", "lightning", "jax",
 )  # fmt: skip
 _VARIABLES = ("CUDA_VISIBLE_DEVICES", "MKL_NUM_THREADS", "OMP_NUM_THREADS")
 

@@ -20,7 +20,7 @@ FLOORS = [
     {"functional"},
     {"nn"},
     {"quantization", "penalty"},
-    {"training"},
+    {"training", "integrations"},
     {"cli"},
     {"__init__", "__main__"},
 ]
@@ -37,7 +37,10 @@ BACKENDS_NAMED_IN_OPS = {
 }
 
 # Optional at run time; importing the package must need none of them.
-OPTIONAL = ("typer", "rich", "matplotlib", "sklearn", "numpy", "onnx", "safetensors", "triton", "pybind11")
+OPTIONAL = (
+    "typer", "rich", "matplotlib", "sklearn", "numpy", "onnx", "safetensors", "triton", "pybind11",
+    "lightning",
+)  # fmt: skip
 
 
 def sources() -> list[Path]:

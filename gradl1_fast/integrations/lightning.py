@@ -1,0 +1,144 @@
+"""The penalty in Lightning's automatic optimization. Needs ``pip install 'gradl1-fast[lightning]'``.
+
+Lightning calls ``loss.backward`` itself, and a callback's ``on_before_backward`` sees the loss without
+being able to replace it. Its one place where the loss can still change is the module's own hook
+``backward(loss)``, so the callback stands in front of that one while ``fit`` runs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from gradl1_fast import _checks as check
+from gradl1_fast.penalty import GradL1
+
+try:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+    from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
+except ImportError as error:
+    raise ImportError(
+        "gradl1_fast.integrations.lightning needs the package lightning: pip install 'gradl1-fast[lightning]'"
+    ) from error
+
+__all__ = ["GradL1Callback"]
+
+
+class GradL1Callback(Callback):  # type: ignore[misc, unused-ignore]  # untyped where lightning is absent
+    """Adds a penalty to the loss of each training step, before Lightning's one backward pass.
+
+    The module has converted layers, and the penalty was made for them, before ``fit``::
+
+        class Classifier(L.LightningModule):
+            def __init__(self):
+                super().__init__()
+                self.network = gl.convert(build())
+            ...
+
+        module = Classifier()
+        penalty = gl.GradL1(module.network, lambda_w=0.01, lambda_a=0.01, scale="step")
+        trainer = L.Trainer(max_epochs=20, callbacks=[GradL1Callback(penalty, first_epoch=15)])
+        trainer.fit(module, loader)
+
+    The loss that ``training_step`` returns is logged without the penalty, and the penalty as
+    ``gradl1_penalty``. What Lightning does to the loss before its backward, the scale of a
+    ``GradScaler`` and the share of ``accumulate_grad_batches``, acts on the penalty alike.
+
+    Args:
+        penalty: made for layers of the module that is trained, with ``method="exact"``.
+        first_epoch: Lightning's number of the first epoch with the penalty; 0 is the first of all.
+
+    Raises:
+        TypeError: the penalty is not a :class:`~gradl1_fast.GradL1`, or ``first_epoch`` is not an int.
+        ValueError: the penalty is a finite difference, which needs a closure and two passes, or
+            ``first_epoch`` is negative.
+
+    ``fit`` raises a RuntimeError where the penalty could get lost: with manual optimization, with a
+    strategy other than one device or DDP, where the penalty is for another module's layers, and after
+    a backward pass that went past the module's hook. Under DDP the penalty is the mean of the ranks'.
+    """
+
+    def __init__(self, penalty: GradL1, first_epoch: int = 0) -> None:
+        if not isinstance(penalty, GradL1):
+            raise TypeError(f"GradL1Callback: penalty must be a GradL1, got {type(penalty).__name__}")
+        if penalty.method != "exact":
+            raise ValueError(
+                "GradL1Callback: the finite difference calls a closure twice, which Lightning's automatic "
+                "optimization has no place for; use method='exact', or manual optimization"
+            )
+        self.penalty = penalty
+        self.first_epoch = check.count("GradL1Callback: first_epoch", first_epoch, smallest=0)
+        self._value: Tensor | None = None
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check that nothing can get lost; stand in front of the module's ``backward``."""
+        _check_strategy(trainer)
+        _check_module(self.penalty, pl_module)
+        own = pl_module.backward
+
+        def backward(loss: Tensor, *args: Any, **kwargs: Any) -> None:
+            if trainer.current_epoch >= self.first_epoch:
+                penalty = self.penalty(loss)
+                self._value = penalty.detach()
+                loss = loss + penalty
+            own(loss, *args, **kwargs)
+
+        # Of this one module, not of its class; tools that copy a module copy a plain function as it is.
+        vars(pl_module)["backward"] = backward
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Forget the last value, so that a missing one is seen."""
+        self._value = None
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check that the penalty was part of this backward pass; log it."""
+        if trainer.current_epoch < self.first_epoch:
+            return
+        if self._value is None:
+            raise RuntimeError(
+                "GradL1Callback: a backward pass went past LightningModule.backward, and the penalty was not "
+                f"in it ({type(trainer.strategy).__name__}, {type(trainer.precision_plugin).__name__}): "
+                "something replaced the module's backward during fit"
+            )
+        pl_module.log("gradl1_penalty", self._value)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give the module its own ``backward`` back."""
+        _release(pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Likewise, after an error."""
+        _release(pl_module)
+
+
+def _release(module: LightningModule) -> None:
+    vars(module).pop("backward", None)
+
+
+def _check_strategy(trainer: Trainer) -> None:
+    strategy = trainer.strategy
+    known = isinstance(strategy, SingleDeviceStrategy | DDPStrategy)
+    if not known or isinstance(strategy, DeepSpeedStrategy):
+        raise RuntimeError(
+            f"GradL1Callback: {type(strategy).__name__} is refused: gradients of gradients are known to be "
+            "right on one device and under DDP alone; sharded strategies free weights between the two passes"
+        )
+
+
+def _check_module(penalty: GradL1, module: LightningModule) -> None:
+    if not module.automatic_optimization:
+        raise RuntimeError(
+            "GradL1Callback: the module optimizes by hand; call self.manual_backward(loss + penalty(loss)) "
+            "in its training_step, and leave out the callback"
+        )
+    if "backward" in vars(module):
+        raise RuntimeError("GradL1Callback: something already stands in front of this module's backward")
+    inside = {id(each) for each in module.modules()}
+    measured = {**penalty.layers, **{site.name: site.quantizer for site in penalty.sites}}
+    outside = [name for name, each in measured.items() if id(each) not in inside]
+    if outside:
+        raise RuntimeError(
+            f"GradL1Callback: the penalty measures what the module does not have: {', '.join(outside)}; "
+            "make it for the converted network that the module holds"
+        )

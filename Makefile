@@ -15,7 +15,7 @@ BUILT := $(VENV)/.built
 BUILD = $(shell nvidia-smi -L >/dev/null 2>&1 || echo GRADL1_CUDA=0)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test coverage fuzz soak sanitize kernels lint format bench gpu clean
+.PHONY: help demo test coverage fuzz soak sanitize kernels lint format docs bench gpu clean
 
 help:  ## this text
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
@@ -69,6 +69,9 @@ lint: $(READY)  ## style, formatting, docstrings and types
 format: $(READY)  ## put the code into the form that lint asks for
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
+
+docs: $(READY)  ## build the documentation into build/site; warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet $(ARGS)
 
 bench: $(BUILT)  ## measure operations and training steps beside their peers; ARGS="step --smoke" for a first look
 	$(VENV)/bin/gradl1 bench $(ARGS)

@@ -1,0 +1,186 @@
+"""The documentation's page on speed, and the table of its first page, made from the committed results.
+
+    python -m bench.performance
+
+rewrites docs/performance.md, and the text between the two marks in docs/index.md. Nothing is measured.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench import results
+from bench.processes import HERE
+from bench.readme import PROVIDERS
+from bench.tables import number
+from bench.workloads import TITLES
+
+__all__ = ["BEGIN", "END", "INDEX", "PAGE", "main", "page", "rewritten"]
+
+Row = dict[str, Any]
+PAGE, INDEX = HERE / "docs" / "performance.md", HERE / "docs" / "index.md"
+BEGIN, END = "<!-- costs: written by python -m bench.performance -->", "<!-- end of costs -->"
+RESULTS = HERE / "bench" / "results"
+# What the first page shows, in this order, and how it calls it.
+SHORT = {
+    "plain": "plain training step",
+    "gradl1_fast": "**gradl1_fast**, exact",
+    "gradl1_fast, every=4": "gradl1_fast, every fourth step",
+    "eager double backprop": "double backprop in eager PyTorch",
+    "eager double backprop, NCHW": "the same, NCHW",
+}
+
+HEAD = """# Speed
+
+<!-- Written by `python -m bench.performance` from bench/results; edit that instead. -->
+
+What a training step with the penalty costs, beside a plain step and beside every other way to compute the
+same gradient that could be measured. Each time is taken only after the gradient, on the very batch that is
+timed, was compared with float64 double backprop; [how it is measured](benchmarks.md) has the rules.
+
+!!! warning "CPU only"
+    All figures are of CPUs. Nothing of this library has run on a GPU so far, and nothing here says how fast
+    it is there.
+"""
+
+
+def main() -> None:
+    """Rewrite the page and the table."""
+    PAGE.write_text(page())
+    INDEX.write_text(rewritten(INDEX.read_text()))
+
+
+def page() -> str:
+    """Return the page on speed."""
+    return "\n".join([HEAD, *(_device(folder) for folder in sorted(RESULTS.iterdir()))])
+
+
+def rewritten(text: str) -> str:
+    """Return the text of the first page with its table made anew.
+
+    Raises:
+        ValueError: the marks are not there.
+    """
+    if BEGIN not in text or END not in text:
+        raise ValueError(f"docs/index.md has no section between {BEGIN!r} and {END!r}")
+    pattern = re.compile(f"{re.escape(BEGIN)}.*{re.escape(END)}", re.DOTALL)
+    return pattern.sub(lambda _: f"{BEGIN}\n{_costs()}\n{END}", text)
+
+
+def _device(folder: Path) -> str:
+    place = f"../{folder.relative_to(HERE).as_posix()}"
+    environment = results.read_environment(folder / "step")
+    versions, devices = environment["versions"], environment["devices"]
+    parts = [
+        f"## {devices['cpu']}\n",
+        f"PyTorch {versions['torch']}, Python {versions['python']}.",
+        _step(results.read(folder / "step"), place),
+    ]
+    if (folder / "scale").is_dir():
+        parts.append(_scale(results.read(folder / "scale"), place))
+    if (folder / "ops").is_dir():
+        parts.append(_operations(place))
+    return "\n".join(parts)
+
+
+def _step(rows: Sequence[Row], place: str) -> str:
+    tables = [
+        (
+            "Time of a step, plain = 1",
+            "Median over rounds in which all providers take turns.",
+            lambda row, plain: number(row["ratio_to_plain"], ".2f"),
+        ),
+        (
+            "Peak memory of a step, plain = 1",
+            "Live bytes above what is live before the step.",
+            lambda row, plain: _share(row["peak_bytes"], plain["peak_bytes"]),
+        ),
+        (
+            "Error of the gradient",
+            "Distance from float64 double backprop, relative to its norm; *plain*: of its own gradient.",
+            lambda row, plain: number(row["gradient_error"], ".0e"),
+        ),
+    ]
+    parts = []
+    for title, words, cell in tables:
+        parts += [f"\n### {title}\n", words, "A dash was not measured.\n", *_table(rows, cell)]
+        if "Time" in title:
+            parts.append("\n" + _chart("Time of a step by every provider", f"{place}/step/chart.svg"))
+    return "\n".join(parts)
+
+
+def _table(rows: Sequence[Row], cell: Callable[[Row, Row], str]) -> list[str]:
+    """Return a table with a line for each provider and a column for each workload."""
+    workloads = list(dict.fromkeys((row["operation"], row["size"]) for row in rows))
+    found = {(row["provider"], row["operation"], row["size"]): row for row in rows if row["dtype"] != "tf32"}
+    names = [f"{TITLES[operation]}<br><small>{size}</small>" for operation, size in workloads]
+    lines = ["| | " + " | ".join(names) + " |", "|---" * (len(workloads) + 1) + "|"]
+    for provider, words in PROVIDERS.items():
+        cells = []
+        for workload in workloads:
+            row, plain = found.get((provider, *workload)), found[("plain", *workload)]
+            cells.append(cell(row, plain) if row and row["median_ms"] is not None else "-")
+        if any(value != "-" for value in cells):
+            lines.append("| " + " | ".join([words, *cells]) + " |")
+    return lines
+
+
+def _scale(rows: Sequence[Row], place: str) -> str:
+    factors = ", ".join(dict.fromkeys(row["sweep"] for row in rows))
+    return "\n".join(
+        [
+            "\n### How it grows\n",
+            f"A stack of convolutions, one factor at a time ({factors}); every row is in the results.",
+            "",
+            _chart("Time and memory over batch, width, depth and ranks", f"{place}/scale/plot.svg"),
+            "",
+        ]
+    )
+
+
+def _operations(place: str) -> str:
+    return "\n".join(
+        [
+            "\n### Operation by operation\n",
+            "Every sweep of every operation, by every backend and by plain PyTorch, against a copy.",
+            "",
+            _chart("Bandwidth of each operation, and convolution's double backward", f"{place}/ops/plot.svg"),
+            "",
+        ]
+    )
+
+
+def _chart(words: str, path: str) -> str:
+    """Return a picture that leads to itself, alone and large."""
+    return f"[![{words}]({path})]({path})"
+
+
+def _share(value: float | None, of: float | None) -> str:
+    return "-" if value is None or not of else f"{value / of:.2f}"
+
+
+def _costs() -> str:
+    """Return the table of the first page: of the first device, each network's first size."""
+    folder = next(iter(sorted(RESULTS.glob("*/step"))))
+    rows = results.read(folder)
+    sizes: dict[str, str] = {}
+    for row in rows:
+        sizes.setdefault(row["operation"], row["size"])
+    found = {(r["provider"], r["operation"]): r for r in rows if r["size"] == sizes[r["operation"]]}
+    lines = [
+        "| time of a step, plain = 1 | " + " | ".join(TITLES[name] for name in sizes) + " |",
+        "|---" * (len(sizes) + 1) + "|",
+    ]
+    for provider, words in SHORT.items():
+        cells = [number(found.get((provider, name), {}).get("ratio_to_plain"), ".2f") for name in sizes]
+        mark = "**" if provider == "gradl1_fast" else ""
+        lines.append("| " + " | ".join([words, *(f"{mark}{value}{mark}" for value in cells)]) + " |")
+    name = results.read_environment(folder)["devices"]["cpu"].partition(", torch")[0]
+    return "\n".join([*lines, "", f"*{name}. [All rows, memory, errors](performance.md).*"])
+
+
+if __name__ == "__main__":
+    main()

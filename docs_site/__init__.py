@@ -1,0 +1,1 @@
+"""What `make docs` does besides MkDocs: formulas, links to files outside docs/, figures, docstrings."""

@@ -1,0 +1,43 @@
+"""The documentation's figures of speed are what the committed results give."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from bench import performance, results
+
+
+def test_the_page_is_up_to_date() -> None:
+    assert performance.PAGE.read_text() == performance.page(), "run python -m bench.performance"
+
+
+def test_the_first_page_is_up_to_date() -> None:
+    text = performance.INDEX.read_text()
+    assert performance.rewritten(text) == text, "run python -m bench.performance"
+
+
+def test_other_results_give_another_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = next(iter(sorted(performance.RESULTS.iterdir())))
+    other = tmp_path / "bench" / "results" / folder.name
+    shutil.copytree(folder / "step", other / "step")
+    rows = results.read(other / "step")
+    for row in rows:
+        if (row["provider"], row["operation"]) == ("gradl1_fast", "resnet18") and row["ratio_to_plain"]:
+            row.update(ratio_to_plain=9.87, peak_bytes=None, median_ms=1.0)
+    results.write_json(other / "step" / "rows.json", rows)
+    before = performance.page()
+    monkeypatch.setattr(performance, "HERE", tmp_path)
+    monkeypatch.setattr(performance, "RESULTS", other.parent)
+    page = performance.page()
+    assert "9.87" not in before
+    assert "| 9.87 |" in page
+    assert "**9.87**" in performance.rewritten(performance.INDEX.read_text())
+    assert "### How it grows" not in page  # there are none of these here
+
+
+def test_a_first_page_without_the_marks_is_refused() -> None:
+    with pytest.raises(ValueError, match="no section between"):
+        performance.rewritten("# gradl1_fast")

@@ -1,0 +1,63 @@
+"""The reference leaves out no public name."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+import gradl1_fast as gl
+from tests.pages.blocks import ROOT
+from tests.vision import make_importable
+
+# Packages that are no interface of the project, and why.
+INTERNAL = {
+    "gradl1_fast.backends": "who computes; gl.backend is the interface",
+    "gradl1_fast.backends.compiled": "the raw sweeps of a backend",
+    "gradl1_fast.backends.reference": "likewise",
+    "gradl1_fast.backends.triton": "likewise",
+    "gradl1_fast.ops": "registered operators; gl.functional is the interface",
+    "gradl1_fast.cli": "the command; --help documents it",
+}
+
+
+def documented() -> list[str]:
+    pages = (ROOT / "docs" / "reference").glob("*.md")
+    lines = [line for page in pages for line in page.read_text().splitlines()]
+    return [line.removeprefix("::: ") for line in lines if line.startswith("::: ")]
+
+
+def resolve(name: str) -> Any:
+    parts = name.split(".")
+    found: Any = importlib.import_module(parts[0])
+    for place, part in enumerate(parts[1:], 2):
+        if not hasattr(found, part):
+            importlib.import_module(".".join(parts[:place]))
+        found = getattr(found, part)
+    return found
+
+
+def public_packages() -> list[str]:
+    found = [m.name for m in pkgutil.walk_packages(gl.__path__, "gradl1_fast.") if m.ispkg]
+    return ["gradl1_fast", "gradl1_fast.functional", *(name for name in found if name not in INTERNAL)]
+
+
+@pytest.mark.parametrize("package", public_packages())
+def test_every_public_name_has_a_place_in_the_reference(package: str) -> None:
+    make_importable()
+    pytest.importorskip("lightning", reason="the reference has a class for it")
+    objects = [resolve(name) for name in documented()]
+    module = importlib.import_module(package)
+    names = [name for name in getattr(module, "__all__", ()) if not name.startswith("_")]
+    public = [name for name in names if not isinstance(getattr(module, name), ModuleType)]
+    missing = [name for name in public if not any(getattr(module, name) is each for each in objects)]
+    assert not missing, f"put a line `::: {package}.NAME` into docs/reference for each of them"
+
+
+def test_nothing_is_documented_twice() -> None:
+    names = [name.rpartition(".")[2] for name in documented()]
+    places = {name for name in names if names.count(name) > 1}
+    assert places <= {"NAMES", "load"}, "two names that end alike: links would lead to one of them"

@@ -1,0 +1,99 @@
+"""What the site is made of besides MkDocs: links, formulas, figures, docstrings."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from tests.pages.blocks import ROOT
+
+pytest.importorskip("mkdocs", reason="mkdocs is not installed: pip install 'gradl1-fast[docs]'")
+pytest.importorskip("ziamath")
+
+from docs_site import figures, formulas, hooks
+
+
+class Page:
+    def __init__(self, place: str) -> None:
+        self.file = type("File", (), {"src_uri": place})
+
+
+@pytest.mark.parametrize(
+    ("place", "link", "wanted"),
+    [
+        ("contributing.md", "docs/benchmarks.md", "benchmarks.md"),
+        ("experiments.md", "../CONTRIBUTING.md", "contributing.md"),
+        ("how-to/lambda.md", "../training.md#choosing", "../training.md#choosing"),
+        ("how-to/lambda.md", "../../CHANGELOG.md", "../changelog.md"),
+        ("performance.md", "../bench/results/box/step/chart.svg", "bench/results/box/step/chart.svg"),
+        ("index.md", "https://arxiv.org/abs/2002.07520", "https://arxiv.org/abs/2002.07520"),
+    ],
+)
+def test_links_of_the_repository_lead_to_their_place_on_the_site(place: str, link: str, wanted: str) -> None:
+    assert hooks.on_page_markdown(f"[here]({link})", Page(place)) == f"[here]({wanted})"
+
+
+def test_files_outside_docs_that_pages_need_are_there() -> None:
+    assert all((ROOT / path).is_file() for path in hooks.OUTSIDE)
+    assert list((ROOT / hooks.CHARTS).glob("*/*/*.svg"))
+
+
+def test_formulas_become_drawings_that_keep_their_source() -> None:
+    page = (
+        '<p>so <span class="arithmatex">\\(a &lt; b_1\\)</span>.</p><div class="arithmatex">\\[x^2\\]</div>'
+    )
+    drawn = formulas.drawn(page)
+    assert drawn.count("<path") >= 5
+    assert 'aria-label="a &lt; b_1"' in drawn
+    assert 'fill="currentColor"' in drawn
+    assert "\\(" not in drawn
+    assert "\\[" not in drawn
+
+
+@pytest.mark.parametrize(
+    ("formula", "message"), [(r"\frac{a}{", "cannot draw"), (r"\nonsense x", "not known")]
+)
+def test_a_formula_with_a_mistake_ends_the_build(formula: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        formulas.drawn(rf'<span class="arithmatex">\({formula}\)</span>')
+
+
+def test_the_figure_of_widths_has_the_means_of_the_results() -> None:
+    rows = json.loads(figures.RESULTS.read_text())
+    four = [row["top1"] for row in rows if (row["method"], row["w"], row["a"]) == ("gradl1", 4, 4)]
+    drawn = hooks.on_page_markdown("<!-- figure: widths -->", Page("index.md"))
+    assert f"<title>4 bits: {sum(four) / len(four):.1f} %</title>" in drawn
+    assert drawn.count("<polyline") == 2 * (1 + len(four))
+    heights = [float(y) for y in re.findall(r'cy="([\d.]+)"', drawn)]
+    assert len(heights) == 2 * len(figures.WIDTHS)
+    assert heights[0] < heights[5]  # float stands above 2 bits
+
+
+@pytest.mark.parametrize(
+    ("tag", "count"),
+    [
+        ('<script src="https://cdn.example/x.js"></script>', 1),
+        ('<link rel="stylesheet" href="//fonts.example/css">', 1),
+        ('<img src="http://example.org/badge.svg">', 1),
+        ('<script src="assets/x.js"></script><a href="https://example.org">there</a>', 0),
+        ('<link rel="canonical" href="https://example.org/">', 0),
+    ],
+)
+def test_what_would_be_loaded_from_elsewhere_is_found(tag: str, count: int) -> None:
+    assert len(hooks.from_elsewhere(tag)) == count
+
+
+def test_roles_in_docstrings_become_links_to_the_reference() -> None:
+    griffe = pytest.importorskip("griffe")
+    from docs_site.docstrings import Docstrings
+
+    package = griffe.load(
+        "gradl1_fast", search_paths=[ROOT], extensions=griffe.load_extensions(Docstrings), submodules=True
+    )
+    text = package["quantization.bits.set_bits"].docstring.value
+    assert "needs [`calibrate`][gradl1_fast.calibrate] before" in text
+    text = package["penalty.GradL1"].docstring.value
+    assert "approximation of [`backward`][gradl1_fast.GradL1.backward]" in text
+    assert "the mini-batch mean:\n\n    loss =" in text

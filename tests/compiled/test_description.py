@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from gradl1_fast.backends import UnavailableError
 from gradl1_fast.backends.compiled import _extension
 
 
@@ -47,3 +49,35 @@ def test_of_its_absence(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_of_the_module_that_is_here() -> None:
     facts = _extension.describe()
     assert "built" in facts or {"C++ compiler", "CPU loops"} <= facts.keys()
+
+
+def test_a_module_that_is_not_there_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, _extension._NAME, None)
+    module, reason = _extension._load.__wrapped__()
+    assert module is None
+    assert reason.startswith(
+        "the compiled extension is not installed; install gradl1-fast where a C++ compiler"
+    )
+
+
+def test_a_module_that_cannot_be_loaded_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(name: str) -> None:
+        raise ImportError("undefined symbol: x")
+
+    monkeypatch.setattr("importlib.import_module", load)
+    assert _extension._load.__wrapped__() == (
+        None,
+        "the compiled extension cannot be loaded: undefined symbol: x",
+    )
+
+
+@pytest.mark.parametrize(
+    ("present", "message"), [(False, "^no compiler$"), (True, "built without its cuda part")]
+)
+def test_a_half_that_is_not_there_is_unavailable(
+    present: bool, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = (module(host=1), "") if present else (None, "no compiler")
+    monkeypatch.setattr(_extension, "_load", lambda: found)
+    with pytest.raises(UnavailableError, match=message):
+        _extension.engine("cuda")

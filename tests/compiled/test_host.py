@@ -165,6 +165,16 @@ def test_more_channels_than_a_grid_has_blocks(host: ModuleType) -> None:
     )
 
 
+def test_a_view_whose_memory_holds_the_opposite_is_resolved(host: ModuleType) -> None:
+    x = torch.randn(3, 4, 5)
+    negative, grid = torch._neg_view(x), (torch.tensor(0.3), torch.tensor(2.0), 0, 7, None)
+    assert_same(host.fake_quantize_forward(negative, *grid), reference.fake_quantize_forward(-x, *grid))
+    assert_same(
+        host.tap_double_backward(negative, torch.tensor(0.5), negative),
+        reference.tap_double_backward(-x, torch.tensor(0.5), -x),
+    )
+
+
 def test_more_than_2_to_the_31_elements(host: ModuleType) -> None:
     """The zeros are never written, so they take no memory."""
     dy = torch.from_numpy(numpy.zeros(2**31 + 1, numpy.int16)).view(torch.bfloat16)

@@ -232,6 +232,12 @@ def data_dependent(m: Base, x: Tensor) -> Tensor:
     return m.conv2(m.relu(m.conv1(x))) if x.sum() > -1e9 else x
 
 
+def under_autocast(m: Base, x: Tensor) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        y = m.conv1(x)
+    return m.conv2(y)
+
+
 def functional_dropout(m: Base, x: Tensor) -> Tensor:
     return m.conv2(F.dropout(m.relu(m.bn1(m.conv1(x))), training=m.training))
 
@@ -247,6 +253,7 @@ UNTRACEABLE: dict[str, Callable[[], nn.Module]] = {
         written_into,
         without_gradient,
         data_dependent,
+        under_autocast,
         functional_dropout,
     )
 }

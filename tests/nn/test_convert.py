@@ -133,6 +133,7 @@ REASONS = {
     "written_into": "gradients off",
     "without_gradient": "switches gradients off for a part",
     "data_dependent": "control flow",
+    "under_autocast": "autocast is on in it",
     "functional_dropout": "differs between training and evaluation",
 }
 

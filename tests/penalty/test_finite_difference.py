@@ -142,6 +142,27 @@ def test_a_quantized_model_is_refused() -> None:
         penalty.backward(closure_of(model))
 
 
+def test_weights_of_low_precision_and_several_ranks_are_refused() -> None:
+    low = gl.GradL1(smooth().bfloat16(), 0.3, 0.2, method="finite_difference")
+    with pytest.raises(RuntimeError, match=r"float32 or float64, not .*bfloat16"):
+        low.backward(lambda: pytest.fail("computed"))
+    wrapped = nn.parallel.DistributedDataParallel.__new__(nn.parallel.DistributedDataParallel)
+    nn.Module.__init__(wrapped)  # needs no process group
+    wrapped.module = smooth()
+    distributed = gl.GradL1(wrapped, 0.3, 0.2, method="finite_difference")
+    with pytest.raises(RuntimeError, match="does not average over ranks; use method='exact'"):
+        distributed.backward(lambda: pytest.fail("computed"))
+
+
+def test_a_closure_that_is_another_at_its_second_call_is_refused() -> None:
+    model, tails = smooth(), [nn.Linear(3, 3).double() for _ in range(2)]
+    model.add_module("tails", nn.ModuleList(tails))
+    compute, calls = closure_of(model), iter(tails)
+    penalty = gl.GradL1(model, 0.3, 0.2, method="finite_difference")
+    with pytest.raises(RuntimeError, match="other parameters at its second call"):
+        penalty.backward(lambda: compute() + next(calls).weight.square().sum())
+
+
 def test_an_unused_layer_is_named() -> None:
     model = nn.Module()
     model.used, model.spare = gl.QLinear(3, 3), gl.QLinear(3, 3)

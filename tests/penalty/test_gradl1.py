@@ -257,6 +257,14 @@ def test_a_function_that_is_differentiable_once_is_refused() -> None:
         gl.GradL1(model, 1.0, 1.0)(loss)
 
 
+def test_a_penalty_of_which_no_gradient_has_a_graph_is_an_error() -> None:
+    model = nn.Sequential(gl.QLinear(3, 2, quantize_input=False), gl.nn.ActivationQuantizer()).double()
+    penalty = gl.GradL1(model, 0.0, 1.0)
+    assert penalty(model(data()).square().sum()).detach() > 0
+    with pytest.raises(RuntimeError, match="the penalty is constant: no gradient depends on a parameter"):
+        penalty(model(data()).sum())
+
+
 def no_graph(model: nn.Module) -> Tensor:
     return curved(model).detach()
 

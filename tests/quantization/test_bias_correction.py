@@ -93,3 +93,17 @@ def test_bad_data_are_named() -> None:
         gl.correct_bias(model, [], w=4)
     with pytest.raises(ValueError, match="there is no 'x'"):
         gl.correct_bias(model, [bad], w={"x": 4})
+
+
+class Sparing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.spare = gl.QLinear(3, 3), gl.QLinear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.used(x)
+
+
+def test_a_layer_that_no_value_reaches_is_named() -> None:
+    with pytest.raises(RuntimeError, match="correct_bias: no value reached the layer 'spare'"):
+        gl.correct_bias(Sparing(), [torch.ones(2, 3)], w=4)

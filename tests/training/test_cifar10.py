@@ -157,6 +157,19 @@ def test_an_object_from_outside_is_refused():
         read_pickle(b"Pname\n.")
 
 
+@pytest.mark.parametrize("encoding", ["rot13", "unicode_escape", "idna"])
+def test_other_encodings_are_refused(encoding):
+    call = b"\x80\x02c_codecs\nencode\nX\x01\x00\x00\x00aX" + len(encoding).to_bytes(4, "little")
+    with pytest.raises(UnsafePickleError, match=f"encodes by '{encoding}'"):
+        read_pickle(call + encoding.encode() + b"\x86R.")
+
+
+@pytest.mark.parametrize("name", [b"numpy\nndarray", b"numpy\ndtype", b"_codecs\nencode"])
+def test_a_part_of_an_array_by_itself_is_refused(name):
+    with pytest.raises(UnsafePickleError, match="holds a part of an array by itself"):
+        read_pickle(b"\x80\x02c" + name + b"\n.")
+
+
 def array_with(shape=b"(K\x02t", kind=b"u1", content=b"ab", fortran=b"\x89"):
     """A pickle of an array, put together by hand as numpy writes it."""
     return (

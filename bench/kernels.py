@@ -50,12 +50,14 @@ def sweeps(x: Tensor) -> Iterator[Sweep]:
     yield Sweep("fake_quantize_backward", (dy, x, *grid, True), 3)
     yield Sweep("fake_quantize_double_backward", (v, one, dy, x, *grid), 4)
     c = torch.rand(x.shape[1], device=x.device) + 0.5
-    for residual in (None, v):
-        added, label = residual is not None, "" if residual is None else "residual"
-        forward = (x, c, c, None, None, residual, True, 1e-5, "relu")
-        yield Sweep("batch_norm_act_forward", forward, 4 if added else 3, label)
-        y, mean, rstd = reference.batch_norm_act_forward(*forward)
-        saved = (dy, x, y, c, c, mean, rstd, True, "relu")
+    quantizer, none = (one * 0.1, one * 0, 0, 15), (None, None, 0, 0)
+    for residual, q in ((None, none), (v, none), (None, quantizer), (v, quantizer)):
+        added, quantized = residual is not None, q is quantizer
+        label = ", ".join(["residual"] * added + ["quantized"] * quantized)
+        forward = (x, c, c, None, None, residual, *q, True, 1e-5, "relu")
+        yield Sweep("batch_norm_act_forward", forward, 4 + quantized if added else 3, label)
+        y, activated, mean, rstd = reference.batch_norm_act_forward(*forward)
+        saved = (dy, x, activated if added and quantized else y, c, c, mean, rstd, *q, True, "relu")
         yield Sweep("batch_norm_act_backward", (*saved, added, True), 7 if added else 5, label)
         yield Sweep(
             "batch_norm_act_double_backward",

@@ -129,9 +129,10 @@ def _batch_norm(x: Tensor, dy: Tensor, v: Tensor, size: str) -> Iterator[Sweep]:
     for residual in (None, v):
         added = residual is not None
         label = ", residual" if added else ""
-        forward = (x, c, c, None, None, residual, True, 1e-5, "relu")
-        y, mean, rstd = reference.batch_norm_act_forward(*forward)
-        saved = (dy, x, y, c, c, mean, rstd, True, "relu")
+        grid = (None, None, 0, 0)
+        forward = (x, c, c, None, None, residual, *grid, True, 1e-5, "relu")
+        y, _, mean, rstd = reference.batch_norm_act_forward(*forward)
+        saved = (dy, x, y, c, c, mean, rstd, *grid, True, "relu")
         plain = partial(_plain_batch_norm, x, c, residual, dy, v)
         make = partial(Sweep, "batch_norm_act", size=size)
         yield make(
@@ -172,7 +173,7 @@ def _plain_batch_norm(
         return F.relu(z if residual is None else z + leaves[3])
 
     if order == 0:
-        return lambda: (forward().detach(), None, None)
+        return lambda: (forward().detach(), None, None, None)
     y = forward()
     absent = [None] * (4 - len(leaves))
     if order == 1:

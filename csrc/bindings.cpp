@@ -133,15 +133,24 @@ void set_channels(BatchNormAct& r, const Arguments& a, const py::tuple& v) {
     r.weight = a.maybe_vector(v[2], "weight"), r.bias = a.maybe_vector(v[3], "bias");
 }
 
+// scale, zero_point, q_min, q_max; the scale is None without a quantizer
+void set_grid(BatchNormAct& r, const Arguments& a, const py::tuple& grid) {
+    if (grid.size() != 4) throw py::value_error("grid must be (scale, zero_point, q_min, q_max)");
+    r.scale = a.maybe_scalar(grid[0], "scale");
+    r.zero_point = r.scale ? a.scalar(grid[1], "zero_point") : nullptr;
+    r.code_min = grid[2].cast<double>(), r.code_max = grid[3].cast<double>();
+}
+
 // training, with_residual, activation, eps
 BatchNormAct normalisation(const Arguments& a, const Engine& e, const py::tuple& options, const py::tuple& vectors,
-                           Obj scratch) {
+                           const py::tuple& grid, Obj scratch) {
     if (options.size() != 4) throw py::value_error("options must be (training, with_residual, activation, eps)");
     BatchNormAct r{};
     r.dtype = a.dtype, r.layout = a.layout;
     r.training = options[0].cast<bool>(), r.with_residual = options[1].cast<bool>();
     r.activation = activation_of(options[2].cast<int>()), r.eps = options[3].cast<double>();
     set_channels(r, a, vectors);
+    set_grid(r, a, grid);
     r.scratch = memory(scratch, "scratch", e.scratch_bytes(a.layout) / 8, 8, false);
     return r;
 }
@@ -150,50 +159,54 @@ void require_statistics(const BatchNormAct& r) {
     if (!r.mean || !r.rstd) throw py::value_error("mean and rstd are missing");
 }
 
-// The mask comes from y exactly where a residual was added before an activation.
-const void* mask_source(const BatchNormAct& r, const Arguments& a, Obj y) {
-    return r.with_residual && r.activation != Activation::none ? a.tensor(y, "y") : nullptr;
+// The mask comes from the output of the activation exactly where a residual was added before it.
+const void* mask_source(const BatchNormAct& r, const Arguments& a, Obj activated) {
+    return r.with_residual && r.masks() ? a.tensor(activated, "activated") : nullptr;
 }
 
 void define_batch_norm_act(py::module_& m, const Engine& e) {
     m.def("batch_norm_act_forward",
           [&e](const py::tuple& where, int dtype, const py::tuple& layout, const py::tuple& options,
-               const py::tuple& vectors, Obj x, Obj residual, Obj out, Obj mean, Obj rstd, Obj scratch) {
+               const py::tuple& vectors, const py::tuple& grid, Obj x, Obj residual, const py::tuple& results,
+               Obj scratch) {
               const Arguments a{dtype_of(dtype), layout_of(layout)};
-              BatchNormAct r = normalisation(a, e, options, vectors, scratch);
+              BatchNormAct r = normalisation(a, e, options, vectors, grid, scratch);
+              if (results.size() != 4) throw py::value_error("results must be (y, activated, mean, rstd)");
               if (!r.training) require_statistics(r);
               r.x = a.tensor(x, "x"), r.residual = a.maybe_tensor(residual, "residual");
-              r.out = a.tensor(out, "out");
-              r.out_mean = a.vector(mean, "mean"), r.out_rstd = a.vector(rstd, "rstd");
+              r.out = a.tensor(results[0], "y");
+              if (r.residual && r.scale) r.out2 = a.tensor(results[1], "activated");
+              r.out_mean = a.vector(results[2], "mean"), r.out_rstd = a.vector(results[3], "rstd");
               launch(e.batch_norm_act_forward, r, where);
           });
     m.def("batch_norm_act_backward",
           [&e](const py::tuple& where, int dtype, const py::tuple& layout, const py::tuple& options,
-               const py::tuple& vectors, Obj dy, Obj x, Obj y, const py::tuple& results, Obj scratch) {
+               const py::tuple& vectors, const py::tuple& grid, Obj dy, Obj x, Obj activated,
+               const py::tuple& results, Obj scratch) {
               const Arguments a{dtype_of(dtype), layout_of(layout)};
-              BatchNormAct r = normalisation(a, e, options, vectors, scratch);
+              BatchNormAct r = normalisation(a, e, options, vectors, grid, scratch);
               require_statistics(r);
               if (results.size() != 5) throw py::value_error("results must be (dx, dweight, dbias, dresidual, l1)");
-              r.dy = a.tensor(dy, "dy"), r.x = a.tensor(x, "x"), r.y = mask_source(r, a, y);
+              r.dy = a.tensor(dy, "dy"), r.x = a.tensor(x, "x"), r.activated = mask_source(r, a, activated);
               r.out = a.tensor(results[0], "dx");
               r.dweight = a.vector(results[1], "dweight"), r.dbias = a.vector(results[2], "dbias");
-              if (r.y) r.out2 = a.tensor(results[3], "dresidual");
+              if (r.activated) r.out2 = a.tensor(results[3], "dresidual");
               r.l1 = a.maybe_scalar(results[4], "l1");
               launch(e.batch_norm_act_backward, r, where);
           });
     m.def("batch_norm_act_double_backward",
           [&e](const py::tuple& where, int dtype, const py::tuple& layout, const py::tuple& options,
-               const py::tuple& vectors, const py::tuple& cotangents, Obj dy, Obj x, Obj y, const py::tuple& results,
-               Obj scratch) {
+               const py::tuple& vectors, const py::tuple& grid, const py::tuple& cotangents, Obj dy, Obj x,
+               Obj activated, const py::tuple& results, Obj scratch) {
               const Arguments a{dtype_of(dtype), layout_of(layout)};
-              BatchNormAct r = normalisation(a, e, options, vectors, scratch);
+              BatchNormAct r = normalisation(a, e, options, vectors, grid, scratch);
               require_statistics(r);
               if (cotangents.size() != 5 || results.size() != 3) throw py::value_error("5 cotangents, 3 results");
               r.d_dx = a.tensor(cotangents[0], "d_dx");
               r.d_dweight = a.maybe_vector(cotangents[1], "d_dweight");
               r.d_dbias = a.maybe_vector(cotangents[2], "d_dbias");
-              r.dy = a.tensor(dy, "dy"), r.x = a.tensor(x, "x"), r.y = mask_source(r, a, y);
-              if (r.y) r.d_dresidual = a.maybe_tensor(cotangents[3], "d_dresidual");
+              r.dy = a.tensor(dy, "dy"), r.x = a.tensor(x, "x"), r.activated = mask_source(r, a, activated);
+              if (r.activated) r.d_dresidual = a.maybe_tensor(cotangents[3], "d_dresidual");
               r.d_l1 = a.maybe_scalar(cotangents[4], "d_l1");
               r.out = a.tensor(results[0], "d_dy"), r.out2 = a.tensor(results[1], "d_x");
               r.dweight = a.vector(results[2], "d_weight");

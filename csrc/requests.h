@@ -45,12 +45,15 @@ struct L1Norm {  // out[i] and dy[i] are float64 if wide, else float32
 struct BatchNormAct {
     DType dtype;
     Layout layout;
-    Activation activation;
+    Activation activation;  // never `quantized`: a scale says that
     bool training, with_residual;
-    double eps;
-    const void *x, *y, *weight, *bias, *mean, *rstd, *residual;
+    double eps, code_min, code_max;
+    const void *scale, *zero_point;
+    const void *x, *activated, *weight, *bias, *mean, *rstd, *residual;
     const void *dy, *d_dx, *d_dweight, *d_dbias, *d_dresidual, *d_l1;
     void *out, *out2, *out_mean, *out_rstd, *dweight, *dbias, *l1, *scratch;
+
+    GRADL1_FN bool masks() const { return activation != Activation::none || scale; }
 };
 
 }  // namespace gradl1

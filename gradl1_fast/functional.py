@@ -197,9 +197,12 @@ def batch_norm_act(
     eps: float = 1e-5,
     residual: Tensor | None = None,
     activation: str = "none",
+    grid: tuple[Tensor, Tensor, int, int] | None = None,
     probe: Tensor | None = None,
 ) -> Tensor:
     """Return ``act(batch_norm(x) + residual)``, as ``torch.nn.functional.batch_norm`` normalises.
+
+    With a ``grid`` the result is fake-quantized, as :func:`fake_quantize` does it, in the same passes.
 
     Args:
         x: ``(N, C, *size)``; an empty one leaves the running statistics as they are.
@@ -212,25 +215,33 @@ def batch_norm_act(
         eps: added to the variance.
         residual: added before the activation; must broadcast to the shape of ``x``.
         activation: ``"none"``, ``"relu"`` or ``"relu6"``.
-        probe: see :func:`tap`; it measures the gradient at the output of the activation.
+        grid: ``(scale, zero_point, q_min, q_max)`` for the whole tensor, as :func:`quantization_grid`
+            returns it; None to leave the result as it is.
+        probe: see :func:`tap`; it measures the gradient at the output, of the quantizer if there is one.
 
     Returns:
         A tensor like ``x``, in its layout.
 
     Raises:
-        ValueError: an unknown activation, statistics missing in evaluation, different devices; or
-            a single value per channel in training, which is PyTorch's own error.
+        ValueError: an unknown activation, statistics missing in evaluation, different devices, a
+            grid that requires a gradient or is not one for the tensor; or a single value per channel
+            in training, which is PyTorch's own error.
 
-    Differentiable twice with respect to x, weight, bias, residual. Source:
+    Differentiable twice with respect to x, weight, bias, residual; through a quantizer by the
+    straight-through estimator. Source:
     ``backends/reference/batch_norm_act.py``.
     """
     check.probe("batch_norm_act", x, probe)
     check.normalisation(x, (running_mean, running_var, weight, bias, residual), training, activation)
     if residual is not None:
         residual = residual.expand_as(x).to(x.dtype)
-    y, mean, rstd = ops.batch_norm_act.batch_norm_act_forward(
-        x, weight, bias, running_mean, running_var, residual, training, eps, activation, probe
-    )
+    scale, zero_point, q_min, q_max = (None, None, 0, 0) if grid is None else grid
+    if scale is not None and zero_point is not None:
+        check.grid("batch_norm_act", x, scale, zero_point, (q_min, q_max), None)
+    y, _, mean, rstd = ops.batch_norm_act.batch_norm_act_forward(
+        x, weight, bias, running_mean, running_var, residual, scale, zero_point, q_min, q_max,
+        training, eps, activation, probe,
+    )  # fmt: skip
     if training and running_mean is not None and x.numel():
         _update_statistics(running_mean, running_var, mean, rstd, momentum, eps, x)
     return y

@@ -54,11 +54,13 @@ def batch_norm_act(
     *,
     residual: Tensor | None = None,
     activation: str = "none",
+    grid: tuple[Tensor, Tensor, int, int] | None = None,
     **options: object,
 ) -> Tensor:
     y = F.batch_norm(x, running_mean, running_var, weight, bias, **options)
     y = y if residual is None else y + residual
-    return {"none": lambda t: t, "relu": F.relu, "relu6": F.relu6}[activation](y)
+    y = {"none": lambda t: t, "relu": F.relu, "relu6": F.relu6}[activation](y)
+    return y if grid is None else fake_quantize(y, *grid)
 
 
 class FakeQuantize(nn.Module):

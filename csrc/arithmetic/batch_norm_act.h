@@ -1,28 +1,42 @@
-// batch_norm_act: y = act(x * scale + shift + residual) and its two backward sweeps, element by element.
+// batch_norm_act: y = q(act(x * scale + shift + residual)) and its two backward sweeps, element by element.
 //
 // The derivation stands in backends/reference/batch_norm_act.py. Here d = x - mean replaces
 // xh = d * rstd; the factor is in the coefficients of channels.h. The mask of the activation is
-// recomputed from x by the very operations of the forward pass, or read from y where a residual
-// was added. Comparisons treat NaN as the reference does.
+// recomputed from x by the very operations of the forward pass, or read from the output of the
+// activation where a residual was added. Comparisons treat NaN as the reference does.
 #pragma once
 
-#include "body.h"
+#include "fake_quantize.h"
 
 namespace gradl1 {
 
-enum class Activation { none, relu, relu6 };
+// `quantized` is any of the other three with fake quantization behind it. Its ends, -inf and inf where
+// the activation has none, are constants like the grid: one set of kernels serves all three.
+enum class Activation { none, relu, relu6, quantized };
+
+// Constants of quantized bodies; the first four are those of fake_quantize.
+enum QuantizedConstant { kLow = kDl1, kHigh, kQuantizedConstants };
+
+template <Activation Act>
+constexpr int kConstants = Act == Activation::quantized ? int(kQuantizedConstants) : 0;
 
 template <Activation Act, class A>
-GRADL1_FN A activate(A z) {
-    if constexpr (Act != Activation::none) z = z < A(0) ? A(0) : z;
+GRADL1_FN A activate(A z, const A* q) {
+    if constexpr (Act == Activation::relu || Act == Activation::relu6) z = z < A(0) ? A(0) : z;
     if constexpr (Act == Activation::relu6) z = z > A(6) ? A(6) : z;
+    if constexpr (Act == Activation::quantized) {
+        z = z < q[kLow] ? q[kLow] : z;
+        z = z > q[kHigh] ? q[kHigh] : z;
+    }
     return z;
 }
 
+// a: what the activation gave, or was given. At the ends both are stopped, and so is NaN if quantized.
 template <Activation Act, class A>
-GRADL1_FN bool passes(A y) {
-    if constexpr (Act == Activation::relu) return !(y <= A(0));
-    if constexpr (Act == Activation::relu6) return (y > A(0)) & (y < A(6));
+GRADL1_FN bool passes(A a, const A* q) {
+    if constexpr (Act == Activation::relu) return !(a <= A(0));
+    if constexpr (Act == Activation::relu6) return (a > A(0)) & (a < A(6));
+    if constexpr (Act == Activation::quantized) return (a > q[kLow]) & (a < q[kHigh]) & inside(code_of(a, q), q);
     return true;
 }
 
@@ -36,41 +50,55 @@ struct Moments : Body<1, 0, 1, 2> {
     }
 };
 
-// in: x, residual if any.  k: scale, shift.
-template <Activation Act, bool Residual>
-struct Normalise : Body<1 + Residual, 1, 2, 0> {
+// The value as it is, or would be, stored.
+template <class T, class A>
+GRADL1_FN A rounded(A value) {
+    return static_cast<A>(widen(Narrow<T>::from(value)));
+}
+
+// in: x, residual if any.  k: scale, shift.  out: y, and what was quantized where a residual was added.
+template <Activation Act, bool Residual, class T>
+struct Normalise : Body<1 + Residual, 1 + (Residual && Act == Activation::quantized), 2, 0, kConstants<Act>> {
     template <class A>
     static GRADL1_FN void apply(const A* in, const A* k, A* out, A*) {
         A z = in[0] * k[0] + k[1];
         if constexpr (Residual) z += in[1];
-        out[0] = activate<Act>(z);
+        out[0] = activate<Act>(z, k + 2);
+        if constexpr (Act == Activation::quantized) {
+            const A activated = rounded<T>(out[0]);
+            if constexpr (Residual) out[1] = activated;
+            FakeQuantizeForward::apply(&activated, k + 2, out, static_cast<A*>(nullptr));
+        }
     }
 };
-
-// Where the slope of the activation is known from.
-enum class Mask { open, from_x, from_y };
-
-// T: the type in which y was stored, whose rounding decides whether it is 0 or 6.
-template <Activation Act, Mask From, class T, class A>
-GRADL1_FN A masked(A g, A x, A y, A scale, A shift) {
-    if constexpr (From == Mask::from_y) return passes<Act>(y) ? g : A(0);
-    if constexpr (From == Mask::from_x) {
-        return passes<Act>(static_cast<A>(widen(Narrow<T>::from(x * scale + shift)))) ? g : A(0);
-    }
-    return g;
-}
 
 // Coefficients shared by the backward sweeps: the first three of each.
 enum BackwardCoefficient { kMean, kNormScale, kNormShift, kOwn };
 
-// in: dy, x, y if it gives the mask.  out: g, where a residual wants it.  sums: g, g * d, |dy|.
+// Where the mask is known from: x, or the output of the activation.
+enum class Mask { open, from_x, from_activated };
+
+template <Mask From>
+constexpr int kReads = From == Mask::from_activated;
+
+// T: the type in which the output of the activation is stored, whose rounding decides whether it is 0 or 6.
+// q: the constants, if any.
+template <Activation Act, Mask From, class T, class A>
+GRADL1_FN A masked(A g, A x, A activated, const A* k, const A* q) {
+    if constexpr (From == Mask::from_activated) return passes<Act>(activated, q) ? g : A(0);
+    if constexpr (From == Mask::from_x) {
+        return passes<Act>(rounded<T>(x * k[kNormScale] + k[kNormShift]), q) ? g : A(0);
+    }
+    return g;
+}
+
+// in: dy, x, activated if it gives the mask.  out: g, where a residual wants it.  sums: g, g * d, |dy|.
 template <Activation Act, Mask From, class T>
-struct BackwardSums : Body<2 + (From == Mask::from_y), From == Mask::from_y, 3, 3> {
+struct BackwardSums : Body<2 + kReads<From>, kReads<From>, 3, 3, kConstants<Act>> {
     template <class A>
     static GRADL1_FN void apply(const A* in, const A* k, A* out, A* sum) {
-        const A y = From == Mask::from_y ? in[2 * (From == Mask::from_y)] : A(0);
-        const A g = masked<Act, From, T>(in[0], in[1], y, k[kNormScale], k[kNormShift]);
-        if constexpr (From == Mask::from_y) out[0] = g;
+        const A g = masked<Act, From, T>(in[0], in[1], in[2 * kReads<From>], k, k + 3);
+        if constexpr (From == Mask::from_activated) out[0] = g;
         sum[0] += g;
         sum[1] += g * (in[1] - k[kMean]);
         sum[2] += magnitude(in[0]);
@@ -85,21 +113,20 @@ GRADL1_FN A times(A factor, A value) {
 
 // in: dy (or g, with an open mask), x.  k: ..., factor, mean of g, slope.
 template <Activation Act, Mask From, class T>
-struct BackwardApply : Body<2, 1, 6, 0> {
+struct BackwardApply : Body<2, 1, 6, 0, kConstants<Act>> {
     template <class A>
     static GRADL1_FN void apply(const A* in, const A* k, A* out, A*) {
-        const A g = masked<Act, From, T>(in[0], in[1], A(0), k[kNormScale], k[kNormShift]);
+        const A g = masked<Act, From, T>(in[0], in[1], A(0), k, k + 6);
         out[0] = ((g - k[kOwn + 1]) - times(k[kOwn + 2], in[1] - k[kMean])) * k[kOwn];
     }
 };
 
-// in: dy, x, d_dx, y if it gives the mask.  sums: g, g * d, v, v * d, g * v.
+// in: dy, x, d_dx, activated if it gives the mask.  sums: g, g * d, v, v * d, g * v.
 template <Activation Act, Mask From, class T>
-struct DoubleBackwardSums : Body<3 + (From == Mask::from_y), 0, 3, 5> {
+struct DoubleBackwardSums : Body<3 + kReads<From>, 0, 3, 5, kConstants<Act>> {
     template <class A>
     static GRADL1_FN void apply(const A* in, const A* k, A*, A* sum) {
-        const A y = From == Mask::from_y ? in[2 + (From == Mask::from_y)] : A(0);
-        const A g = masked<Act, From, T>(in[0], in[1], y, k[kNormScale], k[kNormShift]);
+        const A g = masked<Act, From, T>(in[0], in[1], in[2 + kReads<From>], k, k + 3);
         const A d = in[1] - k[kMean];
         sum[0] += g;
         sum[1] += g * d;
@@ -112,17 +139,18 @@ struct DoubleBackwardSums : Body<3 + (From == Mask::from_y), 0, 3, 5> {
 // Own coefficients of DoubleBackwardApply.
 enum DoubleCoefficient { kDl1Term = kOwn, kGv, kGd, kG1, kXd, kX1, kXg, kXv, kDoubleCoefficients };
 
-// in: dy, x, d_dx, y if it gives the mask, d_dresidual if it arrived.  out: d_dy, d_x.
+// in: dy, x, d_dx, activated if it gives the mask, d_dresidual if it arrived.  out: d_dy, d_x.
 template <Activation Act, Mask From, bool Residual, class T>
-struct DoubleBackwardApply : Body<3 + (From == Mask::from_y) + Residual, 2, kDoubleCoefficients, 0> {
+struct DoubleBackwardApply : Body<3 + kReads<From> + Residual, 2, kDoubleCoefficients, 0, kConstants<Act>> {
     template <class A>
     static GRADL1_FN void apply(const A* in, const A* k, A* out, A*) {
-        constexpr int last = 2 + (From == Mask::from_y);
+        constexpr int last = 2 + kReads<From>;
+        const A* q = k + kDoubleCoefficients;
         const A v = in[2], d = in[1] - k[kMean];
-        const A g = masked<Act, From, T>(in[0], in[1], in[last], k[kNormScale], k[kNormShift]);
+        const A g = masked<Act, From, T>(in[0], in[1], in[last], k, q);
         A d_g = (k[kGv] * v + times(k[kGd], d)) + k[kG1];
         if constexpr (Residual) d_g += in[last + Residual];
-        const A kept = masked<Act, From, T>(d_g, in[1], in[last], k[kNormScale], k[kNormShift]);
+        const A kept = masked<Act, From, T>(d_g, in[1], in[last], k, q);
         out[0] = k[kDl1Term] * sign_of(in[0]) + kept;
         out[1] = k[kXg] * g + ((times(k[kXd], d) + k[kX1]) + times(k[kXv], v));
     }

@@ -30,6 +30,20 @@ GRADL1_FN void statistics(const double* sum, double k, double pixels, double eps
     *rstd = static_cast<A>(1.0 / sqrt((variance < 0 ? 0.0 : variance) + eps));
 }
 
+// What a body needs of the quantizer behind the activation: its grid, and the ends of the activation.
+template <class A>
+GRADL1_FN void quantized_constants(
+    const A* scale, const A* zero_point, double code_min, double code_max, Activation activation, A* q
+) {
+    const A infinity = static_cast<A>(HUGE_VAL);
+    q[kScale] = *scale;
+    q[kZeroPoint] = *zero_point;
+    q[kCodeMin] = static_cast<A>(code_min);
+    q[kCodeMax] = static_cast<A>(code_max);
+    q[kLow] = activation == Activation::none ? -infinity : A(0);
+    q[kHigh] = activation == Activation::relu6 ? A(6) : infinity;
+}
+
 template <class A>
 struct Channel {
     const A *weight, *bias, *mean, *rstd;

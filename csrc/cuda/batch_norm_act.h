@@ -16,11 +16,12 @@ struct Is {
 
 // Calls f(Is<activation>()).
 template <class F>
-void with_activation(Activation activation, const F& f) {
-    switch (activation) {
+void with_activation(const BatchNormAct& r, const F& f) {
+    switch (r.scale ? Activation::quantized : r.activation) {
         case Activation::none: return f(Is<Activation::none>());
         case Activation::relu: return f(Is<Activation::relu>());
         case Activation::relu6: return f(Is<Activation::relu6>());
+        case Activation::quantized: return f(Is<Activation::quantized>());
     }
 }
 
@@ -28,7 +29,7 @@ void with_activation(Activation activation, const F& f) {
 template <Activation Act>
 constexpr Mask kFromX = Act == Activation::none ? Mask::open : Mask::from_x;
 
-// Scratch: the slots, then the coefficients, then one value for each channel.
+// Scratch: the slots, then the coefficients, then one value for each channel, then the constants.
 inline double* slots(const BatchNormAct& r) { return static_cast<double*>(r.scratch); }
 
 template <class A>
@@ -41,6 +42,11 @@ inline double* per_channel(const BatchNormAct& r) {
 }
 
 template <class A>
+A* constants(const BatchNormAct& r) {
+    return reinterpret_cast<A*>(per_channel(r) + r.layout.channels);
+}
+
+template <class A>
 Channel<A> channel(const BatchNormAct& r) {
     return {static_cast<const A*>(r.weight),
             static_cast<const A*>(r.bias),
@@ -50,10 +56,29 @@ Channel<A> channel(const BatchNormAct& r) {
             r.training};
 }
 
+// What the elementwise passes need of the quantizer, written by the kernel before them.
 template <class A>
-__global__ void __launch_bounds__(kThreads) common_kernel(Channel<A> channel, std::int64_t channels, A* k) {
+struct Grid {
+    const A *scale, *zero_point;
+    double code_min, code_max;
+    Activation activation;
+    A* q;
+
+    explicit Grid(const BatchNormAct& r)
+        : scale(static_cast<const A*>(r.scale)), zero_point(static_cast<const A*>(r.zero_point)), code_min(r.code_min),
+          code_max(r.code_max), activation(r.activation), q(constants<A>(r)) {}
+
+    // For thread c of the channels: the first one writes.
+    __device__ void write(std::int64_t c) const {
+        if (c == 0 && scale) quantized_constants(scale, zero_point, code_min, code_max, activation, q);
+    }
+};
+
+template <class A>
+__global__ void __launch_bounds__(kThreads) common_kernel(Channel<A> channel, std::int64_t channels, A* k, Grid<A> grid) {
     const std::int64_t c = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
     if (c < channels) channel.common(c, k + c, channels);
+    grid.write(c);
 }
 
 // The coefficients that both passes of a backward sweep need.
@@ -61,7 +86,7 @@ template <class A>
 void common_coefficients(const BatchNormAct& r, Where where) {
     const dim3 grid(static_cast<unsigned>((r.layout.channels + kThreads - 1) / kThreads));
     launch("batch_norm_act_coefficients", common_kernel<A>, grid, dim3(kThreads), where, channel<A>(r),
-           r.layout.channels, coefficients<A>(r));
+           r.layout.channels, coefficients<A>(r), Grid<A>(r));
 }
 
 }  // namespace gradl1::cuda

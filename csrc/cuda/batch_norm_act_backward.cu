@@ -32,25 +32,26 @@ template <Activation Act, Mask From, class T, class A>
 void apply(const BatchNormAct& r, const void* g, Where where) {
     const T *dy = static_cast<const T*>(g), *x = static_cast<const T*>(r.x);
     T* out = static_cast<T*>(r.out);
-    const A* k = coefficients<A>(r);
-    run("batch_norm_act_backward", Operands<BackwardApply<Act, From, T>, T>{{dy, x}, {out}, k, nullptr}, r.layout, where);
+    const Operands<BackwardApply<Act, From, T>, T> o{{dy, x}, {out}, coefficients<A>(r), nullptr, constants<A>(r)};
+    run("batch_norm_act_backward", o, r.layout, where);
 }
 
-// With a residual behind an activation the first pass writes the masked gradient, which the residual
-// wants anyway, and the second reads it: y is read once and nothing is masked twice.
+// With a residual behind a mask the first pass writes the masked gradient, which the residual wants
+// anyway, and the second reads it: what gives the mask is read once and nothing is masked twice.
 template <Activation Act, class T, class A>
 void sweep(const BatchNormAct& r, Where where) {
-    const T *dy = static_cast<const T*>(r.dy), *x = static_cast<const T*>(r.x), *y = static_cast<const T*>(r.y);
-    const A* k = coefficients<A>(r);
+    const T *dy = static_cast<const T*>(r.dy), *x = static_cast<const T*>(r.x);
+    const A *k = coefficients<A>(r), *q = constants<A>(r);
     const char* name = "batch_norm_act_backward_sums";
     if constexpr (Act != Activation::none) {
         if (r.with_residual) {
-            const Operands<BackwardSums<Act, Mask::from_y, T>, T> o{{dy, x, y}, {static_cast<T*>(r.out2)}, k, slots(r)};
+            const Operands<BackwardSums<Act, Mask::from_activated, T>, T> o{
+                {dy, x, static_cast<const T*>(r.activated)}, {static_cast<T*>(r.out2)}, k, slots(r), q};
             finish_backward<A>(r, run(name, o, r.layout, where), where);
             return apply<Activation::none, Mask::open, T, A>(r, r.out2, where);
         }
     }
-    const Operands<BackwardSums<Act, kFromX<Act>, T>, T> o{{dy, x}, {}, k, slots(r)};
+    const Operands<BackwardSums<Act, kFromX<Act>, T>, T> o{{dy, x}, {}, k, slots(r), q};
     finish_backward<A>(r, run(name, o, r.layout, where), where);
     apply<Act, kFromX<Act>, T, A>(r, r.dy, where);
 }
@@ -63,7 +64,7 @@ void batch_norm_act_backward(const BatchNormAct& r, Where where) {
         using T = decltype(type);
         using A = accumulator<T>;
         common_coefficients<A>(r, where);
-        with_activation(r.activation, [&](auto is) { sweep<decltype(is)::act, T, A>(r, where); });
+        with_activation(r, [&](auto is) { sweep<decltype(is)::act, T, A>(r, where); });
     });
 }
 

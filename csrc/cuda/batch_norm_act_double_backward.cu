@@ -35,9 +35,10 @@ void apply(const BatchNormAct& r, Where where) {
         {static_cast<const T*>(r.dy), static_cast<const T*>(r.x), static_cast<const T*>(r.d_dx)},
         {static_cast<T*>(r.out), static_cast<T*>(r.out2)},
         coefficients<A>(r),
-        nullptr};
-    if constexpr (From == Mask::from_y) o.in[3] = static_cast<const T*>(r.y);
-    if constexpr (Residual) o.in[3 + (From == Mask::from_y)] = static_cast<const T*>(r.d_dresidual);
+        nullptr,
+        constants<A>(r)};
+    if constexpr (From == Mask::from_activated) o.in[3] = static_cast<const T*>(r.activated);
+    if constexpr (Residual) o.in[3 + kReads<From>] = static_cast<const T*>(r.d_dresidual);
     run("batch_norm_act_double_backward", o, r.layout, where);
 }
 
@@ -47,8 +48,9 @@ void sums(const BatchNormAct& r, Where where) {
         {static_cast<const T*>(r.dy), static_cast<const T*>(r.x), static_cast<const T*>(r.d_dx)},
         {},
         coefficients<A>(r),
-        slots(r)};
-    if constexpr (From == Mask::from_y) o.in[3] = static_cast<const T*>(r.y);
+        slots(r),
+        constants<A>(r)};
+    if constexpr (From == Mask::from_activated) o.in[3] = static_cast<const T*>(r.activated);
     finish_double_backward<A>(r, run("batch_norm_act_double_backward_sums", o, r.layout, where), where);
 }
 
@@ -56,9 +58,9 @@ template <Activation Act, class T, class A>
 void sweep(const BatchNormAct& r, Where where) {
     if constexpr (Act != Activation::none) {
         if (r.with_residual) {
-            sums<Act, Mask::from_y, T, A>(r, where);
-            if (r.d_dresidual) return apply<Act, Mask::from_y, true, T, A>(r, where);
-            return apply<Act, Mask::from_y, false, T, A>(r, where);
+            sums<Act, Mask::from_activated, T, A>(r, where);
+            if (r.d_dresidual) return apply<Act, Mask::from_activated, true, T, A>(r, where);
+            return apply<Act, Mask::from_activated, false, T, A>(r, where);
         }
     }
     sums<Act, kFromX<Act>, T, A>(r, where);
@@ -73,7 +75,7 @@ void batch_norm_act_double_backward(const BatchNormAct& r, Where where) {
         using T = decltype(type);
         using A = accumulator<T>;
         common_coefficients<A>(r, where);
-        with_activation(r.activation, [&](auto is) { sweep<decltype(is)::act, T, A>(r, where); });
+        with_activation(r, [&](auto is) { sweep<decltype(is)::act, T, A>(r, where); });
     });
 }
 

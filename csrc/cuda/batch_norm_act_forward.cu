@@ -11,8 +11,10 @@ struct FinishMoments {
     double eps;
     const A *weight, *bias;
     A *mean, *rstd, *k;
+    Grid<A> grid;
 
     __device__ void operator()(std::int64_t c, const double* sum) const {
+        grid.write(c);
         statistics(sum, static_cast<double>(first_of(x, layout, c)), static_cast<double>(layout.pixels()), eps, mean + c,
                    rstd + c);
         affine(mean[c], rstd[c], weight, bias, c, k + c, k + layout.channels + c);
@@ -21,8 +23,9 @@ struct FinishMoments {
 
 // In evaluation the statistics are the running ones; r.rstd holds the variance.
 template <class A>
-__global__ void __launch_bounds__(kThreads) adopt_kernel(BatchNormAct r, A* k) {
+__global__ void __launch_bounds__(kThreads) adopt_kernel(BatchNormAct r, A* k, Grid<A> grid) {
     const std::int64_t c = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+    grid.write(c);
     if (c >= r.layout.channels) return;
     A *mean = static_cast<A*>(r.out_mean), *rstd = static_cast<A*>(r.out_rstd);
     mean[c] = static_cast<const A*>(r.mean)[c];
@@ -43,26 +46,30 @@ void measure(const BatchNormAct& r, Where where) {
                                 static_cast<const A*>(r.bias),
                                 static_cast<A*>(r.out_mean),
                                 static_cast<A*>(r.out_rstd),
-                                coefficients<A>(r)};
+                                coefficients<A>(r),
+                                Grid<A>(r)};
     finish<2>("batch_norm_act_forward_finish", slots(r), count, r.layout.channels, f, where);
 }
 
 template <class A>
 void adopt(const BatchNormAct& r, Where where) {
     const dim3 grid(static_cast<unsigned>((r.layout.channels + kThreads - 1) / kThreads));
-    launch("batch_norm_act_statistics", adopt_kernel<A>, grid, dim3(kThreads), where, r, coefficients<A>(r));
+    launch("batch_norm_act_statistics", adopt_kernel<A>, grid, dim3(kThreads), where, r, coefficients<A>(r),
+           Grid<A>(r));
 }
 
 template <Activation Act, class T, class A>
 void normalise(const BatchNormAct& r, Where where) {
     const T *x = static_cast<const T*>(r.x), *residual = static_cast<const T*>(r.residual);
     T* out = static_cast<T*>(r.out);
-    const A* k = coefficients<A>(r);
+    const A *k = coefficients<A>(r), *q = constants<A>(r);
     if (residual) {
-        const Operands<Normalise<Act, true>, T> o{{x, residual}, {out}, k, nullptr};
+        Operands<Normalise<Act, true, T>, T> o{{x, residual}, {out}, k, nullptr, q};
+        if constexpr (Act == Activation::quantized) o.out[1] = static_cast<T*>(r.out2);
         run("batch_norm_act_forward", o, r.layout, where);
     } else {
-        run("batch_norm_act_forward", Operands<Normalise<Act, false>, T>{{x}, {out}, k, nullptr}, r.layout, where);
+        const Operands<Normalise<Act, false, T>, T> o{{x}, {out}, k, nullptr, q};
+        run("batch_norm_act_forward", o, r.layout, where);
     }
 }
 
@@ -78,7 +85,7 @@ void batch_norm_act_forward(const BatchNormAct& r, Where where) {
         } else {
             adopt<A>(r, where);
         }
-        with_activation(r.activation, [&](auto is) { normalise<decltype(is)::act, T, A>(r, where); });
+        with_activation(r, [&](auto is) { normalise<decltype(is)::act, T, A>(r, where); });
     });
 }
 

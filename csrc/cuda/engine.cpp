@@ -9,7 +9,7 @@ namespace cuda {
 
 static std::int64_t scratch_bytes(const Layout& t) {
     constexpr std::int64_t most_sums = 5, most_coefficients = kDoubleCoefficients, per_channel = 1;
-    return (most_chunks(t) * most_sums + most_coefficients + per_channel) * t.channels * 8;
+    return ((most_chunks(t) * most_sums + most_coefficients + per_channel) * t.channels + kQuantizedConstants) * 8;
 }
 
 static const Engine kEngine = {

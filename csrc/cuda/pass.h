@@ -25,6 +25,7 @@ struct Operands {
     T* out[Body::outputs + 1];
     const accumulator<T>* k;  // [coefficients][channels]
     double* slots;            // [chunks][sums][channels]
+    const accumulator<T>* q = nullptr;  // [constants]
 };
 
 // The statistics of batch norm shift each channel by its first value, read where it lies.
@@ -41,13 +42,15 @@ GRADL1_FN accumulator<T> first_of(const T* x, const Layout& t, std::int64_t c) {
 
 template <class Body, class T>
 __device__ void load_coefficients(
-    const Operands<Body, T>& o, const Layout& t, std::int64_t c, accumulator<T> (&k)[Body::coefficients + 1]
+    const Operands<Body, T>& o, const Layout& t, std::int64_t c, accumulator<T> (&k)[Body::values + 1]
 ) {
     if constexpr (kShifted<Body>) {
         k[0] = first_of(o.in[0], t, c);
     } else {
 #pragma unroll
         for (int j = 0; j < Body::coefficients; ++j) k[j] = o.k[j * t.channels + c];
+#pragma unroll
+        for (int j = 0; j < Body::constants; ++j) k[Body::coefficients + j] = o.q[j];
     }
 }
 
@@ -56,7 +59,7 @@ template <class Body, class T, int Width, int Lanes>
 __device__ void step(
     const Operands<Body, T>& o,
     std::int64_t offset,
-    const accumulator<T> (&k)[Lanes][Body::coefficients + 1],
+    const accumulator<T> (&k)[Lanes][Body::values + 1],
     accumulator<T> (&sum)[Lanes][Body::sums + 1]
 ) {
     using A = accumulator<T>;
@@ -99,7 +102,7 @@ template <class Body, class T, int Width>
 __global__ void __launch_bounds__(kThreads, kResident<Body, T>) planes_kernel(Operands<Body, T> o, Layout t, Shape shape) {
     using A = accumulator<T>;
     const std::int64_t c = blockIdx.x, plane = t.inner / Width;
-    A k[1][Body::coefficients + 1], sum[1][Body::sums + 1] = {};
+    A k[1][Body::values + 1], sum[1][Body::sums + 1] = {};
     load_coefficients(o, t, c, k[0]);
     const std::int64_t first = blockIdx.y * shape.length;
     const std::int64_t last = first + shape.length < shape.packs ? first + shape.length : shape.packs;
@@ -139,7 +142,7 @@ __global__ void __launch_bounds__(kThreads, kResident<Body, T>) rows_kernel(Oper
     const std::int64_t c = (static_cast<std::int64_t>(blockIdx.x) * shape.tile + column) * Width;
     const std::int64_t first = blockIdx.y * shape.length;
     const std::int64_t last = first + shape.length < shape.packs ? first + shape.length : shape.packs;
-    A k[Width][Body::coefficients + 1], sum[Width][Body::sums + 1] = {};
+    A k[Width][Body::values + 1], sum[Width][Body::sums + 1] = {};
     if (c < t.channels) {
 #pragma unroll
         for (int e = 0; e < Width; ++e) load_coefficients(o, t, c + e, k[e]);

@@ -16,11 +16,12 @@ struct Is {
 
 // Calls f(Is<activation>()).
 template <class F>
-GRADL1_FN void with_activation(Activation activation, const F& f) {
-    switch (activation) {
+GRADL1_FN void with_activation(const BatchNormAct& r, const F& f) {
+    switch (r.scale ? Activation::quantized : r.activation) {
         case Activation::none: return f(Is<Activation::none>());
         case Activation::relu: return f(Is<Activation::relu>());
         case Activation::relu6: return f(Is<Activation::relu6>());
+        case Activation::quantized: return f(Is<Activation::quantized>());
     }
 }
 
@@ -35,6 +36,17 @@ template <class A>
 GRADL1_FN A* coefficients(const BatchNormAct& r) {
     return reinterpret_cast<A*>(slots(r) + Chunks(r.layout).count * kMostSums * r.layout.channels);
 }
+
+template <class A>
+struct Constants {
+    A value[kQuantizedConstants];
+
+    GRADL1_FN explicit Constants(const BatchNormAct& r) : value{} {
+        if (!r.scale) return;
+        quantized_constants(static_cast<const A*>(r.scale), static_cast<const A*>(r.zero_point), r.code_min, r.code_max,
+                            r.activation, value);
+    }
+};
 
 template <class A>
 GRADL1_FN Channel<A> channel(const BatchNormAct& r) {

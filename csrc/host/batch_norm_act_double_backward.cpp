@@ -20,24 +20,26 @@ void finish(const BatchNormAct& r, const P& pass) {
 
 template <Activation Act, Mask From, bool Residual, class T, class A>
 void apply(const BatchNormAct& r, int threads) {
-    const T *dy = static_cast<const T*>(r.dy), *x = static_cast<const T*>(r.x), *y = static_cast<const T*>(r.y);
-    const T *v = static_cast<const T*>(r.d_dx), *u = static_cast<const T*>(r.d_dresidual);
+    const T *dy = static_cast<const T*>(r.dy), *x = static_cast<const T*>(r.x), *v = static_cast<const T*>(r.d_dx);
+    const Constants<A> q(r);
     Pass<DoubleBackwardApply<Act, From, Residual, T>, T, A> pass{
         r.layout,
         {dy, x, v},
         {static_cast<T*>(r.out), static_cast<T*>(r.out2)},
         coefficients<A>(r),
-        slots(r)};
-    if constexpr (From == Mask::from_y) pass.in[3] = y;
-    if constexpr (Residual) pass.in[3 + (From == Mask::from_y)] = u;
+        slots(r),
+        q.value};
+    if constexpr (From == Mask::from_activated) pass.in[3] = static_cast<const T*>(r.activated);
+    if constexpr (Residual) pass.in[3 + kReads<From>] = static_cast<const T*>(r.d_dresidual);
     pass.run(threads);
 }
 
 template <Activation Act, Mask From, class T, class A>
 void sums(const BatchNormAct& r, int threads) {
     const T *dy = static_cast<const T*>(r.dy), *x = static_cast<const T*>(r.x), *v = static_cast<const T*>(r.d_dx);
-    Pass<DoubleBackwardSums<Act, From, T>, T, A> pass{r.layout, {dy, x, v}, {}, coefficients<A>(r), slots(r)};
-    if constexpr (From == Mask::from_y) pass.in[3] = static_cast<const T*>(r.y);
+    const Constants<A> q(r);
+    Pass<DoubleBackwardSums<Act, From, T>, T, A> pass{r.layout, {dy, x, v}, {}, coefficients<A>(r), slots(r), q.value};
+    if constexpr (From == Mask::from_activated) pass.in[3] = static_cast<const T*>(r.activated);
     pass.run(threads);
     finish<A>(r, pass);
 }
@@ -46,9 +48,9 @@ template <Activation Act, class T, class A>
 void sweep(const BatchNormAct& r, int threads) {
     if constexpr (Act != Activation::none) {
         if (r.with_residual) {
-            sums<Act, Mask::from_y, T, A>(r, threads);
-            if (r.d_dresidual) return apply<Act, Mask::from_y, true, T, A>(r, threads);
-            return apply<Act, Mask::from_y, false, T, A>(r, threads);
+            sums<Act, Mask::from_activated, T, A>(r, threads);
+            if (r.d_dresidual) return apply<Act, Mask::from_activated, true, T, A>(r, threads);
+            return apply<Act, Mask::from_activated, false, T, A>(r, threads);
         }
     }
     sums<Act, kFromX<Act>, T, A>(r, threads);
@@ -62,7 +64,7 @@ void batch_norm_act_double_backward(const BatchNormAct& r, int threads) {
         using T = decltype(type);
         using A = accumulator<T>;
         common_coefficients<A>(r);
-        with_activation(r.activation, [&](auto is) { sweep<decltype(is)::act, T, A>(r, threads); });
+        with_activation(r, [&](auto is) { sweep<decltype(is)::act, T, A>(r, threads); });
     });
 }
 

@@ -15,7 +15,7 @@ void measure(const BatchNormAct& r, int threads) {
         const double first = static_cast<double>(widen(x[c * r.layout.inner]));
         k[c] = first - first == 0 ? first : 0;  // an infinity would turn the mean into NaN
     }
-    Pass<Moments, T, double> pass{r.layout, {x}, {}, k, slots(r)};
+    Pass<Moments, T, double> pass{r.layout, {x}, {}, k, slots(r), nullptr};
     pass.run(threads);
     for (std::int64_t c = 0; c < channels; ++c) {
         double sum[2];
@@ -41,14 +41,17 @@ void normalise(const BatchNormAct& r, int threads) {
     const A *mean = static_cast<const A*>(r.out_mean), *rstd = static_cast<const A*>(r.out_rstd);
     T* out = static_cast<T*>(r.out);
     A* k = coefficients<A>(r);
+    const Constants<A> q(r);
     for (std::int64_t c = 0; c < r.layout.channels; ++c) {
         affine(mean[c], rstd[c], static_cast<const A*>(r.weight), static_cast<const A*>(r.bias), c, k + c,
                k + r.layout.channels + c);
     }
     if (residual) {
-        Pass<Normalise<Act, true>, T, A>{r.layout, {x, residual}, {out}, k, slots(r)}.run(threads);
+        Pass<Normalise<Act, true, T>, T, A> pass{r.layout, {x, residual}, {out}, k, slots(r), q.value};
+        if constexpr (Act == Activation::quantized) pass.out[1] = static_cast<T*>(r.out2);
+        pass.run(threads);
     } else {
-        Pass<Normalise<Act, false>, T, A>{r.layout, {x}, {out}, k, slots(r)}.run(threads);
+        Pass<Normalise<Act, false, T>, T, A>{r.layout, {x}, {out}, k, slots(r), q.value}.run(threads);
     }
 }
 
@@ -63,7 +66,7 @@ void batch_norm_act_forward(const BatchNormAct& r, int threads) {
         } else {
             adopt<A>(r);
         }
-        with_activation(r.activation, [&](auto is) { normalise<decltype(is)::act, T, A>(r, threads); });
+        with_activation(r, [&](auto is) { normalise<decltype(is)::act, T, A>(r, threads); });
     });
 }
 

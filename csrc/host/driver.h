@@ -46,17 +46,21 @@ struct Pass {
     T* out[Body::outputs + 1];
     const A* k;     // [coefficients][channels]
     double* slots;  // [chunks][sums][channels]
+    const A* q = nullptr;  // [constants]
 
     // Elements offset .. offset + width; their sums go to sum[j * sum_stride + lane]. Step is the
     // distance of the coefficients of neighbours: 1 along channels, 0 inside one channel.
     template <int Step>
     GRADL1_FN void span(std::int64_t offset, std::int64_t width, const A* k0, A* sum, std::int64_t sum_stride) const {
         const std::int64_t channels = layout.channels;
+        A constant[Body::constants + 1];
+        for (int j = 0; j < Body::constants; ++j) constant[j] = q[j];
         GRADL1_INDEPENDENT
         for (std::int64_t i = 0; i < width; ++i) {
-            A x[Body::inputs + 1], own[Body::coefficients + 1], y[Body::outputs + 1], s[Body::sums + 1];
+            A x[Body::inputs + 1], own[Body::values + 1], y[Body::outputs + 1], s[Body::sums + 1];
             for (int j = 0; j < Body::inputs; ++j) x[j] = static_cast<A>(widen(in[j][offset + i]));
             for (int j = 0; j < Body::coefficients; ++j) own[j] = k0[j * channels + Step * i];
+            for (int j = 0; j < Body::constants; ++j) own[Body::coefficients + j] = constant[j];
             for (int j = 0; j < Body::sums; ++j) s[j] = sum[j * sum_stride + i];
             Body::apply(x, own, y, s);
             for (int j = 0; j < Body::sums; ++j) sum[j * sum_stride + i] = s[j];

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from gradl1_fast import functional as F
 from gradl1_fast._checks import ACTIVATIONS
+from gradl1_fast._dtypes import sum_dtype
 from gradl1_fast.nn.quantizers import ActivationQuantizer
 from gradl1_fast.nn.twins import retype
 
@@ -76,16 +77,18 @@ class BatchNormAct2d(nn.BatchNorm2d):
                 number, sum and activation are operations of their own.
         """
         self._check_input_dim(x)
-        folded = self.quantizer is not None and self.quantizer.is_plain_tap
-        if residual is None or _broadcasts(residual, x):
-            probe = self.quantizer.probe if folded and self.quantizer is not None else None
-            y = self._normalize(x, residual, self.activation, probe)
+        quantizer = self.quantizer
+        if residual is not None and not _broadcasts(residual, x):
+            y = _ACTIVATIONS[self.activation](self._normalize(x, None, "none") + residual)
+        elif quantizer is not None and quantizer.is_foldable:
+            bits = quantizer.bits
+            grid = None if bits is None else quantizer.grid(sum_dtype(x.dtype), bits)
+            return self._normalize(x, residual, self.activation, grid=grid, probe=quantizer.probe)
         else:
-            folded = False
-            y = _ACTIVATIONS[self.activation](self._normalize(x, None, "none", None) + residual)
-        return y if folded or self.quantizer is None else self.quantizer(y)
+            y = self._normalize(x, residual, self.activation)
+        return y if quantizer is None else quantizer(y)
 
-    def _normalize(self, x: Tensor, residual: Tensor | None, activation: str, probe: Tensor | None) -> Tensor:
+    def _normalize(self, x: Tensor, residual: Tensor | None, activation: str, **options: Any) -> Tensor:
         tracked = not self.training or self.track_running_stats
         return F.batch_norm_act(
             x,
@@ -98,7 +101,7 @@ class BatchNormAct2d(nn.BatchNorm2d):
             eps=self.eps,
             residual=residual,
             activation=activation,
-            probe=probe,
+            **options,
         )
 
     def _count_batch(self) -> float:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from gradl1_fast import functional as F
 from gradl1_fast._checks import MAX_BITS
 from gradl1_fast._dtypes import sum_dtype
+from gradl1_fast.nn.trace import has_hooks
 
 __all__ = ["ActivationQuantizer", "Observer", "WeightQuantizer"]
 
@@ -148,9 +149,13 @@ class ActivationQuantizer(_Quantizer):
         self.probe = _new_probe(torch.zeros(())) if penalized else None
 
     @property
-    def is_plain_tap(self) -> bool:
-        """Whether this quantizer does no more than to pass its input on and to fill its probe."""
-        return self.bits is None and self.step_bits is None and self.observer is None
+    def is_foldable(self) -> bool:
+        """Whether the operation before can do all that this quantizer does: its grid and its probe.
+
+        What looks at the values themselves needs them: an observer, a step measured on them, a hook.
+        """
+        needs_values = self.step_bits is not None or self.observer is not None
+        return type(self) is ActivationQuantizer and not needs_values and not has_hooks(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the activation as it is seen at the present width."""

@@ -1,4 +1,4 @@
-"""Operators of batch normalisation with residual and activation; the derivation stands in the reference."""
+"""Operators of batch norm with residual, activation and fake quantization; derived in the reference."""
 
 from __future__ import annotations
 
@@ -10,28 +10,35 @@ from torch import Tensor
 from gradl1_fast._dtypes import sum_dtype
 from gradl1_fast.ops._library import Operator
 
+_GRID = "Tensor? scale, Tensor? zero_point, int q_min, int q_max"
 _SAVED = (
-    "Tensor dy, Tensor x, Tensor? y, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd, "
-    "bool training, str activation"
+    "Tensor dy, Tensor x, Tensor? activated, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd, "
+    f"{_GRID}, bool training, str activation"
 )
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, weight, bias, _, _, residual, ctx.training, _, ctx.activation, probe = inputs
-    y, mean, rstd = output
-    ctx.mark_non_differentiable(mean, rstd)
-    # Without an activation nothing needs y, and changing it in place is then no error.
-    ctx.save_for_backward(x, None if ctx.activation == "none" else y, weight, bias, mean, rstd)
-    ctx.has_residual, ctx.has_probe = residual is not None, probe is not None and probe.requires_grad
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    x, weight, bias, _, _, residual, scale, zero_point, *codes, training, _, activation, probe = inputs
+    y, activated, mean, rstd = output
+    ctx.mark_non_differentiable(activated, mean, rstd)
+    # What gives the mask; where nothing needs y, changing it in place is no error.
+    if scale is not None:
+        source = None if residual is None else activated
+    else:
+        source = None if activation == "none" else y
+    ctx.save_for_backward(x, source, weight, bias, mean, rstd, scale, zero_point)
+    ctx.options, ctx.has_residual = (*codes, training, activation), residual is not None
+    ctx.unmasked = activation == "none" and scale is None
+    ctx.has_probe = probe is not None and probe.requires_grad
 
 
-def _backward(ctx: Any, dy: Tensor, _mean: None, _rstd: None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, dy: Tensor, *_: None) -> tuple[Tensor | None, ...]:
     # The l1 term exists for double backprop; an ordinary backward pass does not pay for it.
     with_l1 = ctx.has_probe and torch.is_grad_enabled()
     dx, dweight, dbias, dresidual, l1 = batch_norm_act_backward(
-        dy, *ctx.saved_tensors, ctx.training, ctx.activation, ctx.has_residual, with_l1
+        dy, *ctx.saved_tensors, *ctx.options, ctx.has_residual, with_l1
     )
-    if ctx.activation == "none":
+    if ctx.unmasked:
         dresidual = dy
     needed = ctx.needs_input_grad
     return (
@@ -41,36 +48,35 @@ def _backward(ctx: Any, dy: Tensor, _mean: None, _rstd: None) -> tuple[Tensor | 
         None,
         None,
         dresidual if ctx.has_residual else None,
-        None,
-        None,
-        None,
+        *[None] * 7,
         l1 if with_l1 else None,
     )
 
 
 def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    *tensors, ctx.training, ctx.activation, ctx.with_residual, _ = inputs
+    tensors, ctx.options = inputs[:9], inputs[9:-1]
     ctx.save_for_backward(*tensors)
 
 
 def _double_backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
-    d_dy, d_x, d_weight = batch_norm_act_double_backward(
-        *cotangents, *ctx.saved_tensors, ctx.training, ctx.activation, ctx.with_residual
-    )
-    return d_dy, d_x, None, d_weight if ctx.needs_input_grad[3] else None, *[None] * 7
+    d_dy, d_x, d_weight = batch_norm_act_double_backward(*cotangents, *ctx.saved_tensors, *ctx.options)
+    return d_dy, d_x, None, d_weight if ctx.needs_input_grad[3] else None, *[None] * 11
 
 
 def _statistics(x: Tensor) -> Tensor:
     return x.new_empty((x.shape[1],), dtype=sum_dtype(x.dtype))
 
 
-def _fake_forward(x: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(x), _statistics(x), _statistics(x)
+def _fake_forward(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    residual, scale = rest[4:6]
+    activated = x.new_empty((0,)) if residual is None or scale is None else torch.empty_like(x)
+    return torch.empty_like(x), activated, _statistics(x), _statistics(x)
 
 
 def _fake_backward(dy: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    activation, with_residual, with_l1 = rest[-3:]
-    dresidual = torch.empty_like(x) if with_residual and activation != "none" else x.new_empty((0,))
+    scale, (activation, with_residual, with_l1) = rest[5], rest[-3:]
+    masked_residual = with_residual and (activation != "none" or scale is not None)
+    dresidual = torch.empty_like(x) if masked_residual else x.new_empty((0,))
     l1 = _statistics(x).new_empty(() if with_l1 else (0,))
     return torch.empty_like(x), _statistics(x), _statistics(x), dresidual, l1
 
@@ -83,8 +89,8 @@ def _fake_double_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 batch_norm_act_forward = Operator(
     "batch_norm_act",
     "batch_norm_act_forward(Tensor x, Tensor? weight, Tensor? bias, Tensor? running_mean, "
-    "Tensor? running_var, Tensor? residual, bool training, float eps, str activation, Tensor? probe) "
-    "-> (Tensor, Tensor, Tensor)",
+    f"Tensor? running_var, Tensor? residual, {_GRID}, bool training, float eps, str activation, "
+    "Tensor? probe) -> (Tensor, Tensor, Tensor, Tensor)",
     _fake_forward,
 )
 batch_norm_act_backward = Operator(

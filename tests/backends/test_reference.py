@@ -70,15 +70,17 @@ def linear(values: Values) -> Iterator[Call]:
 def batch_norm_act(values: Values) -> Iterator[Call]:
     x, y, dy, v, residual = (values(2, 3, 4, 5) for _ in range(5))
     weight, bias, l1 = values(3), values(3), torch.ones(())
+    grid = (torch.tensor(0.25), torch.tensor(3.0), 0, 7)
     # Statistics and their cotangents have the type of the sums.
     mean, var, rstd, d_w = torch.rand(4, 3).to(torch.promote_types(x.dtype, torch.float32)).add(0.5).unbind()
     for training in (True, False):
         for activation in ("none", "relu", "relu6"):
-            how = (training, activation)
+            how = (*((None, None, 0, 0) if activation == "relu6" else grid), training)
             for affine in ((weight, bias), (None, None)):
                 for added in (None, residual):
-                    yield "batch_norm_act_forward", (x, *affine, mean, var, added, training, 1e-5, activation)
-                saved = (x, y, *affine, mean, rstd, *how)
+                    head = (x, *affine, mean, var, added)
+                    yield "batch_norm_act_forward", (*head, *how, 1e-5, activation)
+                saved = (x, y, *affine, mean, rstd, *how, activation)
                 yield "batch_norm_act_backward", (dy, *saved, True, True)
                 yield "batch_norm_act_backward", (dy, *saved, False, False)
                 for cotangents in (

@@ -13,6 +13,7 @@ Call = tuple[str, tuple[Any, ...]]
 Layout = Callable[[Tensor], Tensor]
 
 ACTIVATIONS = ("none", "relu", "relu6")
+NO_GRID = (None, None, 0, 0)
 SHAPES = [(4, 19, 7, 5), (33, 17, 9, 16), (2, 300, 5, 5), (3, 1, 4, 4), (6, 3), (2, 5, 3, 2, 4), (4, 530, 2)]
 
 
@@ -31,15 +32,15 @@ def batch_norm_act(shape: tuple[int, ...], dtype: torch.dtype, layout: Layout) -
     w, b, mean, var, gw, gb = (torch.rand(shape[1]).to(sums(dtype)) + 0.5 for _ in range(6))
     c, b = torch.tensor(0.7, dtype=sums(dtype)), b - 1
     for training, act, added in itertools.product((True, False), ACTIVATIONS, (False, True)):
-        r = residual if added else None
-        yield "batch_norm_act_forward", (x, w, b, mean, var, r, training, 1e-5, act)
-        y, m, rstd = _forward(x, w, b, mean, var, r, training, 1e-5, act)
-        options = (training, act, added)
+        head = (x, w, b, mean, var, residual if added else None)
+        yield "batch_norm_act_forward", (*head, *NO_GRID, training, 1e-5, act)
+        y, _, m, rstd = _forward(*head, *NO_GRID, training, 1e-5, act)
+        options = (*NO_GRID, training, act, added)
         yield "batch_norm_act_backward", (dy, x, y, w, b, m, rstd, *options, True)
         masked = u if added and act != "none" else None
         saved = (dy, x, y, w, b, m, rstd, *options)
         yield "batch_norm_act_double_backward", (v, gw, gb, masked, c, *saved)
-    yield "batch_norm_act_backward", (dy, x, None, None, None, m, rstd, True, "none", False, False)
+    yield "batch_norm_act_backward", (dy, x, None, None, None, m, rstd, *NO_GRID, True, "none", False, False)
     yield "batch_norm_act_double_backward", (v, *[None] * 4, dy, x, y, None, None, m, rstd, *options)
     yield "batch_norm_act_double_backward", (None, gw, *[None] * 3, dy, x, y, w, b, m, rstd, *options)
 

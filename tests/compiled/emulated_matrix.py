@@ -16,6 +16,7 @@ from torch import Tensor
 from gradl1_fast.backends import compiled, reference
 from gradl1_fast.backends.compiled import _tensors
 from tests.compiled.calls import OPERATIONS, batch_norm_act, l1_norm
+from tests.compiled.folded import assert_folds
 from tests.compiled.test_host import TOLERANCES, assert_agree
 from tests.ops.layouts import channels_last
 
@@ -54,8 +55,11 @@ def compare(dtypes: list[torch.dtype]) -> int:
     for dtype in dtypes:
         for kind, layout in (("planes", Tensor.contiguous), ("rows", channels_last)):
             for shape in SHAPES[kind]:
+                single = shape[0] == 1 and kind == "planes"
+                if not single:
+                    assert_folds(compiled, shape, dtype, layout)
                 for operation in OPERATIONS:
-                    if operation is batch_norm_act and shape[0] == 1 and kind == "planes":
+                    if operation is batch_norm_act and single:
                         continue
                     for name, arguments in operation(shape, dtype, layout):
                         actual = getattr(compiled, name)(*arguments)

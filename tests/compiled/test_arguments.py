@@ -35,6 +35,7 @@ def scalar(name: str, required: bool = True) -> Memory:
 SCRATCH = Memory("scratch", ROOM)
 HEAD = (WHERE, FLOAT32, LAYOUT)
 GRID = (vector("scale"), vector("zero_point"), 0, 7)
+QUANTIZER, NO_QUANTIZER = (scalar("scale", False), scalar("zero_point"), 0, 7), (None, None, 0, 0)
 AFFINE = (vector("weight", False), vector("bias", False))
 GIVEN = (vector("mean"), vector("rstd"), *AFFINE)
 RESIDUAL = (True, True, 1, 0.0)
@@ -61,21 +62,22 @@ CALLS: list[tuple[str, tuple[Any, ...]]] = [
     (
         "batch_norm_act_forward",
         (
-            *HEAD, (True, False, 1, 1e-5), (None, None, *AFFINE),
-            tensor("x"), tensor("residual", False), tensor("out"), vector("mean"), vector("rstd"), SCRATCH,
+            *HEAD, (True, False, 1, 1e-5), (None, None, *AFFINE), NO_QUANTIZER,
+            tensor("x"), tensor("residual", False),
+            (tensor("y"), None, vector("mean"), vector("rstd")), SCRATCH,
         ),
     ),
     (
         "batch_norm_act_forward",
         (
-            *HEAD, (False, False, 1, 1e-5), GIVEN, tensor("x"), tensor("residual", False), tensor("out"),
-            vector("mean"), vector("rstd"), SCRATCH,
+            *HEAD, (False, False, 1, 1e-5), GIVEN, QUANTIZER, tensor("x"), tensor("residual", False),
+            (tensor("y"), tensor("activated"), vector("mean"), vector("rstd")), SCRATCH,
         ),
     ),
     (
         "batch_norm_act_backward",
         (
-            *HEAD, RESIDUAL, GIVEN, tensor("dy"), tensor("x"), tensor("y"),
+            *HEAD, RESIDUAL, GIVEN, QUANTIZER, tensor("dy"), tensor("x"), tensor("activated"),
             (tensor("dx"), vector("dweight"), vector("dbias"), tensor("dresidual"), scalar("l1", False)),
             SCRATCH,
         ),
@@ -83,12 +85,12 @@ CALLS: list[tuple[str, tuple[Any, ...]]] = [
     (
         "batch_norm_act_double_backward",
         (
-            *HEAD, RESIDUAL, GIVEN,
+            *HEAD, RESIDUAL, GIVEN, QUANTIZER,
             (
                 tensor("d_dx"), vector("d_dweight", False), vector("d_dbias", False),
                 tensor("d_dresidual", False), scalar("d_l1", False),
             ),
-            tensor("dy"), tensor("x"), tensor("y"),
+            tensor("dy"), tensor("x"), tensor("activated"),
             (tensor("d_dy"), tensor("d_x"), vector("d_weight")), SCRATCH,
         ),
     ),

@@ -47,10 +47,10 @@ def test_bad_memory_is_refused(change: dict[str, Any], message: str, loops: Any)
 
 def test_bad_options_are_refused(loops: Any) -> None:
     _, x, out, vector, scratch = spans(8, 8, 2, 1000)
-    vectors = (vector, vector, None, None)
+    vectors, grid, results = (vector, vector, None, None), (None, None, 0, 0), (out, None, vector, vector)
 
     def call(options: tuple[Any, ...], layout: tuple[int, ...] = (4, 2, 1), v: Any = vectors) -> None:
-        loops.batch_norm_act_forward(HERE, 0, layout, options, v, x, None, out, vector, vector, scratch)
+        loops.batch_norm_act_forward(HERE, 0, layout, options, v, grid, x, None, results, scratch)
 
     call((True, False, 1, 1e-5))
     for arguments, message in (

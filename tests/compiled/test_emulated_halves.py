@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gradl1_fast.backends import compiled, reference
-from tests.compiled.calls import OPERATIONS, l1_norm
+from tests.compiled.calls import NO_GRID, OPERATIONS, l1_norm
 from tests.compiled.emulated_matrix import load
 from tests.compiled.test_host import TOLERANCES, assert_agree
 from tests.compiled.test_passes import CHANNELS, Counter, X
@@ -53,7 +53,7 @@ def test_memory_that_is_not_aligned_is_taken_element_by_element(offset: int, emu
         ("fake_quantize_backward", (X, X, *grid, True)),
         ("l1_norm_forward", ([X, X],)),
         ("l1_norm_double_backward", ([X, X], [X, X])),
-        ("batch_norm_act_backward", (X, X, X, *[CHANNELS] * 4, True, "relu", False, True)),
+        ("batch_norm_act_backward", (X, X, X, *[CHANNELS] * 4, *NO_GRID, True, "relu", False, True)),
     ):
         counter(sweep, *arguments)
         assert set(counter.all("widest")) <= {0, 4}, sweep
@@ -68,9 +68,9 @@ def test_what_is_not_finite_stays_in_its_channel(value: float, training: bool, l
     x, dy, v = (layout(torch.randn(4, 3, 3, 5)) for _ in range(3))
     x[0, 0, 0, 0], x[2, 1, 1, 1] = value, value
     one, zero = torch.ones(3), torch.zeros(3)
-    forward = (x, one, zero, zero, one, None, training, 1e-5, "relu")
-    y, mean, rstd = reference.batch_norm_act_forward(*forward)
-    saved = (dy, x, y, one, zero, mean, rstd, training, "relu", False)
+    forward = (x, one, zero, zero, one, None, *NO_GRID, training, 1e-5, "relu")
+    y, _, mean, rstd = reference.batch_norm_act_forward(*forward)
+    saved = (dy, x, y, one, zero, mean, rstd, *NO_GRID, training, "relu", False)
     for name, arguments in (
         ("batch_norm_act_forward", forward),
         ("batch_norm_act_backward", (*saved, True)),
@@ -99,7 +99,7 @@ def test_kernels_run_on_the_device_of_their_tensors(emulated_half: Half) -> None
 def test_the_sums_of_more_blocks_than_a_warp_has_lanes() -> None:
     """35 blocks side by side: some lanes add two slots, and the upper half of the warp adds slots too."""
     x = channels_last(torch.randn(11, 32, 10, 10, dtype=torch.float64))
-    arguments = (x, None, None, None, None, None, True, 1e-5, "none")
+    arguments = (x, *[None] * 5, *NO_GRID, True, 1e-5, "none")
     actual, expected = (b.batch_norm_act_forward(*arguments) for b in (compiled, reference))
     assert_agree(actual, expected, TOLERANCES[x.dtype], "batch_norm_act_forward")
 
@@ -108,5 +108,5 @@ def test_the_sums_of_more_blocks_than_a_warp_has_lanes() -> None:
 def test_a_variance_that_underflows_is_not_negative() -> None:
     """In float32 the squares vanish, while the square of their mean, a double, does not."""
     x = torch.tensor([0.0, *[1e-25] * 7]).view(8, 1, 1, 1)
-    _, _, rstd = compiled.batch_norm_act_forward(x, None, None, None, None, None, True, 0.0, "none")
+    *_, rstd = compiled.batch_norm_act_forward(x, *[None] * 5, *NO_GRID, True, 0.0, "none")
     assert rstd > 1e24

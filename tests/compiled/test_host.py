@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from gradl1_fast.backends import backend, reference, resolve
-from tests.compiled.calls import OPERATIONS, SHAPES, batch_norm_act, fake_quantize, l1_norm
+from tests.compiled.calls import NO_GRID, OPERATIONS, SHAPES, batch_norm_act, fake_quantize, l1_norm
+from tests.compiled.folded import assert_folds
 from tests.gradients import assert_gradients
 from tests.ops.cases import CASES, Case
 from tests.ops.layouts import LAYOUTS
@@ -48,6 +49,15 @@ def test_equals_the_reference(operation: Any, dtype: torch.dtype, layout: str, h
         for name, arguments in operation(shape, dtype, change):
             actual, expected = getattr(host, name)(*arguments), getattr(reference, name)(*arguments)
             assert_agree(actual, expected, tolerance, f"{name} of {shape}")
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("layout", [Tensor.contiguous, LAYOUTS["channels_last"], LAYOUTS["transposed"]])
+def test_quantization_folds_into_batch_norm_bit_for_bit(
+    dtype: torch.dtype, layout: Any, host: ModuleType
+) -> None:
+    for shape in [(4, 19, 7, 5), (2, 300, 5, 5), (33, 17, 9, 16)]:
+        assert_folds(host, shape, dtype, layout)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
@@ -101,10 +111,10 @@ def test_masks_treat_nan_as_the_reference_does(host: ModuleType) -> None:
     one, zero = torch.ones(4), torch.zeros(4)
     for act in ("none", "relu", "relu6"):
         for training in (True, False):
-            forward = (x, one, zero, zero, one, None, training, 1e-5, act)
-            y, mean, rstd = reference.batch_norm_act_forward(*forward)
-            _same_pattern(host.batch_norm_act_forward(*forward), (y, mean, rstd))
-            saved = (dy, x, y, one, zero, mean, rstd, training, act, False)
+            forward = (x, one, zero, zero, one, None, *NO_GRID, training, 1e-5, act)
+            y, absent, mean, rstd = reference.batch_norm_act_forward(*forward)
+            _same_pattern(host.batch_norm_act_forward(*forward), (y, absent, mean, rstd))
+            saved = (dy, x, y, one, zero, mean, rstd, *NO_GRID, training, act, False)
             _same_pattern(
                 host.batch_norm_act_backward(*saved, True), reference.batch_norm_act_backward(*saved, True)
             )
@@ -122,7 +132,8 @@ def _same_pattern(actual: Any, expected: Any) -> None:
 
 def test_a_mean_far_from_zero_costs_no_digits(host: ModuleType) -> None:
     x = torch.randn(64, 3, 8, 8) + 3000
-    _, mean, rstd = host.batch_norm_act_forward(x, None, None, None, None, None, True, 0.0, "none")
+    head = (x, *[None] * 5)
+    _, _, mean, rstd = host.batch_norm_act_forward(*head, *NO_GRID, True, 0.0, "none")
     truth = x.double().transpose(0, 1).flatten(1)
     torch.testing.assert_close(mean.double(), truth.mean(1), rtol=1e-6, atol=0)
     torch.testing.assert_close(rstd.double(), truth.var(1, unbiased=False).rsqrt(), rtol=1e-6, atol=0)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from bench.kernels import sweeps
 from gradl1_fast.backends import compiled
+from tests.compiled.calls import NO_GRID
 
 X = torch.randn(4, 8, 16, 32)  # as many elements as a CUDA block takes in several turns, 16-byte packs
 ONE = torch.ones(())
@@ -101,13 +102,21 @@ def test_fake_quantize(axis: int | None, passes: Counter) -> None:
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("residual", [False, True])
-def test_batch_norm_act(residual: bool, layout: torch.memory_format, passes: Counter) -> None:
-    """Without a residual 2, 4 and 6 reads; with one, it and the output which gives the mask come to them."""
+@pytest.mark.parametrize("quantized", [False, True])
+def test_batch_norm_act(
+    quantized: bool, residual: bool, layout: torch.memory_format, passes: Counter
+) -> None:
+    """Without a residual 2, 4 and 6 reads; with one, it and the output which gives the mask come to them.
+
+    A quantizer adds nothing, but behind a residual it keeps what it was given: one write.
+    """
     x = X.contiguous(memory_format=layout)
-    other = x if residual else None
-    forward = (x, CHANNELS, CHANNELS, None, None, other, True, 1e-5, "relu")
-    assert passes("batch_norm_act_forward", *forward) == ([2, 1, 0] if residual else [2, 0], [1])
-    saved = (x, x, x, CHANNELS, CHANNELS, CHANNELS, CHANNELS, True, "relu", residual)
+    other, grid = x if residual else None, (ONE, ONE, 0, 7) if quantized else NO_GRID
+    forward = (x, CHANNELS, CHANNELS, None, None, other, *grid, True, 1e-5, "relu")
+    written = [1, 1] if residual and quantized else [1]
+    read = [2, *[1] * residual, *(0 for _ in written)]
+    assert passes("batch_norm_act_forward", *forward) == (read, written)
+    saved = (x, x, x, CHANNELS, CHANNELS, CHANNELS, CHANNELS, *grid, True, "relu", residual)
     dy_x_y, new = ([1, 2, 1, 0, 1], [1, 1]) if residual else ([2, 2, 0, 0], [1])
     assert passes("batch_norm_act_backward", *saved, True) == (dy_x_y, new)
     cotangents = (x, CHANNELS, CHANNELS, other, ONE)

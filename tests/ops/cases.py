@@ -87,6 +87,7 @@ def _batch_norm(
     x: tuple[int, ...],
     residual: tuple[int, ...] | None = None,
     affine: bool = True,
+    grid: tuple[float, float, int, int] | None = None,
     **options: Any,
 ) -> Case:
     channels = (x[1],)
@@ -97,11 +98,16 @@ def _batch_norm(
         last = None if residual is None else rest.pop()
         statistics = [random(channels, 7), 0.5 + random(channels, 8).abs()]
         statistics = [_beside(x, operation, s) for s in statistics]
+        if grid is not None:
+            ends = (_beside(x, operation, torch.tensor(t)) for t in grid[:2])
+            probe["grid"] = (*ends, *grid[2:])
         return operation(x, *statistics, *rest, residual=last, **options, **probe)
 
     function, truth = partial(call, ours.batch_norm_act), partial(call, oracle.batch_norm_act)
     gain = 8.0 if options.get("activation") == "relu6" else 1.0  # so that both of its ends are reached
-    return Case(f"batch_norm_act {name}", function, truth, shapes, probe=True, gain=gain)
+    return Case(
+        f"batch_norm_act {name}", function, truth, shapes, True, straight_through=grid is not None, gain=gain
+    )
 
 
 BATCH_NORM_ACT = [
@@ -121,6 +127,36 @@ BATCH_NORM_ACT = [
     _batch_norm("evaluation relu residual", (3, 4, 3, 2), (3, 4, 3, 2), activation="relu"),
     _batch_norm("evaluation relu6", (3, 4, 3, 2), activation="relu6"),
     _batch_norm("evaluation not affine", (3, 4, 3, 2), affine=False),
+    _batch_norm("training quantized", (3, 4, 3, 2), training=True, grid=(0.375, 3.0, 0, 7)),
+    _batch_norm(
+        "training relu quantized", (3, 4, 3, 2), training=True, activation="relu", grid=(0.25, 1.0, 0, 3)
+    ),
+    _batch_norm(
+        "training relu6 residual quantized",
+        (3, 4, 3, 2),
+        (4, 1, 2),
+        training=True,
+        activation="relu6",
+        eps=0.1,
+        grid=(0.75, 0.0, 0, 7),
+    ),
+    _batch_norm("training residual quantized", (4, 3, 5), (4, 3, 5), training=True, grid=(0.5, 4.0, 1, 6)),
+    _batch_norm(
+        "training not affine quantized",
+        (6, 3),
+        affine=False,
+        training=True,
+        activation="relu",
+        grid=(0.25, 0.0, 0, 3),
+    ),
+    _batch_norm(
+        "evaluation relu residual quantized",
+        (3, 4, 3, 2),
+        (3, 4, 3, 2),
+        activation="relu",
+        grid=(0.25, 1.0, 0, 7),
+    ),
+    _batch_norm("evaluation quantized", (3, 4, 3, 2), grid=(0.5, 3.0, 0, 6)),
 ]
 
 

@@ -26,12 +26,23 @@ def second_order(operation: Callable[..., Tensor], x: Tensor, **options: object)
     torch.autograd.grad(first.square().sum(), x)
 
 
-@pytest.mark.parametrize("case", [c for c in BATCH_NORM_ACT if "relu" in c.id], ids=lambda c: c.id)
+PLAIN = [c for c in BATCH_NORM_ACT if "relu" in c.id and "quantized" not in c.id]
+QUANTIZED = [c for c in BATCH_NORM_ACT if "quantized" in c.id]
+
+
+@pytest.mark.parametrize("case", PLAIN, ids=lambda c: c.id)
 def test_the_cases_reach_the_ends_of_the_activation(case: Case) -> None:
     y = case.truth(*case.inputs())
     assert (y == 0).any()
     assert (y > 0).any()
     assert "relu6" not in case.id or (y == 6).any()
+
+
+@pytest.mark.parametrize("case", QUANTIZED, ids=lambda c: c.id)
+def test_the_quantized_cases_are_clamped_here_and_pass_there(case: Case) -> None:
+    y = case.truth(*case.inputs())
+    assert (y == y.max()).sum() > 1  # beyond the last code, all are one
+    assert 2 < len(y.unique()) <= 8
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -87,19 +87,25 @@ def batch_norm_act() -> Iterator[Call]:
         x, dy, residual = (layout(values(3, 4, 2, 5, dtype=dtype)) for _ in range(3))
         weight, bias, mean = values(4), values(4), values(4)
         rstd, l1 = mean.abs() + 0.5, torch.ones(())
-        for activation, training in (("relu", True), ("relu6", False), ("none", True)):
+        grid, no_grid = (l1 / 4, l1, 0, 7), (None, None, 0, 0)
+        for activation, training, g in (
+            ("relu", True, no_grid),
+            ("relu6", False, grid),
+            ("none", True, no_grid),
+            ("none", True, grid),
+        ):
             statistics = (None, None) if training else (mean, rstd)
             x_, w_, b_, r_ = (leaf(t) for t in (x, weight, bias, residual))
             yield (
                 "batch_norm_act_forward",
-                (x_, w_, b_, *statistics, r_, training, 1e-5, activation, leaf(l1 * 0)),
+                (x_, w_, b_, *statistics, r_, *g, training, 1e-5, activation, leaf(l1 * 0)),
             )
             yield (
                 "batch_norm_act_forward",
-                (x_, None, None, *statistics, None, training, 1e-5, activation, None),
+                (x_, None, None, *statistics, None, *g, training, 1e-5, activation, None),
             )
-            y = None if activation == "none" else residual
-            saved = (y, weight, bias, mean, rstd, training, activation)
+            y = None if activation == "none" and g is no_grid else residual
+            saved = (y, weight, bias, mean, rstd, *g, training, activation)
             yield "batch_norm_act_backward", (leaf(dy), x_, *saved, True, True)
             yield "batch_norm_act_backward", (leaf(dy), x_, *saved, False, False)
             d_dresidual = residual if y is not None else None

@@ -86,15 +86,20 @@ def _sweep_all(dtype: torch.dtype) -> None:
         x = torch.randn(4, 32, 8, 8).to(dtype).contiguous(memory_format=layout)
         _batch_norm(x, True, "relu", False)
         _batch_norm(x, True, "relu", True)
+        _batch_norm(x, True, "relu", False, quantized=True)
+        _batch_norm(x, True, "relu", True, quantized=True)
         _batch_norm(x[..., :7].contiguous(memory_format=layout), False, "relu6", True)
     _batch_norm(x, True, "none", False, affine=False)
 
 
-def _batch_norm(x: Any, training: bool, activation: str, residual: bool, affine: bool = True) -> None:
+def _batch_norm(
+    x: Any, training: bool, activation: str, residual: bool, affine: bool = True, quantized: bool = False
+) -> None:
     c = torch.rand(x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32))
     w, r = c if affine else None, x if residual else None
-    y, mean, rstd = kernels.batch_norm_act_forward(x, w, w, c, c, r, training, 1e-5, activation)
-    saved = (x, x, y, w, w, mean, rstd, training, activation)
+    grid = (c[0], c[1], 0, 7) if quantized else (None, None, 0, 0)
+    y, _, mean, rstd = kernels.batch_norm_act_forward(x, w, w, c, c, r, *grid, training, 1e-5, activation)
+    saved = (x, x, y, w, w, mean, rstd, *grid, training, activation)
     kernels.batch_norm_act_backward(*saved, residual, True)
     kernels.batch_norm_act_double_backward(x, w, w, r, c[0], *saved, residual)
 

@@ -34,8 +34,8 @@ def fake_quantize_backward(
     with_l1: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return ``dx = dy`` where the code was not clamped and 0 elsewhere, and ``l1 = sum |dy|``."""
-    inside = _inside(x, scale, zero_point, q_min, q_max, axis)
-    return in_layout_of(torch.where(inside, dy, 0), x), l1(dy) if with_l1 else absent(dy)
+    dx = torch.where(inside(x, scale, zero_point, q_min, q_max, axis), dy, 0)
+    return in_layout_of(dx, x), l1(dy) if with_l1 else absent(dy)
 
 
 def fake_quantize_double_backward(
@@ -52,7 +52,7 @@ def fake_quantize_double_backward(
     """Return ``d_dy = [inside] * d_dx + d_l1 * sign(dy)``."""
     d_dy = None
     if d_dx is not None:
-        d_dy = torch.where(_inside(x, scale, zero_point, q_min, q_max, axis), d_dx, 0)
+        d_dy = torch.where(inside(x, scale, zero_point, q_min, q_max, axis), d_dx, 0)
     return add_l1_gradient(d_dy, d_l1, dy)
 
 
@@ -70,6 +70,7 @@ def _codes(x: Tensor, s: Tensor, z: Tensor) -> Tensor:
     return (widen(x) / s).round_().add_(z)
 
 
-def _inside(x: Tensor, scale: Tensor, zero_point: Tensor, q_min: int, q_max: int, axis: int | None) -> Tensor:
+def inside(x: Tensor, scale: Tensor, zero_point: Tensor, q_min: int, q_max: int, axis: int | None) -> Tensor:
+    """Return where the code of ``x`` is not clamped."""
     codes = _codes(x, _along(scale, x, axis), _along(zero_point, x, axis))
     return (codes >= q_min) & (codes <= q_max)

@@ -1,9 +1,14 @@
-"""The kernels of `batch_norm_act`; the derivation stands in the reference, the walk in `_tiles`."""
+"""The kernels of `batch_norm_act`; the derivation stands in the reference, the walk in `_tiles`.
+
+``quantizer`` is None or ``(scale, zero_point, q_min, q_max)``; the codes are floating, so that there is
+no kernel of its own for every bit-width.
+"""
 
 import triton
 import triton.language as tl
 
 from gradl1_fast.backends.triton._device import divide, narrow, sign, square_root, widen
+from gradl1_fast.backends.triton._quantizer import quantized, within
 from gradl1_fast.backends.triton._tiles import (
     channel_of,
     load,
@@ -35,22 +40,27 @@ def _activated(z, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def _passes(
-    x, mean, scale, bias, y, at, inside, T: tl.constexpr, ACTIVATION: tl.constexpr, ACC: tl.constexpr
-):
-    """Return where the activation has slope 1: from ``y`` if given, else from the forward's own arithmetic.
+    x, mean, scale, bias, activated, quantizer, at, inside,
+    T: tl.constexpr, ACTIVATION: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Return where the activation has slope 1 and the code, if there is a quantizer, is not clamped.
 
-    The output is recomputed as it was stored, rounded to its type, so that both ways agree.
+    It follows from ``activated`` if given, else from the forward's own arithmetic: the output of the
+    activation is recomputed as it was stored, rounded to its type, so that both ways agree.
     """
-    if ACTIVATION == "none":
-        passes = inside
-    else:
-        if y is None:
+    passes = inside
+    if ACTIVATION != "none" or quantizer is not None:
+        if activated is None:
             out = widen(narrow(_activated(_normalised(x, mean, scale, bias), ACTIVATION), T), ACC)
         else:
-            out = load(y, at, inside, ACC)
-        passes = (out <= 0) == 0  # as PyTorch's threshold does: NaN passes
+            out = load(activated, at, inside, ACC)
+        if ACTIVATION == "relu":
+            passes = (out <= 0) == 0  # as PyTorch's threshold does: NaN passes
         if ACTIVATION == "relu6":
             passes = (out > 0) & (out < 6)
+        if quantizer is not None:
+            s, z = tl.load(quantizer[0]).to(ACC), tl.load(quantizer[1]).to(ACC)
+            passes &= within(out, s, z, quantizer[2], quantizer[3])
     return passes
 
 
@@ -131,7 +141,8 @@ def _batch_norm_act_statistics_finish_kernel(
 
 @triton.jit
 def _batch_norm_act_forward_kernel(
-    x, weight, bias, mean, rstd, residual, y, rows, width, pitch, channels, strips, splits, tiles,
+    x, weight, bias, mean, rstd, residual, quantizer, y, activated,
+    rows, width, pitch, channels, strips, splits, tiles,
     ACTIVATION: tl.constexpr,
     LAST: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -145,12 +156,19 @@ def _batch_norm_act_forward_kernel(
         z = _normalised(load(x, at, inside, ACC), center, scale, shift)
         if residual is not None:
             z += load(residual, at, inside, ACC)
-        tl.store(y + at, narrow(_activated(z, ACTIVATION), y.dtype.element_ty), mask=inside)
+        out = narrow(_activated(z, ACTIVATION), y.dtype.element_ty)
+        if activated is not None:
+            tl.store(activated + at, out, mask=inside)
+        if quantizer is not None:
+            step, zero = tl.load(quantizer[0]).to(ACC), tl.load(quantizer[1]).to(ACC)
+            levels = quantized(widen(out, ACC), step, zero, quantizer[2], quantizer[3])
+            out = narrow(levels, y.dtype.element_ty)
+        tl.store(y + at, out, mask=inside)
 
 
 @triton.jit
 def _batch_norm_act_backward_sums_kernel(
-    dy, x, y, weight, bias, mean, rstd, dresidual, partials,
+    dy, x, activated, weight, bias, mean, rstd, quantizer, dresidual, partials,
     rows, width, pitch, channels, strips, splits, tiles,
     ACTIVATION: tl.constexpr, WITH_L1: tl.constexpr,
     LAST: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, ACC: tl.constexpr,
@@ -169,7 +187,10 @@ def _batch_norm_act_backward_sums_kernel(
         g = load(dy, at, inside, ACC)
         l1 += tl.abs(g)
         T: tl.constexpr = x.dtype.element_ty
-        g = tl.where(_passes(value, center, scale, shift, y, at, inside, T, ACTIVATION, ACC), g, 0)
+        passes = _passes(
+            value, center, scale, shift, activated, quantizer, at, inside, T, ACTIVATION, ACC
+        )  # fmt: skip
+        g = tl.where(passes, g, 0)
         if dresidual is not None:
             tl.store(dresidual + at, narrow(g, dresidual.dtype.element_ty), mask=inside)
         a += g
@@ -182,7 +203,7 @@ def _batch_norm_act_backward_sums_kernel(
 
 @triton.jit(do_not_specialize=["count"])
 def _batch_norm_act_backward_kernel(
-    dy, x, weight, bias, mean, rstd, dweight, dbias, dx, count,
+    dy, x, weight, bias, mean, rstd, quantizer, dweight, dbias, dx, count,
     rows, width, pitch, channels, strips, splits, tiles,
     ACTIVATION: tl.constexpr, TRAINING: tl.constexpr,
     LAST: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, ACC: tl.constexpr,
@@ -200,7 +221,8 @@ def _batch_norm_act_backward_kernel(
         value = load(x, at, inside, ACC)
         g = load(dy, at, inside, ACC)
         T: tl.constexpr = x.dtype.element_ty
-        g = tl.where(_passes(value, center, scale, shift, None, at, inside, T, ACTIVATION, ACC), g, 0)
+        passes = _passes(value, center, scale, shift, None, quantizer, at, inside, T, ACTIVATION, ACC)
+        g = tl.where(passes, g, 0)
         if TRAINING:
             g -= a + (value - center) * r * b
         tl.store(dx + at, narrow(g * scale, dx.dtype.element_ty), mask=inside)
@@ -208,7 +230,7 @@ def _batch_norm_act_backward_kernel(
 
 @triton.jit
 def _batch_norm_act_double_backward_sums_kernel(
-    d_dx, dy, x, y, weight, bias, mean, rstd, partials,
+    d_dx, dy, x, activated, weight, bias, mean, rstd, quantizer, partials,
     rows, width, pitch, channels, strips, splits, tiles,
     ACTIVATION: tl.constexpr,
     LAST: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, ACC: tl.constexpr,
@@ -229,7 +251,10 @@ def _batch_norm_act_double_backward_sums_kernel(
         value = load(x, at, inside, ACC)
         g = load(dy, at, inside, ACC)
         T: tl.constexpr = x.dtype.element_ty
-        g = tl.where(_passes(value, center, scale, shift, y, at, inside, T, ACTIVATION, ACC), g, 0)
+        passes = _passes(
+            value, center, scale, shift, activated, quantizer, at, inside, T, ACTIVATION, ACC
+        )  # fmt: skip
+        g = tl.where(passes, g, 0)
         xh = (value - center) * r
         a += g
         b += g * xh
@@ -247,7 +272,7 @@ def _batch_norm_act_double_backward_sums_kernel(
 
 @triton.jit(do_not_specialize=["count"])
 def _batch_norm_act_double_backward_kernel(
-    d_dx, d_dweight, d_dbias, d_dresidual, d_l1, dy, x, y, weight, bias, mean, rstd, sums,
+    d_dx, d_dweight, d_dbias, d_dresidual, d_l1, dy, x, activated, weight, bias, mean, rstd, quantizer, sums,
     d_dy, d_x, d_weight, count, rows, width, pitch, channels, strips, splits, tiles,
     ACTIVATION: tl.constexpr, TRAINING: tl.constexpr,
     LAST: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, ACC: tl.constexpr,
@@ -281,7 +306,9 @@ def _batch_norm_act_double_backward_kernel(
         value = load(x, at, inside, ACC)
         gradient = load(dy, at, inside, ACC)
         T: tl.constexpr = x.dtype.element_ty
-        passes = _passes(value, center, scale, shift, y, at, inside, T, ACTIVATION, ACC)
+        passes = _passes(
+            value, center, scale, shift, activated, quantizer, at, inside, T, ACTIVATION, ACC
+        )  # fmt: skip
         g = tl.where(passes, gradient, 0)
         xh = (value - center) * r
         d_g = gw * xh + gb

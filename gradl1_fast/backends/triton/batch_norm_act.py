@@ -6,17 +6,18 @@ Reads and writes of tensors as large as x, in training (a pass each):
 sweep                  without a residual                      with a residual
 =====================  ======================================  =============================
 forward                x; x -> y (2R 1W)                       x; x, residual -> y (3R 1W)
-backward               dy, x; dy, x -> dx (4R 1W)              dy, x, y -> dresidual;
+backward               dy, x; dy, x -> dx (4R 1W)              dy, x, a -> dresidual;
                                                                dresidual, x -> dx (5R 2W)
-double backward        dy, x, d_dx;                            the same, y in either pass and
+double backward        dy, x, d_dx;                            the same, a in either pass and
                        dy, x, d_dx -> d_dy, d_x (6R 2W)        d_dresidual in the second (9R 2W)
 =====================  ======================================  =============================
 
-In evaluation the forward is one pass, the rest is the same. The mask of the activation is recomputed
-from x by the forward's own formula, so the output y is not read; only a residual, which is not kept,
-makes y the source of the mask (without an activation nothing is needed and y is not read either). The
-l1 term of dy costs no pass of its own. In layouts other than NCHW and channels_last without gaps, and
-where layouts differ, each tensor concerned is copied first.
+In evaluation the forward is one pass, the rest is the same. The mask of activation and quantizer is
+recomputed from x by the forward's own formula, so no output is read; only a residual, which is not kept,
+makes ``activated`` (a above) the source of the mask: y itself, or beside a quantizer one write more in
+the forward. Where nothing is masked it is not read either. The quantizer and the l1 term of dy cost no
+pass of their own. In layouts other than NCHW and channels_last without gaps, and where layouts differ,
+each tensor concerned is copied first.
 """
 
 from __future__ import annotations
@@ -39,21 +40,27 @@ def batch_norm_act_forward(
     running_mean: Tensor | None,
     running_var: Tensor | None,
     residual: Tensor | None,
+    scale: Tensor | None,
+    zero_point: Tensor | None,
+    q_min: int,
+    q_max: int,
     training: bool,
     eps: float,
     activation: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ``y = act(norm(x) * weight + bias + residual)`` with the mean and 1/std of each channel.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return ``y = q(act(norm(x) * weight + bias + residual))``, ``activated``, mean and 1/std.
 
-    In training they are the batch's (biased variance), otherwise the running ones.
+    See the reference for what they are.
     """
     if not x.numel():
         return reference.batch_norm_act_forward(
-            x, weight, bias, running_mean, running_var, residual, training, eps, activation
-        )
+            x, weight, bias, running_mean, running_var, residual, scale, zero_point, q_min, q_max,
+            training, eps, activation,
+        )  # fmt: skip
     with _launch.on_device_of(x):
         work = walkable(x)
         cut, y = plan(work), torch.empty_like(work)
+        activated = None if residual is None or scale is None else torch.empty_like(work)
         if training:
             mean, rstd = _statistics(work, cut, eps)
         else:
@@ -66,21 +73,28 @@ def batch_norm_act_forward(
             mean,
             rstd,
             _launch.in_layout_of(residual, work),
+            _quantizer(scale, zero_point, q_min, q_max),
             y,
+            activated,
             ACTIVATION=activation,
             **cut.arguments,
         )
-        return in_layout_of(y, x), mean, rstd
+        kept = absent(x) if activated is None else in_layout_of(activated, x)
+        return in_layout_of(y, x), kept, mean, rstd
 
 
 def batch_norm_act_backward(
     dy: Tensor,
     x: Tensor,
-    y: Tensor | None,
+    activated: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
+    scale: Tensor | None,
+    zero_point: Tensor | None,
+    q_min: int,
+    q_max: int,
     training: bool,
     activation: str,
     with_residual: bool,
@@ -88,29 +102,31 @@ def batch_norm_act_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return ``dx, dweight, dbias, dresidual, l1`` with ``l1 = sum |dy|``.
 
-    ``dresidual`` and ``l1`` are absent where not asked for; so is ``dresidual`` without an
-    activation, when it is ``dy`` itself. ``y`` is read only where a residual was added.
+    ``dresidual`` and ``l1`` are absent where not asked for; so is ``dresidual`` without activation
+    and scale, when it is ``dy`` itself. ``activated`` is read only where a residual was added.
     """
     if not x.numel():
         return reference.batch_norm_act_backward(
-            dy, x, y, weight, bias, mean, rstd, training, activation, with_residual, with_l1
-        )
+            dy, x, activated, weight, bias, mean, rstd, scale, zero_point, q_min, q_max,
+            training, activation, with_residual, with_l1,
+        )  # fmt: skip
     with _launch.on_device_of(x):
         work = walkable(x)
         cut, dx = plan(work), torch.empty_like(work)
-        weight, bias = _vector(weight), _vector(bias)
+        weight, bias, quantizer = _vector(weight), _vector(bias), _quantizer(scale, zero_point, q_min, q_max)
         dy = _launch.in_layout_of(dy, work)
-        masked_residual = with_residual and activation != "none"
+        masked_residual = with_residual and (activation != "none" or scale is not None)
         dresidual = torch.empty_like(work) if masked_residual else None
         sums = _launch.partials(x, 2 + with_l1, cut.splits, cut.channels)
         kernels._batch_norm_act_backward_sums_kernel[cut.grid](
             dy,
             work,
-            _launch.in_layout_of(y, work) if masked_residual else None,
+            _launch.in_layout_of(activated, work) if masked_residual else None,
             weight,
             bias,
             mean,
             rstd,
+            quantizer,
             dresidual,
             sums,
             ACTIVATION=activation,
@@ -127,6 +143,7 @@ def batch_norm_act_backward(
             bias,
             mean,
             rstd,
+            quantizer if dresidual is None else None,
             dweight,
             dbias,
             dx,
@@ -152,11 +169,15 @@ def batch_norm_act_double_backward(
     d_l1: Tensor | None,
     dy: Tensor,
     x: Tensor,
-    y: Tensor | None,
+    activated: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
+    scale: Tensor | None,
+    zero_point: Tensor | None,
+    q_min: int,
+    q_max: int,
     training: bool,
     activation: str,
     with_residual: bool,
@@ -164,15 +185,17 @@ def batch_norm_act_double_backward(
     """Return ``d_dy, d_x, d_weight`` for the cotangents of the five results of the backward."""
     if not x.numel():
         return reference.batch_norm_act_double_backward(
-            d_dx, d_dweight, d_dbias, d_dresidual, d_l1,
-            dy, x, y, weight, bias, mean, rstd, training, activation, with_residual,
+            d_dx, d_dweight, d_dbias, d_dresidual, d_l1, dy, x, activated, weight, bias, mean, rstd,
+            scale, zero_point, q_min, q_max, training, activation, with_residual,
         )  # fmt: skip
     with _launch.on_device_of(x):
         work = walkable(x)
         cut, d_dy, d_x = plan(work), torch.empty_like(work), torch.empty_like(work)
         d_dx, d_dresidual, gradient = (_launch.in_layout_of(t, work) for t in (d_dx, d_dresidual, dy))
-        y = _launch.in_layout_of(y, work) if with_residual and activation != "none" else None
-        saved = (gradient, work, y, _vector(weight), _vector(bias), mean, rstd)
+        masked_residual = with_residual and (activation != "none" or scale is not None)
+        activated = _launch.in_layout_of(activated, work) if masked_residual else None
+        quantizer = _quantizer(scale, zero_point, q_min, q_max)
+        saved = (gradient, work, activated, _vector(weight), _vector(bias), mean, rstd, quantizer)
         shares = _launch.partials(x, 5, cut.splits, cut.channels)
         kernels._batch_norm_act_double_backward_sums_kernel[cut.grid](
             d_dx, *saved, shares, ACTIVATION=activation, **cut.arguments
@@ -223,6 +246,12 @@ def _statistics(x: Tensor, cut: Plan, eps: float) -> tuple[Tensor, Tensor]:
 
 def _vector(values: Tensor | None) -> Tensor | None:
     return None if values is None else values.contiguous()
+
+
+def _quantizer(
+    scale: Tensor | None, zero_point: Tensor | None, q_min: int, q_max: int
+) -> tuple[Tensor, Tensor, float, float] | None:
+    return None if scale is None or zero_point is None else (scale, zero_point, float(q_min), float(q_max))
 
 
 def _wide(values: Tensor | None, x: Tensor) -> Tensor:

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from gradl1_fast.backends.reference._tensors import absent
 from gradl1_fast.backends.triton import _launch
-from gradl1_fast.backends.triton._device import divide, narrow, round_half_even, sign, widen
+from gradl1_fast.backends.triton._device import narrow, sign, widen
+from gradl1_fast.backends.triton._quantizer import quantized, within
 from gradl1_fast.backends.triton.tap import tap_double_backward
 
 _ANY_NUMBER = ["q_min", "q_max"]  # no kernel of its own for every bit-width
@@ -35,17 +36,6 @@ def _grid_of(
     return tl.load(scale + channel).to(ACC), tl.load(zero_point + channel).to(ACC)
 
 
-@triton.jit
-def _codes(x, s, z):
-    return round_half_even(divide(x, s)) + z
-
-
-@triton.jit
-def _inside(x, s, z, q_min, q_max):
-    codes = _codes(x, s, z)
-    return (codes >= q_min) & (codes <= q_max)
-
-
 @triton.jit(do_not_specialize=_ANY_NUMBER)
 def _fake_quantize_forward_kernel(
     x, scale, zero_point, y, n, q_min, q_max, inner, channels, period,
@@ -54,11 +44,8 @@ def _fake_quantize_forward_kernel(
     block = tl.program_id(0).to(tl.int64)
     at = block * BLOCK + tl.arange(0, BLOCK)
     s, z = _grid_of(scale, zero_point, block, inner, channels, period, PER_CHANNEL, INDEX, ACC, BLOCK)
-    codes = _codes(widen(tl.load(x + at, mask=at < n, other=0), ACC), s, z)
-    # Comparisons rather than minimum and maximum: NaN stays NaN.
-    codes = tl.where(codes < q_min, q_min, codes)
-    codes = tl.where(codes > q_max, q_max, codes)
-    tl.store(y + at, narrow((codes - z) * s, y.dtype.element_ty), mask=at < n)
+    levels = quantized(widen(tl.load(x + at, mask=at < n, other=0), ACC), s, z, q_min, q_max)
+    tl.store(y + at, narrow(levels, y.dtype.element_ty), mask=at < n)
 
 
 @triton.jit(do_not_specialize=_ANY_NUMBER)
@@ -69,7 +56,7 @@ def _fake_quantize_backward_kernel(
     block = tl.program_id(0).to(tl.int64)
     at = block * BLOCK + tl.arange(0, BLOCK)
     s, z = _grid_of(scale, zero_point, block, inner, channels, period, PER_CHANNEL, INDEX, ACC, BLOCK)
-    inside = _inside(widen(tl.load(x + at, mask=at < n, other=0), ACC), s, z, q_min, q_max)
+    inside = within(widen(tl.load(x + at, mask=at < n, other=0), ACC), s, z, q_min, q_max)
     value = widen(tl.load(dy + at, mask=at < n, other=0), ACC)
     tl.store(dx + at, narrow(tl.where(inside, value, 0), dx.dtype.element_ty), mask=at < n)
     if partials is not None:
@@ -84,7 +71,7 @@ def _fake_quantize_double_backward_kernel(
     block = tl.program_id(0).to(tl.int64)
     at = block * BLOCK + tl.arange(0, BLOCK)
     s, z = _grid_of(scale, zero_point, block, inner, channels, period, PER_CHANNEL, INDEX, ACC, BLOCK)
-    inside = _inside(widen(tl.load(x + at, mask=at < n, other=0), ACC), s, z, q_min, q_max)
+    inside = within(widen(tl.load(x + at, mask=at < n, other=0), ACC), s, z, q_min, q_max)
     out = tl.where(inside, widen(tl.load(d_dx + at, mask=at < n, other=0), ACC), 0)
     if d_l1 is not None:
         out += sign(widen(tl.load(dy + at, mask=at < n, other=0), ACC)) * tl.load(d_l1).to(ACC)

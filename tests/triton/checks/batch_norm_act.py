@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from gradl1_fast.backends import triton
+from tests.compiled.calls import NO_GRID
+from tests.compiled.folded import assert_folds
 from tests.ops.layouts import LAYOUTS
 from tests.triton.checks.agreement import DTYPES, close
 from tests.triton.checks.memory import blocks, poisoned_memory  # noqa: F401  fixtures
@@ -41,11 +44,12 @@ def sweeps(
     vector = torch.promote_types(x.dtype, torch.float32)
     a, b, c, d = (torch.randn(x.shape[1], device=x.device, dtype=vector) for _ in range(4))
     weight, bias = (a, b) if affine else (None, None)
-    forward = (x, weight, bias, c, d.abs() + 0.1, residual, training, 1e-5, activation)
+    forward = (x, weight, bias, c, d.abs() + 0.1, residual, *NO_GRID, training, 1e-5, activation)
     close("batch_norm_act_forward", *forward)
-    y, mean, rstd = triton.batch_norm_act_forward(*forward)
+    y, _, mean, rstd = triton.batch_norm_act_forward(*forward)
     dy = torch.randn_like(x) if dy is None else dy
-    saved = (dy, x, None if activation == "none" else y, weight, bias, mean, rstd, training, activation)
+    saved = (dy, x, None if activation == "none" else y, weight, bias, mean, rstd)
+    saved = (*saved, *NO_GRID, training, activation)
     has_residual = residual is not None
     for with_l1 in (False, True):
         close("batch_norm_act_backward", *saved, has_residual, with_l1)
@@ -99,6 +103,12 @@ def test_cotangents_that_do_not_arrive(absent: tuple[int, ...], training: bool, 
     sweeps(x, training, "relu", residual, absent=absent, affine=False)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", [Tensor.contiguous, LAYOUTS["channels_last"]])
+def test_quantization_folds_in_bit_for_bit(dtype: torch.dtype, layout: Any, device: torch.device) -> None:
+    assert_folds(triton, (3, 5, 4, 3), dtype, layout, device)
+
+
 def test_nan_and_infinities_stay_in_their_channel(device: torch.device) -> None:
     x = torch.randn(3, 4, 5, 2, device=device)
     x[1, 0, 2, 1], x[0, 2, 0, 0] = float("nan"), float("inf")
@@ -109,14 +119,13 @@ def test_nan_and_infinities_stay_in_their_channel(device: torch.device) -> None:
 
 def test_a_large_mean_does_not_drown_the_variance(device: torch.device) -> None:
     x = 1e4 + torch.randn(8, 3, 16, 16, dtype=torch.float64, device=device)
-    exact = triton.batch_norm_act_forward(x, None, None, None, None, None, True, 0.0, "none")
+    rest = (*[None] * 5, *NO_GRID, True, 0.0, "none")
+    *_, exact, _ = triton.batch_norm_act_forward(x, *rest)
     for layout in (x, LAYOUTS["channels_last"](x)):
-        single = triton.batch_norm_act_forward(
-            layout.float(), None, None, None, None, None, True, 0.0, "none"
-        )
+        *_, mean, rstd = triton.batch_norm_act_forward(layout.float(), *rest)
         rounded = layout.float().double().var((0, 2, 3), correction=0).rsqrt()
-        assert torch.allclose(single[2].double(), rounded, rtol=1e-5, atol=0)
-        assert torch.allclose(single[1].double(), exact[1], rtol=1e-6, atol=0)
+        assert torch.allclose(rstd.double(), rounded, rtol=1e-5, atol=0)
+        assert torch.allclose(mean.double(), exact, rtol=1e-6, atol=0)
 
 
 def test_the_recomputed_mask_is_that_of_the_output(device: torch.device) -> None:
@@ -125,8 +134,9 @@ def test_the_recomputed_mask_is_that_of_the_output(device: torch.device) -> None
         x = torch.randn(64, 5, 4, device=device).to(dtype)
         bias = torch.tensor([0.0, 3e-8, 6.0, -1e-8, 5.999], device=device)
         weight = torch.tensor([1e-7, 1e-8, 1e-3, 1e-8, 1e-3], device=device)
-        y, mean, rstd = triton.batch_norm_act_forward(x, weight, bias, None, None, None, True, 1e-5, "relu6")
-        saved = (torch.ones_like(x), x, y, weight, bias, mean, rstd, True, "relu6")
+        head = (x, weight, bias, None, None, None)
+        y, _, mean, rstd = triton.batch_norm_act_forward(*head, *NO_GRID, True, 1e-5, "relu6")
+        saved = (torch.ones_like(x), x, y, weight, bias, mean, rstd, *NO_GRID, True, "relu6")
         assert torch.equal(
             triton.batch_norm_act_backward(*saved, False, False)[2],
             ((y > 0) & (y < 6)).sum((0, 2)).to(torch.float32),

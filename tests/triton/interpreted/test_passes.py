@@ -79,14 +79,17 @@ def test_fake_quantize(axis: int | None, moved: Counter[str]) -> None:
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("residual", [False, True])
-def test_batch_norm_act(residual: bool, layout: torch.memory_format, moved: Counter[str]) -> None:
+@pytest.mark.parametrize("quantized", [False, True])
+def test_batch_norm_act(
+    quantized: bool, residual: bool, layout: torch.memory_format, moved: Counter[str]
+) -> None:
     x = X.contiguous(memory_format=layout)
-    other = x if residual else None
-    y, mean, rstd = triton.batch_norm_act_forward(
-        x, CHANNELS, CHANNELS, None, None, other, True, 1e-5, "relu"
+    other, grid = x if residual else None, (ONE, ONE, 0, 7) if quantized else (None, None, 0, 0)
+    y, _, mean, rstd = triton.batch_norm_act_forward(
+        x, CHANNELS, CHANNELS, None, None, other, *grid, True, 1e-5, "relu"
     )
-    assert passes(moved) == ((3, 1) if residual else (2, 1))
-    saved = (x, x, y, CHANNELS, CHANNELS, mean, rstd, True, "relu")
+    assert passes(moved) == ((3, 1 + quantized) if residual else (2, 1))
+    saved = (x, x, y, CHANNELS, CHANNELS, mean, rstd, *grid, True, "relu")
     moved.clear()
     triton.batch_norm_act_backward(*saved, residual, True)
     assert passes(moved) == ((5, 2) if residual else (4, 1))

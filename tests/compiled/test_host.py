@@ -170,7 +170,7 @@ def test_empty_tensors(host: ModuleType) -> None:
 
 def test_more_channels_than_a_grid_has_blocks(host: ModuleType) -> None:
     x, one = torch.randn(8, 70_000, 1, 1), torch.ones(70_000)
-    arguments = (x, one, one, None, None, None, True, 1e-5, "relu")
+    arguments = (x, one, one, None, None, None, *NO_GRID, True, 1e-5, "relu")
     assert_agree(
         host.batch_norm_act_forward(*arguments), reference.batch_norm_act_forward(*arguments), 1e-5, "forward"
     )

@@ -46,6 +46,18 @@ def tap(x: Tensor, probe: Tensor) -> Tensor:
         ValueError: the probe is not a scalar or on another device.
 
     Differentiable twice; ``sign(0) = 0``. Source: section 3 of arXiv 2002.07520 and ``ops/tap.py``.
+
+    Example:
+        >>> import torch
+        >>> from gradl1_fast.functional import tap
+        >>> x = torch.tensor([1.0, -2.0], requires_grad=True)
+        >>> probe = torch.zeros((), requires_grad=True)
+        >>> loss = (tap(x, probe) ** 2).sum()
+        >>> norm = torch.autograd.grad(loss, probe, create_graph=True)[0]  # sum |2 x|
+        >>> norm.item()
+        6.0
+        >>> torch.autograd.grad(norm, x)[0]
+        tensor([ 2., -2.])
     """
     check.probe("tap", x, probe)
     return ops.tap.tap_forward(x, probe) if torch.is_grad_enabled() and probe.requires_grad else x
@@ -103,6 +115,13 @@ def fake_quantize(
 
     Differentiable twice, by the straight-through estimator: the gradient passes unchanged where the
     code was not clamped and is zero elsewhere. Source: ``ops/fake_quantize.py``.
+
+    Example:
+        >>> import torch
+        >>> from gradl1_fast.functional import fake_quantize
+        >>> x = torch.tensor([0.24, 0.5, 0.75, 9.0])
+        >>> fake_quantize(x, torch.tensor(0.5), torch.tensor(0.0), 0, 3)  # ties go to the even code
+        tensor([0.0000, 0.5000, 1.0000, 1.5000])
     """
     check.probe("fake_quantize", x, probe)
     axis = check.grid("fake_quantize", x, scale, zero_point, (q_min, q_max), axis)
@@ -122,6 +141,12 @@ def l1_norm(tensors: Sequence[Tensor]) -> Tensor:
         ValueError: there is no tensor, or they are on different devices.
 
     Differentiable twice; ``sign(0) = 0``.
+
+    Example:
+        >>> import torch
+        >>> from gradl1_fast.functional import l1_norm
+        >>> l1_norm([torch.tensor([1.0, -2.0]), torch.ones(2, 2)])
+        tensor([3., 4.])
     """
     check.one_device("l1_norm", tensors)
     return ops.l1_norm.l1_norm_forward(list(tensors))
@@ -155,6 +180,12 @@ def conv(
         ValueError: dimensions or devices do not match. Other shape errors are PyTorch's own.
 
     Differentiable twice, with fprop, dgrad and wgrad only. Under autocast it computes in its type.
+
+    Example:
+        >>> import torch
+        >>> from gradl1_fast.functional import conv
+        >>> conv(torch.ones(1, 1, 4, 4), torch.ones(1, 1, 3, 3), padding="same").shape
+        torch.Size([1, 1, 4, 4])
     """
     x, weight, bias = check.operands("conv", x, weight, bias)
     n = check.conv_dimensions(x, weight)
@@ -180,6 +211,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         ValueError: devices do not match. Shape errors are PyTorch's own.
 
     Differentiable twice. Under autocast it computes in its type.
+
+    Example:
+        >>> import torch
+        >>> from gradl1_fast.functional import linear
+        >>> linear(torch.ones(2, 3), torch.ones(1, 3))
+        tensor([[3.],
+                [3.]])
     """
     x, weight, bias = check.operands("linear", x, weight, bias)
     return ops.linear.linear_forward(x, weight, bias)
@@ -230,6 +268,13 @@ def batch_norm_act(
     Differentiable twice with respect to x, weight, bias, residual; through a quantizer by the
     straight-through estimator. Source:
     ``backends/reference/batch_norm_act.py``.
+
+    Example:
+        >>> import torch
+        >>> from gradl1_fast.functional import batch_norm_act
+        >>> x = torch.tensor([[[-1.0, 1.0]]])
+        >>> batch_norm_act(x, None, None, training=True, eps=0.0, activation="relu")
+        tensor([[[0., 1.]]])
     """
     check.probe("batch_norm_act", x, probe)
     check.normalisation(x, (running_mean, running_var, weight, bias, residual), training, activation)
@@ -252,6 +297,12 @@ def value_range(x: Tensor, axis: int | None = None) -> tuple[Tensor, Tensor]:
 
     In float32, or float64 for float64. Differentiable; a gradient is shared evenly among equal
     extremes. NaN propagates.
+
+    Example:
+        >>> import torch
+        >>> from gradl1_fast.functional import value_range
+        >>> value_range(torch.tensor([[1.0, 5.0], [-3.0, 2.0]]), axis=0)
+        (tensor([ 1., -3.]), tensor([5., 2.]))
     """
     x = x.to(sum_dtype(x.dtype))
     if axis is not None:
@@ -283,6 +334,12 @@ def quantization_grid(
         ValueError: ``bits`` is out of range.
 
     The scale is differentiable with respect to the ends of the range.
+
+    Example:
+        >>> import torch
+        >>> from gradl1_fast.functional import quantization_grid
+        >>> quantization_grid(torch.tensor(-1.0), torch.tensor(2.0), 2, symmetric=False)
+        (tensor(1.), tensor(1.), 0, 3)
     """
     check.bits(bits, "bits")
     low, high = low.clamp(max=0), high.clamp(min=0)

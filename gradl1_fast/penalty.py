@@ -31,11 +31,8 @@ class GradL1:
     W_l are the weights of the quantizable layers that require a gradient, Y_l the activations
     behind quantizers, both as they are at the present width; dL/dW_l is the whole gradient of a
     weight that several layers share. Make the penalty before the forward pass, since activations are
-    measured only once one asks for it, and again when layers were added to the model. To train, with
-    ``loss`` the mini-batch mean::
-
-        loss = criterion(model(x), y)
-        (loss + penalty(loss)).backward()
+    measured only once one asks for it, and again when layers were added to the model. The loss is
+    meant to be the mean over the mini-batch.
 
     The penalty is 1-homogeneous in the loss: with a ``GradScaler`` pass it the scaled loss. Gradient
     sums are float32 at least, and the first backward runs outside autocast.
@@ -64,6 +61,16 @@ class GradL1:
             activation by name, detached; a call that ``every`` skips leaves it as it was.
         lambda_w: may be changed between calls.
         lambda_a: likewise, except from or to 0 under ``torch.compile``, which compiles again.
+
+    Example:
+        >>> import torch, gradl1_fast as gl
+        >>> layers = [torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2)]
+        >>> model = gl.convert(torch.nn.Sequential(*layers))
+        >>> penalty = gl.GradL1(model, lambda_w=0.01, lambda_a=0.01, scale="step")
+        >>> loss = model(torch.randn(16, 4)).square().mean()
+        >>> (loss + penalty(loss)).backward()  # and a step of the optimizer
+        >>> sorted(penalty.terms)
+        ['0.weight', '2.weight', 'activation_quantizers._1']
     """
 
     def __init__(

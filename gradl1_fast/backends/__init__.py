@@ -115,6 +115,16 @@ def backend(name: str) -> Iterator[None]:
     Raises:
         ValueError: the name is not known. An operation that the named backend cannot compute raises
             :class:`UnavailableError` when it is called.
+
+    Example:
+        >>> import torch, gradl1_fast as gl
+        >>> with gl.backend("reference"):
+        ...     y = gl.functional.l1_norm([torch.ones(3)])
+        >>> with gl.backend("abacus"):
+        ...     pass
+        Traceback (most recent call last):
+            ...
+        ValueError: gradl1_fast.backend(): unknown backend 'abacus'; choose one of ...
     """
     _check_name(name, "gradl1_fast.backend()")
     _forced.append(name)

@@ -28,22 +28,11 @@ __all__ = ["GradL1Callback"]
 class GradL1Callback(Callback):  # type: ignore[misc, unused-ignore]  # untyped where lightning is absent
     """Adds a penalty to the loss of each training step, before Lightning's one backward pass.
 
-    The module has converted layers, and the penalty was made for them, before ``fit``::
+    The module has converted layers, and the penalty was made for them, before ``fit``; its
+    ``training_step`` returns the loss without it.
 
-        class Classifier(L.LightningModule):
-            def __init__(self):
-                super().__init__()
-                self.network = gl.convert(build())
-            ...
-
-        module = Classifier()
-        penalty = gl.GradL1(module.network, lambda_w=0.01, lambda_a=0.01, scale="step")
-        trainer = L.Trainer(max_epochs=20, callbacks=[GradL1Callback(penalty, first_epoch=15)])
-        trainer.fit(module, loader)
-
-    The loss that ``training_step`` returns is logged without the penalty, and the penalty as
-    ``gradl1_penalty``. What Lightning does to the loss before its backward, the scale of a
-    ``GradScaler`` and the share of ``accumulate_grad_batches``, acts on the penalty alike.
+    The penalty is logged as ``gradl1_penalty``. What Lightning does to the loss before its backward,
+    the scale of a ``GradScaler`` and the share of ``accumulate_grad_batches``, acts on it alike.
 
     Args:
         penalty: made for layers of the module that is trained, with ``method="exact"``.
@@ -57,6 +46,12 @@ class GradL1Callback(Callback):  # type: ignore[misc, unused-ignore]  # untyped 
     ``fit`` raises a RuntimeError where the penalty could get lost: with manual optimization, with a
     strategy other than one device or DDP, where the penalty is for another module's layers, and after
     a backward pass that went past the module's hook. Under DDP the penalty is the mean of the ranks'.
+
+    Example:
+        >>> import torch, gradl1_fast as gl
+        >>> network = gl.convert(torch.nn.Sequential(torch.nn.Linear(4, 2)))  # the module has it
+        >>> penalty = gl.GradL1(network, lambda_w=0.01, lambda_a=0, scale="step")
+        >>> callback = GradL1Callback(penalty, first_epoch=15)  # for Trainer(callbacks=[callback])
     """
 
     def __init__(self, penalty: GradL1, first_epoch: int = 0) -> None:

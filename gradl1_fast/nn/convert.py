@@ -45,6 +45,18 @@ def convert(model: nn.Module, *, per_channel: bool = False) -> nn.Module:
     Raises:
         ValueError: the model has no convolution and no linear layer, or it has plain layers beside
             layers of this library.
+
+    Example:
+        >>> import torch, gradl1_fast as gl
+        >>> plain = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 4, 3))
+        >>> model = gl.convert(plain)
+        >>> [type(layer).__name__ for layer in model.children() if hasattr(layer, "weight")]
+        ['QConv2d', 'QConv2d']
+        >>> x = torch.randn(2, 3, 8, 8)
+        >>> torch.equal(model(x), plain(x))  # float, as before
+        True
+        >>> model.state_dict().keys() == plain.state_dict().keys()
+        True
     """
     if any(isinstance(m, QuantizedLayer | BatchNormAct2d) for m in model.modules()):
         _refuse_half_converted(model)

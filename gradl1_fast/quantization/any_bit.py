@@ -55,6 +55,15 @@ def save_any_bit(model: nn.Module, path: str | os.PathLike[str]) -> dict[int, in
         ValueError: the model has no layers of this library, or a weight or another entry of the state dict
             holds NaN or infinity; the message names it.
         OSError: the file cannot be written.
+
+    Example:
+        >>> import torch, gradl1_fast as gl
+        >>> model = gl.convert(torch.nn.Sequential(torch.nn.Linear(64, 64)))
+        >>> reads = gl.save_any_bit(model, "model.safetensors")
+        >>> reads[4] < 0.7 * reads[8]
+        True
+        >>> narrow = gl.convert(torch.nn.Sequential(torch.nn.Linear(64, 64)))
+        >>> narrow = gl.load_any_bit(narrow, "model.safetensors", w=4)
     """
     try:
         from safetensors.torch import save

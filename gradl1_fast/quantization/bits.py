@@ -30,6 +30,17 @@ def set_bits(model: nn.Module, *, w: Widths, a: Widths) -> None:
         ValueError: a width is out of range, or wider than what was read of an any-bit file, a name is
             unknown, or the model has no quantizers.
         RuntimeError: an activation has no range yet. The model is then as it was.
+
+    Example:
+        >>> import torch, gradl1_fast as gl
+        >>> layers = [torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2)]
+        >>> model = gl.convert(torch.nn.Sequential(*layers))
+        >>> gl.set_bits(model, w=4, a=None)  # weights alone
+        >>> gl.set_bits(model, w={"2": 8}, a={})  # the last layer's weight wider
+        >>> gl.set_bits(model, w=4, a=4)
+        Traceback (most recent call last):
+            ...
+        RuntimeError: no activation range for ...: call gradl1_fast.calibrate(model, batches) first
     """
     weights = {name: layer.weight_quantizer for name, layer in named_layers(model).items()}
     activations = named_quantizers(model)
@@ -59,6 +70,16 @@ def bits(model: nn.Module, *, w: Widths, a: Widths) -> Iterator[nn.Module]:
     """Set widths as :func:`set_bits` does, for the ``with`` block alone.
 
     Each quantizer then gets the width that it had, also after an exception.
+
+    Example:
+        >>> import torch, gradl1_fast as gl
+        >>> model = gl.convert(torch.nn.Sequential(torch.nn.Linear(4, 2)))
+        >>> x = torch.randn(3, 4)
+        >>> before = model(x)
+        >>> with gl.bits(model, w=2, a=None):
+        ...     coarse = model(x)
+        >>> torch.equal(coarse, before), torch.equal(model(x), before)
+        (False, True)
     """
     quantizers = [m for m in model.modules() if isinstance(m, WeightQuantizer | ActivationQuantizer)]
     before = [(quantizer, quantizer.bits) for quantizer in quantizers]

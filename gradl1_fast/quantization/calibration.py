@@ -51,6 +51,16 @@ def calibrate(
         TypeError: ``ranges`` is neither a name nor an object of :mod:`gradl1_fast.ranges`, or ``batches`` is
             a single tensor.
         RuntimeError: a quantizer was never reached.
+
+    Example:
+        >>> import torch, gradl1_fast as gl
+        >>> layers = [torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2)]
+        >>> model = gl.convert(torch.nn.Sequential(*layers))
+        >>> batches = [torch.randn(16, 4) for _ in range(3)]
+        >>> gl.calibrate(model, batches)
+        >>> with gl.bits(model, w=4, a=4):
+        ...     y = model(batches[0])
+        >>> gl.calibrate(model, batches, ranges="percentile")
     """
     quantizers = quantizers_of(model)
     method = choose("calibrate", ranges)
@@ -82,6 +92,12 @@ def calibrate_weights(model: nn.Module, *, ranges: str | Range = "mse") -> None:
         ValueError: the model has no layers of this library, the choice has no meaning for weights, or a
             weight holds NaN or infinity; the message names the layer. The ranges are then as they were.
         TypeError: ``ranges`` is neither a name nor an object of :mod:`gradl1_fast.ranges`.
+
+    Example:
+        >>> import torch, gradl1_fast as gl
+        >>> model = gl.convert(torch.nn.Sequential(torch.nn.Linear(4, 2)))
+        >>> gl.calibrate_weights(model, ranges="mse")
+        >>> gl.calibrate_weights(model, ranges="min_max")  # back to each weight's own range
     """
     layers = named_layers(model)
     if not layers:

@@ -62,6 +62,13 @@ def costs(model: nn.Module, example: Tensor | None = None) -> Costs:
 
     Raises:
         ValueError: the model has no layers of this library.
+
+    Example:
+        >>> import torch, gradl1_fast as gl
+        >>> model = gl.convert(torch.nn.Sequential(torch.nn.Linear(4, 2, bias=False)))
+        >>> found = gl.costs(model, torch.randn(1, 4))
+        >>> found.weights, found.size({"0": 4}), found.products
+        ({'0': 8}, 4.0, {'0': 8})
     """
     layers = named_layers(model)
     if not layers:

@@ -86,6 +86,13 @@ def fold_batch_norm(model: nn.Module, inputs: Tensor | None = None) -> Folding:
     Raises:
         ValueError: the model has no layers of this library.
         TypeError: the output to be compared is not a tensor.
+
+    Example:
+        >>> import torch, gradl1_fast as gl
+        >>> plain = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.BatchNorm2d(2), torch.nn.ReLU())
+        >>> folding = gl.fold_batch_norm(gl.convert(plain).eval(), torch.randn(4, 1, 6, 6))
+        >>> folding.model.get_submodule("0").bias is not None
+        True
     """
     if not any(isinstance(m, QuantizedLayer | BatchNormAct2d) for m in model.modules()):
         raise ValueError("fold_batch_norm: the model is not converted: call gradl1_fast.convert(model) first")

@@ -159,6 +159,19 @@ def search(
         ValueError: both budgets or none are given, the budget is below what the narrowest choice costs, a
             width is out of range, or ``evaluate`` returned NaN.
         RuntimeError: an activation has no range yet.
+
+    Example:
+        >>> import torch, gradl1_fast as gl
+        >>> layers = [torch.nn.Linear(8, 8, bias=False), torch.nn.ReLU(), torch.nn.Linear(8, 8, bias=False)]
+        >>> model = gl.convert(torch.nn.Sequential(*layers)).eval()
+        >>> x = torch.randn(32, 8)
+        >>> y = model(x).detach()
+        >>> def error(model):
+        ...     return float((model(x) - y).detach().square().mean())
+        >>> plan = gl.search(model, error, size=80, higher_is_better=False)  # bytes; at 8 bits it takes 128
+        >>> gl.costs(model).size(plan.best.w) <= 80
+        True
+        >>> plan.apply(model)
     """
     if (size is None) == (bit_operations is None):
         raise ValueError("search: give one budget, size (bytes) or bit_operations")

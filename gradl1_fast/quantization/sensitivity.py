@@ -127,6 +127,14 @@ def sensitivity(
         TypeError: a width is not an int.
         ValueError: a width is out of range.
         RuntimeError: an activation has no range yet.
+
+    Example:
+        >>> import torch, gradl1_fast as gl
+        >>> layers = [torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2)]
+        >>> model = gl.convert(torch.nn.Sequential(*layers))
+        >>> x = torch.randn(16, 4)
+        >>> gl.calibrate(model.eval(), [x])
+        >>> alone = gl.sensitivity(model, lambda m: float(m(x).detach().sum()), w=(4, 2), a=(4,))
     """
     for kind, widths in (("w", w), ("a", a)):
         for width in widths:

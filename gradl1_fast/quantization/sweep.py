@@ -124,6 +124,19 @@ def sweep(
         ValueError: there is no width or no batch, a width or ``workers`` is out of range, or there are
             several workers and ``batches``, or a module in training mode.
         RuntimeError: an activation has no range yet.
+
+    Example:
+        >>> import torch, gradl1_fast as gl
+        >>> model = gl.convert(torch.nn.Sequential(torch.nn.Linear(4, 2))).eval()
+        >>> x = torch.ones(1, 4)
+        >>> gl.calibrate(model, [x])
+        >>> table = gl.sweep(model, lambda m: 1.0, widths=[(None, None), (4, 8)])
+        >>> print(table)
+            w      a  value
+        float  float  1.0000
+            4      8  1.0000
+        >>> table[4, 8]
+        1.0
     """
     checked = [_pair(width) for width in widths]
     if not checked:

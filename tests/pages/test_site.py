@@ -96,4 +96,3 @@ def test_roles_in_docstrings_become_links_to_the_reference() -> None:
     assert "needs [`calibrate`][gradl1_fast.calibrate] before" in text
     text = package["penalty.GradL1"].docstring.value
     assert "approximation of [`backward`][gradl1_fast.GradL1.backward]" in text
-    assert "the mini-batch mean:\n\n    loss =" in text

@@ -77,7 +77,7 @@ def _dot(at: int, value: float, kind: str) -> str:
 
 
 def _label(place: int, words: str, kind: str) -> str:
-    y = _y(30) + 22 * place
+    y = _y(35) + 18 * place
     return (
         f'<line class="{kind}" x1="{_LEFT + 16}" x2="{_LEFT + 40}" y1="{y:.1f}" y2="{y:.1f}"/>'
         f'<text x="{_LEFT + 48}" y="{y + 4:.1f}">{words}</text>'

@@ -47,7 +47,7 @@ def tap(x: Tensor, probe: Tensor) -> Tensor:
 
     Differentiable twice; ``sign(0) = 0``. Source: section 3 of arXiv 2002.07520 and ``ops/tap.py``.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from gradl1_fast.functional import tap
         >>> x = torch.tensor([1.0, -2.0], requires_grad=True)
@@ -116,7 +116,7 @@ def fake_quantize(
     Differentiable twice, by the straight-through estimator: the gradient passes unchanged where the
     code was not clamped and is zero elsewhere. Source: ``ops/fake_quantize.py``.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from gradl1_fast.functional import fake_quantize
         >>> x = torch.tensor([0.24, 0.5, 0.75, 9.0])
@@ -142,7 +142,7 @@ def l1_norm(tensors: Sequence[Tensor]) -> Tensor:
 
     Differentiable twice; ``sign(0) = 0``.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from gradl1_fast.functional import l1_norm
         >>> l1_norm([torch.tensor([1.0, -2.0]), torch.ones(2, 2)])
@@ -181,7 +181,7 @@ def conv(
 
     Differentiable twice, with fprop, dgrad and wgrad only. Under autocast it computes in its type.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from gradl1_fast.functional import conv
         >>> conv(torch.ones(1, 1, 4, 4), torch.ones(1, 1, 3, 3), padding="same").shape
@@ -212,7 +212,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Differentiable twice. Under autocast it computes in its type.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from gradl1_fast.functional import linear
         >>> linear(torch.ones(2, 3), torch.ones(1, 3))
@@ -269,7 +269,7 @@ def batch_norm_act(
     straight-through estimator. Source:
     ``backends/reference/batch_norm_act.py``.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from gradl1_fast.functional import batch_norm_act
         >>> x = torch.tensor([[[-1.0, 1.0]]])
@@ -298,7 +298,7 @@ def value_range(x: Tensor, axis: int | None = None) -> tuple[Tensor, Tensor]:
     In float32, or float64 for float64. Differentiable; a gradient is shared evenly among equal
     extremes. NaN propagates.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from gradl1_fast.functional import value_range
         >>> value_range(torch.tensor([[1.0, 5.0], [-3.0, 2.0]]), axis=0)
@@ -335,7 +335,7 @@ def quantization_grid(
 
     The scale is differentiable with respect to the ends of the range.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from gradl1_fast.functional import quantization_grid
         >>> quantization_grid(torch.tensor(-1.0), torch.tensor(2.0), 2, symmetric=False)

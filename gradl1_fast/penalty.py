@@ -62,7 +62,7 @@ class GradL1:
         lambda_w: may be changed between calls.
         lambda_a: likewise, except from or to 0 under ``torch.compile``, which compiles again.
 
-    Example:
+    Examples:
         >>> import torch, gradl1_fast as gl
         >>> layers = [torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2)]
         >>> model = gl.convert(torch.nn.Sequential(*layers))

@@ -116,7 +116,7 @@ def backend(name: str) -> Iterator[None]:
         ValueError: the name is not known. An operation that the named backend cannot compute raises
             :class:`UnavailableError` when it is called.
 
-    Example:
+    Examples:
         >>> import torch, gradl1_fast as gl
         >>> with gl.backend("reference"):
         ...     y = gl.functional.l1_norm([torch.ones(3)])

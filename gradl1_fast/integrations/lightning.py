@@ -47,7 +47,7 @@ class GradL1Callback(Callback):  # type: ignore[misc, unused-ignore]  # untyped 
     strategy other than one device or DDP, where the penalty is for another module's layers, and after
     a backward pass that went past the module's hook. Under DDP the penalty is the mean of the ranks'.
 
-    Example:
+    Examples:
         >>> import torch, gradl1_fast as gl
         >>> network = gl.convert(torch.nn.Sequential(torch.nn.Linear(4, 2)))  # the module has it
         >>> penalty = gl.GradL1(network, lambda_w=0.01, lambda_a=0, scale="step")

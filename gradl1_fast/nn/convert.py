@@ -46,7 +46,7 @@ def convert(model: nn.Module, *, per_channel: bool = False) -> nn.Module:
         ValueError: the model has no convolution and no linear layer, or it has plain layers beside
             layers of this library.
 
-    Example:
+    Examples:
         >>> import torch, gradl1_fast as gl
         >>> plain = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 4, 3))
         >>> model = gl.convert(plain)

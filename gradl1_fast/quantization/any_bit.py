@@ -56,7 +56,7 @@ def save_any_bit(model: nn.Module, path: str | os.PathLike[str]) -> dict[int, in
             holds NaN or infinity; the message names it.
         OSError: the file cannot be written.
 
-    Example:
+    Examples:
         >>> import torch, gradl1_fast as gl
         >>> model = gl.convert(torch.nn.Sequential(torch.nn.Linear(64, 64)))
         >>> reads = gl.save_any_bit(model, "model.safetensors")

@@ -31,7 +31,7 @@ def set_bits(model: nn.Module, *, w: Widths, a: Widths) -> None:
             unknown, or the model has no quantizers.
         RuntimeError: an activation has no range yet. The model is then as it was.
 
-    Example:
+    Examples:
         >>> import torch, gradl1_fast as gl
         >>> layers = [torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2)]
         >>> model = gl.convert(torch.nn.Sequential(*layers))
@@ -71,7 +71,7 @@ def bits(model: nn.Module, *, w: Widths, a: Widths) -> Iterator[nn.Module]:
 
     Each quantizer then gets the width that it had, also after an exception.
 
-    Example:
+    Examples:
         >>> import torch, gradl1_fast as gl
         >>> model = gl.convert(torch.nn.Sequential(torch.nn.Linear(4, 2)))
         >>> x = torch.randn(3, 4)

@@ -52,7 +52,7 @@ def calibrate(
             a single tensor.
         RuntimeError: a quantizer was never reached.
 
-    Example:
+    Examples:
         >>> import torch, gradl1_fast as gl
         >>> layers = [torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2)]
         >>> model = gl.convert(torch.nn.Sequential(*layers))
@@ -93,7 +93,7 @@ def calibrate_weights(model: nn.Module, *, ranges: str | Range = "mse") -> None:
             weight holds NaN or infinity; the message names the layer. The ranges are then as they were.
         TypeError: ``ranges`` is neither a name nor an object of :mod:`gradl1_fast.ranges`.
 
-    Example:
+    Examples:
         >>> import torch, gradl1_fast as gl
         >>> model = gl.convert(torch.nn.Sequential(torch.nn.Linear(4, 2)))
         >>> gl.calibrate_weights(model, ranges="mse")

@@ -63,7 +63,7 @@ def costs(model: nn.Module, example: Tensor | None = None) -> Costs:
     Raises:
         ValueError: the model has no layers of this library.
 
-    Example:
+    Examples:
         >>> import torch, gradl1_fast as gl
         >>> model = gl.convert(torch.nn.Sequential(torch.nn.Linear(4, 2, bias=False)))
         >>> found = gl.costs(model, torch.randn(1, 4))

@@ -87,7 +87,7 @@ def fold_batch_norm(model: nn.Module, inputs: Tensor | None = None) -> Folding:
         ValueError: the model has no layers of this library.
         TypeError: the output to be compared is not a tensor.
 
-    Example:
+    Examples:
         >>> import torch, gradl1_fast as gl
         >>> plain = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.BatchNorm2d(2), torch.nn.ReLU())
         >>> folding = gl.fold_batch_norm(gl.convert(plain).eval(), torch.randn(4, 1, 6, 6))

@@ -160,7 +160,7 @@ def search(
             width is out of range, or ``evaluate`` returned NaN.
         RuntimeError: an activation has no range yet.
 
-    Example:
+    Examples:
         >>> import torch, gradl1_fast as gl
         >>> layers = [torch.nn.Linear(8, 8, bias=False), torch.nn.ReLU(), torch.nn.Linear(8, 8, bias=False)]
         >>> model = gl.convert(torch.nn.Sequential(*layers)).eval()

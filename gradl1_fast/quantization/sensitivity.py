@@ -128,7 +128,7 @@ def sensitivity(
         ValueError: a width is out of range.
         RuntimeError: an activation has no range yet.
 
-    Example:
+    Examples:
         >>> import torch, gradl1_fast as gl
         >>> layers = [torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2)]
         >>> model = gl.convert(torch.nn.Sequential(*layers))

@@ -125,7 +125,7 @@ def sweep(
             several workers and ``batches``, or a module in training mode.
         RuntimeError: an activation has no range yet.
 
-    Example:
+    Examples:
         >>> import torch, gradl1_fast as gl
         >>> model = gl.convert(torch.nn.Sequential(torch.nn.Linear(4, 2))).eval()
         >>> x = torch.ones(1, 4)

@@ -31,13 +31,25 @@ def documented() -> list[str]:
 
 
 def resolve(name: str) -> Any:
+    """Return an object by its address; a module is preferred to a function of the same name beside it."""
     parts = name.split(".")
     found: Any = importlib.import_module(parts[0])
     for place, part in enumerate(parts[1:], 2):
-        if not hasattr(found, part):
-            importlib.import_module(".".join(parts[:place]))
-        found = getattr(found, part)
+        try:
+            found = importlib.import_module(".".join(parts[:place]))
+        except ModuleNotFoundError:
+            found = getattr(found, part)
     return found
+
+
+def test_an_address_is_of_an_object_not_of_a_module_that_is_called_alike() -> None:
+    griffe = pytest.importorskip(
+        "griffe", reason="the site is built with it: pip install 'gradl1-fast[docs]'"
+    )
+    package = griffe.load("gradl1_fast", search_paths=[ROOT], submodules=True)
+    found = {name: package[name.partition(".")[2]] for name in documented()}
+    modules = [name for name, each in found.items() if each.is_module]
+    assert not modules, "the site would show the whole module: give the full address"
 
 
 def public_packages() -> list[str]:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from gradl1_fast.backends import available, backend, reference, resolve
 from tests.compiled.calls import OPERATIONS, l1_norm
+from tests.compiled.folded import assert_folds
 from tests.compiled.test_host import TOLERANCES, assert_agree
 from tests.ops.layouts import channels_last
 
@@ -49,6 +50,7 @@ def sweep_all(name: str, device: torch.device, report: Callable[[str], None] = p
         sweeps = resolve("tap", torch.empty(0, device=device))
     for dtype in DTYPES:
         for shape, layout in SHAPES:
+            assert_folds(sweeps, shape, dtype, layout, device)
             for operation in OPERATIONS:
                 tolerance = max(TOLERANCES[dtype], 2e-6 if operation is l1_norm else 0.0)
                 for sweep, arguments in operation(shape, dtype, layout):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gradl1_fast.backends import UnavailableError, backend, reference, resolve
 from tests.compiled.calls import OPERATIONS, SHAPES, l1_norm
+from tests.compiled.folded import assert_folds
 from tests.compiled.test_host import TOLERANCES, assert_agree, tensors_of
 from tests.ops.layouts import LAYOUTS
 
@@ -53,6 +54,15 @@ def test_equals_the_reference(operation: Any, dtype: torch.dtype, layout: str, c
             actual = on_cpu(getattr(cuda, name)(*map(on_gpu, arguments)))
             exact = name == "fake_quantize_forward"
             assert_agree(actual, expected, 0.0 if exact else tolerance, f"{name} of {shape}")
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("layout", [Tensor.contiguous, LAYOUTS["channels_last"]])
+def test_quantization_folds_into_batch_norm_bit_for_bit(
+    dtype: torch.dtype, layout: Any, cuda: ModuleType
+) -> None:
+    for shape in [(4, 19, 7, 5), (2, 300, 5, 5), (33, 17, 9, 16)]:
+        assert_folds(cuda, shape, dtype, layout, "cuda")
 
 
 def gpu_calls() -> list[tuple[str, list[Any]]]:

@@ -16,6 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 
 import gradl1_fast as gl
 from gradl1_fast.nn import ActivationQuantizer, BatchNormAct2d, QConv2d, QLinear, QuantizedLayer
+from gradl1_fast.nn.converted import ConvertedModel
 from tests.gradients import assert_gradients
 from tests.networks import NETWORKS, RESNET, VGG, Network
 from tests.nn import models
@@ -351,6 +352,24 @@ def _penalty(model: nn.Module, network: Network) -> tuple[float, dict[str, float
     assert all(site.probe.is_leaf and site.probe.requires_grad for site in penalty.sites)
     value = penalty(network.loss(model)).detach()
     return float(value), {name: float(term) for name, term in penalty.terms.items()}
+
+
+class Sparing(models.Base):
+    features = models.functional_relu
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spare, self.note = nn.Conv2d(2, 2, 1), "kept"
+
+
+@pytest.mark.parametrize("copied", [deep_copied, pickled, saved])
+def test_copies_keep_what_the_forward_pass_does_not_use(copied: Callable[[nn.Module], nn.Module]) -> None:
+    model = gl.convert(Sparing())
+    twin = copied(model)
+    assert list(twin.state_dict()) == list(model.state_dict()) == list(Sparing().state_dict())
+    assert twin.note == "kept"
+    assert isinstance(twin, ConvertedModel)  # which folding and export ask for
+    assert twin.spare.weight is not model.spare.weight
 
 
 class DataDependent(models.Base):

@@ -1,0 +1,97 @@
+"""docs/reliability.md names a guard, a test and what was broken for every fault, and each of them exists."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "reliability.md"
+FAULTS = range(1, 24)
+ON_A_GPU = re.compile(r"not yet run on a GPU|run on .+ on \d{4}-\d\d-\d\d")
+
+
+class Line(NamedTuple):
+    """A line of a table; ``number`` is that of the heading above it."""
+
+    number: int
+    fault: str
+    outcome: str
+    guard: str
+    test: str
+    red: str
+
+    @property
+    def tests(self) -> list[str]:
+        return re.findall(r"`([^`]+)`", self.test)
+
+    @property
+    def guards(self) -> list[str]:
+        return [name for name in re.findall(r"`([^`]+)`", self.guard) if "/" in name or name.endswith(".py")]
+
+
+def read() -> list[Line]:
+    found, number = [], 0
+    for text in PAGE.read_text(encoding="utf-8").splitlines():
+        if heading := re.match(r"## (\d+)\. \S", text):
+            number = int(heading[1])
+        elif text.startswith("| ") and not text.startswith("| fault |"):
+            found.append(Line(number, *(cell.strip() for cell in text.strip("| ").split(" | "))))
+    return found
+
+
+LINES = read()
+EACH = pytest.mark.parametrize("line", LINES, ids=lambda line: f"{line.number} {line.fault}")
+
+
+@functools.cache
+def names_in(path: Path) -> frozenset[str]:
+    """Return the functions that a test file defines, or takes whole from another one."""
+    found: set[str] = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef):
+            found.add(node.name)
+        elif isinstance(node, ast.ImportFrom) and node.names[0].name == "*":
+            found |= names_in(ROOT / (str(node.module).replace(".", "/") + ".py"))
+    return frozenset(found)
+
+
+def test_every_fault_has_its_lines_in_order() -> None:
+    numbers = [line.number for line in LINES]
+    assert numbers == sorted(numbers)
+    assert set(numbers) == set(FAULTS)
+
+
+@EACH
+def test_every_test_that_is_named_exists(line: Line) -> None:
+    assert line.tests
+    for test in line.tests:
+        file, separator, name = test.partition("::")
+        assert separator
+        assert Path(file).name.startswith("test_"), f"pytest does not collect {file}"
+        assert name in names_in(ROOT / file), test
+
+
+@EACH
+def test_every_guard_that_is_named_exists(line: Line) -> None:
+    assert line.guards or "`" not in line.guard
+    for guard in line.guards:
+        assert (ROOT / guard).exists(), guard
+
+
+@EACH
+def test_what_was_broken_is_said_or_that_no_gpu_has_seen_it(line: Line) -> None:
+    assert line.red
+    on_a_gpu = [test.startswith("tests/gpu/") for test in line.tests]
+    assert len(set(on_a_gpu)) == 1, "tests that need a GPU have lines of their own"
+    assert bool(ON_A_GPU.search(line.red)) == on_a_gpu[0]
+
+
+def test_a_name_that_is_missing_would_be_found() -> None:
+    assert "test_layouts" in names_in(ROOT / "tests" / "gpu" / "test_triton_elementwise.py")
+    assert "test_no_such_thing" not in names_in(Path(__file__))

@@ -74,12 +74,12 @@ def check_finite(losses: Tensor, penalties: Tensor, epoch: int, first: int, *, s
         epoch: their epoch, from 0.
         first: the first of them, from 0.
         skips: a step whose gradients are not finite changes nothing, as with float16. There it is an error
-            if not one of the losses is finite.
+            if not one of the steps is finite.
 
     Raises:
         TrainingError: names the first such step.
     """
-    finite = losses.isfinite() if skips else losses.isfinite() & penalties.isfinite()
+    finite = losses.isfinite() & penalties.isfinite()
     if finite.any() if skips else finite.all():
         return
     place = int(finite.int().argmin())

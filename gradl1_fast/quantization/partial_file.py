@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradl1_fast import _checks as check
+
 __all__ = ["Entry", "PartialFile"]
 
 _TYPES = {
@@ -93,8 +95,7 @@ class PartialFile:
         """Check that every entry was read or is one of ``unread``."""
         unknown = self._header.keys() - self._read - set(unread)
         if unknown:
-            names = ", ".join(sorted(unknown)[:5])
-            raise ValueError(f"{self.path}: unknown entries for this model: {names:.300}")
+            raise ValueError(f"{self.path}: unknown entries for this model: {check.some(unknown)}")
 
     def read(self, key: str, *allowed: Entry) -> Tensor:
         """Return a tensor, which must be finite and one of the kinds allowed.

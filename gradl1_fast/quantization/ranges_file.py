@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gradl1_fast import _checks as check
 from gradl1_fast import _files
 from gradl1_fast.nn.quantizers import ActivationQuantizer, WeightQuantizer
 from gradl1_fast.nn.sites import named_layers
@@ -118,7 +119,7 @@ def _check_names(
     allowed = needed | {f"{name}.clip" for name in weights}
     for what, keys in (("missing", needed - entries.keys()), ("unknown", entries.keys() - allowed)):
         if keys:
-            raise ValueError(f"{path}: {what} entries for this model: {', '.join(sorted(keys))}")
+            raise ValueError(f"{path}: {what} entries for this model: {check.some(keys)}")
     for key, value in entries.items():
         if value.dtype not in (torch.float32, torch.float64):
             raise ValueError(f"{path}: entry {key!r} must have type float32 or float64, got {value.dtype}")

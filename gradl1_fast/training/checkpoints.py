@@ -7,18 +7,18 @@ another name, brought to the disk and renamed, so that what has the name is whol
 from __future__ import annotations
 
 import io
-import math
 import os
-import pickle
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gradl1_fast import _checks as check
 from gradl1_fast import _files
+from gradl1_fast.training.epoch import Epoch
+from gradl1_fast.training.state_file import entries_in, is_finite, read_state
 from gradl1_fast.training.trainer import Trainer
 from gradl1_fast.training.weights_file import load_weights, save_weights
 
@@ -26,16 +26,7 @@ __all__ = ["latest", "load", "save"]
 
 _PREFIX, _DIGITS = "step-", 12
 _PARTIAL = ".partial"
-_BROKEN = (
-    pickle.UnpicklingError,
-    RuntimeError,
-    EOFError,
-    ValueError,
-    KeyError,
-    TypeError,
-    AttributeError,
-    OSError,
-)
+_UNFIT = (RuntimeError, ValueError, LookupError, TypeError, AttributeError)
 
 
 def save(folder: Path, trainer: Trainer, state: dict[str, Any], rows: list[dict[str, float]]) -> None:
@@ -82,29 +73,18 @@ def load(path: Path, trainer: Trainer) -> list[dict[str, float]]:
         OSError: it cannot be read.
     """
     file = path / "state.pt"
-    state = _read(file, trainer.ranks.device)
+    state = read_state(file, trainer.ranks.device)
     _check(file, state, trainer)
     load_weights(trainer.model, path / "weights.safetensors")
     try:
         trainer.load_state_dict(state)
-    except _BROKEN as error:
-        raise ValueError(f"{file}: does not fit this training: {error}") from error
+    except _UNFIT as error:
+        raise ValueError(f"{file}: does not fit this training: {error!s:.300}") from error
     return list(state["rows"])
 
 
 def _all(folder: Path) -> list[Path]:
     return [path for path in folder.glob(f"{_PREFIX}*") if path.is_dir()]
-
-
-def _read(file: Path, device: torch.device) -> dict[str, Any]:
-    with open(file, "rb") as opened:
-        try:
-            state = torch.load(opened, map_location=device, weights_only=True)
-        except _BROKEN as error:
-            raise ValueError(f"{file}: not a whole file of tensors and numbers: {error}") from error
-    if not isinstance(state, dict):
-        raise ValueError(f"{file}: must hold a dictionary, got {type(state).__name__}")
-    return state
 
 
 def _check(file: Path, state: dict[str, Any], trainer: Trainer) -> None:
@@ -114,7 +94,7 @@ def _check(file: Path, state: dict[str, Any], trainer: Trainer) -> None:
     for name, end in (("epoch", trainer.config.training.epochs), ("step", trainer.steps)):
         if type(state[name]) is not int or not 0 <= state[name] <= end:
             raise ValueError(
-                f"{file}: entry {name!r} must be a whole number from 0 to {end}, got {state[name]!r}"
+                f"{file}: entry {name!r} must be a whole number from 0 to {end}, got {state[name]!r:.80}"
             )
     for name in ("optimizer", "schedule", "scaler", "average", "objective"):
         _same_keys(file, f"{name}.", state[name], like[name])
@@ -122,10 +102,11 @@ def _check(file: Path, state: dict[str, Any], trainer: Trainer) -> None:
         _same_tensor(file, f"average.{key}", state["average"][key], value)
     _same_tensor(file, "order", state["order"], like["order"])
     measured = ("seen", "rows")  # a loss may be infinite: with float16 such a step is skipped
-    for name, value in _leaves("", {key: value for key, value in state.items() if key not in measured}):
-        if not _is_finite(value):
+    for name, value in entries_in(file, {key: value for key, value in state.items() if key not in measured}):
+        if not is_finite(value):
             raise ValueError(f"{file}: entry {name!r} holds NaN or infinity")
     _check_optimizer(file, state["optimizer"], trainer)
+    _check_measured(file, state)
 
 
 def _check_optimizer(file: Path, found: dict[str, Any], trainer: Trainer) -> None:
@@ -141,6 +122,36 @@ def _check_optimizer(file: Path, found: dict[str, Any], trainer: Trainer) -> Non
                 )
 
 
+def _check_measured(file: Path, state: dict[str, Any]) -> None:
+    """Check what was seen of the present epoch, on each rank, and the metrics of those before."""
+    if not isinstance(state["seen"], list):
+        raise ValueError(f"{file}: entry 'seen' must be a list")
+    for rank, seen in enumerate(state["seen"]):
+        name = f"seen.{rank}"
+        _same_keys(file, f"{name}.", seen, Epoch().state_dict())
+        for key in ("losses", "penalties"):
+            _same_tensor(file, f"{name}.{key}", seen[key], torch.empty(state["step"]))
+        if not isinstance(seen["parts"], dict):
+            raise ValueError(f"{file}: entry '{name}.parts' must be a dictionary")
+        _same_keys(file, f"{name}.counts.", seen["counts"], seen["parts"])
+        for key, part in seen["parts"].items():
+            if not isinstance(part, Tensor) or part.dim() or not part.is_floating_point():
+                raise ValueError(f"{file}: entry '{name}.parts.{key}' must be a tensor of one number")
+        if not all(type(count) is int and count > 0 for count in seen["counts"].values()):
+            raise ValueError(f"{file}: entry '{name}.counts' must hold whole numbers above 0")
+        if type(seen["seconds"]) is not float:
+            raise ValueError(f"{file}: entry '{name}.seconds' must be a number")
+    rows = state["rows"]
+    if not isinstance(rows, list) or not all(map(_is_row, rows)):
+        raise ValueError(f"{file}: entry 'rows' must be a list of dictionaries from names to numbers")
+
+
+def _is_row(row: Any) -> bool:
+    return isinstance(row, dict) and all(
+        type(name) is str and type(value) in (int, float) for name, value in row.items()
+    )
+
+
 def _same_keys(file: Path, where: str, found: Any, like: dict[str, Any]) -> None:
     if not isinstance(found, dict):
         raise ValueError(
@@ -148,31 +159,12 @@ def _same_keys(file: Path, where: str, found: Any, like: dict[str, Any]) -> None
         )
     for what, keys in (("missing", like.keys() - found), ("unknown", found.keys() - like)):
         if keys:
-            raise ValueError(
-                f"{file}: {what} entries: {', '.join(where + str(key) for key in sorted(keys, key=str))}"
-            )
+            raise ValueError(f"{file}: {what} entries: {check.some(f'{where}{key}' for key in keys)}")
 
 
 def _same_tensor(file: Path, name: str, found: Any, like: Tensor) -> None:
     if not isinstance(found, Tensor) or (found.shape, found.dtype) != (like.shape, like.dtype):
-        got = f"{found.dtype} of {tuple(found.shape)}" if isinstance(found, Tensor) else repr(found)
+        got = f"{found.dtype} of {tuple(found.shape)}" if isinstance(found, Tensor) else f"{found!r:.80}"
         raise ValueError(
             f"{file}: entry {name!r} must be {like.dtype} of shape {tuple(like.shape)}, got {got}"
         )
-
-
-def _leaves(where: str, value: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield from _leaves(f"{where}.{key}".lstrip("."), inner)
-    elif isinstance(value, list | tuple):
-        for place, inner in enumerate(value):
-            yield from _leaves(f"{where}.{place}", inner)
-    else:
-        yield where, value
-
-
-def _is_finite(value: Any) -> bool:
-    if isinstance(value, Tensor):
-        return not value.is_floating_point() or bool(torch.isfinite(value).all())
-    return not isinstance(value, float) or math.isfinite(value)

@@ -129,6 +129,8 @@ class Training:
         _fraction("label_smoothing", self.label_smoothing)
         _fraction("ema", self.ema)
         _number("seed", self.seed)
+        if self.seed >= 2**63:
+            raise ValueError("seed must be less than 2**63")
         check.one_of("precision", self.precision, PRECISIONS)
 
 

@@ -7,11 +7,13 @@
 from __future__ import annotations
 
 import os
+import warnings
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from gradl1_fast import _files
 from gradl1_fast.nn import convert
@@ -20,7 +22,7 @@ from gradl1_fast.training import models
 from gradl1_fast.training.config import Config
 from gradl1_fast.training.data import Dataset
 from gradl1_fast.training.data import load as load_data
-from gradl1_fast.training.weights_file import load_weights, read_weights, save_weights
+from gradl1_fast.training.weights_file import check_entries, load_weights, read_weights, save_weights
 
 __all__ = ["Folder", "Loaded", "RunError", "load", "network"]
 
@@ -131,15 +133,30 @@ def load(folder: str | os.PathLike[str]) -> Loaded:
         hint = " (its training has not ended: gradl1 train --resume)" if run.checkpoints.is_dir() else ""
         raise RunError(f"{run.path}: not the folder of a finished run: no {' and no '.join(missing)}{hint}")
     config = Config.read(run.config)
-    _, facts = read_weights(run.weights)
-    model = network(config, _count(run, facts, "classes"), _count(run, facts, "channels"))
+    entries, facts = read_weights(run.weights)
+    counts = _count(run, facts, "classes"), _count(run, facts, "channels")
+    _check_size(run, config, counts, entries)
+    model = network(config, *counts)
     load_weights(model, run.weights)
     load_ranges(model, run.ranges)
     return Loaded(config, model.eval())
 
 
+def _check_size(run: Folder, config: Config, counts: tuple[int, int], entries: dict[str, Tensor]) -> None:
+    """Compare the weights with a network that takes no memory: a damaged configuration may ask for any."""
+    if config.model.name.startswith("timm:"):  # some of those compute with values while they are made
+        return
+    try:
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what there is to say is said about the network itself
+            expected = network(config, *counts).state_dict()
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{run.config}: there is no such network: {error!s:.300}") from error
+    check_entries(run.weights, entries, expected)
+
+
 def _count(run: Folder, facts: dict[str, str], name: str) -> int:
     text = facts.get(name, "")
-    if not text.isdecimal() or not 0 < int(text) < 10**6:
-        raise RunError(f"{run.weights}: must say how many {name} there are, says {text!r}")
+    if not text.isdecimal() or len(text) > 6 or not int(text):
+        raise RunError(f"{run.weights}: must say how many {name} there are, says {text!r:.80}")
     return int(text)

@@ -34,8 +34,8 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     try:
         return _parser().loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:  # both a wrong encoding and a wrong syntax
-        raise SettingsError(f"{path}: not a TOML file: {error}") from error
+    except (ValueError, RecursionError) as error:  # a wrong encoding, a wrong syntax; nested without end
+        raise SettingsError(f"{path}: not a TOML file: {error!s:.300}") from error
 
 
 def _parser() -> Any:
@@ -69,7 +69,7 @@ def from_dict(kind: type[T], values: dict[str, Any], where: str) -> T:
     hints = typing.get_type_hints(kind)
     unknown = values.keys() - hints.keys()
     if unknown:
-        raise SettingsError(f"{where}: unknown key {min(unknown)!r}; allowed are {', '.join(hints)}")
+        raise SettingsError(f"{where}: unknown key {min(unknown)!r:.80}; allowed are {', '.join(hints)}")
     found = {key: _field(hints[key], value, where, key) for key, value in values.items()}
     try:
         return kind(**found)
@@ -82,7 +82,7 @@ def from_dict(kind: type[T], values: dict[str, Any], where: str) -> T:
 def _field(hint: Any, value: Any, where: str, key: str) -> Any:
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, dict):
-            raise SettingsError(f"{where}: {key} must be a table [{key}], got {value!r}")
+            raise SettingsError(f"{where}: {key} must be a table [{key}], got {_shown(value)}")
         return from_dict(hint, value, f"{where} [{key}]")  # type: ignore[arg-type]
     if typing.get_origin(hint) is dict:
         if not isinstance(value, dict) or not all(type(v) in _WORDS for v in value.values()):
@@ -93,8 +93,15 @@ def _field(hint: Any, value: Any, where: str, key: str) -> Any:
         return float(value)
     if type(value) not in allowed:
         words = " or ".join(_WORDS[one] for one in allowed if one in _WORDS)
-        raise SettingsError(f"{where}: {key} must be {words}, got {value!r}")
+        raise SettingsError(f"{where}: {key} must be {words}, got {_shown(value)}")
     return value
+
+
+def _shown(value: Any) -> str:
+    """Return a value for a message; tables and lists may be of any size and depth."""
+    if isinstance(value, dict | list):
+        return "a table" if isinstance(value, dict) else "a list"
+    return f"{value!r:.80}"
 
 
 def to_dict(settings: Any) -> dict[str, Any]:

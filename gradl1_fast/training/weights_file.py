@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gradl1_fast import _checks as check
 from gradl1_fast import _files
 
 __all__ = ["check_entries", "load_weights", "read_weights", "require_safetensors", "save_weights"]
@@ -73,7 +74,7 @@ def check_entries(
     """Check names, shapes, types and finiteness of the entries of a file."""
     for what, keys in (("missing", expected.keys() - entries), ("unknown", entries.keys() - expected)):
         if keys:
-            raise ValueError(f"{path}: {what} entries for this model: {', '.join(sorted(keys))}")
+            raise ValueError(f"{path}: {what} entries for this model: {check.some(keys)}")
     for key, value in entries.items():
         like = expected[key]
         if (value.shape, value.dtype) != (like.shape, like.dtype):

@@ -2,6 +2,9 @@
 
 import os
 import pickle
+import struct
+import warnings
+import zipfile
 
 import pytest
 import torch
@@ -128,14 +131,24 @@ DAMAGES = {
     "random": (put("random", value=[]), "written by 0 ranks, not 1"),
     "random state": (put("random", value=[{"cpu": torch.ones(3)}]), "does not fit this training"),
     "objective": (put("objective", "name", value="l2"), "objective is 'l2'"),
-    "seen": (put("seen", value=[{}]), "does not fit this training"),
+    "seen": (put("seen", value=[{}]), "missing entries: seen.0.counts, seen.0.losses"),
+    "seen kind": (put("seen", value=1), "entry .seen. must be a list"),
+    "losses": (
+        put("seen", 0, "losses", value=torch.ones(2)),
+        "seen.0.losses. must be .*\\(0,\\), got .*\\(2,\\)",
+    ),
+    "parts": (put("seen", 0, "parts", value=1), "entry .seen.0.parts. must be a dictionary"),
+    "row": (put("rows", value=[{"epoch": "a"}]), "entry .rows. must be a list of dictionaries"),
     "rows": (drop("rows"), "missing entries: rows"),
 }
 
 
 @pytest.mark.parametrize("kind", DAMAGES)
 def test_a_damaged_state_is_named_with_its_entry(kind, folder):
-    damage, message = DAMAGES[kind]
+    assert_named(*DAMAGES[kind], folder)
+
+
+def assert_named(damage, message, folder):
     file = checkpoints.latest(folder) / "state.pt"
     state = torch.load(file, weights_only=True)
     damage(state)
@@ -143,6 +156,89 @@ def test_a_damaged_state_is_named_with_its_entry(kind, folder):
     with pytest.raises(ValueError, match=message) as error:
         checkpoints.load(file.parent, trainer())
     assert str(error.value).startswith(str(file))
+
+
+def expanded(state):
+    state["optimizer"]["state"][0]["exp_avg"] = torch.zeros(1).expand(2**40)
+
+
+def nested(state):
+    value = []
+    for _ in range(100):
+        value = [value]
+    state["schedule"]["last_epoch"] = value
+
+
+def laughing(state):
+    value = []
+    for _ in range(15):
+        value = [value] * 10
+    state["schedule"]["last_epoch"] = value
+
+
+GREEDY = {
+    "expanded": (expanded, "'optimizer.state.0.exp_avg' is a tensor with fewer values than its shape says"),
+    "meta": (put("order", value=torch.empty(2**40, device="meta")), "asks for 'torch._utils _rebuild_meta"),
+    "nested": (nested, "nested more than 20 levels deep"),
+    "in many places": (laughing, "there are more values than the file has bytes"),
+    "long number": (put("schedule", "T_max", value=2**70), "'schedule.T_max' is a number of more than 64"),
+    "long key": (put("schedule", 2**70, value=1), "'schedule' has a key that is neither"),
+    "bytes": (put("schedule", "T_max", value=bytearray(3)), "asks for '(__builtin__|builtins) bytearray'"),
+    "set": (put("schedule", "T_max", value={3}), "asks for"),
+}
+
+
+@pytest.mark.parametrize("kind", GREEDY)
+def test_a_state_cannot_ask_for_more_than_it_holds(kind, folder):
+    assert_named(*GREEDY[kind], folder)
+
+
+def rewritten(file, method=zipfile.ZIP_STORED, twice=False):
+    with zipfile.ZipFile(file) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(file, "w", method) as archive, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name, content in entries.items():
+            archive.writestr(name, content)
+        if twice:
+            archive.writestr(*next(iter(entries.items())))
+
+
+def flipped(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def larger(file):
+    content = file.read_bytes()
+    place = content.rindex(b"PK\x01\x02")
+    file.write_bytes(content[: place + 20] + struct.pack("<II", 2**30, 2**30) + content[place + 28 :])
+
+
+ARCHIVES = {
+    "compressed": (
+        lambda file: rewritten(file, zipfile.ZIP_DEFLATED),
+        "an entry of the archive is compressed",
+    ),
+    "twice": (lambda file: rewritten(file, twice=True), "two entries of the archive have one name"),
+    "flipped": (flipped, "the checksum of .* is wrong"),
+    "larger": (larger, "the archive promises more bytes than there are"),
+    "old form": (
+        lambda file: torch.save(torch.load(file), file, _use_new_zipfile_serialization=False),
+        "File is not a zip file",
+    ),
+    "no state": (lambda file: zipfile.ZipFile(file, "w").close(), "the archive holds no state"),
+}
+
+
+@pytest.mark.parametrize("kind", ARCHIVES)
+def test_an_archive_that_is_not_as_torch_writes_it_is_refused(kind, folder):
+    damage, message = ARCHIVES[kind]
+    file = checkpoints.latest(folder) / "state.pt"
+    damage(file)
+    with pytest.raises(ValueError, match=f"state.pt: not a whole file of tensors and numbers: {message}"):
+        checkpoints.load(file.parent, trainer())
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"x" * 100])

@@ -4,6 +4,7 @@ import hashlib
 import importlib
 import os
 import pickle
+import struct
 
 import numpy as np
 import pytest
@@ -211,6 +212,25 @@ def test_an_array_that_contradicts_itself_is_refused(changed, message):
 def test_arrays_of_bytes_are_read_as_numpy_reads_them(protocol, order):
     array = np.asarray(np.arange(24, dtype=np.uint8).reshape(2, 3, 4), order=order)
     assert np.array_equal(read_pickle(pickle.dumps(array, protocol)).numpy(), array)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\x80\x02Nr\xfe\xff\xff\x7f.",  # a place in the memo, up to which it is filled
+        b"\x80\x05\x96" + struct.pack("<Q", 2**33) + b".",  # bytes that it does not hold
+    ],
+)
+def test_an_operation_cannot_ask_for_more_than_the_pickle_holds(content):
+    with pytest.raises(pickle.UnpicklingError, match=r"counts 2147483646 values|expected 8589934592 bytes"):
+        read_pickle(content)
+
+
+def test_a_list_in_many_places_is_looked_at_once():
+    value = []
+    for _ in range(60):
+        value = [value, value]
+    assert len(read_pickle(pickle.dumps(value, 2))) == 2
 
 
 @pytest.mark.parametrize("cut", [1, 10, 60])

@@ -71,6 +71,17 @@ def test_the_middle_is_cut_out(width, height, tmp_path):
     assert found[0, :, 3, 3].tolist() == pytest.approx(colour_of((255, 255, 255)).tolist(), abs=1e-4)
 
 
+def test_scaling_the_middle_alone_changes_nothing(tmp_path):
+    values = torch.randint(0, 256, (50, 83, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    image = pillow.fromarray(values.numpy())
+    scaled = image.resize((round(83 * 8 / 7 * 20 / 50), round(8 / 7 * 20)), pillow.Resampling.BILINEAR)
+    left, top = (scaled.size[0] - 20) // 2, (scaled.size[1] - 20) // 2
+    expected = scaled.crop((left, top, left + 20, top + 20))
+    found = reader._square(image, 20)
+    apart = torch.tensor(list(found.tobytes())) - torch.tensor(list(expected.tobytes()))
+    assert apart.abs().max() <= 1
+
+
 def test_grey_images_become_three_channels(tmp_path):
     pillow.new("L", (9, 9), 128).save(tmp_path / "a.png")
     assert reader.ImageFiles([tmp_path / "a.png"], 4)[:].shape == (1, 3, 4, 4)
@@ -96,6 +107,19 @@ def test_what_is_missing_is_named(kind, folder):
     damage(folder)
     with pytest.raises(data.DataError, match=message):
         data.load("images", folder)
+
+
+def test_content_that_needs_a_program_is_no_image(folder, tmp_path, monkeypatch):
+    program = tmp_path / "programs" / "gs"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\ntouch {tmp_path / 'executed'}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(program.parent), prepend=":")
+    script = "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
+    (folder / "train" / "bee" / "1.png").write_text(script)
+    with pytest.raises(data.DataError, match=r"1.png: not a whole image: cannot identify"):
+        data.load("images", folder, size=8).train[0][:]
+    assert not (tmp_path / "executed").exists()
 
 
 def test_a_damaged_image_is_named(folder):

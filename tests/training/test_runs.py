@@ -104,6 +104,7 @@ DAMAGES = {
     "format": (weights(facts={"format": "x"}), "its format must be 'gradl1_fast.weights'"),
     "version": (weights(facts={"version": "9"}), "its version must be '1'"),
     "classes": (weights(facts={"classes": "ten"}), "must say how many classes there are, says 'ten'"),
+    "more": (weights(facts={"classes": "9" * 5000}), "must say how many classes"),
     "many": (weights(facts={"channels": "9" * 30}), "must say how many channels"),
     "missing": (weights(lambda e: e.pop("0.weight")), "missing entries for this model: 0.weight"),
     "unknown": (weights(lambda e: e.update(x=torch.ones(1))), "unknown entries for this model: x"),
@@ -129,6 +130,20 @@ def test_damaged_weights_are_named(folder, kind):
 def test_a_damaged_configuration_is_named(folder):
     (folder / "config.toml").write_text("[model]\nwidht = 4\n")
     with pytest.raises(ValueError, match=r"config.toml \[model\]: unknown key 'widht'"):
+        runs.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[model]\nwidth = 100000\n", r"weights.safetensors: entry .* must be .* \(100000,"),
+        ("[model]\nwidth = 1000000000000\n", "config.toml: there is no such network: .*overflow"),
+        ("[model]\nname = 'os.system'\n", "config.toml: there is no such network: model must be one of"),
+    ],
+)
+def test_a_configuration_of_another_network_is_refused_before_it_is_made(folder, text, message):
+    (folder / "config.toml").write_text(text)
+    with pytest.raises(ValueError, match=message):
         runs.load(folder)
 
 

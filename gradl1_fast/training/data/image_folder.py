@@ -16,6 +16,8 @@ from gradl1_fast.training.data.dataset import DataError, Dataset
 
 __all__ = ["ImageFiles", "image_folder"]
 
+# Pillow knows many more formats by their content, and for PostScript it starts a program.
+FORMATS = ("BMP", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 ENDINGS = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 TEST_NAMES = ("val", "test")
 
@@ -60,7 +62,7 @@ class ImageFiles:
     def _read(self, path: Path) -> Tensor:
         image_module = _pillow()
         try:
-            with image_module.open(path) as file:
+            with image_module.open(path, formats=FORMATS) as file:
                 image = _square(file.convert("RGB"), self.size)
         except (OSError, ValueError, SyntaxError, image_module.DecompressionBombError) as error:
             raise DataError(f"{path}: not a whole image: {error}") from error
@@ -121,11 +123,16 @@ def _part(folder: Path, classes: list[str], size: int) -> Batch:
 
 
 def _square(image: Any, size: int) -> Any:
+    """Return the middle of an image, scaled; of a long and narrow one no more than that is scaled."""
     shorter = min(image.size)
+    if not shorter:
+        raise ValueError("it has no pixels")
     scaled = [max(size, round(side * size * MARGIN / shorter)) for side in image.size]
-    image = image.resize(scaled, _pillow().Resampling.BILINEAR)
-    left, top = ((side - size) // 2 for side in scaled)
-    return image.crop((left, top, left + size, top + size))
+    starts = [(side - size) // 2 for side in scaled]
+    ends = zip(image.size, scaled, starts, strict=True)
+    pairs = [(side * start / whole, side * (start + size) / whole) for side, whole, start in ends]
+    (left, right), (top, bottom) = pairs
+    return image.resize((size, size), _pillow().Resampling.BILINEAR, box=(left, top, right, bottom))
 
 
 def _pillow() -> Any:

@@ -10,6 +10,7 @@ import codecs
 import io
 import math
 import pickle
+import pickletools
 from typing import Any
 
 import torch
@@ -75,19 +76,33 @@ def read_pickle(content: bytes) -> Any:
         pickle.UnpicklingError: it is damaged.
     """
     try:
+        _check_operations(content)
         value = _Unpickler(io.BytesIO(content), encoding="bytes").load()
-        return _plain(value)
+        return _plain(value, {})
     except pickle.UnpicklingError:
         raise
     except Exception as error:  # a damaged pickle can raise almost anything
         raise pickle.UnpicklingError(f"damaged: {type(error).__name__}: {error}") from error
 
 
-def _plain(value: Any) -> Any:
+def _check_operations(content: bytes) -> None:
+    """Look for what would take memory for more than the pickle holds: counts and places of any size."""
+    for operation, argument, _ in pickletools.genops(content):  # raises where there are fewer bytes than said
+        place = argument if operation.name in ("PUT", "BINPUT", "LONG_BINPUT") else 0
+        if place is not None and place > len(content):
+            raise UnsafePickleError(f"counts {place} values, more than it has bytes")
+
+
+def _plain(value: Any, done: dict[int, Any]) -> Any:
+    """Return a value without stand-ins; what stands in several places is looked at once."""
+    if id(value) in done:
+        return done[id(value)]
     if isinstance(value, dict):
-        return {key: _plain(inner) for key, inner in value.items()}
+        done[id(value)] = {key: _plain(inner, done) for key, inner in value.items()}
+        return done[id(value)]
     if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
+        done[id(value)] = [_plain(inner, done) for inner in value]
+        return done[id(value)]
     if isinstance(value, _Array):
         return _tensor(value)
     if isinstance(value, _Notes) or callable(value):

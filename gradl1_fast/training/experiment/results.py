@@ -12,6 +12,7 @@ from typing import Any
 from gradl1_fast import _files
 from gradl1_fast.training.experiment.measurements import Alone, Change, Norms
 from gradl1_fast.training.experiment.session import Epoch
+from gradl1_fast.training.toml import SettingsError, from_dict
 
 __all__ = ["ResultError", "Results", "Row", "Run", "Spread"]
 
@@ -78,12 +79,28 @@ class Run:
         Raises:
             ResultError: the values are those of something else; names ``where``.
         """
-        kinds = {"rows": Row, "epochs": Epoch, "norms": Norms, "changes": Change, "alone": Alone}
+        _check_kinds(values, where)
         try:
-            lists = {key: [kind(**entry) for entry in values[key]] for key, kind in kinds.items()}
+            lists: dict[str, Any] = {
+                key: [from_dict(kind, entry, f"[{key}]") for entry in values[key]]
+                for key, kind in _LISTS.items()
+            }
             return cls(**{**values, **lists})
-        except (KeyError, TypeError) as error:
-            raise ResultError(f"{where}: is no result of gradl1 experiment ({error})") from error
+        except (SettingsError, TypeError) as error:
+            raise ResultError(f"{where}: is no result of gradl1 experiment: {error!s:.300}") from error
+
+
+_LISTS: dict[str, type] = {"rows": Row, "epochs": Epoch, "norms": Norms, "changes": Change, "alone": Alone}
+_KINDS = {"method": str, "seed": int, "settings": dict, "environment": dict} | dict.fromkeys(_LISTS, list)
+
+
+def _check_kinds(values: dict[str, Any], where: str) -> None:
+    for key, kind in _KINDS.items():
+        if type(values.get(key)) is not kind:
+            raise ResultError(f"{where}: is no result of gradl1 experiment: {key} must be a {kind.__name__}")
+    tables = [entry for key in _LISTS for entry in values[key]] + list(values["environment"].values())
+    if not all(isinstance(table, dict) for table in tables):
+        raise ResultError(f"{where}: is no result of gradl1 experiment: its entries must be objects")
 
 
 @dataclass(frozen=True)
@@ -162,7 +179,7 @@ class Results:
         """
         try:
             found = json.loads(path.read_text())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:  # nested without end
             raise ResultError(f"{path}: is not JSON ({error})") from error
         if not isinstance(found, list) or not all(isinstance(entry, dict) for entry in found):
             raise ResultError(f"{path}: must hold a list of runs")

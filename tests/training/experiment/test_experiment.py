@@ -91,6 +91,12 @@ def test_runs_with_other_settings_are_refused(tmp_path):
         ran(tmp_path, ["plain"], experiment=replace(QUICK, calibration=50))
 
 
+HEAD = (
+    '"method": "plain", "seed": 0, "settings": {}, "environment": {}, "epochs": [], "norms": [], '
+    '"changes": [], "alone": []'
+)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -98,6 +104,13 @@ def test_runs_with_other_settings_are_refused(tmp_path):
         ('{"method": 1}', "must hold a list of runs"),
         ("[]", "must hold the one run of plain with seed 0"),
         ('[{"method": "plain", "seed": 0}]', "is no result of gradl1 experiment"),
+        ("[" * 100000, "is not JSON"),
+        (
+            f'[{{{HEAD}, "rows": [{{"method": 1}}]}}]',
+            r"is no result of .*\[rows\]: method must be a string, got 1",
+        ),
+        (f'[{{{HEAD}, "rows": [3]}}]', "is no result of .*: its entries must be objects"),
+        (f'[{{{HEAD}, "rows": [{{"method": "a"}}]}}]', "is no result of .*missing"),
         ('[{"rows": [{"x": 1}], "epochs": [], "norms": [], "changes": [], "alone": []}]', "is no result"),
     ],
 )

@@ -1,0 +1,328 @@
+"""Contents that are made to do harm, for each kind of file."""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import io
+import json
+import os
+import pickle
+import struct
+import zipfile
+import zlib
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.readers.damage import Damaged
+
+HUGE = 2**40
+LARGE = 220 * 2**20  # more than a reader may use, and small when compressed
+DEEP = 100_000
+
+
+class Calls:
+    """What is pickled as a call."""
+
+    def __init__(self, function: Callable[..., Any], *args: Any) -> None:
+        self.function, self.args = function, args
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        """Say what to call."""
+        return self.function, self.args
+
+
+def contents(kind: str, data: bytes, sentinel: Path) -> Iterator[Damaged]:
+    """Yield hostile files by name: those of any kind, then those of the kind that the reader expects."""
+    yield from _foreign(sentinel)
+    yield from _KINDS.get(kind, _nothing)(data, sentinel)
+
+
+def _nothing(data: bytes, sentinel: Path) -> Iterator[Damaged]:
+    yield from ()
+
+
+def _foreign(sentinel: Path) -> Iterator[Damaged]:
+    """Yield files of other kinds, with code where they can have it."""
+    code = Calls(os.mkdir, str(sentinel))
+    yield "empty", b""
+    yield "pickled code", pickle.dumps(code)
+    yield "torch file with code", _torch_file(code)
+    yield "torch file with code, old form", _torch_file(code, _use_new_zipfile_serialization=False)
+    yield "zip bomb", zip_bomb()
+    yield "gzip bomb", gzip_bomb()
+    yield "PostScript", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
+    yield "text", b"hello\n"
+
+
+@functools.cache
+def zip_bomb() -> bytes:
+    """Return an archive of zeros."""
+    return _zip({"archive/data.pkl": bytes(LARGE)}, zipfile.ZIP_DEFLATED)
+
+
+@functools.cache
+def gzip_bomb() -> bytes:
+    """Return compressed zeros."""
+    return gzip.compress(bytes(LARGE), 1, mtime=0)
+
+
+@functools.cache
+def deflated() -> bytes:
+    """Return zeros as they are compressed in a PNG."""
+    return zlib.compress(bytes(LARGE), 1)
+
+
+def _torch_file(value: object, **options: Any) -> bytes:
+    file = io.BytesIO()
+    torch.save(value, file, **options)
+    return file.getvalue()
+
+
+def _zip(entries: dict[str, bytes], method: int = zipfile.ZIP_STORED) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", method, compresslevel=1) as written:
+        for name, content in entries.items():
+            written.writestr(name, content)
+    return file.getvalue()
+
+
+def _unzip(data: bytes) -> dict[str, bytes]:
+    with zipfile.ZipFile(io.BytesIO(data)) as file:
+        return {name: file.read(name) for name in file.namelist()}
+
+
+def _state(data: bytes, sentinel: Path) -> Iterator[Damaged]:
+    """Yield checkpoints: pickles that ask for memory or never end, in an archive that promises too much."""
+    entries, state = _unzip(data), torch.load(io.BytesIO(data), weights_only=True)
+    pickled = next(name for name in entries if name.endswith("data.pkl"))
+
+    def with_pickle(content: bytes) -> bytes:
+        return _zip({**entries, pickled: content})
+
+    def calling(function: Callable[..., Any], *args: Any) -> bytes:
+        return with_pickle(pickle.dumps({"epoch": Calls(function, *args)}, 2))
+
+    yield "bytes of any size", calling(bytearray, HUGE)
+    yield "tensor of any size", calling(torch.FloatTensor, HUGE)
+    yield "storage of any size", calling(torch.UntypedStorage, HUGE)
+    yield "code in its pickle", calling(os.mkdir, str(sentinel))
+    yield "nested", with_pickle(b"\x80\x02" + b"]" * DEEP + b"a" * (DEEP - 1) + b".")
+    yield "nested tuples", with_pickle(b"\x80\x02)" + b"\x85" * DEEP + b".")
+    yield "entry in itself", with_pickle(b"\x80\x02}q\x00X\x05\x00\x00\x00epochh\x00s.")
+    for name, value in _values().items():
+        for entry in ("epoch", "seen", "rows", "schedule", "optimizer", "order"):
+            yield f"{name} as {entry}", _torch_file({**state, entry: value})
+    yield "deflated", _zip(entries, zipfile.ZIP_DEFLATED)
+    bomb = {name: bytes(LARGE) if name.endswith("data/0") else content for name, content in entries.items()}
+    yield "bomb in an archive", _zip(bomb, zipfile.ZIP_DEFLATED)
+    yield "sizes that are not there", _with_sizes(data, 2**31 - 1)
+    yield "old form", _torch_file(state, _use_new_zipfile_serialization=False)
+    old = _torch_file({"a": torch.zeros(7919)}, _use_new_zipfile_serialization=False)
+    yield "old form, huge", old.replace(struct.pack("<H", 7919), b"\xff\xff")
+    doubled = io.BytesIO(data)
+    with zipfile.ZipFile(doubled, "a") as file:
+        file.writestr(zipfile.ZipInfo(pickled), pickle.dumps({"epoch": 0}, 2))
+    yield "duplicate names", doubled.getvalue()
+
+
+def _values() -> dict[str, Any]:
+    """Return values that no entry of a checkpoint should have."""
+    laughs: Any = [0]
+    for _ in range(60):
+        laughs = [laughs, laughs]
+    return {
+        "expanded tensor": torch.zeros(1).expand(HUGE),
+        "tensor without values": torch.empty(HUGE, device="meta"),
+        "sparse tensor": torch.sparse_coo_tensor(torch.zeros(1, 0), torch.zeros(0), (HUGE,)),
+        "complex": torch.zeros(3, dtype=torch.complex64),
+        "laughs": laughs,
+        "long number": 10**3000,
+        "None": None,
+        "texts": {"a": "b" * 10**6},
+        "order": OrderedDict(a=1),
+    }
+
+
+def _with_sizes(data: bytes, size: int) -> bytes:
+    """Return an archive whose directory says that each entry has ``size`` bytes."""
+    result, place = bytearray(data), data.find(b"PK\x01\x02")
+    while place >= 0:
+        result[place + 20 : place + 28] = struct.pack("<II", size, size)
+        place = data.find(b"PK\x01\x02", place + 4)
+    return bytes(result)
+
+
+def _safetensors(data: bytes, sentinel: Path) -> Iterator[Damaged]:
+    """Yield headers that promise too much, or contradict themselves, and values that are none."""
+    length = int.from_bytes(data[:8], "little")
+    header, body = json.loads(data[8 : 8 + length]), data[8 + length :]
+    first = next(key for key, claim in header.items() if key != "__metadata__" and claim["dtype"] == "F32")
+    claim = header[first]
+
+    def with_header(value: object) -> bytes:
+        text = (value if isinstance(value, str) else json.dumps(value)).encode("utf-8", "surrogatepass")
+        return struct.pack("<Q", len(text)) + text + body
+
+    def claiming(**changes: Any) -> bytes:
+        return with_header({**header, first: {**claim, **changes}})
+
+    yield "huge header", struct.pack("<Q", 2**62) + data[8:]
+    yield "header of the file's size", struct.pack("<Q", len(data)) + data[8:]
+    yield "nested header", with_header("[" * DEEP)
+    yield "nested entry", with_header('{"a":' * DEEP)
+    yield "long number", with_header('{"a": ' + "9" * 5000 + "}")
+    yield "empty header", with_header({})
+    yield "list as header", with_header([])
+    yield "huge shape", claiming(shape=[HUGE])
+    yield "huge shape and place", claiming(shape=[HUGE], data_offsets=[0, 4 * HUGE])
+    yield "overflowing shape", claiming(shape=[2**33, 2**33])
+    yield "no values of huge shape", claiming(shape=[HUGE, 0], data_offsets=[0, 0])
+    yield "negative shape", claiming(shape=[-1])
+    yield "fractional shape", claiming(shape=[1.5])
+    yield "many dimensions", claiming(shape=[1] * 10000)
+    yield "inverted place", claiming(data_offsets=claim["data_offsets"][::-1])
+    yield "no place", claiming(data_offsets=None)
+    for dtype in ("F64", "I32", "U8", "BOOL", "BF16", "F8_E4M3", "F8_E8M0", "F4", "C64", "X"):
+        yield f"type {dtype}", claiming(dtype=dtype)
+    text = json.dumps(header)
+    yield "duplicate entry", with_header(text[:-1] + f", {json.dumps(first)}: {json.dumps(claim)}}}")
+    yield "duplicate metadata", with_header(text[:-1] + ', "__metadata__": {"format": "pt"}}')
+    yield "metadata of numbers", with_header({**header, "__metadata__": {"format": 1}})
+    facts = header["__metadata__"]
+    yield "long fact", with_header({**header, "__metadata__": {**facts, "classes": "9" * 5000}})
+    yield "large fact", with_header({**header, "__metadata__": {**facts, "classes": "999999"}})
+    yield (
+        "fact in other digits",
+        with_header({**header, "__metadata__": {**facts, "classes": "\u0661\u0660"}}),
+    )
+    yield "missing entry", with_header({key: value for key, value in header.items() if key != first})
+    yield (
+        "many unknown entries",
+        with_header(
+            {
+                **header,
+                **{
+                    f"unknown {i}": {**claim, "shape": [0], "data_offsets": [len(body)] * 2}
+                    for i in range(3000)
+                },
+            }
+        ),
+    )
+    for name in ("", "a\n\0b", "\ud800", "__class__", "../../etc/passwd"):
+        yield (
+            f"entry {name!r}",
+            with_header({**header, name: {**claim, "shape": [0], "data_offsets": [len(body)] * 2}}),
+        )
+    floats = [key for key, place in header.items() if key != "__metadata__" and place["dtype"] == "F32"]
+    for key in (floats[0], floats[len(floats) // 2], floats[-1]):
+        for name, value in (("NaN", float("nan")), ("infinity", float("inf"))):
+            begin = 8 + length + header[key]["data_offsets"][0]
+            yield f"{name} in {key}", data[:begin] + struct.pack("<f", value) + data[begin + 4 :]
+
+
+def _toml(data: bytes, sentinel: Path) -> Iterator[Damaged]:
+    """Yield configurations that are deep, large, or of values that nobody can use."""
+    yield "nested arrays", b"data = " + b"[" * DEEP
+    yield "nested tables", b"data = " + b"{a=" * DEEP
+    yield "nested keys", b".".join([b"data"] + [b"a"] * 3000) + b" = 1"
+    yield "nested keys for a name", b"data.name" + b".a" * 3000 + b" = 1"
+    yield "long text", b"[model]\nwidth = '" + b"a" * 10**6 + b"'"
+    yield "long name", b"a" * 10**6 + b" = 1"
+    yield "long number", b"[training]\nepochs = " + b"9" * 5000
+    yield "duplicate key", data + b"\n[data]\nname = 'digits'\n"
+    yield "no UTF-8", data + b"# \xff\xfe"
+    yield "zero bytes", data + b"\0"
+    yield "array of tables", b"[[data]]\nname = 'digits'"
+    for table, key, values in (
+        ("training", "seed", ("18446744073709551616", "-1", "1e400", "nan")),
+        ("training", "epochs", ("9223372036854775808", "0", "inf", "1979-05-27")),
+        ("training", "ema", ("nan", "inf", "-inf")),
+        ("model", "width", ("1000000000000", "100000", "0", "[]", "{}")),
+        ("model", "name", ("'timm:../../x'", "'os.system'", "''", "'\\u0000'")),
+        ("optimizer", "learning_rate", ("nan", "inf", "1e400", "-1")),
+        ("penalty", "settings", ("{lambda_w = nan}", "{lambda_w = [1]}", "{lambda_w = {}}", "{'' = 1}", "1")),
+    ):
+        for value in values:
+            yield f"{table}.{key} = {value}", f"[{table}]\n{key} = {value}\n".encode()
+
+
+def _json(data: bytes, sentinel: Path) -> Iterator[Damaged]:
+    """Yield results that are deep, or of other types."""
+    yield "nested arrays", b"[" * DEEP
+    yield "nested objects", b'[{"a":' * DEEP
+    yield "long number", b"[" + b"9" * 5000 + b"]"
+    whole = json.loads(data)
+    for key in whole[0]:
+        for value in (None, 1, "a", [1], {"a": 1}, [{"a": 1}], [None]):
+            yield f"{key} = {value}", json.dumps([{**whole[0], key: value}]).encode()
+    row = whole[0]["rows"][0]
+    for key in row:
+        for value in (None, "a", [1], 1e400, True, -1):
+            yield f"row.{key} = {value}", json.dumps([{**whole[0], "rows": [{**row, key: value}]}]).encode()
+
+
+def _gzip(data: bytes, sentinel: Path) -> Iterator[Damaged]:
+    """Yield compressed files whose content is too large or none."""
+    content = gzip.decompress(data)
+    yield "huge sizes", gzip.compress(content[:4] + b"\xff" * 12 + content[16:])
+    yield "bomb behind", data + gzip_bomb()
+    yield "raw deflate", zlib.compress(content)
+    yield "endless name", data[:3] + b"\x08" + data[4:10] + b"a" * 10**6
+
+
+def _pickle(data: bytes, sentinel: Path) -> Iterator[Damaged]:
+    """Yield pickles that ask for memory by single operations."""
+    yield "code", pickle.dumps({b"data": Calls(os.mkdir, str(sentinel)), b"labels": [0] * 4}, 2)
+    yield "bytes of any size", b"\x80\x05\x8e" + struct.pack("<Q", HUGE) + b"."
+    yield "bytearray of any size", b"\x80\x05\x96" + struct.pack("<Q", HUGE) + b"."
+    yield "text of any size", b"\x80\x04\x8d" + struct.pack("<Q", HUGE) + b"."
+    yield "number of any size", b"\x80\x02\x8b" + struct.pack("<i", 2**31 - 1) + b"."
+    yield "frame of any size", b"\x80\x04\x95" + struct.pack("<Q", HUGE) + b"."
+    yield "place in the memo", b"\x80\x02Nr" + struct.pack("<I", 2**31 - 2) + b"."
+    yield "place in the memo, text", b"Np2147483646\n."
+    yield "nested", b"\x80\x02" + b"]" * DEEP + b"a" * (DEEP - 1) + b"."
+    yield "nested tuples", b"\x80\x02)" + b"\x85" * DEEP + b"."
+    yield "entry in itself", b"\x80\x02}q\x00U\x04datah\x00s."
+    laughs = b"\x80\x02]q\x00" + b"".join(
+        b"]q" + bytes([i]) + b"(h" + bytes([i - 1]) + b"h" + bytes([i - 1]) + b"e" for i in range(1, 60)
+    )
+    yield "laughs", laughs + b"."
+
+
+def _image(data: bytes, sentinel: Path) -> Iterator[Damaged]:
+    """Yield pictures that are larger than their files, or need a program to be drawn."""
+
+    def png(width: int, height: int, rows: bytes) -> bytes:
+        def chunk(kind: bytes, content: bytes) -> bytes:
+            return (
+                struct.pack(">I", len(content))
+                + kind
+                + content
+                + struct.pack(">I", zlib.crc32(kind + content))
+            )
+
+        head = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+        return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+    yield "huge sizes", png(2**31 - 1, 2**31 - 1, zlib.compress(bytes(100)))
+    yield "larger than the limit", png(30000, 30000, zlib.compress(bytes(100)))
+    yield "wide", png(2_000_000, 1, zlib.compress(bytes(2_000_001)))
+    yield "high", png(1, 2_000_000, zlib.compress(bytes(4_000_000)))
+    yield "no pixel", png(0, 0, zlib.compress(b""))
+    yield "endless rows", png(8, 8, deflated())
+
+
+_KINDS: dict[str, Callable[[bytes, Path], Iterator[Damaged]]] = {
+    "state": _state,
+    "safetensors": _safetensors,
+    "toml": _toml,
+    "json": _json,
+    "gzip": _gzip,
+    "pickle": _pickle,
+    "image": _image,
+}

@@ -1,0 +1,107 @@
+"""Files that are cut, flipped or made to do harm: refused by name, or read; never more than that."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("safetensors", reason="weights and ranges are kept by safetensors")
+pytest.importorskip("PIL", reason="images are read by Pillow")
+
+from tests.properties.examples import VARIABLE
+from tests.readers.table import READERS
+
+ROOT = Path(__file__).parents[2]
+MOST_GROWTH = 48 * 2**20  # bytes: a few times the largest of the small files
+LONGEST = 1000  # characters of a message
+
+# Hostile contents that are read all the same, because nothing in them is wrong for the reader.
+HARMLESS = {
+    "duplicate entry",  # JSON takes the last one, which is checked like any other
+    *("long fact", "large fact", "fact in other digits"),  # of no meaning but for a run
+    "empty",  # a recipe of defaults
+    *(f"training.epochs = {2**63}", "model.width = 1000000000000", "model.width = 100000"),  # of a recipe
+    *(f"model.name = {name!r}" for name in ("timm:../../x", "os.system", "")),  # likewise: no network yet
+    *("model.name = '\\u0000'", "penalty.settings = {lambda_w = nan}", "penalty.settings = {'' = 1}"),
+    *("method = a", "seed = 1", "settings = {'a': 1}", "environment = {}", "row.method = a"),  # of results
+    *(f"row.{key} = {value}" for key in ("seed", "w", "a", "top1") for value in (None, -1, "inf")),
+    *("wide", "high", "endless rows"),  # pictures, of which the middle is taken
+}
+
+GROUPS: dict[str, list[str]] = {}
+for _name, _reader in READERS.items():
+    _kind = "safetensors" if _reader.kind == "safetensors" else "others"
+    GROUPS.setdefault(_kind, []).append(_name)  # what a group imports and makes, it does once
+
+
+def fault(row: dict[str, Any]) -> str | None:
+    """Return what is wrong with the answer to one damaged file."""
+    error, kinds = row["error"], row["error"].split(":")[0].split("/")
+    if row["executed"]:
+        return "code was executed"
+    if row["damage"] == "whole" and error:
+        return "a whole file is refused"
+    if row["hostile"] and not error and row["damage"] not in HARMLESS:
+        return "it is read"
+    if error and not {"ValueError", "ImportError"} & set(kinds):
+        return "no error of ours"
+    if "ValueError" in kinds and "FILE" not in error and "FOLDER" not in error:
+        return "the error names no file"
+    if any(word in error.lower() for word in ("memory", "alloc")):
+        return "memory was asked for"
+    if row["grown"] > MOST_GROWTH:
+        return f"it took {row['grown']} bytes"
+    return "the message is too long" if len(error) > LONGEST else None
+
+
+def answers(names: list[str], count: int, seed: int) -> list[dict[str, Any]]:
+    """Return the rows of the script for some readers."""
+    command = [sys.executable, "-m", "tests.readers.child", str(count), str(seed), *names]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    rows = [json.loads(line) for line in run.stdout.splitlines()]
+    last = rows[-1] if rows else None
+    assert run.returncode == 0, f"{run.stderr[-2000:]}\nafter {last}"
+    return rows
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the kernel tells no peak of memory")
+@pytest.mark.parametrize("group", GROUPS)
+def test_damaged_files_are_refused_by_name_or_read(group: str, request: pytest.FixtureRequest) -> None:
+    seed = request.config.getoption("--hypothesis-seed", default=None)
+    rows = answers(GROUPS[group], int(os.environ.get(VARIABLE, 15)), int(seed or 0))
+    assert {row["reader"] for row in rows if row["damage"] == "whole"} == set(GROUPS[group])
+    faults = [
+        f"{row['reader']}, {row['damage']}: {found}: {row['error']:.300}"
+        for row in rows
+        if (found := fault(row))
+    ]
+    assert not faults, "\n".join(faults)
+
+
+GOOD = {"damage": "cut 3", "hostile": False, "error": "ValueError: FILE: no", "grown": 0, "executed": False}
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({}, None),
+        ({"error": ""}, None),
+        ({"executed": True}, "code was executed"),
+        ({"damage": "whole"}, "a whole file is refused"),
+        ({"hostile": True, "error": ""}, "it is read"),
+        ({"error": "KeyError/LookupError: 'FILE'"}, "no error of ours"),
+        ({"error": "DataError/ValueError: bad"}, "the error names no file"),
+        ({"error": "ValueError: FILE: MemoryError"}, "memory was asked for"),
+        ({"grown": 10**9}, "it took 1000000000 bytes"),
+        ({"error": "ValueError: FILE" + "a" * 1000}, "the message is too long"),
+    ],
+)
+def test_each_fault_is_seen(change: dict[str, Any], expected: str | None) -> None:
+    assert fault({**GOOD, **change}) == expected

@@ -50,9 +50,10 @@ def _bars(axes: Any, rows: Sequence[Row]) -> None:
     rows = sorted(rows, key=lambda row: -row["ratio_to_plain"])
     scale = [row["ratio_to_plain"] / row["median_ms"] for row in rows]
     values = [row["ratio_to_plain"] for row in rows]
+    # Where a quantile is the median itself, rounding must not make the distance negative.
     spread = [
-        [v - row["p20_ms"] * s for v, row, s in zip(values, rows, scale, strict=True)],
-        [row["p80_ms"] * s - v for v, row, s in zip(values, rows, scale, strict=True)],
+        [max(v - row["p20_ms"] * s, 0.0) for v, row, s in zip(values, rows, scale, strict=True)],
+        [max(row["p80_ms"] * s - v, 0.0) for v, row, s in zip(values, rows, scale, strict=True)],
     ]
     places = range(len(rows))
     axes.barh(places, values, xerr=spread, color=[_colour(row) for row in rows], ecolor="#333333", capsize=2)

@@ -114,3 +114,11 @@ def test_floors_count_what_the_algebra_asks_for() -> None:
     values = 4 * (image + inside + 2 * 3 * 9) + 9 * (2 * inside + 2 * 2 * 9)  # convolutions
     values += 9 * (pooled + logits + 2 * 10) + 2 * 21 * inside + 4 * (inside + pooled)
     assert counts["floor: minimal bytes"] == {"bytes_moved": 4 * values}
+
+
+def test_a_plot_bears_quantiles_that_are_the_median() -> None:
+    pytest.importorskip("matplotlib", reason="plots need matplotlib")
+    times = dict.fromkeys(("median_ms", "p20_ms", "p80_ms"), 4.567)
+    found = [{"operation": "stack", "size": "2", "provider": "gradl1_fast", "exact": True, **times}]
+    for ratio in (0.11, 0.22, 0.44):  # times 4.567 / 4.567 not quite themselves
+        assert plots.step([{**found[0], "ratio_to_plain": ratio}]).axes

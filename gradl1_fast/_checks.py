@@ -26,6 +26,7 @@ def probe(op: str, x: Tensor, value: Tensor | None) -> None:
     if value.dim():
         raise ValueError(f"{op}: probe must be a scalar tensor, got shape {tuple(value.shape)}")
     one_device(op, (x, value))
+    floating(op, (x, value))
 
 
 def one_device(op: str, tensors: Sequence[Tensor | None]) -> None:
@@ -37,6 +38,13 @@ def one_device(op: str, tensors: Sequence[Tensor | None]) -> None:
     if any(t.device != device for t in present):
         names = sorted({str(t.device) for t in present})
         raise ValueError(f"{op}: all tensors must be on one device, got {', '.join(names)}")
+
+
+def floating(op: str, tensors: Sequence[Tensor | None]) -> None:
+    """Check that every tensor has a floating type: a complex gradient would need conjugates."""
+    for t in tensors:
+        if t is not None and not t.is_floating_point():
+            raise TypeError(f"{op}: every tensor must have a floating type, got {t.dtype}")
 
 
 def bits(value: object, name: str) -> None:
@@ -52,8 +60,7 @@ def grid(
 ) -> int | None:
     """Check that a quantization grid fits ``x``; return the channel axis, counted from the front."""
     one_device(op, (x, scale, zero_point))
-    if not x.is_floating_point():
-        raise TypeError(f"{op}: x must have a floating type, got {x.dtype}")
+    floating(op, (x, scale, zero_point))
     if scale.requires_grad or zero_point.requires_grad:
         raise ValueError(f"{op}: scale and zero_point receive no gradient here; detach them")
     if not 0 <= codes[1] - codes[0] < 2**MAX_BITS:
@@ -75,6 +82,7 @@ def autocast_is_on(device: str) -> bool:
 def operands(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """Check that the operands are on one device; return them in autocast's type where that is on."""
     one_device(op, (x, weight, bias))
+    floating(op, (x, weight, bias))
     device = x.device.type
     if autocast_is_on(device) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
@@ -129,6 +137,7 @@ def pad(
 def normalisation(x: Tensor, vectors: Sequence[Tensor | None], training: bool, activation: str) -> None:
     """Check the arguments of ``batch_norm_act``; the batch size as PyTorch checks it."""
     one_device("batch_norm_act", (x, *vectors))
+    floating("batch_norm_act", (x, *vectors))
     if x.dim() < 2:
         raise ValueError(f"batch_norm_act: x must have shape (N, C, *size), got {tuple(x.shape)}")
     if activation not in ACTIVATIONS:

@@ -3,7 +3,8 @@
 Each function checks its arguments and calls a registered operator. Under
 ``torch.autograd.grad(..., create_graph=True)`` the "gradient" of a ``probe`` is the l1 norm of the
 gradient at the function's output, as a tensor that can be differentiated once more; in an ordinary
-backward pass the probe receives nothing.
+backward pass the probe receives nothing. A tensor that has no floating
+type (whole numbers, complex ones) is a ``TypeError``.
 """
 
 from __future__ import annotations
@@ -149,6 +150,7 @@ def l1_norm(tensors: Sequence[Tensor]) -> Tensor:
         tensor([3., 4.])
     """
     check.one_device("l1_norm", tensors)
+    check.floating("l1_norm", tensors)
     return ops.l1_norm.l1_norm_forward(list(tensors))
 
 

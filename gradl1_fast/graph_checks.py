@@ -14,15 +14,21 @@ _WRAPPER = torch.autograd.function.once_differentiable(lambda ctx: None).__code_
 
 
 def refuse_once_differentiable(loss: Tensor) -> None:
-    """Raise if a custom function that is differentiable only once contributes to ``loss``.
+    """Raise if a function that is differentiable only once contributes to ``loss``.
 
-    Its backward returns constants, so a penalty on gradients loses its own gradient there without a
-    sound. Operations of PyTorch that lack a second derivative raise by themselves.
+    The backward of such a custom function returns constants, so a penalty on gradients loses its own
+    gradient there without a sound. That of a compiled region ends in a node that raises, which
+    ``autograd.grad`` does not visit. Operations of PyTorch that lack a second derivative raise by themselves.
 
     Raises:
         RuntimeError: names the function.
     """
     for node in _nodes(loss):
+        if node.name() == "CompiledFunctionBackward":
+            raise RuntimeError(
+                "GradL1: a region of torch.compile contributes to the loss, and it has no second derivative; "
+                "compile loss and penalty together, with torch._dynamo.config.trace_autograd_ops = True"
+            )
         function = getattr(node, "_forward_cls", None)
         if function is not None and getattr(function.backward, "__code__", None) is _WRAPPER:
             raise RuntimeError(
@@ -52,9 +58,9 @@ def require_gradients(names: Sequence[str], grads: Sequence[Tensor | None]) -> l
     missing = [name for name, grad in zip(names, grads, strict=True) if grad is None]
     if missing:
         raise RuntimeError(
-            f"GradL1: no gradient reached {', '.join(missing)}. The loss does not depend on them, or the "
-            "graph is cut on the way (detach, no_grad, reentrant checkpointing). Freeze a weight that is not "
-            "meant to be used, or make the penalty for the part of the model that is; and make the penalty "
-            "before the forward pass"
+            f"GradL1: no gradient reached {', '.join(missing)}. The loss does not depend on them, the graph "
+            "is cut on the way (detach, no_grad, reentrant checkpointing), or the pass used other tensors in "
+            "their place (functional_call). Freeze a weight that is not meant to be used, or make the "
+            "penalty for the part of the model that is; and make the penalty before the forward pass"
         )
     return [grad for grad in grads if grad is not None]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gradl1_fast import _checks as check
+from gradl1_fast.distributed_checks import refuse_shards, refuse_wrappers
 from gradl1_fast.finite_difference import Measured, add_gradients
 from gradl1_fast.functional import l1_norm
 from gradl1_fast.graph_checks import refuse_once_differentiable, require_gradients
@@ -149,8 +149,8 @@ class GradL1:
         if not self._is_due() or not (self.lambda_w or self.lambda_a):
             return loss.new_zeros(())
         self._check_step_bits()
-        self._check_graph(loss)
         weights = self._weights()
+        self._check_graph(loss, weights)
         sites = self.sites if self.lambda_a else []
         grads = self._gradients(loss, weights, sites)
         return self.every * self._combine(weights, grads[: len(weights)], sites, grads[len(weights) :])
@@ -245,6 +245,8 @@ class GradL1:
             raise RuntimeError("GradL1: every weight is frozen and no activation is penalised")
         with _no_autocast(loss.device.type):
             grads = torch.autograd.grad(loss, inputs, create_graph=True, allow_unused=True)
+        if not torch.compiler.is_compiling():
+            refuse_shards(self.model.named_parameters())
         names = [_weight_of(name) for name in layers] + [site.name for site in sites]
         found = require_gradients(names, grads)
         if not any(grad.requires_grad for grad in found):
@@ -292,10 +294,11 @@ class GradL1:
     def _site_step_bits(self) -> int | None:
         return self.step_bits if self.scale == "step" and self.method == "exact" else None
 
-    def _check_graph(self, loss: Tensor) -> None:
+    def _check_graph(self, loss: Tensor, layers: dict[str, QuantizedLayer]) -> None:
         """Look for what would drop the penalty's gradient in silence."""
         if not torch.compiler.is_compiling():
             refuse_once_differentiable(loss)
+            refuse_shards((_weight_of(name), layer.weight) for name, layer in layers.items())
 
 
 def _weight_of(layer: str) -> str:
@@ -315,14 +318,7 @@ def _no_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
 
 
 def _check_model(penalty: GradL1) -> None:
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # whoever wraps a model by it has imported it
-    if fsdp is not None and any(
-        isinstance(m, fsdp.FullyShardedDataParallel) for m in penalty.model.modules()
-    ):
-        raise ValueError(
-            "GradL1: FullyShardedDataParallel rules out gradients of gradients: it frees weights between the "
-            "two backward passes; use DistributedDataParallel"
-        )
+    refuse_wrappers(penalty.model)
     if penalty.lambda_w and not penalty.layers:
         raise ValueError("GradL1: the model has no quantizable layer; call gradl1_fast.convert first")
     if penalty.lambda_a and not penalty.sites:

@@ -43,7 +43,24 @@ REFUSED: dict[str, tuple[Callable[[], Tensor], type[Exception], str]] = {
         "tap: all tensors must be on one device",
     ),
     "scale of a probe": (lambda: F.scale_probe(ZERO, C), ValueError, "scale_probe: probe must be a scalar"),
-    "integers": (lambda: F.fake_quantize(X.int(), ONE, ZERO, 0, 7), TypeError, "x must have a floating type"),
+    "integers": (
+        lambda: F.fake_quantize(X.int(), ONE, ZERO, 0, 7),
+        TypeError,
+        r"fake_quantize: every tensor must have a floating type, got torch\.int32",
+    ),
+    "integers normalised": (
+        lambda: F.batch_norm_act(X.int(), None, None, **TRAIN),
+        TypeError,
+        r"batch_norm_act: every tensor .* got torch\.int32",
+    ),
+    "norm of integers": (lambda: F.l1_norm([X, X.int()]), TypeError, r"l1_norm: .* got torch\.int32"),
+    "complex tap": (lambda: F.tap(X.cfloat(), ZERO), TypeError, r"tap: .* got torch\.complex64"),
+    "complex product": (
+        lambda: F.linear(X.cfloat(), X[0, 0].cfloat()),
+        TypeError,
+        r"linear: .* got torch\.complex64",
+    ),
+    "complex bias": (lambda: F.conv(X, W, C.cfloat()), TypeError, r"conv: .* got torch\.complex64"),
     "codes upside down": (
         lambda: F.fake_quantize(X, ONE, ZERO, 7, 0),
         ValueError,

@@ -243,4 +243,5 @@ def _row(values: Tensor, bits: int) -> Tensor:
 
 def _new_probe(like: Tensor) -> Tensor:
     """Return a fresh leaf on the device of ``like``, in float32 at least: it receives a sum."""
-    return torch.zeros((), dtype=sum_dtype(like.dtype), device=like.device)
+    with torch.inference_mode(False):  # made inside, it could never require a gradient
+        return torch.zeros((), dtype=sum_dtype(like.dtype), device=like.device)

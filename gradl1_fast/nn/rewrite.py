@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -136,8 +137,13 @@ def fuse_batch_norms(root: nn.Module, graph: fx.Graph) -> None:
         tail = _tail(root, node) if alone else None
         activation = "none" if tail is None else tail[0]
         replace_module(root, module, BatchNormAct2d.from_float(module, activation=activation))
-        if tail is not None:
-            _take_in(graph, node, *tail[1:])
+        # The residual is named even where there is none: a SyncBatchNorm put in the module's place, which
+        # would drop activation and quantizer in silence, does not know the word.
+        kwargs = {**node.kwargs, "residual": None if tail is None else tail[2]}
+        if tail is None:
+            node.kwargs = kwargs
+        else:
+            _take_in(graph, node, tail[1], kwargs)
     graph.lint()
 
 
@@ -155,9 +161,8 @@ def _tail(root: nn.Module, node: fx.Node) -> tuple[str, fx.Node, fx.Node | None]
     return None if activation is None or end is None else (activation, end, residual)
 
 
-def _take_in(graph: fx.Graph, node: fx.Node, end: fx.Node, residual: fx.Node | None) -> None:
+def _take_in(graph: fx.Graph, node: fx.Node, end: fx.Node, kwargs: dict[str, Any]) -> None:
     with graph.inserting_before(end):
-        kwargs = {**node.kwargs, **({} if residual is None else {"residual": residual})}
         fused = graph.call_module(str(node.target), node.args, kwargs)
     middle = _only_user(node)
     end.replace_all_uses_with(fused)

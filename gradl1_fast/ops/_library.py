@@ -107,9 +107,14 @@ def recorded(*args: Any) -> bool:
     Under forward-mode differentiation it does too: a derivative that has no forward mode then raises,
     where values computed below autograd would lose their tangents.
     """
-    if torch.autograd.forward_ad._current_level >= 0:
-        return True
-    return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
+    wanted = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
+    wanted = wanted or torch.autograd.forward_ad._current_level >= 0
+    if wanted and torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "gradl1_fast: torch.func.grad, vjp, jvp, jacrev and hessian cannot differentiate its operators; "
+            "use torch.autograd.grad, with create_graph=True for a second order"
+        )
+    return wanted
 
 
 def _function(
@@ -148,11 +153,13 @@ def _below_autograd(device: str) -> contextlib.AbstractContextManager[None]:
 
 def _is_ordinary(args: tuple[Any, ...]) -> bool:
     """Return whether nothing but autograd wants to see the operator called on ``args``."""
+    first = _first_tensor(args)
     return (
         not torch.compiler.is_compiling()
-        and type(_first_tensor(args)) in (Tensor, torch.nn.Parameter)
+        and type(first) in (Tensor, torch.nn.Parameter)
         and not torch._C._len_torch_dispatch_stack()
         and torch._C._functorch.peek_interpreter_stack() is None
+        and not torch._C._functorch.is_legacy_batchedtensor(first)  # of autograd.grad(is_grads_batched=True)
     )
 
 

@@ -5,13 +5,14 @@ Derivation: ``dx = dy`` and ``l1 = sum |dy|``, so ``d_dy = d_dx + d_l1 * sign(dy
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gradl1_fast._dtypes import sum_dtype
-from gradl1_fast.ops._library import Operator
+from gradl1_fast.ops._library import Operator, recorded
 
 
 class _Tap(torch.autograd.Function):
@@ -51,6 +52,14 @@ class _ScaleProbe(torch.autograd.Function):
         return None if l1 is None else l1 * scale, None
 
 
+def _tap_kernel(values: Callable[..., Any], x: Tensor, probe: Tensor) -> Any:
+    return _Tap.apply(x, probe) if recorded(x, probe) else values(x, probe)
+
+
+def _scale_probe_kernel(values: Callable[..., Any], probe: Tensor, scale: Tensor) -> Any:
+    return _ScaleProbe.apply(probe, [scale]) if recorded(probe) else values(probe, scale)
+
+
 def _save_dy(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
@@ -81,7 +90,7 @@ tap_double_backward = Operator(
     "tap_double_backward(Tensor? d_dx, Tensor? d_l1, Tensor dy) -> Tensor",
     lambda d_dx, d_l1, dy: torch.empty_like(dy),
 )
-tap_forward.differentiate_by(lambda values, x, probe: _Tap.apply(x, probe))
-scale_probe.differentiate_by(lambda values, probe, scale: _ScaleProbe.apply(probe, [scale]))
+tap_forward.differentiate_by(_tap_kernel)
+scale_probe.differentiate_by(_scale_probe_kernel)
 tap_backward.differentiate(_save_dy, _l1_alone)
 tap_double_backward.end_the_line()

@@ -1,0 +1,49 @@
+"""A look at how a model is spread over processes, for what rules out gradients of gradients."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+
+from torch import Tensor, distributed, nn
+
+__all__ = ["refuse_shards", "refuse_wrappers"]
+
+
+def refuse_wrappers(model: nn.Module) -> None:
+    """Raise if a module has no second derivative on several ranks.
+
+    Raises:
+        ValueError: names the module, and what to use instead.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # whoever wraps a model by it has imported it
+    if fsdp is not None and any(isinstance(m, fsdp.FullyShardedDataParallel) for m in model.modules()):
+        raise ValueError(
+            "GradL1: FullyShardedDataParallel rules out gradients of gradients: it frees weights between the "
+            "two backward passes; use DistributedDataParallel, or fully_shard without resharding"
+        )
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        for name, module in model.named_modules():
+            if isinstance(module, nn.SyncBatchNorm):
+                raise ValueError(
+                    f"GradL1: {name} is a SyncBatchNorm, which has no second derivative on several ranks; "
+                    "use BatchNorm2d, whose statistics are each rank's own"
+                )
+
+
+def refuse_shards(named: Iterable[tuple[str, Tensor]]) -> None:
+    """Raise if a parameter of ``fully_shard`` is not whole between the two backward passes.
+
+    Raises:
+        RuntimeError: names the parameter, and the settings that keep it whole.
+    """
+    sharding = sys.modules.get("torch.distributed.tensor")
+    if sharding is None:
+        return
+    for name, parameter in named:
+        if isinstance(parameter, sharding.DTensor):
+            raise RuntimeError(
+                f"GradL1: {name} is sharded before both backward passes are done; keep it whole: "
+                "fully_shard(..., reshard_after_forward=False), and set_reshard_after_backward(False) until "
+                "the penalty is computed"
+            )

@@ -1,0 +1,97 @@
+"""fully_shard, FullyShardedDataParallel and SyncBatchNorm: the right gradient, or a sentence.
+
+DistributedDataParallel is tested in tests/training/test_ranks.py.
+"""
+
+from __future__ import annotations
+
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import gradl1_fast as gl
+from tests.gradients import assert_gradients
+from tests.interoperability.two_ranks import LAMBDAS
+
+ROOT = Path(__file__).parents[2]
+KEEP = r"is sharded before both backward passes are done; keep it whole: fully_shard\(\.\.\., reshard_after_"
+
+REFUSED = {
+    "after the forward pass": f"GradL1: 0.weight {KEEP}",
+    "after the first backward pass": f"GradL1: 0.weight {KEEP}",
+    "activations alone": f"GradL1: 0.weight {KEEP}",
+    # Wrapped when the penalty was made already: nobody asked this library, and its operators cannot run.
+    "FSDP1 afterwards": "no gradient reached 0.weight",
+    "FSDP1 afterwards, activations": "data is not allocated yet",
+    "FSDP1 afterwards, flat": "data is not allocated yet",
+    "FSDP1 afterwards, flat, activations": "data is not allocated yet",
+    "SyncBatchNorm": "GradL1: 1 is a SyncBatchNorm, which has no second derivative on several ranks;",
+}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        port = str(listening.getsockname()[1])
+    path = tmp_path_factory.mktemp("ranks") / "results.pt"
+    command = [sys.executable, "-m", "tests.interoperability.two_ranks", str(path), port]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
+    assert run.returncode == 0, run.stderr
+    return torch.load(path, weights_only=True)
+
+
+@pytest.mark.parametrize("each_layer", [False, True], ids=["whole model", "each layer"])
+@pytest.mark.parametrize("name", LAMBDAS)
+def test_fully_shard_gives_the_mean_of_the_ranks_gradients(
+    results: dict[str, Any], name: str, each_layer: bool
+) -> None:
+    expected, plain = results["expected"][name], results["expected"]["plain"]
+    for found in results["found"]:
+        assert_gradients(found[f"{name} {each_layer}"], expected, 1e-12)
+    assert not any(torch.allclose(e, p, rtol=1e-2) for e, p in zip(expected, plain, strict=True))
+
+
+def test_fully_shard_trains_to_the_same_weights(results: dict[str, Any]) -> None:
+    for found in results["found"]:
+        assert_gradients(found["trained"], results["expected"]["trained"], 1e-12)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_would_lose_the_penalty_is_refused(results: dict[str, Any], name: str) -> None:
+    for found in results["found"]:
+        assert re.search(REFUSED[name], found["refused"][name]), found["refused"][name]
+
+
+def plain() -> nn.Module:
+    torch.manual_seed(4)
+    first, second = nn.Conv2d(2, 3, 3, bias=False), nn.Conv2d(3, 3, 3, bias=False)
+    norms = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+    return nn.Sequential(first, norms[0], nn.ReLU(), second, norms[1], nn.Flatten()).double()
+
+
+def test_synchronised_norms_before_convert_are_plain_ones_in_one_process() -> None:
+    x, results = torch.randn(4, 2, 6, 6).double(), []
+    for model in (plain(), nn.SyncBatchNorm.convert_sync_batchnorm(plain())):
+        converted = gl.convert(model)
+        loss = converted(x).exp().mean()
+        extra = gl.GradL1(converted, 0.3, 0.0)(loss)
+        results.append(list(torch.autograd.grad(extra, list(converted.parameters()), allow_unused=True)))
+    assert_gradients(results[1], results[0], 1e-10)
+    assert any(g is not None and g.abs().max() > 1e-3 for g in results[0])
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_synchronised_norms_after_convert_are_an_error(training: bool) -> None:
+    # They would drop the activation, or the quantizer behind a batch norm without one.
+    for layers in (plain(), plain()[3:5].append(nn.Conv2d(3, 1, 1).double())):
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(gl.convert(layers)).train(training)
+        with pytest.raises(TypeError, match=r"SyncBatchNorm\.forward\(\) got an unexpected keyword argument"):
+            model(torch.randn(4, layers[0].in_channels, 6, 6).double())

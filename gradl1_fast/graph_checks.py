@@ -8,8 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["refuse_once_differentiable", "require_gradients"]
+__all__ = ["refuse_cut_region", "refuse_once_differentiable", "require_gradients"]
 
+_COMPILED = (
+    "GradL1: a region of torch.compile that ends before the penalty contributes to the loss, and it has no "
+    "second derivative; compile loss and penalty together, with torch._dynamo.config.trace_autograd_ops = True "
+    "and fullgraph=True"
+)
 _WRAPPER = torch.autograd.function.once_differentiable(lambda ctx: None).__code__
 
 
@@ -25,16 +30,36 @@ def refuse_once_differentiable(loss: Tensor) -> None:
     """
     for node in _nodes(loss):
         if node.name() == "CompiledFunctionBackward":
-            raise RuntimeError(
-                "GradL1: a region of torch.compile contributes to the loss, and it has no second derivative; "
-                "compile loss and penalty together, with torch._dynamo.config.trace_autograd_ops = True"
-            )
+            raise RuntimeError(_COMPILED)
         function = getattr(node, "_forward_cls", None)
         if function is not None and getattr(function.backward, "__code__", None) is _WRAPPER:
             raise RuntimeError(
                 f"{function.__module__}.{function.__qualname__} is once_differentiable: the gradient of a "
                 "penalty on gradients would be lost in it; give its backward a derivative of its own"
             )
+
+
+def refuse_cut_region(loss: Tensor) -> None:
+    """Raise, while a region is being compiled, if the loss was computed outside of it, at least in part.
+
+    The region cannot differentiate what lies before it twice, and does not say so everywhere.
+
+    Raises:
+        RuntimeError: says how to compile a step.
+    """
+    from torch._dynamo.comptime import comptime
+
+    def look(context: Any) -> None:
+        pending, seen = [context.get_local("loss").as_proxy().node], set()
+        while pending:
+            node = pending.pop()
+            value = node.meta.get("example_value")
+            if node.op == "placeholder" and isinstance(value, Tensor) and not value.is_leaf:
+                raise RuntimeError(_COMPILED)
+            pending += [n for n in node.all_input_nodes if n not in seen]
+            seen.update(node.all_input_nodes)
+
+    comptime(look)
 
 
 def _nodes(loss: Tensor) -> Iterator[Any]:

@@ -14,7 +14,7 @@ from gradl1_fast import _checks as check
 from gradl1_fast.distributed_checks import refuse_shards, refuse_wrappers
 from gradl1_fast.finite_difference import Measured, add_gradients
 from gradl1_fast.functional import l1_norm
-from gradl1_fast.graph_checks import refuse_once_differentiable, require_gradients
+from gradl1_fast.graph_checks import refuse_cut_region, refuse_once_differentiable, require_gradients
 from gradl1_fast.nn.layers import QuantizedLayer
 from gradl1_fast.nn.quantizers import ActivationQuantizer, WeightQuantizer
 from gradl1_fast.nn.sites import Site, activation_sites, named_layers
@@ -296,7 +296,9 @@ class GradL1:
 
     def _check_graph(self, loss: Tensor, layers: dict[str, QuantizedLayer]) -> None:
         """Look for what would drop the penalty's gradient in silence."""
-        if not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            refuse_cut_region(loss)
+        else:
             refuse_once_differentiable(loss)
             refuse_shards((_weight_of(name), layer.weight) for name, layer in layers.items())
 

@@ -64,8 +64,6 @@ def test_without_tracing_of_autograd_it_raises(whole: bool, lambdas: tuple[float
         loss = F.cross_entropy(forward(x), y)
         (loss + penalty(loss)).backward()
 
-    with pytest.raises(
-        RuntimeError, match=r"region of torch\.compile contributes to the loss|no gradient reached"
-    ):
+    with pytest.raises(RuntimeError, match=r"region of torch\.compile that ends before the penalty"):
         (torch.compile(step, backend="aot_eager") if whole else step)()
     torch._dynamo.reset()

@@ -15,7 +15,7 @@ BUILT := $(VENV)/.built
 BUILD = $(shell nvidia-smi -L >/dev/null 2>&1 || echo GRADL1_CUDA=0)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test coverage fuzz soak sanitize kernels lint format docs bench gpu clean
+.PHONY: help demo test coverage fuzz soak sanitize kernels lint format docs bench mutate gpu clean
 
 help:  ## this text
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
@@ -89,6 +89,15 @@ gpu:  ## all that needs a GPU: its tests, compute-sanitizer, then the measuremen
 	$(PYTHON) -m bench.kernels --out "$${OUT:-bench/results}" || status=1; \
 	$(PYTHON) -m bench.gpu --out "$${OUT:-bench/results}" || status=1; \
 	exit $$status
+
+# In a copy of the sources, which has no compiled extension: so the reference computes.
+MUTANTS := build/mutate
+mutate: $(READY)  ## change the operators and the reference a little, in many ways: does a test notice? takes hours
+	$(VENV)/bin/python -m pip install --quiet "cosmic-ray>=8.3,<9"
+	rm -rf $(MUTANTS) && mkdir -p $(MUTANTS) && git ls-files | tar -c -T - | tar -x -C $(MUTANTS)
+	export OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(VENV)/bin:$$PATH"; cd $(MUTANTS) && \
+	cosmic-ray init cosmic-ray.toml session.sqlite && cr-filter-operators session.sqlite cosmic-ray.toml && \
+	cosmic-ray exec cosmic-ray.toml session.sqlite && cr-report --show-diff --surviving-only session.sqlite
 
 clean:  ## remove the virtual environment, caches, builds and the demo's output
 	rm -rf $(VENV) build dist *.egg-info .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache .hypothesis

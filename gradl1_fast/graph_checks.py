@@ -12,8 +12,8 @@ __all__ = ["refuse_cut_region", "refuse_once_differentiable", "require_gradients
 
 _COMPILED = (
     "GradL1: a region of torch.compile that ends before the penalty contributes to the loss, and it has no "
-    "second derivative; compile loss and penalty together, with torch._dynamo.config.trace_autograd_ops = True "
-    "and fullgraph=True"
+    "second derivative; compile loss and penalty together, with fullgraph=True and "
+    "torch._dynamo.config.trace_autograd_ops = True"
 )
 _WRAPPER = torch.autograd.function.once_differentiable(lambda ctx: None).__code__
 

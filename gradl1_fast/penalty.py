@@ -333,7 +333,7 @@ def _check_model(penalty: GradL1) -> None:
 
 def _check_parameters(layers: dict[str, QuantizedLayer]) -> None:
     for name, layer in layers.items():
-        if not isinstance(layer.weight, nn.Parameter):
+        if layer._parameters.get("weight") is None:  # functional_call may have put any tensor there
             raise ValueError(
                 f"GradL1: {_weight_of(name)} is not a parameter (a hook or parametrization computes it)"
             )

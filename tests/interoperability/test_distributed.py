@@ -30,7 +30,7 @@ REFUSED = {
     # Wrapped when the penalty was made already: nobody asked this library, and its operators cannot run.
     "FSDP1 afterwards": "no gradient reached 0.weight",
     "FSDP1 afterwards, activations": "data is not allocated yet",
-    "FSDP1 afterwards, flat": "data is not allocated yet",
+    "FSDP1 afterwards, flat": "0.weight is not a parameter",
     "FSDP1 afterwards, flat, activations": "data is not allocated yet",
     "SyncBatchNorm": "GradL1: 1 is a SyncBatchNorm, which has no second derivative on several ranks;",
 }

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 
 import gradl1_fast as gl
@@ -61,7 +62,7 @@ def names() -> dict[str, Any]:
         "build": build, "evaluate": evaluate, "fit": fit, "right_and_count": right_and_count,
         "minus_loss": minus_loss, "model": model, "optimizer": torch.optim.SGD(model.parameters(), lr=0.01),
         "loader": loader, "batches": list(images.split(4)), "images": images, "x": images, "y": labels,
-        "widths": [(8, 8), (4, 4)],
+        "widths": [(8, 8), (4, 4)], "fully_shard": fully_shard, "blocks": (),
         "quiet": {
             "accelerator": "cpu", "logger": False, "enable_checkpointing": False,
             "enable_progress_bar": False, "enable_model_summary": False,

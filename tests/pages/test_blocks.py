@@ -21,6 +21,8 @@ NEEDS = {
     "docs/how-to/lightning.md": ("lightning",),
 }
 
+IN_A_GROUP = {"docs/how-to/ddp.md", "docs/interoperability.md"}
+
 
 def with_python() -> list[str]:
     found = [page.relative_to(ROOT).as_posix() for page in pages() if blocks(page, "python")]
@@ -41,7 +43,7 @@ def test_the_blocks_of_a_page_run(
     make_importable()
     for package in NEEDS.get(name, ()):
         pytest.importorskip(package)
-    if name == "docs/how-to/ddp.md":
+    if name in IN_A_GROUP:
         request.getfixturevalue("_one_rank")
     monkeypatch.chdir(tmp_path)
     names = setting.names()
@@ -49,5 +51,5 @@ def test_the_blocks_of_a_page_run(
         run(block, names)
 
 
-def test_every_page_that_needs_a_package_is_there() -> None:
-    assert ELSEWHERE | set(NEEDS) <= {page.relative_to(ROOT).as_posix() for page in pages()}
+def test_every_page_that_needs_something_is_there() -> None:
+    assert ELSEWHERE | IN_A_GROUP | set(NEEDS) <= {page.relative_to(ROOT).as_posix() for page in pages()}

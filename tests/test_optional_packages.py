@@ -16,7 +16,7 @@ from gradl1_fast.quantization import export
 NEEDS: dict[str, tuple[str, str, Callable[[nn.Module, Path], object]]] = {
     "plots": ("matplotlib.figure", "cli", lambda model, path: gl.Table([]).plot(path)),
     "ranges": ("safetensors", "export", gl.save_ranges),
-    "any-bit files": ("safetensors", "export", gl.save_any_bit),
+    "any-bit files": ("safetensors.torch", "export", gl.save_any_bit),
     "ONNX": ("onnx", "export", lambda model, path: export.export_onnx(model, torch.ones(1, 3), w=8, a=8)),
 }
 

@@ -1,0 +1,65 @@
+"""What is absent stays absent, and the sign of zero is zero."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gradl1_fast import functional as ours
+from tests.ops.cases import random
+from tests.ops.sweeps import leaf
+
+
+class Arguments(TorchDispatchMode):
+    """Keeps the arguments of the last call of an operator."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+        self.last: tuple[Any, ...] = ()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "gradl1_fast" and func.overloadpacket.__name__ == self.name:
+            self.last = args
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_double_backward_of_a_tap_is_given_no_zeros_for_what_is_absent() -> None:
+    x, probe = leaf(random((3, 4), 1)), torch.zeros((), requires_grad=True)
+    with Arguments("tap_double_backward") as seen:
+        dx, l1 = torch.autograd.grad(ours.tap(x, probe).sin().sum(), (x, probe), create_graph=True)
+        torch.autograd.grad(l1, x, retain_graph=True)
+        assert seen.last[0] is None
+        torch.autograd.grad(dx.sum(), x)
+        assert seen.last[1] is None
+
+
+@pytest.mark.parametrize("site", ["tap", "fake_quantize"])
+def test_a_scaled_probe_receives_nothing_from_an_ordinary_backward_pass(site: str) -> None:
+    x, probe = leaf(random((3, 4), 1)), torch.zeros((), requires_grad=True)
+    scaled = ours.scale_probe(probe, torch.ones(()))
+    if site == "tap":
+        y = ours.tap(x, scaled)
+    else:
+        y = ours.fake_quantize(x, torch.ones(()), torch.zeros(()), -7, 7, probe=scaled)
+    y.sum().backward()
+    assert x.grad is not None
+    assert probe.grad is None
+
+
+def test_zeros_among_the_tensors_of_a_norm_have_no_gradient() -> None:
+    x, weight = leaf(torch.tensor([0.0, -2.0, 3.0])), torch.tensor([5.0, 7.0, 11.0])
+    factor = leaf(torch.ones(1))
+    (dx,) = torch.autograd.grad(ours.l1_norm([x]), x, factor, create_graph=True)
+    assert dx.tolist() == [0.0, -1.0, 1.0]
+    (second,) = torch.autograd.grad(dx, factor, weight)
+    assert second.tolist() == [-7.0 + 11.0]
+
+
+def test_a_norm_refuses_cotangents_of_another_number() -> None:
+    x = torch.ones(3)
+    with pytest.raises(ValueError, match="zip"):
+        torch.ops.gradl1_fast.l1_norm_double_backward([x, x], [x])

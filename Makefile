@@ -70,8 +70,9 @@ format: $(READY)  ## put the code into the form that lint asks for
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
+# Not --quiet: what it hides is not counted as an error either.
 docs: $(READY)  ## build the documentation into build/site; warnings are errors
-	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet $(ARGS)
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict $(ARGS)
 
 bench: $(BUILT)  ## measure operations and training steps beside their peers; ARGS="step --smoke" for a first look
 	$(VENV)/bin/gradl1 bench $(ARGS)

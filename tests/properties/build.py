@@ -128,7 +128,7 @@ def batch(
 ) -> tuple[Tensor, Tensor]:
     """Return inputs and classes; the values are the same in every layout of memory."""
     generator = torch.Generator().manual_seed(network.seed + 1)
-    x = torch.randn(network.shape, generator=generator, dtype=torch.float64).to(dtype)
+    x = 2 * torch.randn(network.shape, generator=generator, dtype=torch.float64).to(dtype)
     classes = torch.randint(network.classes, (network.shape[0],), generator=generator)
     return LAYOUTS[layout](x), classes
 
@@ -159,11 +159,11 @@ def loss(model: nn.Module, data: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def _vary(module: nn.Module) -> None:
-    """Give a batch norm parameters and statistics that are not the neutral ones."""
+    """Give a batch norm parameters and statistics that are not neutral, and that reach both ends of ReLU6."""
     if not isinstance(module, nn.modules.batchnorm._BatchNorm):
         return
     for values, low, high in (
-        (module.weight, 0.5, 2.0),
+        (module.weight, 0.5, 5.0),
         (module.running_var, 0.5, 2.0),
         (module.bias, -0.5, 0.5),
         (module.running_mean, -0.5, 0.5),

@@ -281,6 +281,8 @@ def _norm(draw: st.DrawFn, chain: _Chain, choice: Choice, depth: int) -> None:
     tracked = choice.plain or draw(st.sampled_from((True, True, False)))
     momentum = draw(st.sampled_from((0.1, 0.5, None)))
     chain.add(Norm(draw(st.booleans()), tracked, momentum), chain.channels, chain.sizes)
+    if draw(st.booleans()):  # what stands behind most batch norms
+        _act(draw, chain, choice, depth)
 
 
 def _act(draw: st.DrawFn, chain: _Chain, choice: Choice, depth: int) -> None:

@@ -315,6 +315,8 @@ def _image(data: bytes, sentinel: Path) -> Iterator[Damaged]:
     yield "high", png(1, 2_000_000, zlib.compress(bytes(4_000_000)))
     yield "no pixel", png(0, 0, zlib.compress(b""))
     yield "endless rows", png(8, 8, deflated())
+    small = png(8, 8, zlib.compress(bytes(72)))
+    yield "huge chunk", small[:33] + struct.pack(">I", 2**31 - 1) + small[37:]
 
 
 _KINDS: dict[str, Callable[[bytes, Path], Iterator[Damaged]]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -62,7 +63,8 @@ class ImageFiles:
     def _read(self, path: Path) -> Tensor:
         image_module = _pillow()
         try:
-            with image_module.open(path, formats=FORMATS) as file:
+            # From memory: of a file Python makes room for as many bytes as a damaged length asks for.
+            with image_module.open(io.BytesIO(path.read_bytes()), formats=FORMATS) as file:
                 image = _square(file.convert("RGB"), self.size)
         except (OSError, ValueError, SyntaxError, image_module.DecompressionBombError) as error:
             raise DataError(f"{path}: not a whole image: {error}") from error

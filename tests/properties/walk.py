@@ -43,6 +43,7 @@ class Walk:
         feeding: the numbers of those that a convolution or linear layer reads.
         pooled: what a maximum was taken of.
         activated: what went into an activation.
+        rounded: in steps, what was rounded to codes and zero points.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class Walk:
         self.feeding: list[int] = []
         self.pooled: list[Tensor] = []
         self.activated: list[Tensor] = []
+        self.rounded: list[Tensor] = []
 
     def __call__(self, x: Tensor) -> Tensor:
         value = self._chain(self.network.parts, self.model.body, self._made(x))
@@ -154,6 +156,7 @@ def measure(
             return t
         if activation_bits is not None:
             grid = oracle.affine_grid(*found.ends[number], activation_bits)
+            walk.rounded += [t.detach() / grid[0], -found.ends[number][0] / grid[0]]
             t, unquantized = oracle.fake_quantize(t, *grid), t
             t.unquantized = unquantized
         if number != INPUT:
@@ -180,6 +183,8 @@ def decided(walk: Walk, measured: oracle.Measured, *, extremes: bool, noise: flo
     if any(bool(((size > 0) & (size < noise * size.max())).any()) for size in sizes):
         return False
     if any(_ties(t.flatten(2).flatten(0, 1), noise) for t in walk.pooled):
+        return False
+    if any(bool(((t - t.floor() - 0.5).abs() < noise).any()) for t in walk.rounded):
         return False
     if any(_meets_kink(t, noise) for t in walk.activated):
         return False

@@ -195,9 +195,11 @@ def decided(walk: Walk, measured: oracle.Measured, *, extremes: bool, noise: flo
 
 
 def _meets_kink(t: Tensor, noise: float) -> bool:
-    """Say whether a value before a ReLU or ReLU6 is almost at its end, and not exactly there."""
-    near = torch.stack([t.detach(), t.detach() - 6]).abs()
-    return bool(((near > 0) & (near < noise * t.detach().abs().max())).any())
+    """Say whether a value before a ReLU or ReLU6 is almost at its end; zeros out of another ReLU are not."""
+    t = t.detach()
+    near = torch.stack([t, t - 6]).abs()
+    activated = bool(t.min() >= 0)  # otherwise products of codes that cancel, exactly or almost
+    return bool(((near < noise * t.abs().max()) & ((near > 0) | (not activated))).any())
 
 
 def _ties(rows: Tensor, noise: float) -> bool:

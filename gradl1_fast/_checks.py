@@ -59,6 +59,9 @@ def grid(
     op: str, x: Tensor, scale: Tensor, zero_point: Tensor, codes: tuple[int, int], axis: int | None
 ) -> int | None:
     """Check that a quantization grid fits ``x``; return the channel axis, counted from the front."""
+    for name, value in (("scale", scale), ("zero_point", zero_point)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{op}: {name} must be a tensor, got {value!r}")
     one_device(op, (x, scale, zero_point))
     floating(op, (x, scale, zero_point))
     if scale.requires_grad or zero_point.requires_grad:

@@ -240,9 +240,9 @@ def batch_norm_act(
     grid: tuple[Tensor, Tensor, int, int] | None = None,
     probe: Tensor | None = None,
 ) -> Tensor:
-    """Return ``act(batch_norm(x) + residual)``, as ``torch.nn.functional.batch_norm`` normalises.
+    """Return ``q(act(batch_norm(x) + residual))``, as ``torch.nn.functional.batch_norm`` normalises.
 
-    With a ``grid`` the result is fake-quantized, as :func:`fake_quantize` does it, in the same passes.
+    q is :func:`fake_quantize` with a ``grid``, in the same passes over memory; without one it is nothing.
 
     Args:
         x: ``(N, C, *size)``; an empty one leaves the running statistics as they are.
@@ -282,9 +282,9 @@ def batch_norm_act(
     check.normalisation(x, (running_mean, running_var, weight, bias, residual), training, activation)
     if residual is not None:
         residual = residual.expand_as(x).to(x.dtype)
-    scale, zero_point, q_min, q_max = (None, None, 0, 0) if grid is None else grid
-    if scale is not None and zero_point is not None:
-        check.grid("batch_norm_act", x, scale, zero_point, (q_min, q_max), None)
+    scale, zero_point, q_min, q_max = grid or (None, None, 0, 0)
+    if grid is not None:
+        check.grid("batch_norm_act", x, *grid[:2], (q_min, q_max), None)
     y, _, mean, rstd = ops.batch_norm_act.batch_norm_act_forward(
         x, weight, bias, running_mean, running_var, residual, scale, zero_point, q_min, q_max,
         training, eps, activation, probe,

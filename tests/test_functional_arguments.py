@@ -117,6 +117,26 @@ REFUSED: dict[str, tuple[Callable[[], Tensor], type[Exception], str]] = {
         ValueError,
         "activation must be 'none', 'relu' or 'relu6', got 'gelu'",
     ),
+    "half a grid": (
+        lambda: F.batch_norm_act(X, None, None, **TRAIN, grid=(ONE, None, 0, 7)),
+        TypeError,
+        "zero_point must be a tensor, got None",
+    ),
+    "a grid for each channel": (
+        lambda: F.batch_norm_act(X, None, None, **TRAIN, grid=(C, C, 0, 7)),
+        ValueError,
+        r"scale must have 1 value\(s\) here, got \(3,\)",
+    ),
+    "codes of a grid": (
+        lambda: F.batch_norm_act(X, None, None, **TRAIN, grid=(ONE, ONE, 7, 0)),
+        ValueError,
+        "q_max - q_min must be from 0 to 65535",
+    ),
+    "a grid that learns": (
+        lambda: F.batch_norm_act(X, None, None, **TRAIN, grid=(ONE.clone().requires_grad_(), ONE, 0, 7)),
+        ValueError,
+        "scale and zero_point receive no gradient here",
+    ),
     "evaluation alone": (
         lambda: F.batch_norm_act(X, None, None),
         ValueError,

@@ -31,7 +31,7 @@ GRADL1_FN A activate(A z, const A* q) {
     return z;
 }
 
-// a: what the activation gave, or was given. At the ends both are stopped, and so is NaN if quantized.
+// a: what the activation gave, or was given. At an end of the activation nothing passes, and no NaN if quantized.
 template <Activation Act, class A>
 GRADL1_FN bool passes(A a, const A* q) {
     if constexpr (Act == Activation::relu) return !(a <= A(0));
@@ -79,7 +79,7 @@ enum BackwardCoefficient { kMean, kNormScale, kNormShift, kOwn };
 enum class Mask { open, from_x, from_activated };
 
 template <Mask From>
-constexpr int kReads = From == Mask::from_activated;
+constexpr int kReadsActivated = From == Mask::from_activated;
 
 // T: the type in which the output of the activation is stored, whose rounding decides whether it is 0 or 6.
 // q: the constants, if any.
@@ -94,10 +94,10 @@ GRADL1_FN A masked(A g, A x, A activated, const A* k, const A* q) {
 
 // in: dy, x, activated if it gives the mask.  out: g, where a residual wants it.  sums: g, g * d, |dy|.
 template <Activation Act, Mask From, class T>
-struct BackwardSums : Body<2 + kReads<From>, kReads<From>, 3, 3, kConstants<Act>> {
+struct BackwardSums : Body<2 + kReadsActivated<From>, kReadsActivated<From>, 3, 3, kConstants<Act>> {
     template <class A>
     static GRADL1_FN void apply(const A* in, const A* k, A* out, A* sum) {
-        const A g = masked<Act, From, T>(in[0], in[1], in[2 * kReads<From>], k, k + 3);
+        const A g = masked<Act, From, T>(in[0], in[1], in[2 * kReadsActivated<From>], k, k + 3);
         if constexpr (From == Mask::from_activated) out[0] = g;
         sum[0] += g;
         sum[1] += g * (in[1] - k[kMean]);
@@ -123,10 +123,10 @@ struct BackwardApply : Body<2, 1, 6, 0, kConstants<Act>> {
 
 // in: dy, x, d_dx, activated if it gives the mask.  sums: g, g * d, v, v * d, g * v.
 template <Activation Act, Mask From, class T>
-struct DoubleBackwardSums : Body<3 + kReads<From>, 0, 3, 5, kConstants<Act>> {
+struct DoubleBackwardSums : Body<3 + kReadsActivated<From>, 0, 3, 5, kConstants<Act>> {
     template <class A>
     static GRADL1_FN void apply(const A* in, const A* k, A*, A* sum) {
-        const A g = masked<Act, From, T>(in[0], in[1], in[2 + kReads<From>], k, k + 3);
+        const A g = masked<Act, From, T>(in[0], in[1], in[2 + kReadsActivated<From>], k, k + 3);
         const A d = in[1] - k[kMean];
         sum[0] += g;
         sum[1] += g * d;
@@ -141,10 +141,10 @@ enum DoubleCoefficient { kDl1Term = kOwn, kGv, kGd, kG1, kXd, kX1, kXg, kXv, kDo
 
 // in: dy, x, d_dx, activated if it gives the mask, d_dresidual if it arrived.  out: d_dy, d_x.
 template <Activation Act, Mask From, bool Residual, class T>
-struct DoubleBackwardApply : Body<3 + kReads<From> + Residual, 2, kDoubleCoefficients, 0, kConstants<Act>> {
+struct DoubleBackwardApply : Body<3 + kReadsActivated<From> + Residual, 2, kDoubleCoefficients, 0, kConstants<Act>> {
     template <class A>
     static GRADL1_FN void apply(const A* in, const A* k, A* out, A*) {
-        constexpr int last = 2 + kReads<From>;
+        constexpr int last = 2 + kReadsActivated<From>;
         const A* q = k + kDoubleCoefficients;
         const A v = in[2], d = in[1] - k[kMean];
         const A g = masked<Act, From, T>(in[0], in[1], in[last], k, q);

@@ -7,8 +7,6 @@
 
 namespace gradl1::cuda {
 
-constexpr int kMostSums = 5;
-
 template <Activation Act>
 struct Is {
     static constexpr Activation act = Act;
@@ -29,21 +27,18 @@ void with_activation(const BatchNormAct& r, const F& f) {
 template <Activation Act>
 constexpr Mask kFromX = Act == Activation::none ? Mask::open : Mask::from_x;
 
-// Scratch: the slots, then the coefficients, then one value for each channel, then the constants.
 inline double* slots(const BatchNormAct& r) { return static_cast<double*>(r.scratch); }
 
 template <class A>
 A* coefficients(const BatchNormAct& r) {
-    return reinterpret_cast<A*>(slots(r) + most_chunks(r.layout) * kMostSums * r.layout.channels);
+    return reinterpret_cast<A*>(slots(r) + coefficients_at(r.layout));
 }
 
-inline double* per_channel(const BatchNormAct& r) {
-    return slots(r) + (most_chunks(r.layout) * kMostSums + kDoubleCoefficients) * r.layout.channels;
-}
+inline double* per_channel(const BatchNormAct& r) { return slots(r) + per_channel_at(r.layout); }
 
 template <class A>
 A* constants(const BatchNormAct& r) {
-    return reinterpret_cast<A*>(per_channel(r) + r.layout.channels);
+    return reinterpret_cast<A*>(slots(r) + constants_at(r.layout));
 }
 
 template <class A>

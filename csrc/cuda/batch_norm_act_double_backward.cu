@@ -38,7 +38,7 @@ void apply(const BatchNormAct& r, Where where) {
         nullptr,
         constants<A>(r)};
     if constexpr (From == Mask::from_activated) o.in[3] = static_cast<const T*>(r.activated);
-    if constexpr (Residual) o.in[3 + kReads<From>] = static_cast<const T*>(r.d_dresidual);
+    if constexpr (Residual) o.in[3 + kReadsActivated<From>] = static_cast<const T*>(r.d_dresidual);
     run("batch_norm_act_double_backward", o, r.layout, where);
 }
 

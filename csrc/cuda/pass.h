@@ -93,7 +93,8 @@ __device__ A block_sum(A value) {
 }
 
 // Blocks of a pass that must fit on a multiprocessor: without a number ptxas spills a register or two to
-// fit three. The widest body in 16-bit types keeps 8 x 12 coefficients in registers and gets all of them.
+// fit three. The widest body in 16-bit types keeps 8 x 12 coefficients in registers and gets all of them
+// (constants are the same for the 8).
 template <class Body, class T>
 constexpr int kResident = Body::coefficients > 8 && sizeof(T) == 2 ? 1 : 2;
 

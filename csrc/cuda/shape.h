@@ -49,4 +49,12 @@ inline std::int64_t most_chunks(const Layout& t) {
     return most;
 }
 
+// Scratch of any sweep, in doubles: the slots, the coefficients, one value for each channel, the constants.
+constexpr std::int64_t kMostSums = 5;
+
+inline std::int64_t coefficients_at(const Layout& t) { return most_chunks(t) * kMostSums * t.channels; }
+inline std::int64_t per_channel_at(const Layout& t) { return coefficients_at(t) + kDoubleCoefficients * t.channels; }
+inline std::int64_t constants_at(const Layout& t) { return per_channel_at(t) + t.channels; }
+inline std::int64_t scratch_end(const Layout& t) { return constants_at(t) + kQuantizedConstants; }
+
 }  // namespace gradl1::cuda

@@ -30,7 +30,7 @@ void apply(const BatchNormAct& r, int threads) {
         slots(r),
         q.value};
     if constexpr (From == Mask::from_activated) pass.in[3] = static_cast<const T*>(r.activated);
-    if constexpr (Residual) pass.in[3 + kReads<From>] = static_cast<const T*>(r.d_dresidual);
+    if constexpr (Residual) pass.in[3 + kReadsActivated<From>] = static_cast<const T*>(r.d_dresidual);
     pass.run(threads);
 }
 

@@ -83,12 +83,19 @@ class BatchNormAct2d(nn.BatchNorm2d):
         elif quantizer is not None and quantizer.is_foldable:
             bits = quantizer.bits
             grid = None if bits is None else quantizer.grid(sum_dtype(x.dtype), bits)
-            return self._normalize(x, residual, self.activation, grid=grid, probe=quantizer.probe)
+            return self._normalize(x, residual, self.activation, grid, quantizer.probe)
         else:
             y = self._normalize(x, residual, self.activation)
         return y if quantizer is None else quantizer(y)
 
-    def _normalize(self, x: Tensor, residual: Tensor | None, activation: str, **options: Any) -> Tensor:
+    def _normalize(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        activation: str,
+        grid: tuple[Tensor, Tensor, int, int] | None = None,
+        probe: Tensor | None = None,
+    ) -> Tensor:
         tracked = not self.training or self.track_running_stats
         return F.batch_norm_act(
             x,
@@ -101,7 +108,8 @@ class BatchNormAct2d(nn.BatchNorm2d):
             eps=self.eps,
             residual=residual,
             activation=activation,
-            **options,
+            grid=grid,
+            probe=probe,
         )
 
     def _count_batch(self) -> float:

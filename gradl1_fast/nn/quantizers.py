@@ -152,10 +152,12 @@ class ActivationQuantizer(_Quantizer):
     def is_foldable(self) -> bool:
         """Whether the operation before can do all that this quantizer does: its grid and its probe.
 
-        What looks at the values themselves needs them: an observer, a step measured on them, a hook.
+        What looks at the values themselves needs them: an observer, a step measured on them, a hook, a
+        ``forward`` of its own. Hooks of all modules (``register_module_forward_hook``) do not see a
+        quantizer that is folded.
         """
-        needs_values = self.step_bits is not None or self.observer is not None
-        return type(self) is ActivationQuantizer and not needs_values and not has_hooks(self)
+        own = type(self) is not ActivationQuantizer or "forward" in vars(self) or has_hooks(self)
+        return self.observer is None and not own and not (self.step_bits and self._is_measured)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the activation as it is seen at the present width."""
@@ -215,9 +217,12 @@ class ActivationQuantizer(_Quantizer):
         """Return the step at ``bits`` for the present range of ``x``, a differentiable scalar."""
         return F.quantization_grid(*F.value_range(x), bits, symmetric=False)[0]
 
+    @property
+    def _is_measured(self) -> bool:
+        return self.probe is not None and self.probe.requires_grad and torch.is_grad_enabled()
+
     def _scaled_probe(self, x: Tensor) -> Tensor | None:
-        measured = self.probe is not None and self.probe.requires_grad and torch.is_grad_enabled()
-        if self.probe is None or self.step_bits is None or not measured:
+        if self.probe is None or self.step_bits is None or not self._is_measured:
             return self.probe
         return F.scale_probe(self.probe, self.step(x, self.step_bits))
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gradl1_fast._dtypes import sum_dtype
+from gradl1_fast._masks import is_masked
 from gradl1_fast.ops._library import Operator
 
 _GRID = "Tensor? scale, Tensor? zero_point, int q_min, int q_max"
@@ -28,7 +29,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
         source = None if activation == "none" else y
     ctx.save_for_backward(x, source, weight, bias, mean, rstd, scale, zero_point)
     ctx.options, ctx.has_residual = (*codes, training, activation), residual is not None
-    ctx.unmasked = activation == "none" and scale is None
+    ctx.unmasked = not is_masked(activation, scale)
     ctx.has_probe = probe is not None and probe.requires_grad
 
 
@@ -75,7 +76,7 @@ def _fake_forward(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor
 
 def _fake_backward(dy: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     scale, (activation, with_residual, with_l1) = rest[5], rest[-3:]
-    masked_residual = with_residual and (activation != "none" or scale is not None)
+    masked_residual = with_residual and is_masked(activation, scale)
     dresidual = torch.empty_like(x) if masked_residual else x.new_empty((0,))
     l1 = _statistics(x).new_empty(() if with_l1 else (0,))
     return torch.empty_like(x), _statistics(x), _statistics(x), dresidual, l1

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gradl1_fast.backends import backend, reference, resolve
 from tests.compiled.calls import NO_GRID, OPERATIONS, SHAPES, batch_norm_act, fake_quantize, l1_norm
-from tests.compiled.folded import assert_folds
+from tests.compiled.folded import KINDS, assert_folds
 from tests.gradients import assert_gradients
 from tests.ops.cases import CASES, Case
 from tests.ops.layouts import LAYOUTS
@@ -49,6 +49,13 @@ def test_equals_the_reference(operation: Any, dtype: torch.dtype, layout: str, h
         for name, arguments in operation(shape, dtype, change):
             actual, expected = getattr(host, name)(*arguments), getattr(reference, name)(*arguments)
             assert_agree(actual, expected, tolerance, f"{name} of {shape}")
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("layout", [Tensor.contiguous, LAYOUTS["channels_last"]])
+def test_quantization_folds_into_batch_norm_in_the_reference_too(dtype: torch.dtype, layout: Any) -> None:
+    """In training; in evaluation it takes another way to the normalised values, rounded elsewhere."""
+    assert_folds(reference, (4, 19, 7, 5), dtype, layout, kinds=[k for k in KINDS if k[0]])
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)

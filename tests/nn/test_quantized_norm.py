@@ -67,7 +67,7 @@ def test_a_quantizer_folds_into_its_batch_norm(activation: str, with_residual: b
     assert_gradients(folded, alone, 1e-12)
 
 
-@pytest.mark.parametrize("needed_by", ["observer", "step", "hook", "subclass"])
+@pytest.mark.parametrize("needed_by", ["observer", "step", "hook", "subclass", "own forward"])
 def test_what_needs_the_values_before_the_quantizer_gets_them(needed_by: str) -> None:
     layer, seen = quantized_norm("relu"), []
     quantizer = layer.quantizer
@@ -79,6 +79,9 @@ def test_what_needs_the_values_before_the_quantizer_gets_them(needed_by: str) ->
         quantizer.probe.requires_grad_()
     elif needed_by == "hook":
         quantizer.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    elif needed_by == "own forward":  # as libraries that wrap modules do it
+        own = quantizer.forward
+        quantizer.forward = lambda x: seen.append(x) or own(x)
     else:
 
         class Own(ActivationQuantizer):
@@ -90,3 +93,30 @@ def test_what_needs_the_values_before_the_quantizer_gets_them(needed_by: str) ->
     layer(torch.randn(5, 4, 3, 2, dtype=torch.float64))
     assert len(seen) == 1
     assert len(seen[0].unique()) > 8  # not on the grid
+
+
+def test_a_step_that_nobody_measures_keeps_nothing_apart() -> None:
+    layer = quantized_norm("relu")
+    layer.quantizer.step_bits = 4
+    with torch.no_grad(), Called() as called:
+        layer(torch.randn(5, 4, 3, 2, dtype=torch.float64))
+    assert list(called.names) == ["batch_norm_act_forward"]
+
+
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_evaluation_is_that_of_the_two_operations(dtype: torch.dtype, with_residual: bool) -> None:
+    layer = quantized_norm("relu").to(dtype).eval()
+    inputs = torch.randn(1 + with_residual, 5, 4, 3, 2).to(dtype).unbind()
+    folded = layer(*inputs)
+    layer.quantizer.register_forward_hook(lambda *_: None)
+    assert torch.equal(folded, layer(*inputs))
+
+
+def test_without_a_range_nothing_is_counted() -> None:
+    layer = gl.BatchNormAct2d(4, quantize_output=True)
+    layer.quantizer.bits = 4
+    with pytest.raises(RuntimeError, match="calibrate first"):
+        layer(torch.randn(5, 4, 3, 2))
+    assert layer.num_batches_tracked == 0
+    assert not layer.running_mean.any()

@@ -26,6 +26,8 @@ ODD_SIZES = [
     _fake_quantize("70,000 channels", (2, 70_000), (0, 7), axis=1, zero=3),
     Case("l1_norm of nothing", shapes=((0,), (2, 0)), **L1),
     Case("l1_norm of 3,000 tensors", shapes=((1,),) * 3000, **L1),
+    _batch_norm("empty batch, quantized", (0, 4, 3, 2), grid=(0.5, 3.0, 0, 7)),
+    _batch_norm("empty batch, residual, quantized", (0, 4, 3, 2), (0, 4, 3, 2), grid=(0.5, 3.0, 0, 7)),
     _conv("empty batch", (0, 3, 6, 5), (4, 3, 3, 3), padding="same"),
     _conv("empty batch, depthwise", (0, 4, 6, 5), (4, 1, 3, 3), groups=4),
     _conv("70,000 input channels", (1, 70_000, 2), (2, 70_000, 1)),

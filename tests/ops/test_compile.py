@@ -38,16 +38,19 @@ def penalised_step(
     var: Tensor,
 ) -> list[Tensor]:
     """Return loss, penalty and their gradients; two layers, one with a residual, all three kinds of site."""
-    grid = [
+    grid_of_w = [
         t.detach() for t in ours.quantization_grid(*ours.value_range(w.detach(), 0), 4, symmetric=True)[:2]
     ]
-    w_hat = ours.fake_quantize(w, *grid, -7, 7, axis=0, probe=p_w)
+    w_hat = ours.fake_quantize(w, *grid_of_w, -7, 7, axis=0, probe=p_w)
     step, zero = x.new_tensor(0.25), x.new_tensor(8.0)
     h = ours.conv(ours.fake_quantize(x, step, zero, 0, 15, probe=p_x), w_hat, padding="same")
     h = ours.batch_norm_act(h, mean, var, gamma, beta, training=True, activation="relu", probe=p_y)
     z = ours.conv(h, depthwise, padding=1, groups=4)
-    h = ours.batch_norm_act(z, None, None, training=True, residual=h, activation="relu6")
-    h = ours.tap(h, p_h)
+    grid = (step, zero, 0, 15)
+    h = ours.batch_norm_act(
+        z, None, None, training=True, residual=h, activation="relu6", grid=grid, probe=p_h
+    )
+    h = ours.batch_norm_act(h, mean, var, training=False, grid=grid)
     loss = ours.linear(h.mean((2, 3)), w_out, b_out).sin().sum()
     weights, probes = [depthwise, w_out], [p_w, p_x, p_y, p_h]
     gradients = torch.autograd.grad(loss, weights + probes, create_graph=True)

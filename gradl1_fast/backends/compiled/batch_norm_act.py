@@ -10,6 +10,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from gradl1_fast._masks import is_masked
 from gradl1_fast.backends import reference
 from gradl1_fast.backends.compiled._tensors import (
     DTYPES,
@@ -89,8 +90,8 @@ def batch_norm_act_backward(
             training, activation, with_residual, with_l1,
         )  # fmt: skip
     x = dense(x)
-    masked_residual = with_residual and (activation != "none" or scale is not None)
-    g, mask = beside(dy, x), _mask(activated, x, masked_residual)
+    masked_residual = with_residual and is_masked(activation, scale)
+    g, mask = beside(dy, x), _mask_source(activated, x, masked_residual)
     vectors, (scale, zero_point) = _vectors(x, mean, rstd, weight, bias), _vectors(x, scale, zero_point)
     dx, dweight, dbias = torch.empty_like(x), torch.empty_like(mean), torch.empty_like(mean)
     dresidual, l1 = None if mask is None else torch.empty_like(x), new_vector(x) if with_l1 else None
@@ -131,14 +132,14 @@ def batch_norm_act_double_backward(
     with_residual: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return ``d_dy, d_x, d_weight`` for the cotangents of the five results of the backward."""
-    masked_residual = with_residual and (activation != "none" or scale is not None)
+    masked_residual = with_residual and is_masked(activation, scale)
     if not x.numel() or (d_dresidual is not None and not masked_residual):
         return reference.batch_norm_act_double_backward(
             d_dx, d_dweight, d_dbias, d_dresidual, d_l1, dy, x, activated, weight, bias, mean, rstd,
             scale, zero_point, q_min, q_max, training, activation, with_residual,
         )  # fmt: skip
     x = dense(x)
-    g, mask = beside(dy, x), _mask(activated, x, masked_residual)
+    g, mask = beside(dy, x), _mask_source(activated, x, masked_residual)
     v = torch.zeros_like(x) if d_dx is None else beside(d_dx, x)
     u = None if d_dresidual is None else beside(d_dresidual, x)
     cotangents = (v, vector(d_dweight, x), vector(d_dbias, x), u, vector(d_l1, x))
@@ -153,7 +154,7 @@ def batch_norm_act_double_backward(
     return in_layout_of(d_dy, dy), d_x, d_weight
 
 
-def _mask(activated: Tensor | None, x: Tensor, masked_residual: bool) -> Tensor | None:
+def _mask_source(activated: Tensor | None, x: Tensor, masked_residual: bool) -> Tensor | None:
     """Return the output of the activation where the mask cannot be recomputed from ``x``."""
     return beside(activated, x) if activated is not None and masked_residual else None
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gradl1_fast._masks import is_masked
 from gradl1_fast.backends.reference._normalisation import (
     affine,
     column,
@@ -52,7 +53,8 @@ def batch_norm_act_forward(
     weight, bias = _widen(weight), _widen(bias)
     if not x.numel():
         # PyTorch's routines below divide by the number of values.
-        return torch.empty_like(x), absent(x), wide.new_zeros(x.shape[1]), wide.new_ones(x.shape[1])
+        kept = absent(x) if scale is None or residual is None else torch.empty_like(x)
+        return torch.empty_like(x), kept, wide.new_zeros(x.shape[1]), wide.new_ones(x.shape[1])
     if training:
         z, mean, rstd = torch.native_batch_norm(wide, weight, bias, None, None, True, 0.0, eps)
     else:
@@ -60,14 +62,16 @@ def batch_norm_act_forward(
         assert running_var is not None
         # A copy: an operator must not return what it was given.
         mean, rstd = widen(running_mean).clone(), (widen(running_var) + eps).rsqrt()
-        z = torch.native_batch_norm(wide, weight, bias, mean, widen(running_var), False, 0.0, eps)[0]
-    if scale is not None:
-        z = _renormalised(wide, weight, bias, mean, rstd)  # the mask has to see the very same values
+        if scale is None:
+            z = torch.native_batch_norm(wide, weight, bias, mean, widen(running_var), False, 0.0, eps)[0]
+        else:
+            z = _renormalised(wide, weight, bias, mean, rstd)  # the mask has to see the very same values
     if residual is not None:
         z.add_(residual)
     activated = in_layout_of(_activate_(z, activation), x)
-    if scale is None or zero_point is None:
+    if scale is None:
         return activated, absent(x), mean, rstd
+    assert zero_point is not None  # functional.batch_norm_act has checked
     y = fake_quantize_forward(activated, scale, zero_point, q_min, q_max, None)
     return y, absent(x) if residual is None else activated, mean, rstd
 
@@ -101,7 +105,7 @@ def batch_norm_act_backward(
     activated, within = _mask(activated, wide, vectors, grid, activation, x.dtype)
     g = _masked(_dense(dy, wide), activated, within, activation)
     dx, dweight, dbias = normalise_backward(g, wide, weight, mean, rstd, training)
-    masked_residual = with_residual and (activation != "none" or scale is not None)
+    masked_residual = with_residual and is_masked(activation, scale)
     return (
         in_layout_of(dx, x),
         dweight,
@@ -174,30 +178,42 @@ def _mask(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return what the activation's slope is read from, and where codes were not clamped if there are any."""
     scale, zero_point, q_min, q_max = grid
-    if scale is None or zero_point is None:
+    if scale is None:
         return activated, None
+    assert zero_point is not None  # functional.batch_norm_act has checked
     if activated is None:
-        activated = _activate_(_renormalised(x, *map(_widen, vectors)), activation).to(dtype)
+        weight, bias, mean, rstd = vectors
+        z = _renormalised(x, _widen(weight), _widen(bias), mean, rstd)
+        activated = _activate_(z, activation).to(dtype)  # as it was stored
     return activated, inside(activated, scale, zero_point, q_min, q_max, None)
 
 
 def _renormalised(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor | None, rstd: Tensor | None
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, rstd: Tensor
 ) -> Tensor:
-    """Return the normalised values from the saved statistics, the same bits whenever it is asked."""
-    assert mean is not None
-    assert rstd is not None
-    ones, zeros = torch.ones_like(mean), torch.zeros_like(mean)
-    return affine(x, mean, rstd, ones if weight is None else weight, zeros if bias is None else bias)
+    """Return the normalised values from the saved statistics, on a CPU the very bits of the forward pass.
+
+    That routine makes a factor and an offset of each channel, as here, and applies them; the mean of 0 and
+    the variance of 1 leave them as they are.
+    """
+    factor, product = (rstd, mean * rstd) if weight is None else (rstd * weight, mean * weight * rstd)
+    offset = -product if bias is None else bias - product
+    return affine(x, torch.zeros_like(mean), torch.ones_like(rstd), factor, offset)
 
 
 def _masked(
-    g: Tensor, activated: Tensor | None, within: Tensor | None, activation: str, into: Tensor | None = None
+    g: Tensor,
+    activated: Tensor | None,
+    within: Tensor | None,
+    activation: str,
+    *,
+    into: Tensor | None = None,
 ) -> Tensor:
-    """Return ``g`` where the activation has slope 1 and the code was not clamped, and 0 elsewhere."""
-    if within is not None:
-        g = torch.where(within, g, 0)
-        into = None if into is None else g
+    """Return ``g`` where the activation has slope 1 and the code was not clamped, and 0 elsewhere.
+
+    The result may be written into ``into``.
+    """
+    g = g if within is None else torch.where(within, g, 0)
     if activation == "none" or activated is None:
         return g
     if activation == "relu6":

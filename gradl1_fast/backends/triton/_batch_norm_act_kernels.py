@@ -39,8 +39,18 @@ def _activated(z, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def _grid_of(quantizer, ACC: tl.constexpr):
+    """Return the quantizer's scale and zero point, loaded once for all tiles; without one, anything."""
+    if quantizer is None:
+        s, z = tl.full((), 1, ACC), tl.full((), 0, ACC)
+    else:
+        s, z = tl.load(quantizer[0]).to(ACC), tl.load(quantizer[1]).to(ACC)
+    return s, z
+
+
+@triton.jit
 def _passes(
-    x, mean, scale, bias, activated, quantizer, at, inside,
+    x, mean, scale, bias, activated, quantizer, s, z, at, inside,
     T: tl.constexpr, ACTIVATION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Return where the activation has slope 1 and the code, if there is a quantizer, is not clamped.
@@ -59,7 +69,6 @@ def _passes(
         if ACTIVATION == "relu6":
             passes = (out > 0) & (out < 6)
         if quantizer is not None:
-            s, z = tl.load(quantizer[0]).to(ACC), tl.load(quantizer[1]).to(ACC)
             passes &= within(out, s, z, quantizer[2], quantizer[3])
     return passes
 
@@ -151,6 +160,7 @@ def _batch_norm_act_forward_kernel(
     scale = of_channel(rstd, strip, channels, 0, LAST, COLS, ACC)
     scale *= of_channel(weight, strip, channels, 1, LAST, COLS, ACC)
     shift = of_channel(bias, strip, channels, 0, LAST, COLS, ACC)
+    step, zero = _grid_of(quantizer, ACC)
     for i in range(tiles):
         at, inside = tile(strip, share * tiles + i, rows, width, pitch, LAST, ROWS, COLS)
         z = _normalised(load(x, at, inside, ACC), center, scale, shift)
@@ -160,7 +170,6 @@ def _batch_norm_act_forward_kernel(
         if activated is not None:
             tl.store(activated + at, out, mask=inside)
         if quantizer is not None:
-            step, zero = tl.load(quantizer[0]).to(ACC), tl.load(quantizer[1]).to(ACC)
             levels = quantized(widen(out, ACC), step, zero, quantizer[2], quantizer[3])
             out = narrow(levels, y.dtype.element_ty)
         tl.store(y + at, out, mask=inside)
@@ -178,6 +187,7 @@ def _batch_norm_act_backward_sums_kernel(
     r = of_channel(rstd, strip, channels, 0, LAST, COLS, ACC)
     scale = r * of_channel(weight, strip, channels, 1, LAST, COLS, ACC)
     shift = of_channel(bias, strip, channels, 0, LAST, COLS, ACC)
+    step, zero = _grid_of(quantizer, ACC)
     a = tl.zeros((ROWS, COLS), ACC)
     b = tl.zeros((ROWS, COLS), ACC)
     l1 = tl.zeros((ROWS, COLS), ACC)
@@ -188,7 +198,7 @@ def _batch_norm_act_backward_sums_kernel(
         l1 += tl.abs(g)
         T: tl.constexpr = x.dtype.element_ty
         passes = _passes(
-            value, center, scale, shift, activated, quantizer, at, inside, T, ACTIVATION, ACC
+            value, center, scale, shift, activated, quantizer, step, zero, at, inside, T, ACTIVATION, ACC
         )  # fmt: skip
         g = tl.where(passes, g, 0)
         if dresidual is not None:
@@ -213,6 +223,7 @@ def _batch_norm_act_backward_kernel(
     r = of_channel(rstd, strip, channels, 0, LAST, COLS, ACC)
     scale = r * of_channel(weight, strip, channels, 1, LAST, COLS, ACC)
     shift = of_channel(bias, strip, channels, 0, LAST, COLS, ACC)
+    step, zero = _grid_of(quantizer, ACC)
     each = divide(tl.full((), 1, ACC), count.to(ACC))
     a = of_channel(dbias, strip, channels, 0, LAST, COLS, ACC) * each
     b = of_channel(dweight, strip, channels, 0, LAST, COLS, ACC) * each
@@ -221,7 +232,9 @@ def _batch_norm_act_backward_kernel(
         value = load(x, at, inside, ACC)
         g = load(dy, at, inside, ACC)
         T: tl.constexpr = x.dtype.element_ty
-        passes = _passes(value, center, scale, shift, None, quantizer, at, inside, T, ACTIVATION, ACC)
+        passes = _passes(
+            value, center, scale, shift, None, quantizer, step, zero, at, inside, T, ACTIVATION, ACC
+        )
         g = tl.where(passes, g, 0)
         if TRAINING:
             g -= a + (value - center) * r * b
@@ -241,6 +254,7 @@ def _batch_norm_act_double_backward_sums_kernel(
     r = of_channel(rstd, strip, channels, 0, LAST, COLS, ACC)
     scale = r * of_channel(weight, strip, channels, 1, LAST, COLS, ACC)
     shift = of_channel(bias, strip, channels, 0, LAST, COLS, ACC)
+    step, zero = _grid_of(quantizer, ACC)
     a = tl.zeros((ROWS, COLS), ACC)
     b = tl.zeros((ROWS, COLS), ACC)
     p = tl.zeros((ROWS, COLS), ACC)
@@ -252,7 +266,7 @@ def _batch_norm_act_double_backward_sums_kernel(
         g = load(dy, at, inside, ACC)
         T: tl.constexpr = x.dtype.element_ty
         passes = _passes(
-            value, center, scale, shift, activated, quantizer, at, inside, T, ACTIVATION, ACC
+            value, center, scale, shift, activated, quantizer, step, zero, at, inside, T, ACTIVATION, ACC
         )  # fmt: skip
         g = tl.where(passes, g, 0)
         xh = (value - center) * r
@@ -282,6 +296,7 @@ def _batch_norm_act_double_backward_kernel(
     r = of_channel(rstd, strip, channels, 0, LAST, COLS, ACC)
     scale = r * of_channel(weight, strip, channels, 1, LAST, COLS, ACC)
     shift = of_channel(bias, strip, channels, 0, LAST, COLS, ACC)
+    step, zero = _grid_of(quantizer, ACC)
     gw = of_channel(d_dweight, strip, channels, 0, LAST, COLS, ACC)
     gb = of_channel(d_dbias, strip, channels, 0, LAST, COLS, ACC)
     # Sums become means; then d_x = of_xh * xh + of_one + of_g * g + of_v * v.
@@ -307,7 +322,7 @@ def _batch_norm_act_double_backward_kernel(
         gradient = load(dy, at, inside, ACC)
         T: tl.constexpr = x.dtype.element_ty
         passes = _passes(
-            value, center, scale, shift, activated, quantizer, at, inside, T, ACTIVATION, ACC
+            value, center, scale, shift, activated, quantizer, step, zero, at, inside, T, ACTIVATION, ACC
         )  # fmt: skip
         g = tl.where(passes, gradient, 0)
         xh = (value - center) * r

@@ -26,6 +26,7 @@ import torch
 import triton
 from torch import Tensor
 
+from gradl1_fast._masks import is_masked
 from gradl1_fast.backends import reference
 from gradl1_fast.backends.reference._tensors import absent, in_layout_of, widen
 from gradl1_fast.backends.triton import _batch_norm_act_kernels as kernels
@@ -115,7 +116,7 @@ def batch_norm_act_backward(
         cut, dx = plan(work), torch.empty_like(work)
         weight, bias, quantizer = _vector(weight), _vector(bias), _quantizer(scale, zero_point, q_min, q_max)
         dy = _launch.in_layout_of(dy, work)
-        masked_residual = with_residual and (activation != "none" or scale is not None)
+        masked_residual = with_residual and is_masked(activation, scale)
         dresidual = torch.empty_like(work) if masked_residual else None
         sums = _launch.partials(x, 2 + with_l1, cut.splits, cut.channels)
         kernels._batch_norm_act_backward_sums_kernel[cut.grid](
@@ -192,7 +193,7 @@ def batch_norm_act_double_backward(
         work = walkable(x)
         cut, d_dy, d_x = plan(work), torch.empty_like(work), torch.empty_like(work)
         d_dx, d_dresidual, gradient = (_launch.in_layout_of(t, work) for t in (d_dx, d_dresidual, dy))
-        masked_residual = with_residual and (activation != "none" or scale is not None)
+        masked_residual = with_residual and is_masked(activation, scale)
         activated = _launch.in_layout_of(activated, work) if masked_residual else None
         quantizer = _quantizer(scale, zero_point, q_min, q_max)
         saved = (gradient, work, activated, _vector(weight), _vector(bias), mean, rstd, quantizer)

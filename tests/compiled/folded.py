@@ -28,11 +28,14 @@ def assert_folds(
 ) -> None:
     """Check the sweeps in training and evaluation, with every activation, with and without a residual.
 
-    The input holds NaN and infinities; weight and bias, and some of the cotangents, are absent now and then.
+    In evaluation the input holds NaN and infinities. Weight and bias, and some of the cotangents, are
+    absent now and then.
     """
     x, residual, dy, v, u = ((2 * torch.randn(shape)).to(dtype) for _ in range(5))
-    x[0, 0, ..., 0], x[1, 1, ..., -1], x[1, 2, ..., 0] = float("nan"), float("inf"), -float("inf")
-    x, residual, dy, v, u = (layout(t).to(device) for t in (x, residual, dy, v, u))
+    x[-1, 0, ..., 0] = 9  # so that relu6 reaches its upper end
+    special = x.clone()
+    special[0, 0, ..., 0], special[0, 1, ..., 1], special[-1, 1, ..., -1] = map(float, ("nan", "inf", "-inf"))
+    finite, special, residual, dy, v, u = (layout(t).to(device) for t in (x, special, residual, dy, v, u))
     w, b, mean, var, gw, gb = ((torch.rand(shape[1]) + 0.5).to(device, sums(dtype)) for _ in range(6))
     d_l1 = torch.tensor(-0.7, dtype=sums(dtype), device=device)
     plain_w = w
@@ -43,6 +46,7 @@ def assert_folds(
         w, b = (None, None) if i % 4 == 3 else (plain_w * (4 if act == "relu6" else 1), plain_w - 1)
         r, open_ = residual if added else None, act == "none"
         name = f"{shape}, {dtype}, {training=}, {act}, {added=}"
+        x = finite if training else special  # in training one of these fills its channel
         head = (x, w, b, mean, var, r)
         a, _, m, rstd = sweeps.batch_norm_act_forward(*head, None, None, 0, 0, training, 1e-5, act)
         y, kept, *statistics = sweeps.batch_norm_act_forward(*head, *grid, training, 1e-5, act)

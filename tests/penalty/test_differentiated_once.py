@@ -1,0 +1,59 @@
+"""What PyTorch differentiates only once, by docs/when-not.md, ends in its error and in no wrong gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import gradl1_fast as gl
+
+WORDS, LENGTH = 5, 8
+
+
+def squares(scores: Tensor) -> Tensor:
+    return scores.square().mean()
+
+
+def ctc(scores: Tensor) -> Tensor:
+    rows = scores.permute(2, 0, 1).log_softmax(-1)
+    targets = torch.tensor([[1, 2], [3, 1]])
+    return F.ctc_loss(rows, targets, (LENGTH, LENGTH), (2, 2))
+
+
+class Attention(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        heads = x.unsqueeze(1)  # fused kernels take four dimensions, others are computed step by step
+        return F.scaled_dot_product_attention(heads, heads, heads).squeeze(1)
+
+
+@pytest.mark.parametrize(
+    ("layer", "criterion", "operation"),
+    [
+        (nn.Hardsigmoid(), squares, "hardsigmoid_backward"),
+        (nn.Identity(), ctc, "ctc_loss_backward"),
+        (Attention(), squares, "scaled_dot_product_.*attention.*_backward"),
+    ],
+    ids=["hard sigmoid", "CTC loss", "fused attention"],
+)
+def test_an_error_names_the_operation(
+    layer: nn.Module, criterion: Callable[[Tensor], Tensor], operation: str
+) -> None:
+    torch.manual_seed(0)
+    model = gl.convert(nn.Sequential(nn.Conv1d(3, 4, 1), layer, nn.Conv1d(4, WORDS, 1)))
+    penalty = gl.GradL1(model, lambda_w=0.1, lambda_a=0.1)
+    loss = criterion(model(torch.randn(2, 3, LENGTH)))
+    with pytest.raises(RuntimeError, match=operation):
+        (loss + penalty(loss)).backward()
+
+
+def test_what_can_be_differentiated_twice_raises_nothing() -> None:
+    torch.manual_seed(0)
+    model = gl.convert(nn.Sequential(nn.Conv1d(3, 4, 1), nn.Sigmoid(), nn.Conv1d(4, WORDS, 1)))
+    penalty = gl.GradL1(model, lambda_w=0.1, lambda_a=0.1)
+    loss = squares(model(torch.randn(2, 3, LENGTH)))
+    (loss + penalty(loss)).backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())

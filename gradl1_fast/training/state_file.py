@@ -31,6 +31,7 @@ _CALLED = {
     "torch._utils _rebuild_tensor_v2",
     *(f"torch {kind}Storage" for kind in _STORAGES),
 }
+_UNCALLED = ("EXT1", "EXT2", "EXT4", "INST", "STACK_GLOBAL")  # other ways to name what is called
 _LARGEST = 2**64
 _DEEPEST = 20  # a state has four levels, and an objective may add a few
 
@@ -86,9 +87,10 @@ def _check_archive(opened: Any) -> None:
 
 def _check_calls(content: bytes) -> None:
     for operation, argument, _ in pickletools.genops(content):
-        if operation.name == "GLOBAL" and argument not in _CALLED:
+        if operation.name in _UNCALLED or (operation.name == "GLOBAL" and argument not in _CALLED):
             raise ValueError(
-                f"it asks for {argument!r:.80}, which a state does not need; nothing was executed"
+                f"it asks for {argument or operation.name!r:.80}, which a state does not need; "
+                "nothing was executed"
             )
 
 

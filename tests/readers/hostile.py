@@ -104,13 +104,16 @@ def _state(data: bytes, sentinel: Path) -> Iterator[Damaged]:
     def with_pickle(content: bytes) -> bytes:
         return _zip({**entries, pickled: content})
 
-    def calling(function: Callable[..., Any], *args: Any) -> bytes:
-        return with_pickle(pickle.dumps({"epoch": Calls(function, *args)}, 2))
+    def calling(function: Callable[..., Any], *args: Any, protocol: int = 2) -> bytes:
+        return with_pickle(pickle.dumps({"epoch": Calls(function, *args)}, protocol))
 
     yield "bytes of any size", calling(bytearray, HUGE)
     yield "tensor of any size", calling(torch.FloatTensor, HUGE)
     yield "storage of any size", calling(torch.UntypedStorage, HUGE)
-    yield "code in its pickle", calling(os.mkdir, str(sentinel))
+    for protocol in range(6):
+        yield f"code, protocol {protocol}", calling(os.mkdir, str(sentinel), protocol=protocol)
+    instance = f"(dS'epoch'\n(S'{sentinel}'\ni{os.mkdir.__module__}\nmkdir\ns."
+    yield "code, as an instance", with_pickle(instance.encode())
     yield "nested", with_pickle(b"\x80\x02" + b"]" * DEEP + b"a" * (DEEP - 1) + b".")
     yield "nested tuples", with_pickle(b"\x80\x02)" + b"\x85" * DEEP + b".")
     yield "entry in itself", with_pickle(b"\x80\x02}q\x00X\x05\x00\x00\x00epochh\x00s.")

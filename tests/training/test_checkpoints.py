@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import gradl1_fast as gl
-from gradl1_fast.training import checkpoints
+from gradl1_fast.training import checkpoints, state_file
 from gradl1_fast.training.config import Config, Penalty, Training
 from gradl1_fast.training.data import digits
 from gradl1_fast.training.models import digits_net
@@ -70,15 +70,47 @@ class Hostile:
         return os.mkdir, (str(self.target),)
 
 
-@pytest.mark.parametrize("raw", [True, False])
-def test_a_hostile_checkpoint_executes_nothing(raw, folder, tmp_path):
+def state_with_code(file, target, protocol):
+    """Write a whole archive, one entry of which is a call."""
+    state = torch.load(file, weights_only=True)
+    torch.save({**state, "epoch": Hostile(target)}, file, pickle_protocol=protocol)
+
+
+def state_with_an_instance(file, target):
+    """Write an archive whose pickle calls by INST, as the oldest pickles do."""
+    with zipfile.ZipFile(file, "w") as archive:
+        content = f"(dS'epoch'\n(S'{target}'\ni{os.mkdir.__module__}\nmkdir\ns."
+        archive.writestr("state/data.pkl", content.encode())
+        archive.writestr("state/version", b"3\n")
+
+
+CODE = {
+    "plain pickle": lambda file, target: file.write_bytes(pickle.dumps(Hostile(target))),
+    "protocol 2": lambda file, target: state_with_code(file, target, 2),
+    "protocol 4": lambda file, target: state_with_code(file, target, 4),
+    "instance": state_with_an_instance,
+}
+
+
+@pytest.mark.parametrize("kind", CODE)
+def test_a_hostile_checkpoint_executes_nothing(kind, folder, tmp_path):
     file, target = checkpoints.latest(folder) / "state.pt", tmp_path / "made"
-    if raw:
-        file.write_bytes(pickle.dumps(Hostile(target)))
-    else:
-        state = torch.load(file, weights_only=True)
-        torch.save({**state, "epoch": Hostile(target)}, file)
-    with pytest.raises(ValueError, match=r"state.pt: not a whole file of tensors and numbers"):
+    CODE[kind](file, target)
+    reason = "File is not a zip file" if kind == "plain pickle" else "it asks for .*; nothing was executed"
+    with pytest.raises(ValueError, match=f"state.pt: not a whole file of tensors and numbers: {reason}"):
+        checkpoints.load(file.parent, trainer())
+    assert not target.exists()
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("kind", CODE)
+def test_nothing_is_executed_even_if_the_look_at_the_archive_finds_nothing(
+    kind, folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(state_file, "_check_archive", lambda opened: None)
+    file, target = checkpoints.latest(folder) / "state.pt", tmp_path / "made"
+    CODE[kind](file, target)
+    with pytest.raises(ValueError, match="not a whole file of tensors and numbers: Weights only load failed"):
         checkpoints.load(file.parent, trainer())
     assert not target.exists()
 

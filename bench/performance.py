@@ -40,10 +40,9 @@ HEAD = """# Speed
 What a training step with the penalty costs, beside a plain step and beside every other way to compute the
 same gradient that could be measured. Each time is taken only after the gradient, on the very batch that is
 timed, was compared with float64 double backprop; [how it is measured](benchmarks.md) has the rules.
-
-!!! warning "CPU only"
-    All figures are of CPUs. Nothing of this library has run on a GPU so far, and nothing here says how fast
-    it is there.
+"""
+CPU_ONLY = """!!! warning "CPU only"
+    All figures are of CPUs: no results of a GPU are among them, and nothing here says how fast it is there.
 """
 
 
@@ -55,7 +54,9 @@ def main() -> None:
 
 def page() -> str:
     """Return the page on speed."""
-    return "\n".join([HEAD, *(_device(folder) for folder in sorted(RESULTS.iterdir()))])
+    folders = _folders()
+    on_gpu = any(row["device"] == "cuda" for folder in folders for row in results.read(folder / "step"))
+    return "\n".join([HEAD, *([] if on_gpu else [CPU_ONLY]), *(_device(folder) for folder in folders)])
 
 
 def rewritten(text: str) -> str:
@@ -70,20 +71,29 @@ def rewritten(text: str) -> str:
     return pattern.sub(lambda _: f"{BEGIN}\n{_costs()}\n{END}", text)
 
 
+def _folders() -> list[Path]:
+    """Return the folder of each device that steps were measured on."""
+    return sorted(path.parent for path in RESULTS.glob("*/step"))
+
+
 def _device(folder: Path) -> str:
     place = f"../{folder.relative_to(HERE).as_posix()}"
-    environment = results.read_environment(folder / "step")
-    versions, devices = environment["versions"], environment["devices"]
-    parts = [
-        f"## {devices['cpu']}\n",
-        f"PyTorch {versions['torch']}, Python {versions['python']}.",
-        _step(results.read(folder / "step"), place),
-    ]
+    environment, rows = results.read_environment(folder / "step"), results.read(folder / "step")
+    parts = [f"## {results.device_of(environment, rows)}\n", _origin(environment), _step(rows, place)]
     if (folder / "scale").is_dir():
         parts.append(_scale(results.read(folder / "scale"), place))
     if (folder / "ops").is_dir():
         parts.append(_operations(place))
     return "\n".join(parts)
+
+
+def _origin(environment: dict[str, Any]) -> str:
+    """Return a sentence on what a device's steps were measured with, and when."""
+    versions, measured = environment["versions"], environment.get("measured")
+    origin = "Date and revision were not recorded."
+    if measured:
+        origin = f"Measured on {measured['date']}, revision {measured.get('revision', 'not recorded')}."
+    return f"PyTorch {versions['torch']}, Python {versions['python']}. {origin}"
 
 
 def _step(rows: Sequence[Row], place: str) -> str:
@@ -164,7 +174,7 @@ def _share(value: float | None, of: float | None) -> str:
 
 def _costs() -> str:
     """Return the table of the first page: of the first device, each network's first size."""
-    folder = next(iter(sorted(RESULTS.glob("*/step"))))
+    folder = _folders()[0] / "step"
     rows = results.read(folder)
     sizes: dict[str, str] = {}
     for row in rows:
@@ -178,8 +188,17 @@ def _costs() -> str:
         cells = [number(found.get((provider, name), {}).get("ratio_to_plain"), ".2f") for name in sizes]
         mark = "**" if provider == "gradl1_fast" else ""
         lines.append("| " + " | ".join([words, *(f"{mark}{value}{mark}" for value in cells)]) + " |")
-    name = results.read_environment(folder)["devices"]["cpu"].partition(", torch")[0]
-    return "\n".join([*lines, "", f"*{name}. [All rows, memory, errors](performance.md).*"])
+    name = results.device_of(results.read_environment(folder), rows).partition(", torch")[0]
+    return "\n".join([_eager(rows), "", *lines, "", f"*{name}. [All rows, memory, errors](performance.md).*"])
+
+
+def _eager(rows: Sequence[Row]) -> str:
+    """Return the sentence on what plain PyTorch takes: the range over networks, sizes and layouts."""
+    eager = ("eager double backprop", "eager double backprop, NCHW")
+    kept = [r["ratio_to_plain"] for r in rows if r["provider"] in eager and r["dtype"] == "float32"]
+    ratios = [ratio for ratio in kept if ratio is not None]
+    span = f"{min(ratios):.1f} to {max(ratios):.1f}"
+    return f"Double backprop in plain PyTorch costs {span} plain steps, by network, size and layout."
 
 
 if __name__ == "__main__":

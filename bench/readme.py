@@ -73,8 +73,7 @@ def _device(folder: Path) -> str:
     rows = _small_images(results.read(folder))
     place = folder.relative_to(HERE).as_posix()
     sizes = dict.fromkeys(f"{TITLES[row['operation']]} of {row['size']}" for row in rows)
-    device = results.read_environment(folder)["devices"]
-    name = device["cuda:0"] if rows[0]["device"] == "cuda" else device["cpu"]
+    name = results.device_of(results.read_environment(folder), rows)
     return "\n".join(
         [
             *_table(rows, f"time of a step, plain = 1 ({name})"),

@@ -6,15 +6,18 @@ import csv
 import json
 import platform
 import re
+import subprocess
 from collections.abc import Iterable, Sequence
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from bench.processes import HERE
 from gradl1_fast import _environment
 
-__all__ = ["KEYS", "device_name", "read", "read_environment", "write", "write_json"]
+__all__ = ["KEYS", "device_name", "device_of", "read", "read_environment", "write", "write_json"]
 
 Row = dict[str, Any]
 # What a row is about; everything else in it is a measurement.
@@ -39,7 +42,7 @@ def write(folder: Path, rows: Sequence[Row], **settings: Any) -> None:
         writer = csv.writer(file)
         writer.writerow([*KEYS, "metric", "value"])
         writer.writerows(_lines(rows))
-    environment = {**_environment.describe(), "settings": settings}
+    environment = {**_environment.describe(), "measured": _measured(), "settings": settings}
     (folder / "environment.json").write_text(json.dumps(environment, indent=1) + "\n")
 
 
@@ -58,6 +61,22 @@ def read(folder: Path) -> list[Row]:
 def read_environment(folder: Path) -> dict[str, Any]:
     """Return the environment that the rows of a folder were measured in."""
     return json.loads((folder / "environment.json").read_text())
+
+
+def device_of(environment: dict[str, Any], rows: Sequence[Row]) -> str:
+    """Return the description of the device that the rows were measured on."""
+    return environment["devices"]["cuda:0" if rows[0]["device"] == "cuda" else "cpu"]
+
+
+def _measured() -> dict[str, str]:
+    """Return the day, and the revision where git knows it; ``-dirty`` if changes were not committed."""
+    found = {"date": datetime.now(timezone.utc).date().isoformat()}
+    git = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        revision = subprocess.run(git, check=True, capture_output=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # no git, or a copy without history
+        return found
+    return {**found, "revision": revision}
 
 
 def _lines(rows: Sequence[Row]) -> Iterable[list[Any]]:

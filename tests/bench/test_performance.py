@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -36,6 +37,35 @@ def test_other_results_give_another_page(tmp_path: Path, monkeypatch: pytest.Mon
     assert "| 9.87 |" in page
     assert "**9.87**" in performance.rewritten(performance.INDEX.read_text())
     assert "### How it grows" not in page  # there are none of these here
+
+
+def devices() -> set[str]:
+    folders = performance.RESULTS.glob("*/step")
+    return {row["device"] for folder in folders for row in results.read(folder)}
+
+
+def test_device_date_and_revision_are_those_of_the_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = next(iter(sorted(performance.RESULTS.iterdir())))
+    other = tmp_path / "bench" / "results" / "a-gpu"
+    shutil.copytree(folder / "step", other / "step")
+    results.write_json(
+        other / "step" / "rows.json", [{**r, "device": "cuda"} for r in results.read(folder / "step")]
+    )
+    environment = results.read_environment(folder / "step")
+    environment["devices"]["cuda:0"] = "a GPU"
+    environment["measured"] = {"date": "2026-01-02", "revision": "abc123"}
+    (other / "step" / "environment.json").write_text(json.dumps(environment))
+    before, on_cpus = performance.page(), devices() == {"cpu"}
+    monkeypatch.setattr(performance, "HERE", tmp_path)
+    monkeypatch.setattr(performance, "RESULTS", other.parent)
+    page = performance.page()
+    assert ("CPU only" in before) == on_cpus
+    assert "CPU only" not in page
+    assert "## a GPU" in page
+    assert "Measured on 2026-01-02, revision abc123." in page
+    assert "*a GPU. [" in performance.rewritten(performance.INDEX.read_text())
 
 
 def test_a_first_page_without_the_marks_is_refused() -> None:

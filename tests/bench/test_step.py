@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,7 @@ def test_results_are_written_with_their_environment(rows: list[step.Row], tmp_pa
     assert results.read(tmp_path) == json.loads(json.dumps(rows))
     assert results.read_environment(tmp_path)["settings"] == {"rounds": 3}
     assert results.read_environment(tmp_path)["versions"]["torch"] == torch.__version__
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d", results.read_environment(tmp_path)["measured"]["date"])
     with (tmp_path / "rows.csv").open() as file:
         lines = list(csv.DictReader(file))
     assert {"operation", "provider", "sweep", "metric", "size", "dtype", "layout", "device"} <= set(lines[0])

@@ -1,7 +1,7 @@
 """Thousands of penalised steps with kills, interruptions and resumes; ``make soak`` runs it.
 
 The same training goes once in peace and once through many deaths. Weights, ranges, metrics and events must be
-the same to the last bit, and memory must not grow.
+the same to the last bit, each resume must go on from the newest checkpoint, and memory must not grow.
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ import csv
 import gc
 import json
 import random
+import re
 import signal
 import sys
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -22,13 +24,18 @@ import torch
 from safetensors.torch import load_file
 
 from gradl1_fast.training.config import Config
+from gradl1_fast.training.runs import Folder
 from gradl1_fast.training.trainer import Trainer
 from tests.test_faults_training import resident_bytes, tensors
 from tests.training import kills
 
 STEPS_AN_EPOCH = 12  # 1,200 digits in batches of 100
 SETTLED = 0.2  # of the run: by then allocators and caches have what they need
+SIGNALS = ("SIGKILL", "SIGINT")
 GROWTH = 8e6  # bytes; a leaked activation would be 2,000 times 25 kB
+
+How = tuple[str, int] | None
+After = tuple[signal.Signals, float] | None
 
 
 def configuration(steps: int) -> Config:
@@ -57,24 +64,64 @@ class Memory:
         return [[int(cell) for cell in row] for row in csv.reader(self.path.open())]
 
 
-def torment(folder: Path, config: Config, deaths: int, chance: random.Random) -> dict[str, int]:
-    """Train through so many deaths, then to the end; return how many there were of each kind."""
-    counts = dict.fromkeys((*kills.KINDS, "SIGKILL", "SIGINT"), 0)
-    steps_a_life = config.training.epochs * STEPS_AN_EPOCH / (deaths + 1)
-    while sum(counts.values()) < deaths:
-        kind = chance.choice(list(counts))
-        how, after = None, None
-        if kind.startswith("SIG"):
-            after = signal.Signals[kind], chance.uniform(0.05, 0.2 + steps_a_life / 25)
-        elif kind == "step":
-            how = kind, chance.randrange(int(2 * steps_a_life))
-        else:  # a checkpoint of 7 steps calls fsync four times and replace three times
-            how = kind, chance.randrange(1, max(2, int(steps_a_life)))
-        if kills.child(partial(kills.run, folder, how, config), after):
-            return counts
-        counts[kind] += 1
-    assert kills.child(partial(kills.run, folder, None, config))
-    return counts
+def newest(folder: Path) -> int:
+    """Return after how many steps the newest checkpoint of a run was written; 0 where there is none."""
+    return max((int(path.name[5:]) for path in Folder(folder).checkpoints.glob("step-*")), default=0)
+
+
+def resumed(folder: Path) -> list[int]:
+    """Return after how many steps a run went on each time, as its log says."""
+    log = Folder(folder).log
+    lines = log.read_text().splitlines() if log.exists() else []
+    found = [re.search(r"resumed (?:after (\d+) steps|before the first)", line) for line in lines]
+    return [int(match[1] or 0) for match in found if match]
+
+
+@dataclass
+class Torment:
+    """A run that is killed time after time, then left to come to its end.
+
+    Attributes:
+        folder: of the run.
+        config: of the run.
+        pace: seconds that a step takes.
+        watch: called after each step.
+        deaths: how many there were of each kind.
+        resumes: for each one, the steps of the newest checkpoint and those after which the run went on.
+    """
+
+    folder: Path
+    config: Config
+    pace: float
+    watch: Callable[[Trainer], None]
+    deaths: dict[str, int] = field(default_factory=lambda: dict.fromkeys((*kills.KINDS, *SIGNALS), 0))
+    resumes: list[tuple[int, int]] = field(default_factory=list)
+
+    def run(self, deaths: int, chance: random.Random) -> None:
+        """Train through so many deaths, then to the end; it may come before, by bad luck."""
+        steps = self.config.training.epochs * STEPS_AN_EPOCH
+        for more in range(deaths, 0, -1):
+            kind = chance.choice(list(self.deaths))
+            life = (steps - newest(self.folder)) / (more + 1)  # on the average
+            if self._live(*self._death(kind, life, chance)):
+                return
+            self.deaths[kind] += 1
+        assert self._live(None, None)
+
+    def _death(self, kind: str, life: float, chance: random.Random) -> tuple[How, After]:
+        """Draw a moment in so many steps, or about."""
+        if kind in SIGNALS:
+            return None, (signal.Signals[kind], 0.05 + chance.uniform(0, life * self.pace))
+        if kind == "step":
+            return (kind, chance.randrange(max(1, int(2 * life)))), None
+        # a checkpoint of 7 steps calls fsync four times and replace three times
+        return (kind, chance.randrange(1, max(2, int(life * 6 / 7)))), None
+
+    def _live(self, how: How, after: After) -> bool:
+        held, before = newest(self.folder), len(resumed(self.folder))
+        ended = kills.child(partial(kills.run, self.folder, how, self.config, self.watch), after)
+        self.resumes += [(held, place) for place in resumed(self.folder)[before:]]
+        return ended
 
 
 def differences(one: Path, two: Path) -> list[str]:
@@ -105,60 +152,86 @@ def growth(rows: list[list[int]]) -> tuple[int, int]:
     return max(row[1] for row in settled) - min(row[1] for row in settled), settled[-1][2] - settled[0][2]
 
 
+def excess(whole: list[list[int]], killed: list[list[int]]) -> tuple[int, int]:
+    """Return by how many tensors and bytes the one run has more, at any time, than the other ever."""
+    tensors_more, bytes_more = (max(row[i] for row in killed) - max(row[i] for row in whole) for i in (1, 2))
+    return tensors_more, bytes_more
+
+
 @dataclass(frozen=True)
 class Soaked:
     """What a soak found.
 
     Attributes:
         steps: penalised ones, in each run.
-        deaths: of the second run, by kind; fewer than asked for if it came to its end before.
-        resumes: of the second run, as its log counts them.
+        asked: how many deaths were asked for.
+        deaths: of the second run, by kind.
+        resumes: of the second run: the steps of the newest checkpoint, and those after which it went on.
         differences: between the runs.
         tensors: by how many there were more at the end than when the first run had settled.
         growth: of its memory, in bytes, over the same time.
         memory: that it used at the end, in bytes.
+        killed_tensors: by how many the second run had more, at any time, than the first one ever.
+        killed_growth: the same of its memory, in bytes.
         seconds: that each run took.
     """
 
     steps: int
+    asked: int
     deaths: dict[str, int]
-    resumes: int
+    resumes: list[tuple[int, int]]
     differences: list[str]
     tensors: int
     growth: int
     memory: int
+    killed_tensors: int
+    killed_growth: int
     seconds: tuple[float, float]
 
     def faults(self) -> list[str]:
         """Return what is not as it should be, a sentence each."""
         found = [f"not the same: {difference}" for difference in self.differences]
-        if not any(self.deaths.values()):
-            found.append("the second run came to its end without a death")
-        if self.tensors:
-            found.append(f"{self.tensors} tensors more at the end")
-        if self.growth > GROWTH:
-            found.append(f"{self.growth} bytes more at the end")
+        died = sum(self.deaths.values())
+        if died < self.asked:
+            found.append(f"only {died} of {self.asked} deaths: the second run came to its end before")
+        found += [
+            f"resumed after {place} steps, with a checkpoint of {held}"
+            for held, place in self.resumes
+            if place != held
+        ]
+        if self.asked and not any(place for _, place in self.resumes):
+            found.append("not once resumed after a step")
+        for name, count in (("at the end", self.tensors), ("when killed", self.killed_tensors)):
+            if count > 0:
+                found.append(f"{count} tensors more {name}")
+        for name, size in (("at the end", self.growth), ("when killed", self.killed_growth)):
+            if size > GROWTH:
+                found.append(f"{size} bytes more {name}")
         return found
 
 
 def soak(folder: Path, steps: int, deaths: int, seed: int) -> Soaked:
     """Run both trainings and return what was found."""
     kills.prepare()
-    config, memory = configuration(steps), Memory(folder / "memory.csv")
+    config = configuration(steps)
+    whole, killed = (Memory(folder / f"memory-{name}.csv") for name in ("whole", "killed"))
     start = time.perf_counter()
-    assert kills.child(lambda: kills.run(folder / "whole", None, config, memory))
+    assert kills.child(partial(kills.run, folder / "whole", None, config, whole))
     middle = time.perf_counter()
-    counts = torment(folder / "killed", config, deaths, random.Random(seed))
-    tensors_more, bytes_more = growth(memory.rows())
+    pace = (middle - start) / (config.training.epochs * STEPS_AN_EPOCH)
+    torment = Torment(folder / "killed", config, pace, killed)
+    torment.run(deaths, random.Random(seed))
+    end = time.perf_counter()
     return Soaked(
         config.penalty.epochs * STEPS_AN_EPOCH,
-        counts,
-        (folder / "killed" / "log.txt").read_text().count("resumed"),
+        deaths,
+        torment.deaths,
+        torment.resumes,
         differences(folder / "whole", folder / "killed"),
-        tensors_more,
-        bytes_more,
-        memory.rows()[-1][2],
-        (round(middle - start, 1), round(time.perf_counter() - middle, 1)),
+        *growth(whole.rows()),
+        whole.rows()[-1][2],
+        *excess(whole.rows(), killed.rows()),
+        (round(middle - start, 1), round(end - middle, 1)),
     )
 
 

@@ -3,13 +3,14 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.training.soak import GROWTH, Soaked, differences, growth
+from tests.training.soak import GROWTH, Soaked, differences, excess, growth, newest, resumed
 
 ROOT = Path(__file__).parents[2]
 
@@ -19,7 +20,7 @@ def soaked(tmp_path_factory):
     """The folder of 48 penalised steps with two deaths, and what was found."""
     folder = tmp_path_factory.mktemp("soak") / "runs"
     command = [sys.executable, "-m", "tests.training.soak", str(folder)]
-    options = ["--steps", "40", "--deaths", "2", "--seed", "0"]
+    options = ["--steps", "40", "--deaths", "2", "--seed", "2"]
     run = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     return folder, json.loads(run.stdout)
@@ -30,6 +31,7 @@ def test_kills_and_interruptions_change_nothing(soaked):
     assert found["steps"] == 48
     assert sum(found["deaths"].values()) == 2
     assert found["differences"] == []
+    assert any(place > 0 for _, place in found["resumes"])
 
 
 def test_a_weight_or_a_number_that_differs_is_named(soaked):
@@ -53,8 +55,38 @@ def test_growth_is_measured_when_the_run_has_settled():
     assert growth(leaking) == (79, 79 * 10**6)
 
 
-def test_each_fault_is_a_sentence():
-    good = Soaked(2004, {"step": 3}, 3, [], 0, 0, 10**8, (1.0, 1.0))
-    assert good.faults() == []
-    bad = Soaked(2004, {"step": 0}, 0, ["weights: a"], 2, int(GROWTH) + 1, 10**8, (1.0, 1.0))
-    assert [fault.split()[0] for fault in bad.faults()] == ["not", "the", "2", "8000001"]
+def test_the_killed_run_may_need_no_more_than_the_other_one():
+    whole, killed = [[1, 90, 10**8], [13, 100, 2 * 10**8]], [[1, 80, 10**8], [13, 103, 2 * 10**8 + 7]]
+    assert excess(whole, killed) == (3, 7)
+    assert excess(killed, whole) == (-3, -7)
+
+
+def test_the_log_says_after_how_many_steps_a_run_went_on(tmp_path):
+    assert (resumed(tmp_path), newest(tmp_path)) == ([], 0)
+    lines = ["start", "resumed before the first checkpoint: from the beginning", "resumed after 21 steps, in"]
+    (tmp_path / "log.txt").write_text("\n".join(lines))
+    for name in ("step-000000000021", "step-000000000007", ".partial"):
+        (tmp_path / "checkpoint" / name).mkdir(parents=True)
+    assert (resumed(tmp_path), newest(tmp_path)) == ([0, 21], 21)
+
+
+GOOD = Soaked(2004, 3, {"step": 3}, [(0, 0), (7, 7)], [], 0, 0, 10**8, -1, -1, (1.0, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({}, []),
+        ({"differences": ["weights: a"]}, ["not the same: weights: a"]),
+        ({"deaths": {"step": 2}}, ["only 2 of 3 deaths: the second run came to its end before"]),
+        ({"resumes": []}, ["not once resumed after a step"]),
+        ({"resumes": [(0, 0), (0, 0)]}, ["not once resumed after a step"]),
+        ({"resumes": [(7, 7), (14, 0)]}, ["resumed after 0 steps, with a checkpoint of 14"]),
+        ({"tensors": 2}, ["2 tensors more at the end"]),
+        ({"growth": int(GROWTH) + 1}, ["8000001 bytes more at the end"]),
+        ({"killed_tensors": 1}, ["1 tensors more when killed"]),
+        ({"killed_growth": int(GROWTH) + 1}, ["8000001 bytes more when killed"]),
+    ],
+)
+def test_each_fault_is_a_sentence(change, expected):
+    assert replace(GOOD, **change).faults() == expected

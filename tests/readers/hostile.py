@@ -298,29 +298,126 @@ def _pickle(data: bytes, sentinel: Path) -> Iterator[Damaged]:
 
 
 def _image(data: bytes, sentinel: Path) -> Iterator[Damaged]:
-    """Yield pictures that are larger than their files, or need a program to be drawn."""
+    """Yield pictures, of the format of a whole one, that are larger than their files."""
+    resized, yet_more = next(makers for magic, makers in _FORMATS.items() if data.startswith(magic))
+    for name, sizes in (
+        ("a little larger than the limit", (8192, 8193)),
+        ("larger than the limit", (13000, 13000)),
+        ("huge sizes", (2**31 - 1, 2**31 - 1)),
+        ("no pixel", (0, 0)),
+    ):
+        yield name, resized(data, *sizes)
+    yield from yet_more(data)
 
-    def png(width: int, height: int, rows: bytes) -> bytes:
-        def chunk(kind: bytes, content: bytes) -> bytes:
-            return (
-                struct.pack(">I", len(content))
-                + kind
-                + content
-                + struct.pack(">I", zlib.crc32(kind + content))
-            )
 
-        head = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-        return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+def _png(width: int, height: int, rows: bytes, bits: int = 8) -> bytes:
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        check = struct.pack(">I", zlib.crc32(kind + content))
+        return struct.pack(">I", len(content)) + kind + content + check
 
-    yield "huge sizes", png(2**31 - 1, 2**31 - 1, zlib.compress(bytes(100)))
-    yield "larger than the limit", png(30000, 30000, zlib.compress(bytes(100)))
-    yield "wide", png(2_000_000, 1, zlib.compress(bytes(2_000_001)))
-    yield "high", png(1, 2_000_000, zlib.compress(bytes(4_000_000)))
-    yield "no pixel", png(0, 0, zlib.compress(b""))
-    yield "endless rows", png(8, 8, deflated())
-    small = png(8, 8, zlib.compress(bytes(72)))
+    head = struct.pack(">IIBBBBB", width, height, bits, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+def _resized_png(data: bytes, width: int, height: int) -> bytes:
+    return _png(width, height, zlib.compress(bytes(100)))
+
+
+def _more_png(data: bytes) -> Iterator[Damaged]:
+    yield "bomb of a bit a pixel", _png(13000, 13000, zlib.compress(bytes(13000 * (1 + 13000 // 8))), 1)
+    yield "wide", _png(2_000_000, 1, zlib.compress(bytes(2_000_001)))
+    yield "high", _png(1, 2_000_000, zlib.compress(bytes(4_000_000)))
+    yield "endless rows", _png(8, 8, deflated())
+    small = _png(8, 8, zlib.compress(bytes(72)))
     yield "huge chunk", small[:33] + struct.pack(">I", 2**31 - 1) + small[37:]
 
+
+def _put(data: bytes, place: int, layout: str, *values: int) -> bytes:
+    """Return bytes with some numbers, each as large as fits, in place of others."""
+    single = struct.calcsize(layout[:2])
+    content = struct.pack(layout, *(min(value, 2 ** (8 * single) - 1) for value in values))
+    return data[:place] + content + data[place + len(content) :]
+
+
+def _resized_jpeg(data: bytes, width: int, height: int) -> bytes:
+    return _put(data, data.index(b"\xff\xc0") + 5, ">HH", height, width)
+
+
+def _more_jpeg(data: bytes) -> Iterator[Damaged]:
+    frame = data.index(b"\xff\xc0")
+    yield "huge segment", _put(data, frame + 2, ">H", 2**16 - 1)
+    yield "many components", _put(data, frame + 9, ">B", 255)
+    yield "sampled by 15", _put(data, frame + 11, ">B", 255)
+
+
+def _resized_bmp(data: bytes, width: int, height: int) -> bytes:
+    return _put(data, 18, "<II", width, height)
+
+
+def _more_bmp(data: bytes) -> Iterator[Damaged]:
+    yield "upside down and huge", _put(data, 18, "<II", 2**15, 2**32 - 2**15)
+    yield "huge header", _put(data, 14, "<I", 2**31 - 1)
+    yield "a palette of any size", _put(_put(data, 28, "<H", 8), 46, "<I", 2**31 - 1)
+    yield "pixels that are not there", _put(data, 10, "<I", 2**31 - 1)
+
+
+def _resized_ppm(data: bytes, width: int, height: int) -> bytes:
+    return b"P6 %d %d 255\n" % (width, height)
+
+
+def _more_ppm(data: bytes) -> Iterator[Damaged]:
+    yield "a bit a pixel", b"P4 13000 13000\n"
+    yield "long number", b"P6 " + b"9" * 10**6 + b" 1 255\n"
+    yield "no largest value", b"P6 8 8 0\n" + bytes(192)
+    yield "texts", b"P3 8 8 255\n" + b"9" * 10**6
+    yield "floats of any scale", b"Pf 8 8 1e999\n" + bytes(256)
+
+
+def _tag(data: bytes, number: int) -> int:
+    """Return where the entry of a tag stands in a TIFF: tag, type, count, value."""
+    first = int.from_bytes(data[4:8], "little")
+    count = int.from_bytes(data[first : first + 2], "little")
+    places = range(first + 2, first + 2 + 12 * count, 12)
+    return next(place for place in places if data[place : place + 2] == struct.pack("<H", number))
+
+
+def _resized_tiff(data: bytes, width: int, height: int) -> bytes:
+    wide = _put(_put(data, _tag(data, 256) + 2, "<H", 4), _tag(data, 256) + 8, "<I", width)
+    return _put(_put(wide, _tag(data, 257) + 2, "<H", 4), _tag(data, 257) + 8, "<I", height)
+
+
+def _more_tiff(data: bytes) -> Iterator[Damaged]:
+    first = int.from_bytes(data[4:8], "little")
+    yield "many entries", _put(data, first, "<H", 2**16 - 1)
+    yield "a directory that is not there", _put(data, 4, "<I", 2**31 - 1)
+    yield "huge count of strips", _put(data, _tag(data, 273) + 4, "<I", 2**31 - 1)
+    yield "a strip that is not there", _put(data, _tag(data, 273) + 8, "<I", 2**31 - 1)
+    yield "huge count of bits", _put(data, _tag(data, 258) + 4, "<I", 2**31 - 1)
+    yield "unknown compression", _put(data, _tag(data, 259) + 8, "<H", 34925)
+
+
+def _resized_webp(data: bytes, width: int, height: int) -> bytes:
+    place = data.index(b"\x9d\x01\x2a") + 3
+    return _put(data, place, "<HH", min(width, 2**14 - 1), min(height, 2**14 - 1))
+
+
+def _more_webp(data: bytes) -> Iterator[Damaged]:
+    for width, height in ((13000, 13000), (2**24, 2**24), (2**24, 1)):
+        flags, sizes = bytes(4), b"".join((side - 1).to_bytes(3, "little") for side in (width, height))
+        canvas = b"VP8X" + struct.pack("<I", 10) + flags + sizes + data[12:]
+        yield f"canvas of {width} x {height}", b"RIFF" + struct.pack("<I", len(canvas) + 4) + b"WEBP" + canvas
+    yield "huge file", _put(data, 4, "<I", 2**32 - 1)
+    yield "huge chunk", _put(data, 16, "<I", 2**32 - 1)
+
+
+_FORMATS = {
+    b"\x89PNG": (_resized_png, _more_png),
+    b"\xff\xd8": (_resized_jpeg, _more_jpeg),
+    b"BM": (_resized_bmp, _more_bmp),
+    b"P6": (_resized_ppm, _more_ppm),
+    b"II": (_resized_tiff, _more_tiff),
+    b"RIFF": (_resized_webp, _more_webp),
+}
 
 _KINDS: dict[str, Callable[[bytes, Path], Iterator[Damaged]]] = {
     "state": _state,

@@ -154,3 +154,11 @@ def test_norms_are_measured_on_images_of_all_classes(folder, tmp_path, monkeypat
     )
     launch.launch(chosen, tmp_path / "run", device="cpu")
     assert [set(labels.tolist()) for labels in seen] == [{0, 1, 2}]  # the first six are of two classes
+
+
+def test_an_image_of_more_pixels_than_the_limit_is_named_before_it_is_drawn(tmp_path):
+    pillow.new("1", (8192, 8193)).save(tmp_path / "large.png")
+    assert (tmp_path / "large.png").stat().st_size < 10_000
+    message = r"large.png: is too large: 8192 x 8193 pixels; an image may have 67108864 at the most"
+    with pytest.raises(data.DataError, match=message):
+        reader.ImageFiles([tmp_path / "large.png"], 8)[:]

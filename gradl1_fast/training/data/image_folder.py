@@ -25,6 +25,9 @@ TEST_NAMES = ("val", "test")
 # Of the colours in ImageNet, between 0 and 1: the custom for photographs.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
+# 8192 x 8192, more than cameras commonly give. 20 kB can hold more, at five bytes of memory a pixel.
+MOST_PIXELS = 2**26
+
 MARGIN = 8 / 7  # the shorter side before the crop, as 256 to 224
 
 
@@ -65,7 +68,10 @@ class ImageFiles:
         try:
             # From memory: of a file Python makes room for as many bytes as a damaged length asks for.
             with image_module.open(io.BytesIO(path.read_bytes()), formats=FORMATS) as file:
+                _check_pixels(path, *file.size)
                 image = _square(file.convert("RGB"), self.size)
+        except DataError:
+            raise
         except (OSError, ValueError, SyntaxError, image_module.DecompressionBombError) as error:
             raise DataError(f"{path}: not a whole image: {error}") from error
         values = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
@@ -122,6 +128,13 @@ def _part(folder: Path, classes: list[str], size: int) -> Batch:
         labels += [label] * len(found)
     # what the loop does with images (length, choice, split) files can do as well as a tensor
     return cast(Tensor, ImageFiles(paths, size)), torch.tensor(labels)
+
+
+def _check_pixels(path: Path, width: int, height: int) -> None:
+    if width * height > MOST_PIXELS:
+        raise DataError(
+            f"{path}: is too large: {width} x {height} pixels; an image may have {MOST_PIXELS} at the most"
+        )
 
 
 def _square(image: Any, size: int) -> Any:

@@ -94,7 +94,7 @@ gpu:  ## all that needs a GPU: its tests, compute-sanitizer, then the measuremen
 # In a copy of the sources, which has no compiled extension: so the reference computes.
 MUTANTS := build/mutate
 mutate: $(READY)  ## change the operators and the reference a little, in many ways: does a test notice? takes hours
-	$(VENV)/bin/python -m pip install --quiet "cosmic-ray>=8.3,<9"
+	GRADL1_CUDA=0 GRADL1_HOST=0 $(VENV)/bin/python -m pip install --quiet $(CONSTRAINTS) --editable ".[mutate]"
 	rm -rf $(MUTANTS) && mkdir -p $(MUTANTS) && git ls-files | tar -c -T - | tar -x -C $(MUTANTS)
 	export OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(VENV)/bin:$$PATH"; cd $(MUTANTS) && \
 	cosmic-ray init cosmic-ray.toml session.sqlite && cr-filter-operators session.sqlite cosmic-ray.toml && \

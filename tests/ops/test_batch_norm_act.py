@@ -139,3 +139,20 @@ def test_large_mean_and_small_variance_keep_their_digits() -> None:
         )
     )
     assert relative_error(actual, exact) <= 2 * relative_error(plain, exact)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("trained", ["weight", "bias"])
+def test_one_vector_alone_is_trained(trained: str, training: bool) -> None:
+    vectors = {"weight": random((3,), 2), "bias": random((3,), 3)}
+    vectors[trained] = leaf(vectors[trained])
+    wanted = vectors[trained]
+
+    def gradients(operation: Callable[..., Tensor]) -> list[Tensor]:
+        x, dy = leaf(random((4, 3, 5), 1)), leaf(random((4, 3, 5), 4))
+        y = operation(x, *statistics(), **vectors, training=training, activation="relu")
+        first = torch.autograd.grad(y, (x, wanted), dy, create_graph=True)
+        penalty = sum(t.square().sum() for t in (y, *first))
+        return [*first, *torch.autograd.grad(penalty, (x, wanted, dy))]
+
+    assert_gradients(gradients(ours.batch_norm_act), gradients(oracle.batch_norm_act))

@@ -34,6 +34,11 @@ class Line(NamedTuple):
     def guards(self) -> list[str]:
         return [name for name in re.findall(r"`([^`]+)`", self.guard) if "/" in name or name.endswith(".py")]
 
+    @property
+    def places(self) -> list[tuple[str, str]]:
+        """Return the names in the code that answer for it, each with its file or folder."""
+        return re.findall(r"`([^`]+)` in `([^`]+)`", self.guard)
+
 
 def read() -> list[Line]:
     found, number = [], 0
@@ -61,6 +66,12 @@ def names_in(path: Path) -> frozenset[str]:
     return frozenset(found)
 
 
+def occurs(name: str, place: Path) -> bool:
+    """Return whether a name is a word in a source file, or in one of a folder's."""
+    files = place.rglob("*.py") if place.is_dir() else [place]
+    return any(re.search(rf"\b{re.escape(name)}\b", file.read_text(encoding="utf-8")) for file in files)
+
+
 def test_every_fault_has_its_lines_in_order() -> None:
     numbers = [line.number for line in LINES]
     assert numbers == sorted(numbers)
@@ -82,6 +93,8 @@ def test_every_guard_that_is_named_exists(line: Line) -> None:
     assert line.guards or "`" not in line.guard
     for guard in line.guards:
         assert (ROOT / guard).exists(), guard
+    for name, place in line.places:
+        assert occurs(name, ROOT / place), f"{name} in {place}"
 
 
 @EACH
@@ -95,3 +108,11 @@ def test_what_was_broken_is_said_or_that_no_gpu_has_seen_it(line: Line) -> None:
 def test_a_name_that_is_missing_would_be_found() -> None:
     assert "test_layouts" in names_in(ROOT / "tests" / "gpu" / "test_triton_elementwise.py")
     assert "test_no_such_thing" not in names_in(Path(__file__))
+
+
+def test_a_guard_that_is_gone_would_be_found() -> None:
+    checkpoints = ROOT / "gradl1_fast" / "training" / "checkpoints.py"
+    assert occurs("_check", checkpoints)
+    assert not occurs("_chec", checkpoints)
+    assert occurs("save_for_backward", ROOT / "gradl1_fast" / "ops")
+    assert not occurs("no_such_name", ROOT / "gradl1_fast" / "ops")

@@ -43,7 +43,7 @@ def build(
     Raises:
         ValueError: there is no such network, or it has no such choice of width or stem.
         TypeError: a number has the wrong type.
-        ImportError: timm is asked for and not installed.
+        ImportError: timm is asked for and not installed, or cannot be imported.
     """
     check.count("classes", classes)
     check.count("channels", channels)
@@ -67,6 +67,11 @@ def _from_timm(name: str, classes: int, channels: int, settings: dict[str, Any])
         import timm
     except ImportError as error:
         raise ImportError(f"the model timm:{name} needs timm: pip install 'gradl1-fast[timm]'") from error
+    except RuntimeError as error:  # its torchvision, where the compiled half is of another build than torch
+        raise ImportError(
+            f"the model timm:{name} needs timm, which cannot be imported here: {error}; "
+            "torch and torchvision must be of one build"
+        ) from error
     if name not in timm.list_models():
         raise ValueError(f"timm has no model {name!r}; timm.list_models() lists them")
     return timm.create_model(name, pretrained=False, num_classes=classes, in_chans=channels)

@@ -7,12 +7,12 @@ rewrites docs/performance.md, and the text between the two marks in docs/index.m
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from bench import results
+from bench.pages import between, of_first_sizes, ratios
 from bench.processes import HERE
 from bench.readme import PROVIDERS
 from bench.tables import number
@@ -65,10 +65,7 @@ def rewritten(text: str) -> str:
     Raises:
         ValueError: the marks are not there.
     """
-    if BEGIN not in text or END not in text:
-        raise ValueError(f"docs/index.md has no section between {BEGIN!r} and {END!r}")
-    pattern = re.compile(f"{re.escape(BEGIN)}.*{re.escape(END)}", re.DOTALL)
-    return pattern.sub(lambda _: f"{BEGIN}\n{_costs()}\n{END}", text)
+    return between(text, (BEGIN, END), _costs(), "docs/index.md")
 
 
 def _folders() -> list[Path]:
@@ -176,18 +173,7 @@ def _costs() -> str:
     """Return the table of the first page: of the first device, each network's first size."""
     folder = _folders()[0] / "step"
     rows = results.read(folder)
-    sizes: dict[str, str] = {}
-    for row in rows:
-        sizes.setdefault(row["operation"], row["size"])
-    found = {(r["provider"], r["operation"]): r for r in rows if r["size"] == sizes[r["operation"]]}
-    lines = [
-        "| time of a step, plain = 1 | " + " | ".join(TITLES[name] for name in sizes) + " |",
-        "|---" * (len(sizes) + 1) + "|",
-    ]
-    for provider, words in SHORT.items():
-        cells = [number(found.get((provider, name), {}).get("ratio_to_plain"), ".2f") for name in sizes]
-        mark = "**" if provider == "gradl1_fast" else ""
-        lines.append("| " + " | ".join([words, *(f"{mark}{value}{mark}" for value in cells)]) + " |")
+    lines = ratios(of_first_sizes(rows), "time of a step, plain = 1", SHORT)
     name = results.device_of(results.read_environment(folder), rows).partition(", torch")[0]
     return "\n".join([_eager(rows), "", *lines, "", f"*{name}. [All rows, memory, errors](performance.md).*"])
 

@@ -6,7 +6,6 @@ DistributedDataParallel is tested in tests/training/test_ranks.py.
 from __future__ import annotations
 
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import nn
 import gradl1_fast as gl
 from tests.gradients import assert_gradients
 from tests.interoperability.two_ranks import LAMBDAS
+from tests.ports import free_port
 
 ROOT = Path(__file__).parents[2]
 KEEP = r"is sharded before both backward passes are done; keep it whole: fully_shard\(\.\.\., reshard_after_"
@@ -38,11 +38,8 @@ REFUSED = {
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        port = str(listening.getsockname()[1])
     path = tmp_path_factory.mktemp("ranks") / "results.pt"
-    command = [sys.executable, "-m", "tests.interoperability.two_ranks", str(path), port]
+    command = [sys.executable, "-m", "tests.interoperability.two_ranks", str(path), free_port()]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
     assert run.returncode == 0, run.stderr
     return torch.load(path, weights_only=True)

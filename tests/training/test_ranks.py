@@ -1,6 +1,5 @@
 """Distributed training over gloo: the gradient is the mean of the ranks', with accumulation too."""
 
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,14 +11,9 @@ from torch import nn
 import gradl1_fast as gl
 from gradl1_fast.training import ranks as module
 from tests.gradients import assert_gradients
+from tests.ports import free_port
 
 ROOT = Path(__file__).parents[2]
-
-
-def free_port():
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        return str(listening.getsockname()[1])
 
 
 @pytest.fixture(scope="module")

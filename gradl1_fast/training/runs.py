@@ -22,7 +22,7 @@ from gradl1_fast.training import models
 from gradl1_fast.training.config import Config
 from gradl1_fast.training.data import Dataset
 from gradl1_fast.training.data import load as load_data
-from gradl1_fast.training.weights_file import check_entries, load_weights, read_weights, save_weights
+from gradl1_fast.training.weights_file import check_entries, put_weights, read_weights, save_weights
 
 __all__ = ["Folder", "Loaded", "RunError", "load", "network"]
 
@@ -137,7 +137,7 @@ def load(folder: str | os.PathLike[str]) -> Loaded:
     counts = _count(run, facts, "classes"), _count(run, facts, "channels")
     _check_size(run, config, counts, entries)
     model = network(config, *counts)
-    load_weights(model, run.weights)
+    put_weights(model, run.weights, entries)
     load_ranges(model, run.ranges)
     return Loaded(config, model.eval())
 

@@ -12,7 +12,14 @@ from torch import Tensor, nn
 from gradl1_fast import _checks as check
 from gradl1_fast import _files
 
-__all__ = ["check_entries", "load_weights", "read_weights", "require_safetensors", "save_weights"]
+__all__ = [
+    "check_entries",
+    "load_weights",
+    "put_weights",
+    "read_weights",
+    "require_safetensors",
+    "save_weights",
+]
 
 FORMAT = {"format": "gradl1_fast.weights", "version": "1"}
 
@@ -46,7 +53,11 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
         ValueError: the file is no whole file of weights, or an entry is missing, unknown, of a wrong
             shape or type, or not finite. The message names the file and the entry.
     """
-    entries, _ = read_weights(path)
+    put_weights(model, path, read_weights(path)[0])
+
+
+def put_weights(model: nn.Module, path: str | os.PathLike[str], entries: Mapping[str, Tensor]) -> None:
+    """Load what :func:`read_weights` read from ``path``; the errors are those of :func:`load_weights`."""
     check_entries(path, entries, model.state_dict())
     model.load_state_dict(entries)
 

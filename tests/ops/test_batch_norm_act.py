@@ -156,3 +156,22 @@ def test_one_vector_alone_is_trained(trained: str, training: bool) -> None:
         return [*first, *torch.autograd.grad(penalty, (x, wanted, dy))]
 
     assert_gradients(gradients(ours.batch_norm_act), gradients(oracle.batch_norm_act))
+
+
+@pytest.mark.usefixtures("each_cpu_backend")
+def test_the_gradients_of_a_channel_of_one_value_keep_their_digits() -> None:
+    """Its normalised values are zeros; ``x * factor - mean * factor`` leaves what was rounded off."""
+    x, dy, v = (random((4, 3, 2, 2), seed) for seed in (1, 2, 3))
+    x[:, 1] = 1000
+    x = leaf(x)
+    weight, bias, cotangent = leaf(random((3,), 4)), leaf(random((3,), 5)), random((3,), 6)
+    results = []
+    for operation in (ours.batch_norm_act, F.batch_norm):
+        y = operation(x, None, None, weight, bias, training=True)
+        dy = leaf(dy)
+        first = torch.autograd.grad(y, [x, weight], dy, create_graph=True)
+        results.append([*first, *torch.autograd.grad(first, [x, weight, dy], [v, cotangent])])
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+    sums = results[0][2].transpose(0, 1).flatten(1)
+    assert bool((sums.sum(1).abs() <= 1e-14 * sums.abs().sum(1)).all())

@@ -37,7 +37,7 @@ def d_x_training(
         of_xh.addcmul_(direct, b, value=-share)
         of_one.addcmul_(direct, a, value=-share)
         of_g += direct
-    d_x = affine(x, mean, rstd, of_xh, of_one)
+    d_x = centred_affine(x, mean, rstd * of_xh, of_one)
     d_x.addcmul_(g, column(of_g, g)).addcmul_(v, column(-k * b, g))
     return d_x, rest.mul_(rstd)
 
@@ -66,12 +66,19 @@ def sums(g: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tens
     return products, plain
 
 
-def affine(x: Tensor, mean: Tensor, rstd: Tensor, factor: Tensor, offset: Tensor) -> Tensor:
-    """Return ``(x - mean) * rstd * factor + offset`` in one pass."""
+def centred_affine(x: Tensor, mean: Tensor, factor: Tensor, offset: Tensor) -> Tensor:
+    """Return ``(x - mean) * factor + offset``; a mean far from zero is gone before anything is rounded."""
+    centred = x - column(mean, x)
+    return torch.addcmul(column(offset, x), centred, column(factor, x), out=centred)
+
+
+def affine(x: Tensor, factor: Tensor, offset: Tensor) -> Tensor:
+    """Return ``x * factor + offset`` in one pass."""
     if not x.numel():
         return torch.empty_like(x)
-    variance = rstd.square().reciprocal()
-    return torch.native_batch_norm(x, factor, offset, mean, variance, False, 0.0, 0.0)[0]
+    return torch.native_batch_norm(
+        x, factor, offset, torch.zeros_like(factor), torch.ones_like(factor), False, 0.0, 0.0
+    )[0]
 
 
 def column(values: Tensor, x: Tensor) -> Tensor:

@@ -154,7 +154,7 @@ def batch_norm_act_double_backward(
         d_x = torch.zeros_like(g) if direct is None else g * column(direct, x)
         d_weight = rstd * s
     if d_dweight is not None:
-        d_g.add_(affine(wide, mean, rstd, d_dweight, torch.zeros_like(mean)))
+        d_g.addcmul_(wide - column(mean, x), column(d_dweight * rstd, x))
     for term in (None if d_dbias is None else column(d_dbias, x), d_dresidual):
         if term is not None:
             d_g.add_(term)
@@ -193,12 +193,11 @@ def _renormalised(
 ) -> Tensor:
     """Return the normalised values from the saved statistics, on a CPU the very bits of the forward pass.
 
-    That routine makes a factor and an offset of each channel, as here, and applies them; the mean of 0 and
-    the variance of 1 leave them as they are.
+    That routine makes a factor and an offset of each channel, as here, and applies them.
     """
     factor, product = (rstd, mean * rstd) if weight is None else (rstd * weight, mean * weight * rstd)
     offset = -product if bias is None else bias - product
-    return affine(x, torch.zeros_like(mean), torch.ones_like(rstd), factor, offset)
+    return affine(x, factor, offset)
 
 
 def _masked(

@@ -106,6 +106,7 @@ class Torment:
             if self._live(*self._death(kind, life, chance)):
                 return
             self.deaths[kind] += 1
+            _say(f"death {deaths - more + 1} of {deaths}: {kind}, checkpoint of step {newest(self.folder)}")
         assert self._live(None, None)
 
     def _death(self, kind: str, life: float, chance: random.Random) -> tuple[How, After]:
@@ -216,9 +217,11 @@ def soak(folder: Path, steps: int, deaths: int, seed: int) -> Soaked:
     config = configuration(steps)
     whole, killed = (Memory(folder / f"memory-{name}.csv") for name in ("whole", "killed"))
     start = time.perf_counter()
+    _say(f"{config.penalty.epochs * STEPS_AN_EPOCH} penalised steps in peace ...")
     assert kills.child(partial(kills.run, folder / "whole", None, config, whole))
     middle = time.perf_counter()
     pace = (middle - start) / (config.training.epochs * STEPS_AN_EPOCH)
+    _say(f"{middle - start:.0f} s. The same through {deaths} deaths ...")
     torment = Torment(folder / "killed", config, pace, killed)
     torment.run(deaths, random.Random(seed))
     end = time.perf_counter()
@@ -235,6 +238,10 @@ def soak(folder: Path, steps: int, deaths: int, seed: int) -> Soaked:
     )
 
 
+def _say(what: str) -> None:
+    print(what, file=sys.stderr, flush=True)
+
+
 def main() -> None:
     """Soak as the arguments say; exit with 1 if anything is not as it should be."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -245,7 +252,8 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True)
     found = soak(arguments.folder, arguments.steps, arguments.deaths, arguments.seed)
-    print(json.dumps(vars(found), indent=1))
+    lines = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in vars(found).items()]
+    print("{" + ",\n ".join(lines) + "}")
     sys.exit("\n".join(found.faults()) or None)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 
 import gradl1_fast as gl
 from tests import oracle
@@ -18,6 +18,7 @@ from tests.properties.examples import examples
 from tests.properties.grammar import Network, networks
 
 SMALLEST = 1e-4  # a range below is that of a tensor that is zero but for rounding
+DEAD = 1e-9  # a penalty below is that of a network whose gradients are zero but for rounding
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,10 @@ def found_in(network: Network) -> walk.Layout:
     return walk.layout(network, make(network), batch(network)[0])
 
 
-def plain(network: Network, setting: Setting, found: walk.Layout) -> nn.Module:
-    model = make(network).train(setting.training)
+def plain(
+    network: Network, setting: Setting, found: walk.Layout, dtype: torch.dtype = torch.float64
+) -> nn.Module:
+    model = make(network, dtype).train(setting.training)
     if setting.w is not None:
         walk.quantize_weights(model, found.weights, setting.w, per_channel=setting.per_channel)
     return model
@@ -70,7 +73,16 @@ def truth(
         inputs = tuple(t.flip(0) if reverse else t for t in data)
         measured, passed = walk.measure(network, plain(network, setting, found), inputs, found, setting.a)
         assume(walk.decided(passed, measured, extremes=setting.scale == "step", noise=noise))
-    model = plain(network, setting, found)
+    result = double_backprop(network, setting, found)
+    assume(float(result.penalty) > DEAD or not (setting.lambda_w or setting.lambda_a))
+    return result
+
+
+def double_backprop(
+    network: Network, setting: Setting, found: walk.Layout, dtype: torch.dtype = torch.float64
+) -> oracle.Penalised:
+    """Return what ordinary autograd computes."""
+    model, data = plain(network, setting, found, dtype), batch(network, dtype)
     result = oracle.penalised_gradients(
         lambda: walk.measure(network, model, data, found, setting.a)[0],
         dict(model.named_parameters()),
@@ -118,7 +130,6 @@ def test_penalty_and_gradient_equal_the_oracle(network: Network, setting: Settin
     found = found_in(network)
     assume(usable(setting, found))
     expected = truth(network, setting, found)
-    assume(bool(expected.penalty) or not (setting.lambda_w or setting.lambda_a))  # all of it dead
     actual = ours(network, setting)
     torch.testing.assert_close(actual.loss, expected.loss, rtol=1e-12, atol=0)
     assert_same(actual, expected, 1e-10)
@@ -139,7 +150,24 @@ def test_float32_is_near_the_oracle(network: Network, setting: Setting) -> None:
     found = found_in(network)
     assume(usable(setting, found))
     expected = truth(network, setting, found, noise=1e-4)
-    assume(bool(expected.penalty) or not (setting.lambda_w or setting.lambda_a))
     actual = ours(network, setting, torch.float32)
     assert {g.dtype for g in actual.gradients.values()} == {torch.float32}
-    assert_same(actual, expected, 1e-4, tiny=0.1)
+    assert_near(actual, expected, double_backprop(network, setting, found, torch.float32))
+
+
+def assert_near(actual: oracle.Penalised, expected: oracle.Penalised, eager: oracle.Penalised) -> None:
+    """Allow an error of 1e-4, or twice that of ordinary autograd in the same type.
+
+    A batch norm multiplies by 300 where a channel has one value, as behind a convolution that meets padding
+    alone; two of them leave few digits of float32, whoever computes it.
+    """
+
+    def check(what: str, a: Tensor, e: Tensor, other: Tensor, size: Tensor) -> None:
+        error, of_eager = ((t.double() - e).norm() for t in (a, other))
+        assert error <= max(1e-4 * size, 2 * of_eager), f"{what}: {error:.3g}, eager {of_eager:.3g}"
+
+    check("penalty", actual.penalty, expected.penalty, eager.penalty, expected.penalty)
+    assert actual.gradients.keys() == expected.gradients.keys()
+    whole = torch.cat([g.flatten() for g in expected.gradients.values()]).norm()
+    for name, e in expected.gradients.items():
+        check(name, actual.gradients[name], e, eager.gradients[name], torch.maximum(e.norm(), whole / 10))

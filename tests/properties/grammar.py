@@ -221,7 +221,7 @@ def networks(draw: st.DrawFn, choice: Choice = EVERYTHING) -> Network:
     sizes = tuple(draw(st.lists(st.integers(1, largest), min_size=dims, max_size=dims)))
     chain = _Chain(draw(st.integers(2, 4)), draw(st.integers(1, 4)), sizes)
     shape = (chain.batch, chain.channels, *chain.sizes)
-    _extend(draw, chain, choice, draw(st.integers(0, 5)), depth=2)
+    _extend(draw, chain, choice, draw(st.integers(1, 5)), depth=2)
     widths = draw(st.lists(st.integers(2, 6), min_size=1, max_size=3))
     head = Head(draw(st.sampled_from(choice.forms)), tuple(widths), draw(st.booleans()))
     return Network(shape, tuple(chain.parts), head, draw(st.integers(0, 2**16)))
@@ -260,6 +260,8 @@ def _conv(draw: st.DrawFn, chain: _Chain, choice: Choice, depth: int) -> None:
     groups, out = _groups(draw, chain.channels, draw(st.integers(1, 6)))
     part = Conv(out, kernel, stride, padding, dilation, groups, draw(st.booleans()), mode)
     chain.add(part, out, sizes)
+    if draw(st.booleans()):  # what stands behind most convolutions
+        _norm(draw, chain, choice, depth)
 
 
 def _groups(draw: st.DrawFn, channels: int, out: int) -> tuple[int, int]:

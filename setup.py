@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,8 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+
+fingerprint = runpy.run_path("gradl1_fast/backends/compiled/_sources.py")["fingerprint"]
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 
@@ -87,6 +90,7 @@ class CMakeBuild(build_ext):
 
         options = {"Python_EXECUTABLE": sys.executable, "pybind11_DIR": pybind11.get_cmake_dir()}
         options |= {"GRADL1_HOST": "ON" if host else "OFF", "GRADL1_CUDA": "ON" if cuda else "OFF"}
+        options["GRADL1_SOURCES"] = fingerprint(Path("csrc"))
         if cuda:
             nvcc = find_nvcc()
             if nvcc is None:

@@ -227,6 +227,7 @@ void define_engine(py::module_ m, const Engine& e) {
 
 PYBIND11_MODULE(_gradl1, m) {
     using namespace gradl1;
+    m.attr("sources") = GRADL1_SOURCES;
     m.attr("compiler") = GRADL1_COMPILER;
     m.attr("cuda_compiler") = GRADL1_CUDA_COMPILER;
     m.attr("cuda_architectures") = GRADL1_CUDA_ARCHITECTURES;

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 
 from gradl1_fast.backends import UnavailableError
 from gradl1_fast.backends.compiled import _extension
+from gradl1_fast.backends.compiled._sources import fingerprint
 
 
 def module(**halves: Any) -> SimpleNamespace:
@@ -69,6 +72,57 @@ def test_a_module_that_cannot_be_loaded_says_why(monkeypatch: pytest.MonkeyPatch
         None,
         "the compiled extension cannot be loaded: undefined symbol: x",
     )
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a checkout with one source, whose extension was built from it."""
+    (tmp_path / "csrc" / "cuda").mkdir(parents=True)
+    (tmp_path / "pyproject.toml").touch()
+    (tmp_path / "csrc" / "cuda" / "tap.cu").write_text("x")
+    built = SimpleNamespace(__file__="_gradl1.so", sources=fingerprint(tmp_path / "csrc"))
+    monkeypatch.setattr(_extension, "_CHECKOUT", tmp_path)
+    monkeypatch.setattr("importlib.import_module", lambda name: built)
+    return tmp_path
+
+
+def refusal(checkout: Path) -> str:
+    with pytest.warns(UserWarning, match="not used until then"):
+        module, reason = _extension._load.__wrapped__()
+    assert module is None
+    return reason
+
+
+def test_a_module_built_from_the_sources_is_used(checkout: Path) -> None:
+    (checkout / "csrc" / "notes.md").touch()
+    assert _extension._load.__wrapped__()[0] is not None
+
+
+def test_a_module_built_from_other_contents_is_refused_with_the_command_to_build(checkout: Path) -> None:
+    (checkout / "csrc" / "cuda" / "tap.cu").write_text("y")
+    reason = refusal(checkout)
+    assert "_gradl1.so was built from other sources" in reason
+    assert f"in {checkout}: pip install --no-deps --editable ." in reason
+
+
+def test_a_module_built_before_a_source_was_renamed_is_refused(checkout: Path) -> None:
+    (checkout / "csrc" / "cuda" / "tap.cu").rename(checkout / "csrc" / "tap.cu")
+    refusal(checkout)
+
+
+def test_a_module_that_does_not_tell_its_sources_is_refused(checkout: Path) -> None:
+    built = importlib.import_module(_extension._NAME)
+    del built.sources
+    refusal(checkout)
+
+
+@pytest.mark.parametrize("absent", ["csrc/cuda/tap.cu", "pyproject.toml"])
+def test_an_installed_package_has_no_sources_to_compare(checkout: Path, absent: str) -> None:
+    (checkout / absent).unlink()
+    if absent != "pyproject.toml":
+        (checkout / "csrc" / "cuda").rmdir()
+        (checkout / "csrc").rmdir()
+    assert _extension._load.__wrapped__()[0] is not None
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,8 @@ def load(half: str, op: str, device: torch.device) -> ModuleType:
     from gradl1_fast.backends import UnavailableError, compiled, reference
 
     if device.type != _DEVICES[half]:
-        raise UnavailableError(f"it computes on {_DEVICES[half]} tensors, not on {device.type}")
+        raise UnavailableError(
+            f"{half!r} computes on {_DEVICES[half]} tensors, and this one is on {device.type}"
+        )
     engine(half)
     return reference if op in ("conv", "linear") else compiled

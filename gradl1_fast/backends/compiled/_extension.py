@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import functools
 import importlib
+import warnings
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from gradl1_fast.backends.compiled._sources import fingerprint
+
 _NAME = "gradl1_fast.backends.compiled._gradl1"
+_CHECKOUT = Path(__file__).parents[3]
 
 
 def engine(half: str) -> Any:
@@ -48,7 +53,7 @@ def describe() -> dict[str, str]:
 @functools.cache
 def _load() -> tuple[ModuleType | None, str]:
     try:
-        return importlib.import_module(_NAME), ""
+        module = importlib.import_module(_NAME)
     except ModuleNotFoundError:
         return None, (
             "the compiled extension is not installed; install gradl1-fast where a C++ compiler is at hand "
@@ -56,3 +61,19 @@ def _load() -> tuple[ModuleType | None, str]:
         )
     except ImportError as error:
         return None, f"the compiled extension cannot be loaded: {error}"
+    if _is_stale(module):
+        reason = (
+            f"the compiled extension {module.__file__} was built from other sources than those in "
+            f"{_CHECKOUT / 'csrc'}; build it again, in {_CHECKOUT}: pip install --no-deps --editable ."
+        )
+        warnings.warn(f"gradl1_fast: {reason}; it is not used until then", stacklevel=2)
+        return None, reason
+    return module, ""
+
+
+def _is_stale(module: ModuleType) -> bool:
+    """Return whether the sources changed after the build; an installed package has none beside it."""
+    sources = _CHECKOUT / "csrc"
+    if not (_CHECKOUT / "pyproject.toml").is_file() or not sources.is_dir():
+        return False
+    return getattr(module, "sources", None) != fingerprint(sources)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from bench.processes import HERE
-from gradl1_fast import _environment
+from gradl1_fast import _environment, _json
 
 __all__ = ["KEYS", "device_name", "device_of", "read", "read_environment", "write", "write_json"]
 
@@ -43,13 +43,13 @@ def write(folder: Path, rows: Sequence[Row], **settings: Any) -> None:
         writer.writerow([*KEYS, "metric", "value"])
         writer.writerows(_lines(rows))
     environment = {**_environment.describe(), "measured": _measured(), "settings": settings}
-    (folder / "environment.json").write_text(json.dumps(environment, indent=1) + "\n")
+    (folder / "environment.json").write_text(_json.dumps(environment, indent=1) + "\n")
 
 
 def write_json(path: Path, rows: Sequence[Row]) -> None:
     """Write the list of rows."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = ",\n".join(" " + json.dumps(row, ensure_ascii=False) for row in rows)
+    text = ",\n".join(" " + _json.dumps(row) for row in rows)
     path.write_text(f"[\n{text}\n]\n")
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from string import Template
 
+from gradl1_fast import _json
 from gradl1_fast._html import image, items, page, table
 from gradl1_fast._plots import new_figure
 from gradl1_fast.training.charts import accuracy_chart, grids_chart, speed_chart
@@ -36,7 +36,7 @@ def prepare(folder: Path) -> None:
 def write(results: Results, folder: Path) -> tuple[Path, Path]:
     """Write ``report.html`` and ``results.json``; return their paths."""
     path, numbers = folder / "report.html", folder / "results.json"
-    numbers.write_text(json.dumps(results.to_dict(), indent=1) + "\n", encoding="utf-8")
+    numbers.write_text(_json.dumps(results.to_dict(), indent=1) + "\n", encoding="utf-8")
     path.write_text(html(results), encoding="utf-8")
     return path, numbers
 

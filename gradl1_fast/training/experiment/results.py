@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from gradl1_fast import _files
+from gradl1_fast import _files, _json
 from gradl1_fast.training.experiment.measurements import Alone, Change, Norms
 from gradl1_fast.training.experiment.session import Epoch
 from gradl1_fast.training.toml import SettingsError, from_dict
@@ -82,7 +83,7 @@ class Run:
         _check_kinds(values, where)
         try:
             lists: dict[str, Any] = {
-                key: [from_dict(kind, entry, f"[{key}]") for entry in values[key]]
+                key: [from_dict(kind, _with_nan(kind, entry), f"[{key}]") for entry in values[key]]
                 for key, kind in _LISTS.items()
             }
             return cls(**{**values, **lists})
@@ -92,6 +93,12 @@ class Run:
 
 _LISTS: dict[str, type] = {"rows": Row, "epochs": Epoch, "norms": Norms, "changes": Change, "alone": Alone}
 _KINDS = {"method": str, "seed": int, "settings": dict, "environment": dict} | dict.fromkeys(_LISTS, list)
+
+
+def _with_nan(kind: type, entry: dict[str, Any]) -> dict[str, Any]:
+    """Return the entry with NaN where a number was not finite: JSON has null there."""
+    numbers = {field.name for field in fields(kind) if field.type == "float"}
+    return {name: math.nan if value is None and name in numbers else value for name, value in entry.items()}
 
 
 def _check_kinds(values: dict[str, Any], where: str) -> None:
@@ -162,12 +169,12 @@ class Results:
 
     def write_rows(self, path: Path) -> None:
         """Write a list of objects with the keys method, seed, w, a, top1, one a line."""
-        lines = ",\n".join(json.dumps(asdict(row)) for row in self.rows)
+        lines = ",\n".join(_json.dumps(asdict(row)) for row in self.rows)
         _files.write_text(path, f"[\n{lines}\n]\n")
 
     def write_runs(self, path: Path) -> None:
         """Write everything."""
-        _files.write_text(path, json.dumps([run.to_dict() for run in self.runs], indent=1) + "\n")
+        _files.write_text(path, _json.dumps([run.to_dict() for run in self.runs], indent=1) + "\n")
 
     @classmethod
     def read_runs(cls, path: Path) -> Results:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -146,6 +147,16 @@ def test_runs_come_back_from_their_file(results, tmp_path):
     results.write_runs(tmp_path / "runs.json")
     back = Results.read_runs(tmp_path / "runs.json")
     assert back.runs == results.runs
+
+
+def test_a_run_whose_numbers_are_not_finite_comes_back_with_nan(results, tmp_path):
+    run = results.runs[0]
+    broken = replace(run, changes=[replace(run.changes[0], measured=math.inf), *run.changes[1:]])
+    Results([broken]).write_runs(tmp_path / "runs.json")
+    json.loads((tmp_path / "runs.json").read_text(), parse_constant=pytest.fail)
+    back = Results.read_runs(tmp_path / "runs.json").runs[0]
+    assert math.isnan(back.changes[0].measured)
+    assert (back.changes[1:], back.rows) == (run.changes[1:], run.rows)
 
 
 def test_it_computes_with_one_thread_and_the_reference_and_gives_both_back(tmp_path, monkeypatch):

@@ -252,11 +252,14 @@ def test_a_dry_run_that_could_run_says_so_by_its_exit_code_and_writes_nothing(tm
     assert not list(tmp_path.iterdir())
 
 
-def test_a_dry_run_passes_a_batch_through(tmp_path, monkeypatch):
+@DRY
+def test_images_that_the_network_does_not_take_are_refused_before_the_work(dry, tmp_path, monkeypatch):
     net = gl.convert(nn.Sequential(nn.Conv2d(1, 2, 9), nn.Flatten(), nn.Linear(2, 10)))
     monkeypatch.setattr("gradl1_fast.training.launch.network", lambda *args: net)
-    output = refused("--dry-run", "--out", tmp_path / "run")
-    assert "digits_net does not take a batch of shape (50, 1, 8, 8): " in output
+    output = refused(*QUICK, *dry, "--out", tmp_path / "run")
+    assert "digits_net does not take images of shape (1, 8, 8): " in output
+    assert "Kernel size" in output
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_dry_run_of_a_resumption_reads_the_checkpoint(finished, tmp_path):

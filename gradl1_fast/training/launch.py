@@ -73,7 +73,8 @@ def launch(
 
     Raises:
         RunError: the folder holds a run already, or none to resume.
-        ValueError: settings do not go together, the data are missing, or a checkpoint is damaged.
+        ValueError: settings do not go together, the data are missing, the network does not take such
+            images, or a checkpoint is damaged.
         TrainingError: the loss is no number any more.
         ImportError: a package is not installed; the message says which.
         OSError: the folder cannot be written to.
@@ -105,20 +106,14 @@ def rehearse(config: Config, folder: Path, *, resume: bool = False, device: str 
         device: likewise.
 
     Raises:
-        ValueError: as :func:`launch`, or the network does not take such images.
+        ValueError: as :func:`launch`.
         ImportError: as :func:`launch`.
         OSError: likewise.
     """
     with _prepared(config, folder, resume, device) as made, torch.no_grad():
         x, y = made.trainer.batch(0)
         parts = config.training.accumulate
-        part = x.chunk(parts)[0]
-        try:
-            made.trainer.loss_of((part, y.chunk(parts)[0]))
-        except RuntimeError as error:
-            raise ValueError(
-                f"{config.model.name} does not take a batch of shape {tuple(part.shape)}: {error}"
-            ) from error
+        made.trainer.loss_of((x.chunk(parts)[0], y.chunk(parts)[0]))
 
 
 @contextlib.contextmanager
@@ -133,6 +128,7 @@ def _prepared(config: Config, folder: Path, resume: bool, device: str | None) ->
         images = data.load(config.data.name, config.data.folder, size=config.data.size)
         torch.manual_seed(config.training.seed)
         model = network(config, images.classes, images.channels).to(group.device)
+        _check_takes(model, images.train[0][:1].to(group.device), config.model.name)
         if group.rank:
             torch.manual_seed(config.training.seed + group.rank)  # each draws its own dropout
         trainer = _trainer(model, images, config, group)
@@ -152,6 +148,17 @@ def _check_folder(run: Folder, resume: bool) -> None:
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(there))
     if not os.access(there, os.W_OK | os.X_OK):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(there))
+
+
+@torch.no_grad()
+def _check_takes(model: nn.Module, image: torch.Tensor, name: str) -> None:
+    """Pass an image through in evaluation mode, which moves no statistics and draws nothing by chance."""
+    try:
+        model.eval()(image)
+    except RuntimeError as error:
+        raise ValueError(f"{name} does not take images of shape {tuple(image.shape[1:])}: {error}") from error
+    finally:
+        model.train()
 
 
 def _trainer(model: nn.Module, images: Dataset, config: Config, group: Ranks) -> Trainer:

@@ -16,6 +16,7 @@ from bench.steps import ByClosure, Captured, Penalised, Step
 from bench.transforms import CompiledStep, JvpStep
 from bench.workloads import Task
 from gradl1_fast import backends
+from gradl1_fast._extras import install
 from gradl1_fast.training.speed import EagerPenalty
 
 __all__ = ["LAMBDA", "PLAIN", "PROVIDERS", "CannotRunError", "Provider"]
@@ -91,7 +92,7 @@ def _jax(task: Task, lambda_w: float, lambda_a: float, compiler: str, *, way: st
     try:
         import jax
     except ImportError as error:
-        raise ImportError("needs JAX: pip install 'gradl1-fast[jax]'") from error
+        raise ImportError(f"needs JAX: {install('jax')}") from error
     if task.x.device.type == "cuda" and jax.default_backend() == "cpu":
         raise CannotRunError("this JAX computes on the CPU alone")
     from bench.jax_step import JaxStep

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 
+from gradl1_fast._extras import install
+
 _NEEDED = ("typer", "rich")
 
 
@@ -14,7 +16,7 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] not in _NEEDED:
             raise
-        sys.exit(f"The gradl1 command needs {' and '.join(_NEEDED)}: pip install 'gradl1-fast[cli]'")
+        sys.exit(f"The gradl1 command needs {' and '.join(_NEEDED)}: {install('cli')}")
     app(prog_name="gradl1")
 
 

@@ -19,6 +19,18 @@ def some(names: Iterable[object]) -> str:
     return ", ".join(f"{name:.100}" for name in ordered[:5]) + more
 
 
+def number(name: str, value: object) -> float:
+    """Return what a user's function gave as a float.
+
+    Raises:
+        TypeError: it is no single number; the message begins with ``name``.
+    """
+    try:
+        return float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: a tensor of several values
+        raise TypeError(f"{name} must return one number, got {value!r:.100}") from error
+
+
 def probe(op: str, x: Tensor, value: Tensor | None) -> None:
     """Check that a probe is a scalar on the device of ``x``."""
     if value is None:

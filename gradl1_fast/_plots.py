@@ -7,6 +7,8 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from gradl1_fast._extras import install
+
 __all__ = ["heat_map", "new_figure", "save", "svg", "tidy", "width_name"]
 
 Width = tuple[int | None, int | None]
@@ -21,7 +23,7 @@ def new_figure(width: float, height: float) -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install 'gradl1-fast[cli]'") from error
+        raise ImportError(f"plots need matplotlib: {install('cli')}") from error
     return Figure(figsize=(width, height), layout="constrained")
 
 

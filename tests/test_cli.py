@@ -8,6 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from gradl1_fast import __version__, backends
+from gradl1_fast._extras import install
 from gradl1_fast.backends import compiled
 from gradl1_fast.cli import app
 
@@ -109,7 +110,7 @@ def test_a_missing_package_is_named_before_the_work(missing, tmp_path, monkeypat
     monkeypatch.setitem(sys.modules, missing, None)
     result = gradl1("demo", "--out", str(tmp_path))
     assert result.exit_code == 1
-    assert "pip install 'gradl1-fast[cli]'" in result.output
+    assert install("cli") in result.output
 
 
 @pytest.mark.parametrize("missing", ["typer", "rich"])
@@ -117,7 +118,7 @@ def test_without_its_packages_the_command_says_what_to_install(missing):
     code = f"import sys; sys.modules['{missing}'] = None\nfrom gradl1_fast.__main__ import main; main()"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 1
-    assert result.stderr == ("The gradl1 command needs typer and rich: pip install 'gradl1-fast[cli]'\n")
+    assert result.stderr == f"The gradl1 command needs typer and rich: {install('cli')}\n"
 
 
 def test_the_experiment_prints_its_table_and_writes_its_rows(tmp_path):

@@ -80,7 +80,7 @@ def test_a_mismatch_fails_and_nothing_is_written(
         (("--w", 9), "export has widths 1 to 8 and 16, got 9"),
         (("--format", "torchao"), "integer weights for linear layers alone"),
         (("--format", "any-bit", "--w", 4), "an any-bit file holds every width"),
-        (("--w", 4, "--out", "/nowhere/x.onnx"), "/nowhere"),
+        (("--w", 4, "--out", "/nowhere/x.onnx"), "gradl1: /nowhere: there is no such folder to write to"),
     ],
 )
 def test_what_is_refused(run: Path, arguments: tuple[object, ...], message: str) -> None:

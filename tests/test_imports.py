@@ -13,7 +13,18 @@ PACKAGE = Path(__file__).parent.parent / "gradl1_fast"
 
 # From the bottom up. A room imports from itself and from lower floors; rooms on one floor are strangers.
 FLOORS = [
-    {"_checks", "_dtypes", "_files", "_html", "_masks", "_plots", "_progress", "_version"},
+    {"_extras"},
+    {
+        "_checks",
+        "_dtypes",
+        "_files",
+        "_html",
+        "_json",
+        "_masks",
+        "_plots",
+        "_progress",
+        "_version",
+    },
     {"_environment"},
     {"backends"},
     {"ops"},

@@ -1,4 +1,4 @@
-"""The ``gradl1`` command. Needs typer and rich: ``pip install 'gradl1-fast[cli]'``.
+"""The ``gradl1`` command. Needs typer and rich: ``pip install '.[cli]'``.
 
 Each subcommand has a module of its own; importing it here adds it to the command, in this order.
 """

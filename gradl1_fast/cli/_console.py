@@ -32,6 +32,6 @@ def table(
 
 def fail(message: str) -> NoReturn:
     """Say on standard error what was wrong, and end with exit code 1."""
-    text = f"[red]gradl1:[/red] {escape(message)}"  # a message may hold brackets, as in gradl1-fast[cli]
+    text = f"[red]gradl1:[/red] {escape(message)}"  # a message may hold brackets, as in '.[cli]'
     Console(stderr=True).print(text, highlight=False, soft_wrap=True)
     raise typer.Exit(1)

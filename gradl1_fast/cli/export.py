@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -100,6 +101,8 @@ def export(
     try:
         loaded = runs.load(run)
         path = out or run / f"model{_widths(format, w, a)}{_ENDINGS[format]}"
+        if not path.parent.is_dir():
+            raise FileNotFoundError(errno.ENOENT, "there is no such folder to write to", str(path.parent))
         if format is Format.any_bit:
             if (w, a) != (None, None):
                 raise ValueError(

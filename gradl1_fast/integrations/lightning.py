@@ -1,4 +1,4 @@
-"""The penalty in Lightning's automatic optimization. Needs ``pip install 'gradl1-fast[lightning]'``.
+"""The penalty in Lightning's automatic optimization. Needs ``pip install '.[lightning]'``.
 
 Lightning calls ``loss.backward`` itself, and a callback's ``on_before_backward`` sees the loss without
 being able to replace it. Its one place where the loss can still change is the module's own hook
@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from gradl1_fast import _checks as check
+from gradl1_fast._extras import install
 from gradl1_fast.penalty import GradL1
 
 try:
@@ -19,7 +20,7 @@ try:
     from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 except ImportError as error:
     raise ImportError(
-        "gradl1_fast.integrations.lightning needs the package lightning: pip install 'gradl1-fast[lightning]'"
+        f"gradl1_fast.integrations.lightning needs the package lightning: {install('lightning')}"
     ) from error
 
 __all__ = ["GradL1Callback"]

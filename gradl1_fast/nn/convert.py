@@ -43,6 +43,7 @@ def convert(model: nn.Module, *, per_channel: bool = False) -> nn.Module:
         once for each layer it feeds, and its input as an activation.
 
     Raises:
+        TypeError: it is no module.
         ValueError: the model has no convolution and no linear layer, or it has plain layers beside
             layers of this library.
 
@@ -58,6 +59,8 @@ def convert(model: nn.Module, *, per_channel: bool = False) -> nn.Module:
         >>> model.state_dict().keys() == plain.state_dict().keys()
         True
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"gradl1_fast.convert: the model must be a torch.nn.Module, got {model!r:.100}")
     if any(isinstance(m, QuantizedLayer | BatchNormAct2d) for m in model.modules()):
         _refuse_half_converted(model)
         return model

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from gradl1_fast import _files
 from gradl1_fast._dtypes import sum_dtype
+from gradl1_fast._extras import install
 from gradl1_fast.nn.layers import QuantizedLayer
 from gradl1_fast.nn.quantizers import ActivationQuantizer
 from gradl1_fast.nn.sites import named_layers, named_quantizers
@@ -68,7 +69,7 @@ def save_any_bit(model: nn.Module, path: str | os.PathLike[str]) -> dict[int, in
     try:
         from safetensors.torch import save
     except ImportError as error:
-        raise ImportError("any-bit files need safetensors: pip install 'gradl1-fast[export]'") from error
+        raise ImportError(f"any-bit files need safetensors: {install('export')}") from error
     layers = _layers(model)
     entries = {f"state.{key}": value for key, value in _state(model, layers).items()}
     for name, quantizer in named_quantizers(model).items():

@@ -193,7 +193,7 @@ def search(
     activations = () if bit_operations is None else widths
 
     def number(model: nn.Module) -> float:
-        value = float(evaluate(model))
+        value = check.number("search: evaluate", evaluate(model))
         if math.isnan(value):  # it compares with nothing, and would pass for no loss at all
             w, a = ({n: b for n, b in widths.items() if b is not None} for widths in widths_of(model))
             raise ValueError(f"search: evaluate returned NaN at w = {w}, a = {a}, all else in float")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from gradl1_fast import _checks as check
 from gradl1_fast import _files
+from gradl1_fast._extras import install
 from gradl1_fast.nn.quantizers import ActivationQuantizer, WeightQuantizer
 from gradl1_fast.nn.sites import named_layers
 from gradl1_fast.quantization.calibration import quantizers_of
@@ -150,5 +151,5 @@ def _safetensors(part: str = "") -> Any:
         import safetensors
         import safetensors.torch
     except ImportError as error:
-        raise ImportError("files of ranges need safetensors: pip install 'gradl1-fast[export]'") from error
+        raise ImportError(f"files of ranges need safetensors: {install('export')}") from error
     return getattr(safetensors, part) if part else safetensors

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from gradl1_fast import _checks as check
 from gradl1_fast._plots import new_figure, save, tidy
 from gradl1_fast._progress import track
 from gradl1_fast.nn.sites import named_layers, named_quantizers
@@ -143,11 +144,15 @@ def sensitivity(
             check_width(f"sensitivity: {kind}", width)
     trials = [("w", name, b) for name in named_layers(model) for b in w]
     trials += [("a", name, b) for name in named_quantizers(model) for b in a]
+
+    def found() -> float:
+        return check.number("sensitivity: evaluate", evaluate(model))
+
     with bits(model, w=None, a=None):
-        value = float(evaluate(model))
+        value = found()
         rows = []
         for kind, name, width in track(trials, "sensitivity", show=progress):
             one = {name: width}
             with bits(model, w=one if kind == "w" else {}, a=one if kind == "a" else {}):
-                rows.append(SensitivityRow(kind, name, width, float(evaluate(model))))
+                rows.append(SensitivityRow(kind, name, width, found()))
     return Sensitivity(rows, value)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
-import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -14,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from gradl1_fast import _checks as check
+from gradl1_fast import _json
 from gradl1_fast._plots import heat_map, new_figure, save, width_name
 from gradl1_fast._progress import track
 from gradl1_fast.quantization.bits import bits, check_width
@@ -74,8 +73,7 @@ class Table:
 
         So is a value that is NaN or infinite, which JSON has no way to write.
         """
-        rows = [{**vars(row), "value": row.value if math.isfinite(row.value) else None} for row in self.rows]
-        Path(path).write_text(json.dumps(rows, indent=1, allow_nan=False) + "\n")
+        Path(path).write_text(_json.dumps([vars(row) for row in self.rows], indent=1) + "\n")
 
     def plot(self, path: str | os.PathLike[str], *, title: str = "") -> None:
         """Draw the values over widths as a heat map into an image file; needs matplotlib.
@@ -119,8 +117,8 @@ def sweep(
         progress: show a progress bar where there is a terminal and rich is installed.
 
     Raises:
-        TypeError: a width is not a pair of numbers of bits, ``workers`` is no int, or, with ``batches``, a
-            result is not a pair.
+        TypeError: a width is not a pair of numbers of bits, ``workers`` is no int, ``evaluate`` returned
+            no number, or, with ``batches``, no pair.
         ValueError: there is no width or no batch, a width or ``workers`` is out of range, or there are
             several workers and ``batches``, or a module in training mode.
         RuntimeError: an activation has no range yet.
@@ -150,7 +148,7 @@ def sweep(
 
     def value(replica: nn.Module, width: Width) -> float:
         with bits(replica, w=width[0], a=width[1]):
-            return float(evaluate(replica))
+            return check.number("sweep: evaluate", evaluate(replica))
 
     if workers == 1:
         values: Iterable[float] = (value(model, width) for width in checked)

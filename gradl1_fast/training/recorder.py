@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gradl1_fast import _files
+from gradl1_fast._extras import install
 from gradl1_fast.training.runs import Folder
 from gradl1_fast.training.trainer import Trainer
 
@@ -97,7 +98,7 @@ class Recorder:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            self.log("no events for TensorBoard: it is not installed; pip install 'gradl1-fast[train]'")
+            self.log(f"no events for TensorBoard: it is not installed; {install('train')}")
             return None
         return SummaryWriter(self.folder.tensorboard, purge_step=purge_from)
 

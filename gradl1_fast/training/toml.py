@@ -12,6 +12,8 @@ import typing
 from pathlib import Path
 from typing import Any, TypeVar
 
+from gradl1_fast._extras import install
+
 __all__ = ["SettingsError", "dumps", "from_dict", "parse_value", "read", "to_dict"]
 
 T = TypeVar("T")
@@ -42,7 +44,7 @@ def _parser() -> Any:
     try:
         return importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
     except ImportError as error:
-        raise ImportError("Python 3.10 reads TOML with tomli: pip install 'gradl1-fast[train]'") from error
+        raise ImportError(f"Python 3.10 reads TOML with tomli: {install('train')}") from error
 
 
 def parse_value(text: str) -> Scalar:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from gradl1_fast import _checks as check
 from gradl1_fast import _files
+from gradl1_fast._extras import install
 
 __all__ = [
     "check_entries",
@@ -103,5 +104,5 @@ def require_safetensors() -> Any:
         import safetensors
         import safetensors.torch
     except ImportError as error:
-        raise ImportError("files of weights need safetensors: pip install 'gradl1-fast[train]'") from error
+        raise ImportError(f"files of weights need safetensors: {install('train')}") from error
     return safetensors

@@ -14,7 +14,7 @@ from gradl1_fast.training import models
 from tests.vision import make_importable
 
 make_importable()
-pytest.importorskip("timm", reason="timm is not installed: pip install 'gradl1-fast[timm]'")
+pytest.importorskip("timm", reason="timm is not installed: pip install '.[timm]'")
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 

@@ -235,4 +235,4 @@ def test_without_lightning_the_import_says_what_to_install() -> None:
     code = "import sys; sys.modules['lightning'] = None; import gradl1_fast.integrations.lightning"
     with pytest.raises(subprocess.CalledProcessError) as failed:
         python("-c", code)
-    assert "pip install 'gradl1-fast[lightning]'" in failed.value.stderr.splitlines()[-1]
+    assert "pip install '.[lightning]'" in failed.value.stderr.splitlines()[-1]

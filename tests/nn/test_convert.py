@@ -387,6 +387,12 @@ def test_copies_of_small_models(cls: type[nn.Module]) -> None:
         assert_gradients(run(copied(model), images()), run(copy.deepcopy(model), images()), 1e-15)
 
 
+@pytest.mark.parametrize("what", [nn.Linear, None, {"weight": torch.ones(1)}])
+def test_what_is_no_module_is_refused(what: object) -> None:
+    with pytest.raises(TypeError, match=r"convert: the model must be a torch\.nn\.Module, got "):
+        gl.convert(what)  # type: ignore[arg-type]
+
+
 def test_a_converted_model_moves_with_its_probes() -> None:
     model = gl.convert(VGG.make(torch.float32))
     x, y = VGG.batch()

@@ -43,9 +43,7 @@ def resolve(name: str) -> Any:
 
 
 def test_an_address_is_of_an_object_not_of_a_module_that_is_called_alike() -> None:
-    griffe = pytest.importorskip(
-        "griffe", reason="the site is built with it: pip install 'gradl1-fast[docs]'"
-    )
+    griffe = pytest.importorskip("griffe", reason="the site is built with it: pip install '.[docs]'")
     package = griffe.load("gradl1_fast", search_paths=[ROOT], submodules=True)
     found = {name: package[name.partition(".")[2]] for name in documented()}
     modules = [name for name, each in found.items() if each.is_module]

@@ -9,7 +9,7 @@ import pytest
 
 from tests.pages.blocks import ROOT
 
-pytest.importorskip("mkdocs", reason="mkdocs is not installed: pip install 'gradl1-fast[docs]'")
+pytest.importorskip("mkdocs", reason="mkdocs is not installed: pip install '.[docs]'")
 pytest.importorskip("ziamath")
 
 from docs_site import figures, formulas, hooks

@@ -76,6 +76,18 @@ def test_json_says_null_for_what_is_no_number(value: float, tmp_path: Path) -> N
     assert read == [{"w": 4, "a": None, "value": None}]
 
 
+@pytest.mark.parametrize("value", [None, "high", torch.ones(2)])
+def test_what_is_no_number_is_an_error_that_shows_it(value: object) -> None:
+    model = gl.convert(nn.Sequential(nn.Linear(2, 2))).eval()
+    gl.calibrate(model, [torch.ones(1, 2)])
+    with pytest.raises(TypeError, match=r"^sweep: evaluate must return one number, got "):
+        gl.sweep(model, lambda m: value, [(4, 4)])
+    with pytest.raises(TypeError, match=r"^sensitivity: evaluate must return one number, got "):
+        gl.sensitivity(model, lambda m: value)
+    with pytest.raises(TypeError, match=r"^search: evaluate must return one number, got "):
+        gl.search(model, lambda m: value, size=3, higher_is_better=True)
+
+
 def test_plot_writes_a_picture(table: gl.Table, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     table.plot(tmp_path / "table.png", title="a title")

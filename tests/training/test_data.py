@@ -47,5 +47,5 @@ def test_without_scikit_learn_says_what_to_install(monkeypatch):
 
     found = builtins.__import__
     monkeypatch.setattr(builtins, "__import__", refuse)
-    with pytest.raises(ImportError, match=r"pip install 'gradl1-fast\[cli\]'"):
+    with pytest.raises(ImportError, match=r"pip install '\.\[cli\]'"):
         digits()

@@ -139,7 +139,7 @@ def test_no_folder_and_no_such_size(folder):
 
 def test_without_pillow_says_what_to_install(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL", None)
-    with pytest.raises(ImportError, match=r"pip install 'gradl1-fast\[vision\]'"):
+    with pytest.raises(ImportError, match=r"pip install '\.\[vision\]'"):
         data.load("images", folder)
 
 

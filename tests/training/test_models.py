@@ -87,7 +87,7 @@ def test_what_cannot_be_built_is_refused(name, settings, error, message):
 
 def test_without_timm_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(ImportError, match=r"pip install 'gradl1-fast\[timm\]'"):
+    with pytest.raises(ImportError, match=r"pip install '\.\[timm\]'"):
         models.build("timm:resnet18")
 
 

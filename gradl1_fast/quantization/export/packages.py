@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from gradl1_fast._extras import install
+
 __all__ = ["onnx", "onnxruntime"]
 
 
@@ -23,4 +25,4 @@ def _import(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise ImportError(f"export needs {name.split('.')[0]}: pip install 'gradl1-fast[export]'") from error
+        raise ImportError(f"export needs {name.split('.')[0]}: {install('export')}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from gradl1_fast._extras import install
 from gradl1_fast.training.data.batches import Batch
 from gradl1_fast.training.data.dataset import Dataset
 
@@ -35,7 +36,7 @@ def _load() -> Batch:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise ImportError("the digits come with scikit-learn: pip install 'gradl1-fast[cli]'") from error
+        raise ImportError(f"the digits come with scikit-learn: {install('cli')}") from error
     found = load_digits()
     images = torch.from_numpy(found.images).float().unsqueeze(1)
     return images, torch.from_numpy(found.target).long()

@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from gradl1_fast._extras import install
 from gradl1_fast.training.data.batches import Batch
 from gradl1_fast.training.data.dataset import DataError, Dataset
 
@@ -154,5 +155,5 @@ def _pillow() -> Any:
     try:
         from PIL import Image
     except ImportError as error:
-        raise ImportError("folders of images need Pillow: pip install 'gradl1-fast[vision]'") from error
+        raise ImportError(f"folders of images need Pillow: {install('vision')}") from error
     return Image

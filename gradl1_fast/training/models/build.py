@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from gradl1_fast import _checks as check
+from gradl1_fast._extras import install
 from gradl1_fast.training.models.mobilenet import digits_net, mobilenet_like, mobilenet_v2
 from gradl1_fast.training.models.resnet import resnet18, resnet50
 from gradl1_fast.training.models.vgg import vgg_like, vgg_small
@@ -66,7 +67,7 @@ def _from_timm(name: str, classes: int, channels: int, settings: dict[str, Any])
     try:
         import timm
     except ImportError as error:
-        raise ImportError(f"the model timm:{name} needs timm: pip install 'gradl1-fast[timm]'") from error
+        raise ImportError(f"the model timm:{name} needs timm: {install('timm')}") from error
     except RuntimeError as error:  # its torchvision, where the compiled half is of another build than torch
         raise ImportError(
             f"the model timm:{name} needs timm, which cannot be imported here: {error}; "

@@ -81,7 +81,9 @@ def train(
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda or cuda:N; by default a GPU where there is one.")
     ] = None,
-    data_set: Annotated[str | None, _option(_DATA, "Data set: digits, fashion-mnist, cifar10 or images.")] = None,
+    data_set: Annotated[
+        str | None, _option(_DATA, "digits, fashion-mnist, cifar10, or images: a folder of them.")
+    ] = None,
     data: Annotated[str | None, _option(_DATA, "Folder of its files.")] = None,
     model: Annotated[str | None, _option(_DATA, "Network, by name, or timm:NAME.")] = None,
     width: Annotated[int | None, _option(_DATA, "Channels of its first layer.")] = None,

@@ -96,8 +96,8 @@ _KINDS = {"method": str, "seed": int, "settings": dict, "environment": dict} | d
 
 
 def _with_nan(kind: type, entry: dict[str, Any]) -> dict[str, Any]:
-    """Return the entry with NaN where a number was not finite: JSON has null there."""
-    numbers = {field.name for field in fields(kind) if field.type == "float"}
+    """Return the entry with NaN where a number was not finite: JSON has null there. An accuracy is finite."""
+    numbers = {field.name for field in fields(kind) if field.type == "float" and kind is not Row}
     return {name: math.nan if value is None and name in numbers else value for name, value in entry.items()}
 
 

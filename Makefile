@@ -34,7 +34,7 @@ $(BUILT): $(READY) $(wildcard csrc/*.* csrc/*/*.*)
 	$(BUILD) $(VENV)/bin/python -m pip install --no-deps --editable .
 	touch $@
 
-demo: $(READY)  ## train, quantize and compare on a CPU; writes gradl1-demo/report.html
+demo: $(BUILT)  ## train, quantize and compare on a CPU; writes gradl1-demo/report.html
 	$(VENV)/bin/gradl1 demo $(ARGS)
 
 test: $(BUILT)  ## all tests; those that need a GPU are skipped where there is none

@@ -259,6 +259,18 @@ def test_images_that_the_network_does_not_take_are_refused_before_the_work(dry, 
     output = refused(*QUICK, *dry, "--out", tmp_path / "run")
     assert "digits_net does not take images of shape (1, 8, 8): " in output
     assert "Kernel size" in output
+
+
+@DRY
+@pytest.mark.parametrize("method", ["gradl1", "l2"])
+def test_a_network_that_pytorch_differentiates_once_is_refused_before_the_work(
+    method, dry, tmp_path, monkeypatch
+):
+    net = gl.convert(nn.Sequential(nn.Conv2d(1, 2, 3), nn.Hardsigmoid(), nn.Flatten(), nn.Linear(72, 10)))
+    monkeypatch.setattr("gradl1_fast.training.launch.network", lambda *args: net)
+    output = refused(*QUICK, *dry, "--method", method, "--out", tmp_path / "run")
+    assert f"digits_net cannot be differentiated twice, as {method} needs: " in output
+    assert "hardsigmoid" in output
     assert not (tmp_path / "run").exists()
 
 

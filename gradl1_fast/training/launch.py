@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from gradl1_fast.quantization import Table, calibrate, sweep
-from gradl1_fast.training import checkpoints, data, run_report
+from gradl1_fast.training import checkpoints, data, rehearsal, run_report
 from gradl1_fast.training.config import Config
 from gradl1_fast.training.data import Dataset
 from gradl1_fast.training.loop import accuracy
@@ -74,7 +74,7 @@ def launch(
     Raises:
         RunError: the folder holds a run already, or none to resume.
         ValueError: settings do not go together, the data are missing, the network does not take such
-            images, or a checkpoint is damaged.
+            images or cannot be differentiated twice where the penalty needs it, or a checkpoint is damaged.
         TrainingError: the loss is no number any more.
         ImportError: a package is not installed; the message says which.
         OSError: the folder cannot be written to.
@@ -128,7 +128,7 @@ def _prepared(config: Config, folder: Path, resume: bool, device: str | None) ->
         images = data.load(config.data.name, config.data.folder, size=config.data.size)
         torch.manual_seed(config.training.seed)
         model = network(config, images.classes, images.channels).to(group.device)
-        _check_takes(model, images.train[0][:1].to(group.device), config.model.name)
+        rehearsal.check(model, images.train[0][:1].to(group.device), config)
         if group.rank:
             torch.manual_seed(config.training.seed + group.rank)  # each draws its own dropout
         trainer = _trainer(model, images, config, group)
@@ -148,17 +148,6 @@ def _check_folder(run: Folder, resume: bool) -> None:
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(there))
     if not os.access(there, os.W_OK | os.X_OK):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(there))
-
-
-@torch.no_grad()
-def _check_takes(model: nn.Module, image: torch.Tensor, name: str) -> None:
-    """Pass an image through in evaluation mode, which moves no statistics and draws nothing by chance."""
-    try:
-        model.eval()(image)
-    except RuntimeError as error:
-        raise ValueError(f"{name} does not take images of shape {tuple(image.shape[1:])}: {error}") from error
-    finally:
-        model.train()
 
 
 def _trainer(model: nn.Module, images: Dataset, config: Config, group: Ranks) -> Trainer:

@@ -165,7 +165,7 @@ def assert_near(actual: oracle.Penalised, expected: oracle.Penalised, eager: ora
     """Allow an error of 1e-4, or twice that of ordinary autograd in the same type.
 
     A batch norm multiplies by 300 where a channel has one value, as behind a convolution that meets padding
-    alone; two of them leave few digits of float32, whoever computes it.
+    alone, which leaves few digits of float32, whoever computes it.
     """
 
     def check(what: str, a: Tensor, e: Tensor, other: Tensor, size: Tensor) -> None:

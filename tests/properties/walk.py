@@ -41,6 +41,7 @@ class Walk:
     Attributes:
         activations: the tensors by number; the input is the first.
         feeding: the numbers of those that a convolution or linear layer reads.
+        normalised: what went into a batch norm.
         pooled: what a maximum was taken of.
         activated: what went into an activation.
         rounded: in steps, what was rounded to codes and zero points.
@@ -52,6 +53,7 @@ class Walk:
         self.network, self.model, self.alter = network, model, alter
         self.activations: list[Tensor] = []
         self.feeding: list[int] = []
+        self.normalised: list[Tensor] = []
         self.pooled: list[Tensor] = []
         self.activated: list[Tensor] = []
         self.rounded: list[Tensor] = []
@@ -81,8 +83,11 @@ class Walk:
                 return value
             case Conv():
                 return self._made(module(self._read(value)))
-            case Norm() | Pool():
-                self.pooled += [value.tensor] * (isinstance(part, Pool) and part.kind == "max")
+            case Norm():
+                self.normalised.append(value.tensor)
+                return self._made(module(value.tensor))
+            case Pool():
+                self.pooled += [value.tensor] * (part.kind == "max")
                 return self._made(module(value.tensor))
             case Act():
                 self.activated.append(value.tensor)
@@ -182,6 +187,8 @@ def decided(walk: Walk, measured: oracle.Measured, *, extremes: bool, noise: flo
     sizes = [g.abs() for g in torch.autograd.grad(measured.loss, tensors, retain_graph=True)]
     if any(bool(((size > 0) & (size < noise * size.max())).any()) for size in sizes):
         return False
+    if sum(_has_channel_of_one_value(t) for t in walk.normalised) > 1:
+        return False
     if any(_ties(t.flatten(2).flatten(0, 1), noise) for t in walk.pooled):
         return False
     if any(bool(((t - t.floor() - 0.5).abs() < noise).any()) for t in walk.rounded):
@@ -192,6 +199,12 @@ def decided(walk: Walk, measured: oracle.Measured, *, extremes: bool, noise: flo
     return not any(
         _ties(torch.stack([t, -t]).flatten(1).topk(min(2, t.numel())).values, noise) for t in ranged
     )
+
+
+def _has_channel_of_one_value(t: Tensor) -> bool:
+    """Say whether a batch norm multiplies rounding by 1 / sqrt(eps), which two of them make 1e5."""
+    values = t.detach().transpose(0, 1).flatten(1)
+    return bool((values.var(1) < 1e-10).any())
 
 
 def _meets_kink(t: Tensor, noise: float) -> bool:

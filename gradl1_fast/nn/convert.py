@@ -13,7 +13,13 @@ from gradl1_fast.nn.layers import QuantizedLayer
 from gradl1_fast.nn.placement import LAYERS, place_layers, place_quantizers
 from gradl1_fast.nn.quantizers import ActivationQuantizer
 from gradl1_fast.nn.report import unconverted_layers
-from gradl1_fast.nn.rewrite import fuse_batch_norms, module_of, remove_in_place, replace_module
+from gradl1_fast.nn.rewrite import (
+    bypass_identities,
+    fuse_batch_norms,
+    module_of,
+    remove_in_place,
+    replace_module,
+)
 from gradl1_fast.nn.trace import NotTraceableError, Tracer, trace
 from gradl1_fast.nn.twins import copy_structure
 
@@ -105,6 +111,7 @@ def _by_graph(tree: nn.Module, per_channel: bool) -> nn.Module:
     graph.owning_module = tree  # type: ignore[assignment]  # what is impure depends on the modules called
     remove_in_place(tree, graph)
     graph.eliminate_dead_code(lambda node: node.is_impure() or _leaves_a_trace(tree, node))
+    bypass_identities(tree, graph)
     fuse_batch_norms(tree, graph)
     place_layers(tree, graph, per_channel)
     place_quantizers(tree, graph)

@@ -122,6 +122,15 @@ def _name_in_place(node: fx.Node) -> str | None:
     return name if name.endswith("_") and not name.startswith("_") and not python else None
 
 
+def bypass_identities(root: nn.Module, graph: fx.Graph) -> None:
+    """Let the readers of an ``nn.Identity`` read its input: some networks keep one behind each batch norm."""
+    for node in list(graph.nodes):
+        module = module_of(root, node)
+        if type(module) is nn.Identity and not has_hooks(module) and node.all_input_nodes:
+            node.replace_all_uses_with(node.all_input_nodes[0])
+            graph.erase_node(node)
+
+
 def fuse_batch_norms(root: nn.Module, graph: fx.Graph) -> None:
     """Replace each ``nn.BatchNorm2d`` by a ``BatchNormAct2d`` that takes in what follows it.
 

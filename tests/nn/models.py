@@ -151,6 +151,11 @@ def flattened_and_plain(m: Base, x: Tensor) -> Tensor:
     return m.conv2(y) * m.wide(y.flatten(1)).reshape(-1, 4, 1, 1)
 
 
+def identities(m: Base, x: Tensor) -> Tensor:
+    y = m.relu(m.between(m.bn1(m.conv1(x))))
+    return m.relu(m.between(m.bn2(m.conv2(y))) + m.between(y))
+
+
 TRACEABLE: dict[str, Callable[[], nn.Module]] = {
     f.__name__: lambda f=f: model(f)
     for f in (
@@ -180,6 +185,7 @@ TRACEABLE: dict[str, Callable[[], nn.Module]] = {
     )
 }
 TRACEABLE["squeeze"] = lambda: model(convolution_called_squeeze, squeeze=nn.Conv2d(4, 4, 1))
+TRACEABLE["identities"] = lambda: model(identities, between=nn.Identity())
 TRACEABLE["flattened_and_plain"] = lambda: model(flattened_and_plain, wide=nn.Linear(100, 4))
 
 

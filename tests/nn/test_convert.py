@@ -213,6 +213,12 @@ def test_batch_norm_takes_in_residual_and_activation() -> None:
     assert [m.activation for m in fused].count("relu") == 1 + 8 + 8
 
 
+def test_an_identity_behind_a_batch_norm_is_no_obstacle() -> None:
+    converted = gl.convert(built(TRACEABLE["identities"]))
+    assert not any("between" in node.name or "relu" in node.name for node in converted.graph.nodes)
+    assert isinstance(converted.get_submodule("between"), nn.Identity)
+
+
 def test_tied_weights_stay_tied() -> None:
     model = nn.Sequential(nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 5)).double()
     model[2].weight = model[0].weight

@@ -1,7 +1,8 @@
-"""Runs pytest in a copy of a process that has imported what is slow; ``make mutate`` does it a thousand times.
+"""Runs pytest in a copy of a process that has imported what is slow, as ``make mutate`` does many times.
 
-``python -m tests.forked serve SOCKET`` imports and waits; ``python -m tests.forked SOCKET ARGUMENTS`` has it run pytest
-and ends with its exit code. What is changed between two runs must not have been imported: neither the package nor tests are.
+``python -m tests.forked serve SOCKET`` imports and waits; ``python -m tests.forked SOCKET ARGUMENTS`` has it
+run pytest and ends with its exit code. What changes between two runs must not have been imported by then:
+neither the package nor its tests are.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def serve(address: str) -> None:
 
 
 def run(connection: Connection) -> int:
-    """Return the exit code of pytest, or less than 0 where a signal ended it, as it does one that takes too long."""
+    """Return the exit code of pytest; less than 0 where a signal ended it, as it does what takes too long."""
     arguments = connection.recv()
     child = os.fork()
     if not child:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradl1_fast import functional as ours
@@ -28,25 +30,39 @@ class Arguments(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_the_double_backward_of_a_tap_is_given_no_zeros_for_what_is_absent() -> None:
+def _quantize(x: Tensor, probe: Tensor) -> Tensor:
+    return ours.fake_quantize(x, torch.ones(()), torch.zeros(()), -7, 7, probe=probe)
+
+
+def _normalise(x: Tensor, probe: Tensor) -> Tensor:
+    return ours.batch_norm_act(x, None, None, training=True, probe=probe)
+
+
+# By the name of the operation: itself, and how many cotangents its double backward takes, that of l1 last.
+SITES: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], int]] = {
+    "tap": (ours.tap, 2),
+    "fake_quantize": (_quantize, 2),
+    "batch_norm_act": (_normalise, 5),
+}
+
+
+@pytest.mark.parametrize("name", SITES)
+def test_a_double_backward_is_given_no_zeros_for_what_is_absent(name: str) -> None:
+    site, count = SITES[name]
     x, probe = leaf(random((3, 4), 1)), torch.zeros((), requires_grad=True)
-    with Arguments("tap_double_backward") as seen:
-        dx, l1 = torch.autograd.grad(ours.tap(x, probe).sin().sum(), (x, probe), create_graph=True)
+    with Arguments(f"{name}_double_backward") as seen:
+        dx, l1 = torch.autograd.grad(site(x, probe).sin().sum(), (x, probe), create_graph=True)
         torch.autograd.grad(l1, x, retain_graph=True)
-        assert seen.last[0] is None
+        assert [arg is None for arg in seen.last[:count]] == [True] * (count - 1) + [False]
         torch.autograd.grad(dx.sum(), x)
-        assert seen.last[1] is None
+        assert [arg is None for arg in seen.last[:count]] == [False] + [True] * (count - 1)
 
 
-@pytest.mark.parametrize("site", ["tap", "fake_quantize"])
-def test_a_scaled_probe_receives_nothing_from_an_ordinary_backward_pass(site: str) -> None:
+@pytest.mark.parametrize("name", ["tap", "fake_quantize"])
+def test_a_scaled_probe_receives_nothing_from_an_ordinary_backward_pass(name: str) -> None:
     x, probe = leaf(random((3, 4), 1)), torch.zeros((), requires_grad=True)
     scaled = ours.scale_probe(probe, torch.ones(()))
-    if site == "tap":
-        y = ours.tap(x, scaled)
-    else:
-        y = ours.fake_quantize(x, torch.ones(()), torch.zeros(()), -7, 7, probe=scaled)
-    y.sum().backward()
+    SITES[name][0](x, scaled).sum().backward()
     assert x.grad is not None
     assert probe.grad is None
 

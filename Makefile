@@ -91,22 +91,21 @@ gpu:  ## all that needs a GPU: its tests, compute-sanitizer, then the measuremen
 	$(PYTHON) -m bench.gpu --out "$${OUT:-bench/results}" || status=1; \
 	exit $$status
 
-# In two copies of the sources, one for each half of the work; neither has a compiled extension, so the reference computes.
+# In three copies of the sources, one for each part of the work; none has a compiled extension, so the reference computes.
 # Compiled files that know their source by its hash: two changes within one second have the same time.
 MUTANTS := build/mutate
-mutate: $(READY)  ## change the operators and the reference a little, in many ways: does a test notice? takes two hours
+PARTS := batch_norm products sites
+mutate: $(READY)  ## change the operators and the reference a little, in many ways: does a test notice? takes an hour or two
 	GRADL1_CUDA=0 GRADL1_HOST=0 $(VENV)/bin/python -m pip install --quiet $(CONSTRAINTS) --editable ".[mutate]"
-	rm -rf $(MUTANTS) && for half in ops reference; do mkdir -p $(MUTANTS)/$$half && \
-	git ls-files | tar -c -T - | tar -x -C $(MUTANTS)/$$half || exit 1; done
-	sed -i 's|^module-path.*|module-path = ["gradl1_fast/ops", "gradl1_fast/_masks.py"]|' $(MUTANTS)/ops/cosmic-ray.toml
-	sed -i 's|^module-path.*|module-path = "gradl1_fast/backends/reference"|' $(MUTANTS)/reference/cosmic-ray.toml
+	rm -rf $(MUTANTS) && for part in $(PARTS); do mkdir -p $(MUTANTS)/$$part && \
+	git ls-files | tar -c -T - | tar -x -C $(MUTANTS)/$$part || exit 1; done
 	@export OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=1 PATH="$(CURDIR)/$(VENV)/bin:$$PATH"; \
-	for half in ops reference; do (cd $(MUTANTS)/$$half && \
+	for part in $(PARTS); do (cd $(MUTANTS)/$$part && config=tests/mutations/$$part.toml && \
 	python -m compileall -q --invalidation-mode checked-hash gradl1_fast tests && \
-	{ python -m tests.forked serve forked.socket >tests.log 2>&1 & } && server=$$! && \
-	cosmic-ray init cosmic-ray.toml session.sqlite && cr-filter-operators session.sqlite cosmic-ray.toml && sleep 20 && \
-	cosmic-ray baseline cosmic-ray.toml && cosmic-ray exec cosmic-ray.toml session.sqlite && \
-	cosmic-ray baseline cosmic-ray.toml || echo "the tests of unchanged sources fail: see $$half/tests.log"; kill $$server; \
+	{ python -m tests.mutations.forked serve forked.socket >tests.log 2>&1 & } && server=$$! && \
+	cosmic-ray init $$config session.sqlite && cr-filter-operators session.sqlite $$config && sleep 20 && \
+	cosmic-ray baseline $$config && cosmic-ray exec $$config session.sqlite && cosmic-ray baseline $$config || \
+	echo "the tests of unchanged sources fail: see $(MUTANTS)/$$part/tests.log"; kill $$server; \
 	cr-report --show-diff --surviving-only session.sqlite >report.txt) & done; wait; cat $(MUTANTS)/*/report.txt
 
 clean:  ## remove the virtual environment, caches, builds and the demo's output

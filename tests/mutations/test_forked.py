@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import forked
+from tests.mutations import forked
 
 ARGUMENTS = ["-q", "-p", "no:cacheprovider"]
 
@@ -18,8 +18,10 @@ ARGUMENTS = ["-q", "-p", "no:cacheprovider"]
 @pytest.fixture
 def socket(tmp_path: Path) -> Iterator[str]:
     address = str(tmp_path / "socket")
-    root = Path(__file__).parents[1]
-    with subprocess.Popen([sys.executable, "-m", "tests.forked", "serve", address], cwd=root) as server:
+    root = Path(__file__).parents[2]
+    with subprocess.Popen(
+        [sys.executable, "-m", "tests.mutations.forked", "serve", address], cwd=root
+    ) as server:
         deadline = time.monotonic() + 120
         while not Path(address).exists():
             assert server.poll() is None

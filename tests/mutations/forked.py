@@ -1,8 +1,8 @@
 """Runs pytest in a copy of a process that has imported what is slow, as ``make mutate`` does many times.
 
-``python -m tests.forked serve SOCKET`` imports and waits; ``python -m tests.forked SOCKET ARGUMENTS`` has it
-run pytest and ends with its exit code. What changes between two runs must not have been imported by then:
-neither the package nor its tests are.
+``python -m tests.mutations.forked serve SOCKET`` imports and waits; with ``SOCKET ARGUMENTS`` instead it has
+pytest run there and ends with its exit code. What changes between two runs must not have been imported by
+then: neither the package nor its tests are.
 """
 
 from __future__ import annotations

@@ -9,17 +9,12 @@ from torch import fx, nn
 
 from gradl1_fast.nn.batch_norm_act import BatchNormAct2d
 from gradl1_fast.nn.converted import ConvertedModel
+from gradl1_fast.nn.graphs import module_of
 from gradl1_fast.nn.layers import QuantizedLayer
 from gradl1_fast.nn.placement import LAYERS, place_layers, place_quantizers
 from gradl1_fast.nn.quantizers import ActivationQuantizer
 from gradl1_fast.nn.report import unconverted_layers
-from gradl1_fast.nn.rewrite import (
-    bypass_identities,
-    fuse_batch_norms,
-    module_of,
-    remove_in_place,
-    replace_module,
-)
+from gradl1_fast.nn.rewrite import bypass_identities, fuse_batch_norms, remove_in_place, replace_module
 from gradl1_fast.nn.trace import NotTraceableError, Tracer, trace
 from gradl1_fast.nn.twins import copy_structure
 
@@ -50,8 +45,8 @@ def convert(model: nn.Module, *, per_channel: bool = False) -> nn.Module:
 
     Raises:
         TypeError: it is no module.
-        ValueError: the model has no convolution and no linear layer, or it has plain layers beside
-            layers of this library.
+        ValueError: the model has no convolution and no linear layer, it has plain layers beside layers of
+            this library, or a layer that is lazy and has no weight yet.
 
     Examples:
         >>> import torch, gradl1_fast as gl
@@ -70,6 +65,7 @@ def convert(model: nn.Module, *, per_channel: bool = False) -> nn.Module:
     if any(isinstance(m, QuantizedLayer | BatchNormAct2d) for m in model.modules()):
         _refuse_half_converted(model)
         return model
+    _refuse_lazy(model)
     layer = LAYERS.get(type(model))
     if layer is not None:
         return _lone_layer(layer, model, per_channel)
@@ -98,6 +94,14 @@ def _refuse_half_converted(model: nn.Module) -> None:
             f"gradl1_fast.convert: the model has layers of this library, and {', '.join(plain)} of torch.nn; "
             "convert the whole model at once, before parts of it"
         )
+
+
+def _refuse_lazy(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if any(isinstance(p, nn.parameter.UninitializedParameter) for p in module._parameters.values()):
+            raise ValueError(
+                f"gradl1_fast.convert: {name or 'the model'} is lazy and has no weight yet; run a batch first"
+            )
 
 
 def _lone_layer(layer: type[QuantizedLayer], model: nn.Module, per_channel: bool) -> nn.Module:
@@ -153,7 +157,7 @@ def _check_layers(model: nn.Module) -> None:
     if left:
         warnings.warn(
             "gradl1_fast.convert: left in float and out of the penalty, being subclasses, parametrized, "
-            "inside another module of torch.nn, or called as functions: " + ", ".join(left),
+            "of another kind, inside another module of torch.nn, or called as functions: " + ", ".join(left),
             stacklevel=3,
         )
     if not any(isinstance(m, QuantizedLayer) for m in model.modules()):

@@ -8,9 +8,10 @@ import torch
 from torch import fx, nn
 
 from gradl1_fast.nn.batch_norm_act import BatchNormAct2d
+from gradl1_fast.nn.graphs import count_calls, module_of, operation_of
 from gradl1_fast.nn.layers import QConv1d, QConv2d, QConv3d, QLinear, QuantizedLayer
 from gradl1_fast.nn.quantizers import ActivationQuantizer
-from gradl1_fast.nn.rewrite import count_calls, module_of, operation_of, replace_module
+from gradl1_fast.nn.rewrite import replace_module
 
 CONTAINER = "activation_quantizers"
 LAYERS: dict[type[nn.Module], type[QuantizedLayer]] = {

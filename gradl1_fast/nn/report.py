@@ -14,10 +14,10 @@ from gradl1_fast._checks import MAX_BITS
 from gradl1_fast.nn.act import Act2d
 from gradl1_fast.nn.batch_norm_act import BatchNormAct2d
 from gradl1_fast.nn.converted import ConvertedModel
+from gradl1_fast.nn.graphs import operation_of
 from gradl1_fast.nn.layers import QuantizedLayer
 from gradl1_fast.nn.placement import LAYERS
 from gradl1_fast.nn.quantizers import ActivationQuantizer, WeightQuantizer
-from gradl1_fast.nn.rewrite import operation_of
 
 __all__ = ["Report", "report", "unconverted_layers"]
 
@@ -34,10 +34,12 @@ _FUNCTIONS = {
     "bmm",
 }
 
+_NORMALISATIONS = {f"torch.nn.modules.{home}" for home in ("batchnorm", "instancenorm", "normalization")}
 
-@dataclass
+
+@dataclass(repr=False)
 class Report:
-    """Rows of text by section; ``print`` shows them as tables.
+    """Rows of text by section; ``print``, or a notebook, shows them as tables.
 
     Attributes:
         layers: name, class, shape of the weight, bits of the weight, ranges of the weight.
@@ -49,7 +51,7 @@ class Report:
     quantizers: list[tuple[str, ...]] = field(default_factory=list)
     unquantized: list[tuple[str, ...]] = field(default_factory=list)
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         """Return the three tables."""
         return "\n\n".join(
             (
@@ -61,7 +63,7 @@ class Report:
 
 
 def report(model: nn.Module) -> Report:
-    """Print and return every layer, its quantizers, and every operation that stays in float.
+    """Return every layer, its quantizers, and every operation that stays in float, to be printed.
 
     Args:
         model: a converted model, or one that contains layers of this library.
@@ -73,19 +75,13 @@ def report(model: nn.Module) -> Report:
         if isinstance(module, ActivationQuantizer):
             result.quantizers.append(_quantizer_row(name, module))
     result.unquantized.extend(_unquantized(model))
-    print(result)
     return result
 
 
 def unconverted_layers(model: nn.Module) -> list[str]:
-    """Return the convolutions and linear layers that take part in the forward pass as they were."""
+    """Return the layers with weights that take part in the forward pass as they were."""
     if not isinstance(model, ConvertedModel):
-        twins = tuple(LAYERS)
-        return [
-            f"{name} ({type(m).__name__})"
-            for name, m in model.named_modules()
-            if isinstance(m, twins) and not isinstance(m, QuantizedLayer)
-        ]
+        return [f"{name} ({type(m).__name__})" for name, m in model.named_modules() if _is_left(m)]
     return [
         f"{node.target if node.op == 'call_module' else node.name} ({_kind(model, node)})"
         for node in model.graph.nodes
@@ -96,10 +92,16 @@ def unconverted_layers(model: nn.Module) -> list[str]:
 def _hides_a_layer(model: nn.Module, node: fx.Node) -> bool:
     if node.op != "call_module":
         return operation_of(node) in _FUNCTIONS
-    module = model.get_submodule(str(node.target))
-    return not isinstance(module, QuantizedLayer) and any(
-        isinstance(m, tuple(LAYERS)) for m in module.modules()
-    )
+    return any(_is_left(m) for m in model.get_submodule(str(node.target)).modules())
+
+
+def _is_left(module: nn.Module) -> bool:
+    """Return whether a layer of PyTorch's, or one derived from a convolution, has a weight as it was."""
+    if isinstance(module, tuple(LAYERS)):
+        return not isinstance(module, QuantizedLayer)
+    home = type(module).__module__
+    matrices = any(p is not None and p.dim() > 1 for p in module._parameters.values())
+    return matrices and home.startswith("torch.nn.modules.") and home not in _NORMALISATIONS
 
 
 def _unquantized(model: nn.Module) -> Iterator[tuple[str, ...]]:

@@ -3,43 +3,18 @@
 from __future__ import annotations
 
 import operator
-from collections import Counter
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from gradl1_fast.nn.batch_norm_act import BatchNormAct2d
+from gradl1_fast.nn.graphs import count_calls, memory_of, module_of, name_in_place, operation_of
 from gradl1_fast.nn.trace import IN_PLACE_OPERATORS, NotTraceableError, has_hooks
 
 _RELU = {torch.relu, torch.relu_, nn.functional.relu, nn.functional.relu_, "relu", "relu_"}
 _RELU6 = {nn.functional.relu6}
 _ADD = {operator.add, operator.iadd, torch.add, "add", "add_"}
-
-# What may return its input, or a view of it, as a method or as a function.
-_VIEW_NAMES = (
-    *("chunk", "contiguous", "detach", "diagonal", "double", "dropout", "expand", "expand_as", "flatten"),
-    *("float", "half", "movedim", "narrow", "permute", "ravel", "reshape", "reshape_as", "select", "split"),
-    *("squeeze", "swapaxes", "t", "tensor_split", "to", "transpose", "type", "type_as", "unbind"),
-    *("unflatten", "unfold", "unsqueeze", "view", "view_as"),
-)
-_VIEWS = {operator.getitem, nn.functional.dropout, *_VIEW_NAMES, *(getattr(torch, n, n) for n in _VIEW_NAMES)}
-_VIEW_MODULES = (nn.Flatten, nn.Unflatten, nn.Identity, nn.modules.dropout._DropoutNd)
-
-
-def module_of(graph_root: nn.Module, node: fx.Node) -> nn.Module | None:
-    """Return the module that a node calls, or None."""
-    return graph_root.get_submodule(str(node.target)) if node.op == "call_module" else None
-
-
-def operation_of(node: fx.Node) -> object:
-    """Return the function, or the name of the method, that a node calls, or None."""
-    return node.target if node.op in ("call_function", "call_method") else None
-
-
-def count_calls(root: nn.Module, graph: fx.Graph) -> Counter[int]:
-    """Return how often each module is called, by the identity of the module."""
-    return Counter(id(module_of(root, node)) for node in graph.nodes if node.op == "call_module")
 
 
 def remove_in_place(root: nn.Module, graph: fx.Graph) -> None:
@@ -55,11 +30,14 @@ def remove_in_place(root: nn.Module, graph: fx.Graph) -> None:
     for module in in_place:
         module.inplace = False  # type: ignore[assignment]
     order = {node: i for i, node in enumerate(graph.nodes)}
-    memory = {node: _memory(root, node) for node in graph.nodes}
+    memory = memory_of(root, graph)
     for node in graph.nodes:
         if module_of(root, node) in in_place or _make_plain(node):
             operand = node.all_input_nodes[0]
-            same_memory = [n for n, start in memory.items() if start is memory[operand]]
+            for start in memory[operand]:
+                if start.op == "get_attr":
+                    raise NotTraceableError(f"its forward pass changes {start.target}")
+            same_memory = [n for n in memory if order[n] < order[node] and memory[n] & memory[operand]]
             _refuse_other_readers(node, operand, same_memory, order)
             for reader in _readers_after(node, operand, order):
                 reader.replace_input_with(operand, node)
@@ -79,19 +57,6 @@ def _refuse_other_readers(
             raise NotTraceableError(f"{node.name} changes {other.name} in place, which is read again")
 
 
-def _memory(root: nn.Module, node: fx.Node) -> fx.Node:
-    """Return the node whose memory ``node`` may share: where a chain of views begins."""
-    while _is_view(root, node) and node.all_input_nodes:
-        node = node.all_input_nodes[0]
-    return node
-
-
-def _is_view(root: nn.Module, node: fx.Node) -> bool:
-    if node.target is getattr:
-        return node.args[1] in ("data", "T", "mT", "H", "mH")
-    return operation_of(node) in _VIEWS or isinstance(module_of(root, node), _VIEW_MODULES)
-
-
 def _make_plain(node: fx.Node) -> bool:
     """Make ``node`` a plain operation; return whether it changed its first argument in place."""
     if node.kwargs.get("out") is not None:
@@ -102,7 +67,7 @@ def _make_plain(node: fx.Node) -> bool:
     if node.op == "call_function" and node.target in IN_PLACE_OPERATORS:
         node.target = IN_PLACE_OPERATORS[node.target]
         return isinstance(node.args[0], fx.Node)
-    name = _name_in_place(node)
+    name = name_in_place(node)
     if name is None:
         return False
     homes = (torch.Tensor,) if node.op == "call_method" else (torch, nn.functional)
@@ -111,15 +76,6 @@ def _make_plain(node: fx.Node) -> bool:
         raise NotTraceableError(f"{name} changes a tensor in place")
     node.target = name[:-1] if node.op == "call_method" else plain[0]
     return True
-
-
-def _name_in_place(node: fx.Node) -> str | None:
-    """Return the name of an operation that by its name works in place."""
-    if node.op not in ("call_method", "call_function"):
-        return None
-    name = str(getattr(node.target, "__name__", node.target))
-    python = getattr(node.target, "__module__", "") == "_operator"  # and_, or_, not_
-    return name if name.endswith("_") and not name.startswith("_") and not python else None
 
 
 def bypass_identities(root: nn.Module, graph: fx.Graph) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
+import warnings
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-__all__ = ["IN_PLACE_OPERATORS", "NotTraceableError", "Tracer", "has_hooks", "trace"]
+from gradl1_fast.nn.unchanged import NotTraceableError, unchanged
+
+__all__ = ["IN_PLACE_OPERATORS", "LAYERS", "NotTraceableError", "Tracer", "has_hooks", "trace"]
 
 # What ``a += b`` and its relatives call, and the operation that leaves ``a`` as it was.
 IN_PLACE_OPERATORS = {
@@ -22,42 +26,81 @@ IN_PLACE_OPERATORS = {
 }
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
-
-
-class NotTraceableError(Exception):
-    """The model's forward pass cannot be taken as one graph; the message says why."""
+LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 
 def trace(tree: nn.Module) -> fx.Graph:
-    """Return the graph of the forward pass, the same in training and in evaluation.
+    """Return the graph of the forward pass, the same whatever mode is on and whoever calls.
+
+    Nothing of the model changes: a forward pass that would change a parameter, a buffer or an attribute of it
+    is refused.
 
     Raises:
         NotTraceableError: a graph would not compute what the model computes.
     """
     _refuse_hooks(tree)
-    modes = {module: module.training for module in tree.modules()}
+    _refuse_overrides(tree)
     try:
-        graphs = []
-        for training in (True, False):
-            for module in modes:
-                module.training = training
-            with torch.enable_grad():
-                graphs.append(Tracer().trace(tree))
+        graph = _record(tree)
+        _refuse_another(graph, _record(tree, training=False), "between training and evaluation")
+        _refuse_another(graph, _record(tree, gradients=False), "where gradients are switched off")
+        _refuse_another_default(tree, graph)
     except NotTraceableError:
         raise
     except Exception as error:  # the model's own code runs in here: it may raise anything
         raise NotTraceableError(f"{type(error).__name__}: {error}".splitlines()[0]) from error
-    finally:
-        for module, training in modes.items():
-            module.training = training
-    if str(graphs[0]) != str(graphs[1]):
-        raise NotTraceableError("its forward pass differs between training and evaluation")
-    if any(node.target is operator.setitem for node in graphs[0].nodes):
+    if any(node.target is operator.setitem for node in graph.nodes):
         raise NotTraceableError("it assigns to parts of a tensor")
-    for node in graphs[0].nodes:
+    for node in graph.nodes:
         node.type = None  # an annotation, which pickle could not import where it is a string
-    return graphs[0]
+    return graph
+
+
+def _record(
+    tree: nn.Module, *, training: bool = True, gradients: bool = True, given: dict[str, Any] | None = None
+) -> fx.Graph:
+    modes = {module: module.training for module in tree.modules()}
+    try:
+        for module in modes:
+            module.training = training
+        with torch.set_grad_enabled(gradients), unchanged(tree):
+            return Tracer(gradients).trace(tree, given)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _refuse_another(graph: fx.Graph, other: fx.Graph, when: str) -> None:
+    if str(graph) != str(other):
+        raise NotTraceableError(f"its forward pass differs {when}")
+
+
+def _refuse_another_default(tree: nn.Module, graph: fx.Graph) -> None:
+    """Refuse a forward pass in which an argument that is not given changes what is called.
+
+    While it is recorded, no argument is None, or anything else that a branch may ask for.
+    """
+    parameters = inspect.signature(type(tree).forward).parameters.values()
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+    if not defaults:
+        return
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # fx has no assertion for some types
+            other = _record(tree, given=defaults)
+    except (NotTraceableError, fx.proxy.TraceError):
+        raise
+    except Exception:  # without that argument the model itself fails
+        return
+    if _calls(graph) != _calls(other):
+        raise NotTraceableError(f"what it computes depends on which of {', '.join(defaults)} are given")
+
+
+def _calls(graph: fx.Graph) -> list[tuple[str, Any]]:
+    """Return what a graph calls, but for the assertions that fx adds about arguments that are given."""
+    added = (torch._assert, fx._symbolic_trace._assert_is_none, operator.eq)
+    nodes = (n for n in graph.nodes if n.op not in ("placeholder", "output") and n.target not in added)
+    return [(node.op, node.target) for node in nodes]
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -66,7 +109,15 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 class Tracer(fx.Tracer):
-    """Records what a plain ``torch.fx.Tracer`` would lose without a word, or refuses it."""
+    """Records what a plain ``torch.fx.Tracer`` would lose without a word, or refuses it.
+
+    Args:
+        gradients: whether they are on while it records; a part in which they are not is refused.
+    """
+
+    def __init__(self, gradients: bool = True) -> None:
+        super().__init__()
+        self._gradients = gradients
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """Return the proxy of a node, which sees in-place operators."""
@@ -74,12 +125,12 @@ class Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Return whether a module stays whole; subclasses of layers do, so that they keep their names."""
-        return isinstance(m, _LAYERS) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, LAYERS) or super().is_leaf_module(m, module_qualified_name)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         """Record an operation, unless a mode is on that the graph would not have."""
-        if not torch.is_grad_enabled():
-            raise NotTraceableError("it switches gradients off for a part")
+        if torch.is_grad_enabled() != self._gradients:
+            raise NotTraceableError(f"it switches gradients {'off' if self._gradients else 'on'} for a part")
         if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
             raise NotTraceableError("autocast is on in it")
         return super().create_node(*args, **kwargs)
@@ -106,3 +157,17 @@ def _refuse_hooks(tree: nn.Module) -> None:
     for name, module in tree.named_modules():
         if name and has_hooks(module) and not tracer.is_leaf_module(module, name):
             raise NotTraceableError(f"module {name!r} has hooks, which tracing would lose")
+
+
+def _refuse_overrides(tree: nn.Module) -> None:
+    """Refuse methods that replace those of ``nn.Module``: the graph is of another class, without them."""
+    cls = type(tree)
+    for name, method in vars(nn.Module).items():
+        own = getattr(cls, name, None)
+        said = name in ("forward", "extra_repr") or (name.startswith("__") and name != "__call__")
+        if inspect.isfunction(method) and own is not method and not said and not _is_of_torch(own):
+            raise NotTraceableError(f"it has a {name}() of its own, which a graph would not have")
+
+
+def _is_of_torch(method: object) -> bool:
+    return getattr(method, "__module__", "").partition(".")[0] == "torch"

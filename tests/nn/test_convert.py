@@ -20,11 +20,13 @@ from gradl1_fast.nn.converted import ConvertedModel
 from tests.gradients import assert_gradients
 from tests.networks import NETWORKS, RESNET, VGG, Network
 from tests.nn import models
+from tests.nn.changing import CHANGING, OutputsListed, ScaleOptional
 from tests.nn.models import TRACEABLE, UNTRACEABLE
 
 MODELS = {
     **TRACEABLE,
     **UNTRACEABLE,
+    **{name: make for name, (make, _) in CHANGING.items()},
     "sequential": lambda: nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1)),
     "conv as root": lambda: nn.Conv2d(4, 4, 3),
     "linear as root": lambda: nn.Linear(5, 4),
@@ -113,8 +115,12 @@ def test_checkpoints_load_strictly_in_both_directions(name: str) -> None:
 @each_model
 @each_mode
 def test_the_mode_of_every_module_is_kept(name: str, training: bool) -> None:
-    converted = gl.convert(built(MODELS[name], training))
-    assert all(module.training == training for module in converted.modules())
+    model = built(MODELS[name], training)
+    modes = {name: module.training for name, module in model.named_modules()}
+    converted = dict(gl.convert(model).named_modules())
+    assert {name: module.training for name, module in converted.items() if name in modes} == modes
+    if name != "TrainOverridden":  # which keeps one layer in evaluation
+        assert {module.training for module in converted.values()} == {training}
 
 
 @each_traceable
@@ -136,19 +142,37 @@ REASONS = {
     "data_dependent": "control flow",
     "under_autocast": "autocast is on in it",
     "functional_dropout": "differs between training and evaluation",
+    **{name: reason for name, (_, reason) in CHANGING.items()},
 }
 
 
-@pytest.mark.parametrize("name", UNTRACEABLE)
+@pytest.mark.parametrize("name", REASONS)
 def test_what_cannot_be_traced_gets_quantizers_for_each_layer_and_one_warning(name: str) -> None:
     with pytest.warns(UserWarning, match="every layer quantizes its own input") as caught:
-        converted = gl.convert(built(UNTRACEABLE[name]))
+        converted = gl.convert(built(MODELS[name]))
     assert len(caught) == 1
     assert REASONS[name] in str(caught[0].message)
     assert caught[0].filename == __file__
     found = [m for m in converted.modules() if isinstance(m, QuantizedLayer)]
     assert len(found) == 3
     assert all(m.input_quantizer is not None for m in found)
+
+
+def test_nothing_is_left_of_an_attempt_to_trace() -> None:
+    model = built(OutputsListed)
+    converted = gl.convert(model)
+    assert model.seen == converted.seen == []
+    assert not [name for name in vars(converted) if name.startswith("_tensor_constant")]
+
+
+def test_an_optional_argument_without_a_branch_is_traced() -> None:
+    model = built(ScaleOptional)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        converted = gl.convert(model)
+    assert isinstance(converted, ConvertedModel)
+    for arguments in ((), (3.0,)):
+        torch.testing.assert_close(converted(images(), *arguments), model(images(), *arguments))
 
 
 def test_hooks_on_an_inner_block_are_kept() -> None:
@@ -253,7 +277,8 @@ class Doubled(nn.Conv2d):
         return 2 * super().forward(x)
 
 
-LEFT = {
+LEFT: dict[str, Callable[[], nn.Module]] = {
+    "transposed": lambda: nn.ConvTranspose2d(4, 4, 1),
     "subclass": lambda: Doubled(4, 4, 1),
     "parametrized": lambda: parametrizations.weight_norm(nn.Conv2d(4, 4, 1)),
 }
@@ -267,6 +292,26 @@ def test_a_layer_that_computes_something_else_is_left_and_named(kind: str) -> No
     assert len(caught) == 1
     assert caught[0].filename == __file__
     assert_equal_runs(model, converted, images())
+
+
+@pytest.mark.parametrize("layer", [nn.LSTM(4, 4), nn.GRU(4, 4), nn.Bilinear(4, 4, 4), nn.Embedding(4, 4)])
+def test_a_layer_of_another_kind_is_named(layer: nn.Module) -> None:
+    def features(m: models.Base, x: Tensor) -> Tensor:
+        return m.conv1(m.layer(x))
+
+    with pytest.warns(UserWarning, match=rf"layer \({type(layer).__name__}\)"):
+        gl.convert(models.model(features, layer=layer))
+
+
+def test_normalisations_are_not_named() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gl.convert(nn.Sequential(nn.Conv2d(4, 4, 1), nn.LayerNorm([4, 5, 5]), nn.PReLU(4)))
+
+
+def test_a_lazy_layer_without_a_weight_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"1 is lazy and has no weight yet; run a batch first"):
+        gl.convert(nn.Sequential(nn.Linear(3, 3), nn.LazyLinear(3)))
 
 
 def test_layers_called_as_functions_are_named() -> None:

@@ -64,7 +64,7 @@ def main() -> None:
     images, labels = enlarged(data.train[0]), data.train[1]
     test_images, test_labels = enlarged(data.test[0]), data.test[1]
     model = gl.convert(timm.create_model(options.model, num_classes=10, in_chans=1))
-    gl.report(model)
+    print(gl.report(model))
 
     @torch.no_grad()
     def accuracy(network: nn.Module) -> float:

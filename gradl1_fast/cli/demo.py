@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from gradl1_fast.cli._console import fail, table
+from gradl1_fast.cli._stages import stages
 from gradl1_fast.cli.app import app
 from gradl1_fast.training import demo as demos
 from gradl1_fast.training import report
@@ -30,7 +29,7 @@ def demo(
 ) -> None:
     """Train twin networks on handwritten digits, with and without the penalty, and quantize both.
 
-    Takes one to two minutes on two CPU cores and needs no download.
+    Takes two minutes on an idle CPU, computes with one thread, and needs no download.
 
     Prints the test accuracy at equal bits for weights and activations, from
     8 down to 2, and the time of a training step: plain, with ordinary double
@@ -41,7 +40,8 @@ def demo(
     console = Console()
     try:
         report.prepare(out)
-        results = _run_with_bars(settings)
+        with stages() as stage:
+            results = demos.run(settings, stage)
         page, numbers = report.write(results, out)
     except OSError as error:
         fail(f"cannot write to {out}: {error.strerror or error}. Choose another folder with --out.")
@@ -56,17 +56,6 @@ def demo(
 def _quick(seeds: int) -> demos.Settings:
     recipe = demos.Recipe(epochs=2, penalty_epochs=1)
     return demos.Settings(seeds=seeds, bits=(None, 8, 4, 3), width=4, recipe=recipe, rounds=2, speed_width=4)
-
-
-def _run_with_bars(settings: demos.Settings) -> demos.Results:
-    columns = (TextColumn("{task.description:<26}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-
-        def stage(what: str, total: int) -> Callable[[], None]:
-            task = progress.add_task(what, total=total)
-            return lambda: progress.advance(task)
-
-        return demos.run(settings, stage)
 
 
 def _print_results(console: Console, results: demos.Results) -> None:

@@ -11,10 +11,10 @@ from torch import Tensor, fx, nn
 from gradl1_fast.nn.act import Act2d
 from gradl1_fast.nn.batch_norm_act import BatchNormAct2d
 from gradl1_fast.nn.converted import ConvertedModel
+from gradl1_fast.nn.graphs import module_of
 from gradl1_fast.nn.layers import QuantizedLayer
 from gradl1_fast.nn.placement import source_of
 from gradl1_fast.nn.quantizers import ActivationQuantizer
-from gradl1_fast.nn.rewrite import module_of
 from gradl1_fast.nn.sites import named_layers, named_quantizers
 from gradl1_fast.quantization._modes import evaluation
 from gradl1_fast.quantization.sliced import refuse_sliced

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Callable, Iterable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,11 @@ class Table:
     def __init__(self, rows: Iterable[Row]) -> None:
         self.rows = list(rows)
 
-    def __str__(self) -> str:
+    def __iter__(self) -> Iterator[Row]:
+        """Iterate over the rows."""
+        return iter(self.rows)
+
+    def __repr__(self) -> str:
         """Return the table as text."""
         lines = [f"{'w':>5}  {'a':>5}  value"]
         lines += [f"{width_name(row.w):>5}  {width_name(row.a):>5}  {row.value:.4f}" for row in self.rows]
@@ -57,7 +62,7 @@ class Table:
     def __getitem__(self, width: Width) -> float:
         """Return the value at ``(w, a)``; KeyError if it was not evaluated."""
         for row in self.rows:
-            if (row.w, row.a) == tuple(width):
+            if (row.w, row.a) == width:
                 return row.value
         raise KeyError(f"no row for (w, a) = {width}; there are {[(r.w, r.a) for r in self.rows]}")
 
@@ -101,7 +106,8 @@ def sweep(
     """Evaluate a model at each width and put its widths back.
 
     Quantization is simulated in floating point: an evaluation takes longer than that of the float model.
-    With one worker, widths are evaluated one after another, each with all of torch's threads.
+    With one worker, widths are evaluated one after another, each with all of torch's threads. A warning
+    says so if an evaluation changed the model's buffers, as a batch norm in training mode does.
 
     Args:
         model: a converted, calibrated model, in the mode in which it is to be evaluated.
@@ -117,8 +123,8 @@ def sweep(
         progress: show a progress bar where there is a terminal and rich is installed.
 
     Raises:
-        TypeError: a width is not a pair of numbers of bits, ``workers`` is no int, ``evaluate`` returned
-            no number, or, with ``batches``, no pair.
+        TypeError: a width is not a pair of numbers of bits, ``workers`` is no int, ``evaluate`` is no
+            function, or returned no number or, with ``batches``, no pair.
         ValueError: there is no width or no batch, a width or ``workers`` is out of range, or there are
             several workers and ``batches``, or a module in training mode.
         RuntimeError: an activation has no range yet.
@@ -139,6 +145,33 @@ def sweep(
     checked = [_pair(width) for width in widths]
     if not checked:
         raise ValueError("sweep: widths is empty; give pairs such as [(8, 8), (4, 4)]")
+    if not callable(evaluate):
+        raise TypeError(f"sweep: evaluate must be a function of the model, got {evaluate!r:.100}")
+    before = _versions(model)
+    table = _table(model, evaluate, checked, batches, workers, progress)
+    changed = [name for name, version in _versions(model).items() if before.get(name) != version]
+    if changed:
+        warnings.warn(
+            f"sweep: evaluate changed {check.some(changed)}: was the model in training mode, where batch "
+            "norms use the batch and update their statistics? Call model.eval() before, or in it",
+            stacklevel=2,
+        )
+    return table
+
+
+def _versions(model: nn.Module) -> dict[str, int]:
+    """Return for each buffer how often it was changed in place; one made in inference mode does not count."""
+    return {name: b._version for name, b in model.named_buffers() if not b.is_inference()}
+
+
+def _table(
+    model: nn.Module,
+    evaluate: Callable[..., Any],
+    checked: Sequence[Width],
+    batches: Iterable[Any] | None,
+    workers: int,
+    progress: bool,
+) -> Table:
     if check.count("sweep: workers", workers) > 1 and batches is not None:
         raise ValueError(
             "sweep: several workers cannot share batches; give evaluate its own data, or workers=1"

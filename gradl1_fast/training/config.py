@@ -171,7 +171,7 @@ class Config:
         if self.penalty.epochs > self.training.epochs:
             raise ValueError(
                 f"penalty.epochs must be at most training.epochs, {self.training.epochs}, "
-                f"got {self.penalty.epochs} (flags: --penalty-epochs, --epochs)"
+                f"got {self.penalty.epochs} (flags: --penalty-epochs, --epochs); lower both"
             )
         if self.optimizer.warmup_epochs >= self.training.epochs:
             raise ValueError(

@@ -157,14 +157,15 @@ def run(settings: Settings, stage: Stage = lambda what, total: lambda: None) -> 
                 tables[kind].append(_one_network(kind, settings, data, seed, stage))
             seconds[f"{kind}, seed {seed}"] = time.perf_counter() - start
     start = time.perf_counter()
-    speeds = _speeds(settings, stage)
+    with _one_thread():
+        speeds = _speeds(settings, stage)
     seconds["step times"] = time.perf_counter() - start
     return Results(settings, tables, speeds, seconds, _environment.describe())
 
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
-    """Compute with one thread: so small a network gains little by more, and loses much on a busy computer."""
+    """Compute with one thread: small networks gain little by more, and lose much on a busy computer."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import threading
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -42,6 +43,31 @@ def test_one_row_for_each_width_in_order(table: gl.Table, model: nn.Module) -> N
     assert table[8, 8] == 88.0
     assert table[None, 4] == 4.0
     assert of_widths(model) == 0
+
+
+def test_a_table_is_shown_and_gone_through_row_by_row(table: gl.Table) -> None:
+    assert list(table) == table.rows
+    assert repr(table) == str(table)
+
+
+def test_an_evaluation_in_training_mode_is_named(model: nn.Module) -> None:
+    def evaluate(model: nn.Module) -> float:
+        return float(model(VGG.batch()[0]).detach().sum())
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gl.sweep(model, evaluate, WIDTHS)
+    with pytest.warns(
+        UserWarning, match=r"changed 1\.num_batches_tracked.*model\.eval\(\)"
+    ) as caught:
+        gl.sweep(model.train(), evaluate, WIDTHS)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+
+
+def test_what_is_no_function_is_refused(model: nn.Module) -> None:
+    with pytest.raises(TypeError, match=r"evaluate must be a function of the model, got 0\.5"):
+        gl.sweep(model, 0.5, WIDTHS)  # type: ignore[arg-type]
 
 
 def test_a_width_that_is_not_there(table: gl.Table) -> None:

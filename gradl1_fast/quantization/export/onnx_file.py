@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,8 @@ class Exported:
         opset: the version of the operators.
     """
 
-    data: bytes
-    prepared: Prepared
+    data: bytes = field(repr=False)
+    prepared: Prepared = field(repr=False)
     quantized: dict[str, str]
     remarks: list[str]
     opset: int

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -30,3 +32,15 @@ def test_what_is_missing_is_named(feature: str, tmp_path: Path, monkeypatch: pyt
     with pytest.raises(ImportError, match=rf"pip install '\.\[{extra}\]' in a checkout of gradl1_fast$"):
         use(model, tmp_path / "file")
     assert not list(tmp_path.iterdir())
+
+
+# Tests that need one of these are skipped without it.
+EXTRAS = (
+    *("PIL", "expecttest", "hypothesis", "jax", "lightning", "matplotlib", "onnx", "onnxruntime"),
+    *("pybind11", "rich", "safetensors", "sklearn", "tensorboard", "timm", "triton", "typer"),
+)
+
+
+@pytest.mark.skipif("CI" not in os.environ, reason="CI is not set: elsewhere packages may be missing")
+def test_continuous_integration_skips_nothing_for_want_of_a_package() -> None:
+    assert [name for name in EXTRAS if find_spec(name) is None] == []

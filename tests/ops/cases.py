@@ -121,6 +121,7 @@ BATCH_NORM_ACT = [
     ),
     _batch_norm("training residual broadcast", (3, 4, 3, 2), (1, 4, 1, 1), training=True),
     _batch_norm("training not affine", (4, 3, 5), affine=False, training=True, activation="relu"),
+    _batch_norm("training one channel", (5, 1, 3), training=True, activation="relu"),
     _batch_norm("training 2d", (6, 3), training=True, activation="relu6"),
     _batch_norm("training 5d", (2, 2, 2, 3, 2), training=True, activation="relu"),
     _batch_norm("evaluation", (3, 4, 3, 2)),
@@ -157,6 +158,7 @@ BATCH_NORM_ACT = [
         grid=(0.25, 1.0, 0, 7),
     ),
     _batch_norm("evaluation quantized", (3, 4, 3, 2), grid=(0.5, 3.0, 0, 6)),
+    _batch_norm("evaluation not affine quantized", (3, 4, 3, 2), affine=False, grid=(0.5, 3.0, 0, 6)),
 ]
 
 

@@ -44,6 +44,16 @@ def test_the_quantized_cases_are_clamped_here_and_pass_there(case: Case) -> None
     assert 2 < len(y.unique()) <= 8
 
 
+def test_an_output_that_nothing_needs_may_be_changed_in_place() -> None:
+    x = leaf(random((4, 3), 1))
+    y = ours.batch_norm_act(x, None, None, training=True)
+    y.mul_(2)
+    (dx,) = torch.autograd.grad(y.sin().sum(), x)
+    twin = leaf(x.detach())
+    expected = torch.autograd.grad((2 * F.batch_norm(twin, None, None, training=True)).sin().sum(), twin)
+    assert_gradients([dx], expected)
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("momentum", [0.0, 0.1, 0.5, 1.0])
 def test_running_statistics_are_those_of_pytorch_and_updated_once(

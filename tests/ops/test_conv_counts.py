@@ -55,6 +55,15 @@ def test_a_penalty_on_activations_makes_no_weight_gradient_in_the_first_backward
     assert first == {"fprop": 1, "dgrad": 1, "wgrad": 0}
 
 
+def test_a_frozen_weight_gets_no_gradient_of_its_own() -> None:
+    x, w, probe = leaf(torch.randn(2, 4, 6, 6)), torch.randn(4, 4, 3, 3), leaf(torch.zeros(()))
+    with Convolutions() as mode:
+        loss = ours.conv(ours.tap(x, probe), w, padding=1).sin().sum()
+        (l1,) = torch.autograd.grad(loss, probe, create_graph=True)
+        torch.autograd.grad(loss + l1, x)
+    assert {kind: n for kind, n in mode.counts.items() if n} == {"fprop": 2, "dgrad": 2}
+
+
 def test_an_unpenalised_step_takes_three() -> None:
     x, w = leaf(torch.randn(2, 4, 6, 6)), leaf(torch.randn(4, 4, 3, 3))
     with Convolutions() as mode:

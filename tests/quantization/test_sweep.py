@@ -57,9 +57,7 @@ def test_an_evaluation_in_training_mode_is_named(model: nn.Module) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         gl.sweep(model, evaluate, WIDTHS)
-    with pytest.warns(
-        UserWarning, match=r"changed 1\.num_batches_tracked.*model\.eval\(\)"
-    ) as caught:
+    with pytest.warns(UserWarning, match=r"changed 1\.num_batches_tracked.*model\.eval\(\)") as caught:
         gl.sweep(model.train(), evaluate, WIDTHS)
     assert len(caught) == 1
     assert caught[0].filename == __file__

@@ -11,10 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from gradl1_fast import _checks as check
+from gradl1_fast.custom_functions import gradients, refuse_once_differentiable
 from gradl1_fast.distributed_checks import refuse_shards, refuse_wrappers
 from gradl1_fast.finite_difference import Measured, add_gradients
 from gradl1_fast.functional import l1_norm
-from gradl1_fast.graph_checks import refuse_cut_region, refuse_once_differentiable, require_gradients
+from gradl1_fast.graph_checks import (
+    OTHER_SCALE,
+    look,
+    refuse_clamped,
+    refuse_cut_region,
+    refuse_other_scale,
+    refuse_width,
+    require_gradients,
+)
 from gradl1_fast.nn.layers import QuantizedLayer
 from gradl1_fast.nn.quantizers import ActivationQuantizer, WeightQuantizer
 from gradl1_fast.nn.sites import Site, activation_sites, named_layers
@@ -148,11 +157,9 @@ class GradL1:
         _check_loss(loss)
         if not self._is_due() or not (self.lambda_w or self.lambda_a):
             return loss.new_zeros(())
-        self._check_step_bits()
-        weights = self._weights()
-        self._check_graph(loss, weights)
-        sites = self.sites if self.lambda_a else []
-        grads = self._gradients(loss, weights, sites)
+        weights, sites = self._weights(), self.sites if self.lambda_a else []
+        functions = self._check_graph(loss, weights, sites)
+        grads = self._gradients(loss, weights, sites, functions)
         return self.every * self._combine(weights, grads[: len(weights)], sites, grads[len(weights) :])
 
     def backward(self, closure: Callable[[], Tensor]) -> Tensor:
@@ -216,22 +223,6 @@ class GradL1:
         if not self.lambda_w:
             return {}
         _check_parameters(self.layers)  # once more: a model may be parametrized later
-        one_bit = [name for name, layer in self.layers.items() if layer.weight_quantizer.bits == 1]
-        if one_bit:  # half of the weights are clamped there, and dL/dW is not what reaches the output
-            raise RuntimeError(
-                f"GradL1: weights are penalised in float or from 2 bits up, not {one_bit[0]} at 1 bit"
-            )
-        clamped = [
-            name
-            for name, layer in self.layers.items()
-            if layer.weight_quantizer.bits is not None and layer.weight_quantizer.clip is not None
-        ]
-        if clamped:  # likewise
-            raise RuntimeError(
-                f"GradL1: {clamped[0]} is quantized in a stored range, where its gradient stops at clamped "
-                "weights; penalise weights in float, or in their own range: "
-                'gradl1_fast.calibrate_weights(model, ranges="min_max")'
-            )
         distinct = {id(layer.weight): name for name, layer in reversed(self.layers.items())}
         return {
             name: layer
@@ -239,12 +230,14 @@ class GradL1:
             if layer.weight.requires_grad and distinct[id(layer.weight)] == name
         }
 
-    def _gradients(self, loss: Tensor, layers: dict[str, QuantizedLayer], sites: list[Site]) -> list[Tensor]:
+    def _gradients(
+        self, loss: Tensor, layers: dict[str, QuantizedLayer], sites: list[Site], functions: list[Any]
+    ) -> list[Tensor]:
         inputs = [layer.weight for layer in layers.values()] + [site.probe for site in sites]
         if not inputs:
             raise RuntimeError("GradL1: every weight is frozen and no activation is penalised")
         with _no_autocast(loss.device.type):
-            grads = torch.autograd.grad(loss, inputs, create_graph=True, allow_unused=True)
+            grads = gradients(loss, inputs, functions)
         if not torch.compiler.is_compiling():
             refuse_shards(self.model.named_parameters())
         names = [_weight_of(name) for name in layers] + [site.name for site in sites]
@@ -283,24 +276,36 @@ class GradL1:
         for site in self.sites:
             site.quantizer.step_bits = self._site_step_bits()
 
-    def _check_step_bits(self) -> None:
-        wrong = [s.name for s in self.sites if s.quantizer.step_bits != self._site_step_bits()]
-        if wrong:
-            raise RuntimeError(
-                f"GradL1: another penalty with a different scale was made for this model ({wrong[0]}); "
-                "make this one again before using it"
-            )
-
     def _site_step_bits(self) -> int | None:
         return self.step_bits if self.scale == "step" and self.method == "exact" else None
 
-    def _check_graph(self, loss: Tensor, layers: dict[str, QuantizedLayer]) -> None:
-        """Look for what would drop the penalty's gradient in silence."""
+    def _check_graph(self, loss: Tensor, layers: dict[str, QuantizedLayer], sites: list[Site]) -> list[Any]:
+        """Look for what would make the penalty wrong in silence; return the custom functions of others.
+
+        Widths and scales may be others by now than in the forward pass: the graph tells which it had.
+        """
         if torch.compiler.is_compiling():
+            self._check_modules(layers, sites)
             refuse_cut_region(loss)
-        else:
-            refuse_once_differentiable(loss)
-            refuse_shards((_weight_of(name), layer.weight) for name, layer in layers.items())
+            return []
+        weights = {name: layer.weight for name, layer in layers.items()}
+        graph = look(loss, weights | {site.name: site.probe for site in sites})
+        refuse_once_differentiable(graph.functions)
+        refuse_clamped(graph, weights)
+        for site in sites:
+            refuse_other_scale(graph, site.name, site.quantizer.step_bits, self._site_step_bits())
+        refuse_shards((_weight_of(name), weight) for name, weight in weights.items())
+        return graph.functions
+
+    def _check_modules(self, layers: dict[str, QuantizedLayer], sites: list[Site]) -> None:
+        """Look at widths and scales where the forward pass is compiled together with the penalty."""
+        for name, layer in layers.items():
+            quantizer = layer.weight_quantizer
+            if quantizer.bits is not None and quantizer.clamps:
+                refuse_width(name, quantizer.bits)
+        for site in sites:
+            if site.quantizer.step_bits != self._site_step_bits():
+                raise RuntimeError(OTHER_SCALE.format(site.name))
 
 
 def _weight_of(layer: str) -> str:

@@ -41,11 +41,12 @@ def test_vmap_over_evaluation(mode: Callable[[], torch.no_grad], bits: int | Non
         assert torch.equal(torch.vmap(model)(x), torch.stack([model(part) for part in x]))
 
 
-def test_a_penalty_on_a_forward_pass_under_vmap() -> None:
+@pytest.mark.parametrize("scale", ["none", "step"])
+def test_a_penalty_on_a_forward_pass_under_vmap(scale: str) -> None:
     results = []
     for vectorised in (False, True):
         model, x = network().eval(), batches()
-        penalty = gl.GradL1(model, *LAMBDAS)
+        penalty = gl.GradL1(model, *LAMBDAS, scale)
         y = torch.vmap(model)(x) if vectorised else torch.stack([model(part) for part in x])
         extra = penalty(y.sin().mean())
         results.append(list(torch.autograd.grad(extra, list(model.parameters()), allow_unused=True)))

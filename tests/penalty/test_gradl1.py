@@ -363,6 +363,48 @@ def test_two_penalties_of_one_model_must_agree_on_the_scale() -> None:
         first(curved(model))
 
 
+def test_the_scale_that_counts_is_that_of_the_forward_pass() -> None:
+    model = gl.convert(linears())
+    by_step = gl.GradL1(model, 1.0, 1.0, scale="step")
+    loss = curved(model)
+    expected = by_step(loss)
+    plain = gl.GradL1(model, 1.0, 1.0)
+    assert torch.equal(by_step(loss), expected)
+    with pytest.raises(RuntimeError, match=r"another penalty with a different scale.*activation_quantizers\._1"):
+        plain(loss)
+    wider = gl.GradL1(model, 1.0, 1.0, scale="step", step_bits=8)
+    with pytest.raises(RuntimeError, match="another penalty with a different scale"):
+        wider(loss)
+    loss = curved(model)
+    gl.GradL1(model, 1.0, 1.0)
+    assert wider(loss).isfinite()
+
+
+def test_the_width_that_counts_is_that_of_the_forward_pass() -> None:
+    model = gl.convert(linears())
+    gl.calibrate(model, [data()])
+    penalty = gl.GradL1(model, 1.0, 0.0)
+    with gl.bits(model, w=1, a=4):
+        clamped = curved(model)
+    with pytest.raises(RuntimeError, match="not 0 at 1 bit"):
+        penalty(clamped)
+    with pytest.raises(RuntimeError, match="not 0 at 1 bit"):
+        penalty(clamped + curved(model))
+    loss = curved(model)
+    expected = penalty(loss)
+    with gl.bits(model, w=1, a=4):
+        assert torch.equal(penalty(loss), expected)
+
+
+def test_a_frozen_layer_may_be_clamped() -> None:
+    model = gl.convert(linears())
+    model.get_submodule("0").weight.requires_grad_(False)
+    penalty = gl.GradL1(model, 1.0, 0.0)
+    with gl.bits(model, w={"0": 1}, a=None):
+        penalty(curved(model))
+    assert list(penalty.terms) == ["2.weight"]
+
+
 def test_gradients_accumulate_over_micro_batches() -> None:
     model = gl.convert(NO_NORM.make())
     penalty = gl.GradL1(model, 0.3, 0.2)

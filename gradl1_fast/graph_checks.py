@@ -114,7 +114,7 @@ def refuse_other_scale(graph: Graph, site: str, present: int | None, wanted: int
     """
     for node in graph.users[site]:
         scaled = node.name() == _SCALED
-        # torch.compile and vmap leave no note of the width
+        # A region of torch.compile with the backend "eager" leaves nodes without notes.
         if (getattr(node, "step_bits", present) if scaled else None) != wanted:
             raise RuntimeError(OTHER_SCALE.format(site))
 

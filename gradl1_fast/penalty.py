@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from gradl1_fast import _checks as check
 from gradl1_fast.custom_functions import gradients, refuse_once_differentiable
 from gradl1_fast.distributed_checks import refuse_shards, refuse_wrappers
-from gradl1_fast.finite_difference import Measured, add_gradients
+from gradl1_fast.finite_difference import Measured, add_gradients, autocast_refused
 from gradl1_fast.functional import l1_norm
 from gradl1_fast.graph_checks import (
     OTHER_SCALE,
@@ -58,7 +58,8 @@ class GradL1:
             calls return 0 at no cost (with ``scale="step"`` the ranges are still measured).
         method: ``"exact"``, or ``"finite_difference"`` for the approximation of :meth:`backward`.
         step_bits: the width at which ``scale="step"`` measures steps.
-        epsilon: size of the finite difference, in units of the weights and activations.
+        epsilon: size of the finite difference, in units of the weights and activations; smaller is
+            not always better, see :meth:`backward`.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -143,14 +144,16 @@ class GradL1:
 
         Raises:
             RuntimeError: the loss has no graph, gradients are disabled, something measured got no
-                gradient, the penalty would not depend on the parameters, or a penalised weight is
-                quantized to 1 bit or in a stored range, which clamps.
+                gradient, the penalty would not depend on the parameters, a custom function in the graph
+                would lose the penalty's gradient, or in the forward pass a penalised weight was quantized
+                to 1 bit or in a stored range, which clamps, or activations were measured for another
+                penalty with a different scale.
             TypeError: the loss is not a tensor.
             ValueError: the loss has more than one value, or the method is the finite difference,
                 which takes a closure: see :meth:`backward`.
 
-        It may be called twice for one loss and gives the same value. Source: section 3 of
-        arXiv 2002.07520.
+        It may be called twice for one loss and gives the same value; with ``every`` above 1 each call
+        counts, and one of both may return 0. Source: section 3 of arXiv 2002.07520.
         """
         if self.method != "exact":
             raise ValueError("GradL1: with method='finite_difference' call penalty.backward(closure) instead")
@@ -166,9 +169,11 @@ class GradL1:
         """Add the gradient of loss plus penalty to each parameter's ``grad``; return the loss, detached.
 
         With ``method="finite_difference"`` the penalty's gradient ``H sign(g)`` is approximated by
-        ``(grad L(W + e s_W, Y + e s_Y) - grad L) / e`` with ``s = sign(g)``: two ordinary steps. Its
-        error falls with ``epsilon`` until rounding takes over. With ``method="exact"`` this is
-        ``(loss + penalty(loss)).backward()``.
+        ``(grad L(W + e s_W, Y + e s_Y) - grad L) / e`` with ``s = sign(g)``: two ordinary steps. In a
+        smooth network its error falls with ``epsilon`` until rounding takes over. In one with kinks, as
+        those of ReLU, a move that crosses some adds a jump of the gradient divided by ``epsilon``: the
+        result may point elsewhere, and more so the smaller ``epsilon`` is. With ``method="exact"`` this
+        is ``(loss + penalty(loss)).backward()``.
 
         Args:
             closure: computes the forward pass and returns the loss; it is called twice, with the
@@ -177,8 +182,9 @@ class GradL1:
 
         Raises:
             RuntimeError: something measured got no gradient, the two calls used different
-                parameters, the model is quantized or of low precision, where a small move is rounded
-                away or becomes a whole step, or it is wrapped for distributed training.
+                parameters, activations are computed again (checkpointing), the model is quantized or of
+                low precision, by its type or autocast, where a small move is rounded away or becomes a
+                whole step, or it is wrapped for distributed training.
         """
         if self.method == "exact":
             loss = closure()
@@ -187,7 +193,12 @@ class GradL1:
         if not self._is_due() or not (self.lambda_w or self.lambda_a):
             return _plain_backward(closure)
         _check_finite_difference(self)
-        loss, self.terms = add_gradients(self.model, self._measured(), closure, self.epsilon, self.every)
+        computed: dict[str, tuple[nn.Module, Tensor]] = {
+            name: (layer, layer.weight) for name, layer in self.layers.items()
+        }
+        computed |= {s.name: (s.producer, s.probe) for s in self.sites} if self.lambda_a else {}
+        with autocast_refused(computed):
+            loss, self.terms = add_gradients(self.model, self._measured(), closure, self.epsilon, self.every)
         return loss
 
     def _measured(self) -> list[Measured]:

@@ -254,7 +254,7 @@ class ActivationQuantizer(_Quantizer):
 def _note(result: Tensor, name: str, bits: int) -> None:
     """Write a width on the graph, where a penalty will ask for it that may come when it is another.
 
-    A region that is being compiled has no graph yet, and under vmap it is out of sight.
+    A region that is being compiled has no graph yet.
     """
     if not torch.compiler.is_compiling() and result.grad_fn is not None:
         setattr(result.grad_fn, name, bits)

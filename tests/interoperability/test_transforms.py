@@ -41,17 +41,24 @@ def test_vmap_over_evaluation(mode: Callable[[], torch.no_grad], bits: int | Non
         assert torch.equal(torch.vmap(model)(x), torch.stack([model(part) for part in x]))
 
 
-@pytest.mark.parametrize("scale", ["none", "step"])
-def test_a_penalty_on_a_forward_pass_under_vmap(scale: str) -> None:
+def test_a_penalty_on_a_forward_pass_under_vmap() -> None:
     results = []
     for vectorised in (False, True):
         model, x = network().eval(), batches()
-        penalty = gl.GradL1(model, *LAMBDAS, scale)
+        penalty = gl.GradL1(model, *LAMBDAS)
         y = torch.vmap(model)(x) if vectorised else torch.stack([model(part) for part in x])
         extra = penalty(y.sin().mean())
         results.append(list(torch.autograd.grad(extra, list(model.parameters()), allow_unused=True)))
     assert_gradients(results[1], results[0])
     assert results[1][0].abs().max() > 1e-3
+
+
+def test_a_penalty_by_the_step_on_a_pass_under_vmap_is_refused_by_name() -> None:
+    model = network().eval()
+    penalty = gl.GradL1(model, *LAMBDAS, "step")
+    y = torch.vmap(model)(batches())
+    with pytest.raises(RuntimeError, match="no gradient reached activation_quantizers"):
+        penalty(y.sin().mean())
 
 
 def test_vmap_over_training_is_an_error() -> None:

@@ -1,4 +1,4 @@
-"""Custom functions of others: right second derivatives are left alone, lost ones raise and name the function."""
+"""Custom functions of others: a lost second derivative raises and names the function, a right one is left."""
 
 from __future__ import annotations
 
@@ -142,6 +142,15 @@ def test_a_function_that_would_lose_the_penaltys_gradient_is_named(
     model = network(**{place: function(formula).apply})
     with pytest.raises(RuntimeError, match=message):
         step(model, mean if place == "last" else squares, way)
+
+
+def test_of_several_functions_the_marked_one_is_named() -> None:
+    marked = function(CASES["in custom_bwd"][0]).apply
+    model = network(middle=with_a_buffer, last=marked)
+    with pytest.raises(
+        RuntimeError, match=r"^tests[\w.]*\.function\.<locals>\.Custom is once_differentiable"
+    ):
+        step(model)
 
 
 def test_a_criterion_that_cuts_is_named() -> None:

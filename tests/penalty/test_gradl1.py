@@ -109,6 +109,12 @@ def test_every_third_call_is_three_times_the_penalty() -> None:
     assert sometimes.terms == before
 
 
+def test_with_every_above_one_each_call_counts_also_for_one_loss() -> None:
+    model = gl.convert(linears())
+    penalty, loss = gl.GradL1(model, 1.0, 1.0, every=2), curved(model)
+    assert [bool(penalty(loss)) for _ in range(4)] == [False, True, False, True]
+
+
 def test_both_lambdas_zero_give_zero() -> None:
     model = gl.convert(linears())
     value = gl.GradL1(model, 0, 0)(curved(model))
@@ -370,7 +376,9 @@ def test_the_scale_that_counts_is_that_of_the_forward_pass() -> None:
     expected = by_step(loss)
     plain = gl.GradL1(model, 1.0, 1.0)
     assert torch.equal(by_step(loss), expected)
-    with pytest.raises(RuntimeError, match=r"another penalty with a different scale.*activation_quantizers\._1"):
+    with pytest.raises(
+        RuntimeError, match=r"another penalty with a different scale.*activation_quantizers\._1"
+    ):
         plain(loss)
     wider = gl.GradL1(model, 1.0, 1.0, scale="step", step_bits=8)
     with pytest.raises(RuntimeError, match="another penalty with a different scale"):

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 __all__ = [
@@ -52,22 +51,26 @@ def look(loss: Tensor, tensors: Mapping[str, Tensor]) -> Graph:
 
     Args:
         loss: with its graph.
-        tensors: what to look for; one that requires no gradient is not found.
+        tensors: what to look for; leaves, or results such as ``functional_call`` puts in their place.
 
     Raises:
         RuntimeError: a region of ``torch.compile`` contributes to the loss. Its backward ends in a node
             that raises, which ``autograd.grad`` does not visit.
     """
-    edges = {_edge(tensor): name for name, tensor in tensors.items() if tensor.requires_grad}
+    leaves = {id(tensor): name for name, tensor in tensors.items() if tensor.is_leaf}
+    inner = {(t.grad_fn, t.output_nr): name for name, t in tensors.items() if not t.is_leaf}
     graph = Graph([], {name: [] for name in tensors})
+    is_foreign: dict[type, bool] = {}  # a graph has thousands of nodes, of a few types
     for node, parents in nodes_of([loss]):
-        if node.name() == "CompiledFunctionBackward":
-            raise RuntimeError(_COMPILED)
-        if _is_foreign(node):
+        kind = type(node)
+        if kind not in is_foreign:
+            is_foreign[kind] = _is_foreign(kind)
+        if is_foreign[kind]:
             graph.functions.append(node)
         for edge in parents:
-            if edge in edges:
-                graph.users[edges[edge]].append(node)
+            name = leaves.get(id(getattr(edge[0], "variable", None)), inner.get(edge))
+            if name is not None:
+                graph.users[name].append(node)
     return graph
 
 
@@ -91,6 +94,7 @@ def refuse_width(layer: str, bits: int) -> None:
     Raises:
         RuntimeError: names the layer.
     """
+    layer = layer or "the layer"  # which may be the whole model, without a name
     if bits == 1:
         raise RuntimeError(f"GradL1: weights are penalised in float or from 2 bits up, not {layer} at 1 bit")
     raise RuntimeError(
@@ -153,16 +157,14 @@ def nodes_of(tensors: Iterable[Tensor]) -> Iterator[tuple[Any, tuple[Any, ...]]]
         seen.add(node)
         edges = node.next_functions
         yield node, edges
-        pending.extend(parent for parent, _ in edges)
+        pending.extend([parent for parent, _ in edges])
 
 
-def _edge(tensor: Tensor) -> tuple[Any, int]:
-    edge = torch.autograd.graph.get_gradient_edge(tensor)
-    return edge.node, edge.output_nr
-
-
-def _is_foreign(node: Any) -> bool:
-    function = getattr(node, "_forward_cls", None)
+def _is_foreign(kind: type) -> bool:
+    """Return whether nodes of a type belong to a custom function that is not of this library."""
+    if kind.__name__ == "CompiledFunctionBackward":
+        raise RuntimeError(_COMPILED)
+    function = getattr(kind, "_forward_cls", None)
     return function is not None and function.__module__.partition(".")[0] != __package__
 
 

@@ -404,6 +404,26 @@ def test_the_width_that_counts_is_that_of_the_forward_pass() -> None:
         assert torch.equal(penalty(loss), expected)
 
 
+def test_a_layer_that_is_the_whole_model_is_refused_at_one_bit() -> None:
+    model = gl.QLinear(3, 2).double()
+    penalty = gl.GradL1(model, 1.0, 0.0)
+    model.weight_quantizer.bits = 1
+    with pytest.raises(RuntimeError, match="not the layer at 1 bit"):
+        penalty(curved(model))
+
+
+def test_weights_that_were_computed_and_put_in_place_are_refused_at_one_bit() -> None:
+    model = gl.convert(linears())
+    penalty = gl.GradL1(model, 1.0, 0.0)
+    objective = nn.Module()
+    objective.model = model
+    objective.forward = lambda: penalty(curved(model))
+    computed = {f"model.{name}": 2 * p for name, p in model.named_parameters()}
+    assert torch.func.functional_call(objective, computed, ()).isfinite()
+    with gl.bits(model, w=1, a=None), pytest.raises(RuntimeError, match="not 0 at 1 bit"):
+        torch.func.functional_call(objective, computed, ())
+
+
 def test_a_frozen_layer_may_be_clamped() -> None:
     model = gl.convert(linears())
     model.get_submodule("0").weight.requires_grad_(False)

@@ -11,7 +11,7 @@ __all__ = ["refuse_shards", "refuse_wrappers"]
 
 
 def refuse_wrappers(model: nn.Module) -> None:
-    """Raise if a module has no second derivative on several ranks.
+    """Raise if a module has no second derivative on several ranks or devices.
 
     Raises:
         ValueError: names the module, and what to use instead.
@@ -22,6 +22,12 @@ def refuse_wrappers(model: nn.Module) -> None:
             "GradL1: FullyShardedDataParallel rules out gradients of gradients: it frees weights between the "
             "two backward passes; use DistributedDataParallel, or fully_shard without resharding"
         )
+    for module in model.modules():
+        if isinstance(module, nn.DataParallel) and len(module.device_ids) > 1:
+            raise ValueError(
+                "GradL1: DataParallel computes on several devices with copies of the model, which no penalty "
+                "measures; use DistributedDataParallel"
+            )
     if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
         for name, module in model.named_modules():
             if isinstance(module, nn.SyncBatchNorm):

@@ -9,7 +9,7 @@ that flows through the step, ``||g||_1 * d step``, is differentiated along with 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gradl1_fast._checks import autocast_is_on
 from gradl1_fast.graph_checks import require_gradients
 from gradl1_fast.second_pass import RandomState, buffers_kept, shifted
 
-__all__ = ["Measured", "add_gradients"]
+__all__ = ["Measured", "add_gradients", "autocast_refused"]
 
 StepOf = Callable[[Tensor], Tensor]
 
@@ -76,7 +77,8 @@ def add_gradients(
         The loss and the terms by name, detached.
 
     Raises:
-        RuntimeError: something measured got no gradient.
+        RuntimeError: something measured got no gradient, the second call used other parameters, or
+            activations are computed again in the backward pass.
     """
     params = [p for p in model.parameters() if p.requires_grad]
     randomness = RandomState()
@@ -148,7 +150,12 @@ def _moved(moves: list[_Move], unit: Tensor) -> Iterator[list[Tensor]]:
     through_steps: list[Tensor] = []
 
     def shift(item: Measured, _module: nn.Module, _args: Any, output: Tensor) -> Tensor:
-        move = next(move for move in waiting if move.measured is item)
+        move = next((move for move in waiting if move.measured is item), None)
+        if move is None:
+            raise RuntimeError(
+                f"GradL1: {item.name} was computed more often in the second pass than in the first; the "
+                "finite difference does not go together with activation checkpointing"
+            )
         waiting.remove(move)  # a module that is called twice has two moves, in the order of its calls
         output = output + unit.to(output.dtype) * move.direction
         _add_step_term(through_steps, move, output)
@@ -160,6 +167,30 @@ def _moved(moves: list[_Move], unit: Tensor) -> Iterator[list[Tensor]]:
             _add_step_term(through_steps, move, move.measured.source)  # type: ignore[arg-type]
         stack.enter_context(_hooks([move.measured for move in waiting], shift))
         yield through_steps
+
+
+@contextlib.contextmanager
+def autocast_refused(computed: Mapping[str, tuple[nn.Module, Tensor]]) -> Iterator[None]:
+    """Raise if autocast is on where a module runs: a small move would be rounded away there.
+
+    Args:
+        computed: by name a module, and a tensor of its device and type; float64 stays what it is.
+
+    Raises:
+        RuntimeError: names the module.
+    """
+
+    def look(name: str, like: Tensor, _module: nn.Module, _args: Any) -> None:
+        if like.dtype != torch.float64 and autocast_is_on(like.device.type):
+            raise RuntimeError(
+                f"GradL1: the finite difference needs float32 or float64, and autocast is on where {name} "
+                "is computed; a small move is rounded away there"
+            )
+
+    with contextlib.ExitStack() as stack:
+        for name, (module, like) in computed.items():
+            stack.callback(module.register_forward_pre_hook(partial(look, name, like)).remove)
+        yield
 
 
 def _add_step_term(terms: list[Tensor], move: _Move, tensor: Tensor) -> None:

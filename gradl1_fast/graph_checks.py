@@ -2,41 +2,125 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
-__all__ = ["refuse_cut_region", "refuse_once_differentiable", "require_gradients"]
+__all__ = [
+    "OTHER_SCALE",
+    "Graph",
+    "look",
+    "nodes_of",
+    "refuse_clamped",
+    "refuse_cut_region",
+    "refuse_other_scale",
+    "refuse_width",
+    "require_gradients",
+]
+
+OTHER_SCALE = (
+    "GradL1: another penalty with a different scale was made for this model before this forward pass ({}); "
+    "make this one again, and then the forward pass"
+)
 
 _COMPILED = (
     "GradL1: a region of torch.compile that ends before the penalty contributes to the loss, and it has no "
     "second derivative; compile loss and penalty together, with fullgraph=True and "
     "torch._dynamo.config.trace_autograd_ops = True"
 )
-_WRAPPER = torch.autograd.function.once_differentiable(lambda ctx: None).__code__
+_SCALED = "_ScaleProbeBackward"
 
 
-def refuse_once_differentiable(loss: Tensor) -> None:
-    """Raise if a function that is differentiable only once contributes to ``loss``.
+@dataclass(frozen=True)
+class Graph:
+    """What a walk over the graph of a loss has met.
 
-    The backward of such a custom function returns constants, so a penalty on gradients loses its own
-    gradient there without a sound. That of a compiled region ends in a node that raises, which
-    ``autograd.grad`` does not visit. Operations of PyTorch that lack a second derivative raise by themselves.
+    Attributes:
+        functions: nodes of custom functions that are not of this library.
+        users: by name, the nodes that take each of the tensors that were looked for.
+    """
+
+    functions: list[Any]
+    users: dict[str, list[Any]]
+
+
+def look(loss: Tensor, tensors: Mapping[str, Tensor]) -> Graph:
+    """Walk once over the graph of ``loss``.
+
+    Args:
+        loss: with its graph.
+        tensors: what to look for; leaves, or results such as ``functional_call`` puts in their place.
 
     Raises:
-        RuntimeError: names the function.
+        RuntimeError: a region of ``torch.compile`` contributes to the loss. Its backward ends in a node
+            that raises, which ``autograd.grad`` does not visit.
     """
-    for node in _nodes(loss):
-        if node.name() == "CompiledFunctionBackward":
-            raise RuntimeError(_COMPILED)
-        function = getattr(node, "_forward_cls", None)
-        if function is not None and getattr(function.backward, "__code__", None) is _WRAPPER:
-            raise RuntimeError(
-                f"{function.__module__}.{function.__qualname__} is once_differentiable: the gradient of a "
-                "penalty on gradients would be lost in it; give its backward a derivative of its own"
-            )
+    leaves = {id(tensor): name for name, tensor in tensors.items() if tensor.is_leaf}
+    inner = {(t.grad_fn, t.output_nr): name for name, t in tensors.items() if not t.is_leaf}
+    graph = Graph([], {name: [] for name in tensors})
+    is_foreign: dict[type, bool] = {}  # a graph has thousands of nodes, of a few types
+    for node, parents in nodes_of([loss]):
+        kind = type(node)
+        if kind not in is_foreign:
+            is_foreign[kind] = _is_foreign(kind)
+        if is_foreign[kind]:
+            graph.functions.append(node)
+        for edge in parents:
+            name = leaves.get(id(getattr(edge[0], "variable", None)), inner.get(edge))
+            if name is not None:
+                graph.users[name].append(node)
+    return graph
+
+
+def refuse_clamped(graph: Graph, layers: Iterable[str]) -> None:
+    """Raise if the weight of a layer reached the loss through a quantizer that clamps.
+
+    Raises:
+        RuntimeError: names the layer.
+    """
+    for name in layers:
+        for node in graph.users[name]:
+            if hasattr(node, "clamped_at"):
+                refuse_width(name, node.clamped_at)
+
+
+def refuse_width(layer: str, bits: int) -> None:
+    """Raise for a layer whose weight is clamped at a width: at 1 bit, or in a stored range.
+
+    At 1 bit half of the weights are beyond the range, and dL/dW is not what reaches the output.
+
+    Raises:
+        RuntimeError: names the layer.
+    """
+    layer = layer or "the layer"  # which may be the whole model, without a name
+    if bits == 1:
+        raise RuntimeError(f"GradL1: weights are penalised in float or from 2 bits up, not {layer} at 1 bit")
+    raise RuntimeError(
+        f"GradL1: {layer} is quantized in a stored range, where its gradient stops at clamped weights; "
+        "penalise weights in float, or in their own range: "
+        'gradl1_fast.calibrate_weights(model, ranges="min_max")'
+    )
+
+
+def refuse_other_scale(graph: Graph, site: str, present: int | None, wanted: int | None) -> None:
+    """Raise if an activation was measured for a penalty with another scale than this one.
+
+    Args:
+        graph: of the loss.
+        site: name of the activation.
+        present: the width of the steps that its quantizer measures by now.
+        wanted: the width of the steps of this penalty; None without steps.
+
+    Raises:
+        RuntimeError: names the activation.
+    """
+    for node in graph.users[site]:
+        scaled = node.name() == _SCALED
+        # A region of torch.compile with the backend "eager" leaves nodes without notes.
+        if (getattr(node, "step_bits", present) if scaled else None) != wanted:
+            raise RuntimeError(OTHER_SCALE.format(site))
 
 
 def refuse_cut_region(loss: Tensor) -> None:
@@ -62,16 +146,26 @@ def refuse_cut_region(loss: Tensor) -> None:
     comptime(look)
 
 
-def _nodes(loss: Tensor) -> Iterator[Any]:
+def nodes_of(tensors: Iterable[Tensor]) -> Iterator[tuple[Any, tuple[Any, ...]]]:
+    """Yield each node of the graphs of ``tensors`` once, with the edges to what it was computed from."""
     seen: set[Any] = set()
-    pending = [loss.grad_fn]
+    pending = [tensor.grad_fn for tensor in tensors]
     while pending:
         node = pending.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
-        yield node
-        pending.extend(parent for parent, _ in node.next_functions)
+        edges = node.next_functions
+        yield node, edges
+        pending.extend([parent for parent, _ in edges])
+
+
+def _is_foreign(kind: type) -> bool:
+    """Return whether nodes of a type belong to a custom function that is not of this library."""
+    if kind.__name__ == "CompiledFunctionBackward":
+        raise RuntimeError(_COMPILED)
+    function = getattr(kind, "_forward_cls", None)
+    return function is not None and function.__module__.partition(".")[0] != __package__
 
 
 def require_gradients(names: Sequence[str], grads: Sequence[Tensor | None]) -> list[Tensor]:

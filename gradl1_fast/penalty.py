@@ -11,10 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from gradl1_fast import _checks as check
+from gradl1_fast.custom_functions import gradients, refuse_once_differentiable
 from gradl1_fast.distributed_checks import refuse_shards, refuse_wrappers
-from gradl1_fast.finite_difference import Measured, add_gradients
+from gradl1_fast.finite_difference import Measured, add_gradients, autocast_refused
 from gradl1_fast.functional import l1_norm
-from gradl1_fast.graph_checks import refuse_cut_region, refuse_once_differentiable, require_gradients
+from gradl1_fast.graph_checks import (
+    OTHER_SCALE,
+    look,
+    refuse_clamped,
+    refuse_cut_region,
+    refuse_other_scale,
+    refuse_width,
+    require_gradients,
+)
 from gradl1_fast.nn.layers import QuantizedLayer
 from gradl1_fast.nn.quantizers import ActivationQuantizer, WeightQuantizer
 from gradl1_fast.nn.sites import Site, activation_sites, named_layers
@@ -49,7 +58,8 @@ class GradL1:
             calls return 0 at no cost (with ``scale="step"`` the ranges are still measured).
         method: ``"exact"``, or ``"finite_difference"`` for the approximation of :meth:`backward`.
         step_bits: the width at which ``scale="step"`` measures steps.
-        epsilon: size of the finite difference, in units of the weights and activations.
+        epsilon: size of the finite difference, in units of the weights and activations; smaller is
+            not always better, see :meth:`backward`.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -134,34 +144,36 @@ class GradL1:
 
         Raises:
             RuntimeError: the loss has no graph, gradients are disabled, something measured got no
-                gradient, the penalty would not depend on the parameters, or a penalised weight is
-                quantized to 1 bit or in a stored range, which clamps.
+                gradient, the penalty would not depend on the parameters, a custom function in the graph
+                would lose the penalty's gradient, or in the forward pass a penalised weight was quantized
+                to 1 bit or in a stored range, which clamps, or activations were measured for another
+                penalty with a different scale.
             TypeError: the loss is not a tensor.
             ValueError: the loss has more than one value, or the method is the finite difference,
                 which takes a closure: see :meth:`backward`.
 
-        It may be called twice for one loss and gives the same value. Source: section 3 of
-        arXiv 2002.07520.
+        It may be called twice for one loss and gives the same value; with ``every`` above 1 each call
+        counts, and one of both may return 0. Source: section 3 of arXiv 2002.07520.
         """
         if self.method != "exact":
             raise ValueError("GradL1: with method='finite_difference' call penalty.backward(closure) instead")
         _check_loss(loss)
         if not self._is_due() or not (self.lambda_w or self.lambda_a):
             return loss.new_zeros(())
-        self._check_step_bits()
-        weights = self._weights()
-        self._check_graph(loss, weights)
-        sites = self.sites if self.lambda_a else []
-        grads = self._gradients(loss, weights, sites)
+        weights, sites = self._weights(), self.sites if self.lambda_a else []
+        functions = self._check_graph(loss, weights, sites)
+        grads = self._gradients(loss, weights, sites, functions)
         return self.every * self._combine(weights, grads[: len(weights)], sites, grads[len(weights) :])
 
     def backward(self, closure: Callable[[], Tensor]) -> Tensor:
         """Add the gradient of loss plus penalty to each parameter's ``grad``; return the loss, detached.
 
         With ``method="finite_difference"`` the penalty's gradient ``H sign(g)`` is approximated by
-        ``(grad L(W + e s_W, Y + e s_Y) - grad L) / e`` with ``s = sign(g)``: two ordinary steps. Its
-        error falls with ``epsilon`` until rounding takes over. With ``method="exact"`` this is
-        ``(loss + penalty(loss)).backward()``.
+        ``(grad L(W + e s_W, Y + e s_Y) - grad L) / e`` with ``s = sign(g)``: two ordinary steps. In a
+        smooth network its error falls with ``epsilon`` until rounding takes over. In one with kinks, as
+        those of ReLU, a move that crosses some adds a jump of the gradient divided by ``epsilon``: the
+        result may point elsewhere, and more so the smaller ``epsilon`` is. With ``method="exact"`` this
+        is ``(loss + penalty(loss)).backward()``.
 
         Args:
             closure: computes the forward pass and returns the loss; it is called twice, with the
@@ -170,8 +182,9 @@ class GradL1:
 
         Raises:
             RuntimeError: something measured got no gradient, the two calls used different
-                parameters, the model is quantized or of low precision, where a small move is rounded
-                away or becomes a whole step, or it is wrapped for distributed training.
+                parameters, activations are computed again (checkpointing), the model is quantized or of
+                low precision, by its type or autocast, where a small move is rounded away or becomes a
+                whole step, or it is wrapped for distributed training.
         """
         if self.method == "exact":
             loss = closure()
@@ -180,7 +193,12 @@ class GradL1:
         if not self._is_due() or not (self.lambda_w or self.lambda_a):
             return _plain_backward(closure)
         _check_finite_difference(self)
-        loss, self.terms = add_gradients(self.model, self._measured(), closure, self.epsilon, self.every)
+        computed: dict[str, tuple[nn.Module, Tensor]] = {
+            name: (layer, layer.weight) for name, layer in self.layers.items()
+        }
+        computed |= {s.name: (s.producer, s.probe) for s in self.sites} if self.lambda_a else {}
+        with autocast_refused(computed):
+            loss, self.terms = add_gradients(self.model, self._measured(), closure, self.epsilon, self.every)
         return loss
 
     def _measured(self) -> list[Measured]:
@@ -216,22 +234,6 @@ class GradL1:
         if not self.lambda_w:
             return {}
         _check_parameters(self.layers)  # once more: a model may be parametrized later
-        one_bit = [name for name, layer in self.layers.items() if layer.weight_quantizer.bits == 1]
-        if one_bit:  # half of the weights are clamped there, and dL/dW is not what reaches the output
-            raise RuntimeError(
-                f"GradL1: weights are penalised in float or from 2 bits up, not {one_bit[0]} at 1 bit"
-            )
-        clamped = [
-            name
-            for name, layer in self.layers.items()
-            if layer.weight_quantizer.bits is not None and layer.weight_quantizer.clip is not None
-        ]
-        if clamped:  # likewise
-            raise RuntimeError(
-                f"GradL1: {clamped[0]} is quantized in a stored range, where its gradient stops at clamped "
-                "weights; penalise weights in float, or in their own range: "
-                'gradl1_fast.calibrate_weights(model, ranges="min_max")'
-            )
         distinct = {id(layer.weight): name for name, layer in reversed(self.layers.items())}
         return {
             name: layer
@@ -239,12 +241,14 @@ class GradL1:
             if layer.weight.requires_grad and distinct[id(layer.weight)] == name
         }
 
-    def _gradients(self, loss: Tensor, layers: dict[str, QuantizedLayer], sites: list[Site]) -> list[Tensor]:
+    def _gradients(
+        self, loss: Tensor, layers: dict[str, QuantizedLayer], sites: list[Site], functions: list[Any]
+    ) -> list[Tensor]:
         inputs = [layer.weight for layer in layers.values()] + [site.probe for site in sites]
         if not inputs:
             raise RuntimeError("GradL1: every weight is frozen and no activation is penalised")
         with _no_autocast(loss.device.type):
-            grads = torch.autograd.grad(loss, inputs, create_graph=True, allow_unused=True)
+            grads = gradients(loss, inputs, functions)
         if not torch.compiler.is_compiling():
             refuse_shards(self.model.named_parameters())
         names = [_weight_of(name) for name in layers] + [site.name for site in sites]
@@ -283,24 +287,36 @@ class GradL1:
         for site in self.sites:
             site.quantizer.step_bits = self._site_step_bits()
 
-    def _check_step_bits(self) -> None:
-        wrong = [s.name for s in self.sites if s.quantizer.step_bits != self._site_step_bits()]
-        if wrong:
-            raise RuntimeError(
-                f"GradL1: another penalty with a different scale was made for this model ({wrong[0]}); "
-                "make this one again before using it"
-            )
-
     def _site_step_bits(self) -> int | None:
         return self.step_bits if self.scale == "step" and self.method == "exact" else None
 
-    def _check_graph(self, loss: Tensor, layers: dict[str, QuantizedLayer]) -> None:
-        """Look for what would drop the penalty's gradient in silence."""
+    def _check_graph(self, loss: Tensor, layers: dict[str, QuantizedLayer], sites: list[Site]) -> list[Any]:
+        """Look for what would make the penalty wrong in silence; return the custom functions of others.
+
+        Widths and scales may be others by now than in the forward pass: the graph tells which it had.
+        """
         if torch.compiler.is_compiling():
+            self._check_modules(layers, sites)
             refuse_cut_region(loss)
-        else:
-            refuse_once_differentiable(loss)
-            refuse_shards((_weight_of(name), layer.weight) for name, layer in layers.items())
+            return []
+        weights = {name: layer.weight for name, layer in layers.items()}
+        graph = look(loss, weights | {site.name: site.probe for site in sites})
+        refuse_once_differentiable(graph.functions)
+        refuse_clamped(graph, weights)
+        for site in sites:
+            refuse_other_scale(graph, site.name, site.quantizer.step_bits, self._site_step_bits())
+        refuse_shards((_weight_of(name), weight) for name, weight in weights.items())
+        return graph.functions
+
+    def _check_modules(self, layers: dict[str, QuantizedLayer], sites: list[Site]) -> None:
+        """Look at widths and scales where the forward pass is compiled together with the penalty."""
+        for name, layer in layers.items():
+            quantizer = layer.weight_quantizer
+            if quantizer.bits is not None and quantizer.clamps:
+                refuse_width(name, quantizer.bits)
+        for site in sites:
+            if site.quantizer.step_bits != self._site_step_bits():
+                raise RuntimeError(OTHER_SCALE.format(site.name))
 
 
 def _weight_of(layer: str) -> str:

@@ -38,7 +38,9 @@ FLOORS = [
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 # Modules at the top that belong to a room beside them.
-ANNEXES = dict.fromkeys(("distributed_checks", "finite_difference", "graph_checks", "second_pass"), "penalty")
+ANNEXES = dict.fromkeys(
+    ("custom_functions", "distributed_checks", "finite_difference", "graph_checks", "second_pass"), "penalty"
+)
 
 # These operators take their fakes from the reference: shapes and strides of PyTorch's convolution
 # depend on device and layout in ways that only PyTorch itself knows.

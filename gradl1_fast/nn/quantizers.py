@@ -73,7 +73,15 @@ class WeightQuantizer(_Quantizer):
         if self.bits is None:
             return weight
         scale, zero_point, q_min, q_max = self.grid(weight.detach(), self.bits)
-        return F.fake_quantize(weight, scale, zero_point, q_min, q_max, axis=self.axis)
+        quantized = F.fake_quantize(weight, scale, zero_point, q_min, q_max, axis=self.axis)
+        if self.clamps:
+            _note(quantized, "clamped_at", self.bits)
+        return quantized
+
+    @property
+    def clamps(self) -> bool:
+        """Whether weights may be beyond the range at the present width, where their gradient stops."""
+        return self.bits == 1 or (self.bits is not None and self.clip is not None)
 
     def grid(self, weight: Tensor, bits: int) -> tuple[Tensor, Tensor, int, int]:
         """Return the grid of ``weight`` at ``bits``, for :func:`gradl1_fast.functional.fake_quantize`."""
@@ -224,7 +232,9 @@ class ActivationQuantizer(_Quantizer):
     def _scaled_probe(self, x: Tensor) -> Tensor | None:
         if self.probe is None or self.step_bits is None or not self._is_measured:
             return self.probe
-        return F.scale_probe(self.probe, self.step(x, self.step_bits))
+        scaled = F.scale_probe(self.probe, self.step(x, self.step_bits))
+        _note(scaled, "step_bits", self.step_bits)
+        return scaled
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
@@ -239,6 +249,15 @@ class ActivationQuantizer(_Quantizer):
             low, high = self.range_at(self.bits or MAX_BITS)
             ends = f"[{float(low):.4g}, {float(high):.4g}]"
         return f"bits={self.bits}, range={ends}, penalized={self.probe is not None}"
+
+
+def _note(result: Tensor, name: str, bits: int) -> None:
+    """Write a width on the graph, where a penalty will ask for it that may come when it is another.
+
+    A region that is being compiled has no graph yet.
+    """
+    if not torch.compiler.is_compiling() and result.grad_fn is not None:
+        setattr(result.grad_fn, name, bits)
 
 
 def _row(values: Tensor, bits: int) -> Tensor:

@@ -151,6 +151,11 @@ def check_supported(config: Config, objective: Objective, ranks: int, device: to
         raise ValueError("compile and cuda_graph exclude each other: choose one")
     if training.cuda_graph and device.type != "cuda":
         raise ValueError(f"cuda_graph needs an NVIDIA GPU; this run computes on {device}")
+    if training.precision != "float32" and not _is_exact(objective):
+        raise ValueError(
+            f"precision {training.precision} does not go together with the finite difference, whose small "
+            "moves would be rounded away; it needs float32, or choose the setting method=exact"
+        )
     if training.checkpointing and (method not in _ONE_PASS or not _is_exact(objective)):
         raise ValueError(
             f"checkpointing: with the method {method!r}, as configured, weights or ranges are others by "

@@ -53,6 +53,14 @@ def test_a_penalty_on_a_forward_pass_under_vmap() -> None:
     assert results[1][0].abs().max() > 1e-3
 
 
+def test_a_penalty_by_the_step_on_a_pass_under_vmap_is_refused_by_name() -> None:
+    model = network().eval()
+    penalty = gl.GradL1(model, *LAMBDAS, "step")
+    y = torch.vmap(model)(batches())
+    with pytest.raises(RuntimeError, match=r"no gradient reached .*activation_quantizers"):
+        penalty(y.sin().mean())
+
+
 def test_vmap_over_training_is_an_error() -> None:
     with pytest.raises(RuntimeError, match="vmap"):  # each batch would have statistics of its own
         torch.vmap(network())(batches())
@@ -64,6 +72,14 @@ def test_gradients_in_batches() -> None:
     together = torch.autograd.grad(y, parameters, torch.eye(3).double(), True, is_grads_batched=True)
     each = [torch.autograd.grad(value, parameters, retain_graph=True) for value in y]
     assert_gradients(together, [torch.stack(rows) for rows in zip(*each, strict=True)])
+
+
+def test_functional_call_beside_an_ordinary_call_leaves_the_models_own_weights_to_the_penalty() -> None:
+    model = network().eval()
+    penalty = gl.GradL1(model, 0.3, 0.0)
+    copies = {name: leaf(p) for name, p in model.named_parameters()}
+    both = loss_of(model) + functional_call(model, copies, (data()[0],)).square().mean()
+    assert torch.equal(penalty(both), penalty(loss_of(model)))
 
 
 @pytest.mark.parametrize("copies", [False, True], ids=["the model's own", "copies"])

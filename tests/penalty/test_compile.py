@@ -67,3 +67,35 @@ def test_without_tracing_of_autograd_it_raises(whole: bool, lambdas: tuple[float
     with pytest.raises(RuntimeError, match=r"region of torch\.compile that ends before the penalty"):
         (torch.compile(step, backend="aot_eager") if whole else step)()
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("scale", ["none", "step"])
+def test_a_model_that_is_traced_but_not_compiled_has_the_scale_of_its_penalty(scale: str) -> None:
+    values = []
+    for traced in (False, True):
+        torch._dynamo.reset()
+        model, (x, y) = network(), data()
+        penalty = gl.GradL1(model, 0.3, 0.2, scale)
+        forward = torch.compile(model, backend="eager") if traced else model
+        torch.manual_seed(0)
+        values.append(penalty(F.cross_entropy(forward(torch.ones_like(x).cumsum(0)), y)).detach())
+    torch.testing.assert_close(*values)
+
+
+@pytest.mark.usefixtures("trace_autograd")
+def test_a_compiled_step_refuses_clamped_weights_and_another_scale() -> None:
+    model, (x, y) = network(), data()
+    penalty = gl.GradL1(model, 0.3, 0.2)
+
+    def step() -> Tensor:
+        loss = F.cross_entropy(model(x), y)
+        return penalty(loss)
+
+    run = torch.compile(step, backend="aot_eager", fullgraph=True)
+    gl.set_bits(model, w=1, a=None)
+    with pytest.raises(Exception, match="not 0 at 1 bit"):
+        run()
+    gl.set_bits(model, w=None, a=None)
+    gl.GradL1(model, 0.3, 0.2, scale="step")
+    with pytest.raises(Exception, match="another penalty with a different scale"):
+        run()

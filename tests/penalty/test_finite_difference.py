@@ -7,7 +7,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import gradl1_fast as gl
 
@@ -152,6 +154,56 @@ def test_weights_of_low_precision_and_several_ranks_are_refused() -> None:
     distributed = gl.GradL1(wrapped, 0.3, 0.2, method="finite_difference")
     with pytest.raises(RuntimeError, match="does not average over ranks; use method='exact'"):
         distributed.backward(lambda: pytest.fail("computed"))
+
+
+@pytest.mark.parametrize("lambdas", [(0.3, 0.0), (0.0, 0.2)])
+def test_autocast_is_refused_where_a_layer_or_an_activation_is_computed(
+    lambdas: tuple[float, float],
+) -> None:
+    model, x = smooth().float(), torch.ones(2, 2, 6, 6)
+    penalty = gl.GradL1(model, *lambdas, method="finite_difference")
+
+    def closure(inside: bool) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            y = model(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            return y.float().sin().square().mean()
+
+    with pytest.raises(RuntimeError, match="autocast is on where 0 is computed"):
+        penalty.backward(lambda: closure(inside=True))
+    assert not any(m._forward_pre_hooks for m in model.modules())
+    assert all(p.grad is None for p in model.parameters())
+    penalty.backward(lambda: closure(inside=False))
+    model.double()
+    with torch.autocast("cpu", torch.bfloat16):  # leaves float64 alone
+        penalty.backward(closure_of(model))
+
+
+def test_autocast_around_an_activation_alone_is_refused() -> None:
+    class Part(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = gl.QLinear(3, 3, quantize_input=False), gl.QLinear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.first(x)
+            with torch.autocast("cpu", torch.bfloat16):
+                y = self.second.input_quantizer(y)
+            return F.linear(y, self.second.weight)
+
+    model = Part()
+    penalty = gl.GradL1(model, 0.0, 1.0, method="finite_difference")
+    with pytest.raises(RuntimeError, match=r"autocast is on where second\.input_quantizer is computed"):
+        penalty.backward(lambda: model(torch.ones(2, 3)).square().sum())
+
+
+def test_checkpointing_is_refused_where_activations_move() -> None:
+    model = smooth()
+    x = torch.ones(2, 2, 6, 6, dtype=torch.float64)
+    penalty = gl.GradL1(model, 0.0, 0.2, method="finite_difference")
+    with pytest.raises(RuntimeError, match="does not go together with activation checkpointing"):
+        penalty.backward(lambda: checkpoint(model, x, use_reentrant=False).square().mean())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
 def test_a_closure_that_is_another_at_its_second_call_is_refused() -> None:

@@ -109,6 +109,12 @@ def test_every_third_call_is_three_times_the_penalty() -> None:
     assert sometimes.terms == before
 
 
+def test_with_every_above_one_each_call_counts_also_for_one_loss() -> None:
+    model = gl.convert(linears())
+    penalty, loss = gl.GradL1(model, 1.0, 1.0, every=2), curved(model)
+    assert [bool(penalty(loss)) for _ in range(4)] == [False, True, False, True]
+
+
 def test_both_lambdas_zero_give_zero() -> None:
     model = gl.convert(linears())
     value = gl.GradL1(model, 0, 0)(curved(model))
@@ -361,6 +367,70 @@ def test_two_penalties_of_one_model_must_agree_on_the_scale() -> None:
     gl.GradL1(model, 1.0, 1.0, scale="step")
     with pytest.raises(RuntimeError, match="another penalty with a different scale"):
         first(curved(model))
+
+
+def test_the_scale_that_counts_is_that_of_the_forward_pass() -> None:
+    model = gl.convert(linears())
+    by_step = gl.GradL1(model, 1.0, 1.0, scale="step")
+    loss = curved(model)
+    expected = by_step(loss)
+    plain = gl.GradL1(model, 1.0, 1.0)
+    assert torch.equal(by_step(loss), expected)
+    with pytest.raises(
+        RuntimeError, match=r"another penalty with a different scale.*activation_quantizers\._1"
+    ):
+        plain(loss)
+    wider = gl.GradL1(model, 1.0, 1.0, scale="step", step_bits=8)
+    with pytest.raises(RuntimeError, match="another penalty with a different scale"):
+        wider(loss)
+    loss = curved(model)
+    gl.GradL1(model, 1.0, 1.0)
+    assert wider(loss).isfinite()
+
+
+def test_the_width_that_counts_is_that_of_the_forward_pass() -> None:
+    model = gl.convert(linears())
+    gl.calibrate(model, [data()])
+    penalty = gl.GradL1(model, 1.0, 0.0)
+    with gl.bits(model, w=1, a=4):
+        clamped = curved(model)
+    with pytest.raises(RuntimeError, match="not 0 at 1 bit"):
+        penalty(clamped)
+    with pytest.raises(RuntimeError, match="not 0 at 1 bit"):
+        penalty(clamped + curved(model))
+    loss = curved(model)
+    expected = penalty(loss)
+    with gl.bits(model, w=1, a=4):
+        assert torch.equal(penalty(loss), expected)
+
+
+def test_a_layer_that_is_the_whole_model_is_refused_at_one_bit() -> None:
+    model = gl.QLinear(3, 2).double()
+    penalty = gl.GradL1(model, 1.0, 0.0)
+    model.weight_quantizer.bits = 1
+    with pytest.raises(RuntimeError, match="not the layer at 1 bit"):
+        penalty(curved(model))
+
+
+def test_weights_that_were_computed_and_put_in_place_are_refused_at_one_bit() -> None:
+    model = gl.convert(linears())
+    penalty = gl.GradL1(model, 1.0, 0.0)
+    objective = nn.Module()
+    objective.model = model
+    objective.forward = lambda: penalty(curved(model))
+    computed = {f"model.{name}": 2 * p for name, p in model.named_parameters()}
+    assert torch.func.functional_call(objective, computed, ()).isfinite()
+    with gl.bits(model, w=1, a=None), pytest.raises(RuntimeError, match="not 0 at 1 bit"):
+        torch.func.functional_call(objective, computed, ())
+
+
+def test_a_frozen_layer_may_be_clamped() -> None:
+    model = gl.convert(linears())
+    model.get_submodule("0").weight.requires_grad_(False)
+    penalty = gl.GradL1(model, 1.0, 0.0)
+    with gl.bits(model, w={"0": 1}, a=None):
+        penalty(curved(model))
+    assert list(penalty.terms) == ["2.weight"]
 
 
 def test_gradients_accumulate_over_micro_batches() -> None:

@@ -70,3 +70,14 @@ def test_a_convolution_is_a_whole_model() -> None:
     )
     assert list(penalty.terms) == ["weight"]
     assert_gradients(list(found), list(expected.gradients.values()))
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_data_parallel_over_several_devices_is_refused_by_name(inside: bool) -> None:
+    model = gl.convert(nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Conv2d(2, 2, 3)))
+    wrapped = nn.DataParallel(model)
+    whole = nn.Sequential(wrapped) if inside else wrapped
+    gl.GradL1(whole, 0.1, 0.1)  # with one device, or none, it calls the model itself
+    wrapped.device_ids = [0, 1]
+    with pytest.raises(ValueError, match=r"DataParallel computes on several .*DistributedDataParallel"):
+        gl.GradL1(whole, 0.1, 0.1)

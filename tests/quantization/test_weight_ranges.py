@@ -101,6 +101,11 @@ def test_the_penalty_refuses_clamped_weights_by_name_and_is_exact_in_float() -> 
     gl.set_bits(model, w=4, a=None)
     with pytest.raises(RuntimeError, match=r"GradL1: 0 is quantized in a stored range.*calibrate_weights"):
         penalty(VGG.loss(model))
+    loss = VGG.loss(model)
+    gl.set_bits(model, w=None, a=None)
+    with pytest.raises(RuntimeError, match="GradL1: 0 is quantized in a stored range"):
+        penalty(loss)  # in float again, but its forward pass was not
+    gl.set_bits(model, w=4, a=None)
     gl.calibrate_weights(model, ranges="min_max")
     assert penalty(VGG.loss(model)).isfinite()
 

@@ -307,6 +307,13 @@ REFUSED = {
         config(settings={"lambda_w": 0.1, "method": "finite_difference"}, checkpointing=True),
         "checkpointing: with the method 'gradl1', as configured",
     ),
+    **{
+        f"{precision} fd": (
+            config(settings={"lambda_w": 0.1, "method": "finite_difference"}, precision=precision),
+            f"precision {precision} does not go together with the finite difference",
+        )
+        for precision in ("bfloat16", "float16")
+    },
     "checkpointing sam": (
         config("sam", {"epsilon": 0.1}, checkpointing=True),
         "checkpointing: with the method 'sam'",

@@ -73,8 +73,8 @@ def _device(folder: Path) -> str:
             "",
             f"![Time of a step by every provider]({place}/chart.svg)",
             "",
-            f"{'; '.join(sizes)}. The penalty is on weights and activations, with `scale=\"none\"`. A peer that is not "
-            "in the table has not been measured here.",
+            f'{"; ".join(sizes)}. The penalty is on weights and activations, with `scale="none"`. '
+            "A peer that is not in the table has not been measured here.",
             "",
             f"Measured by `make bench`; each row, its spread, memory and gradient error: [{place}]({place}).",
         ]

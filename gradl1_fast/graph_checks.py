@@ -177,9 +177,10 @@ def require_gradients(names: Sequence[str], grads: Sequence[Tensor | None]) -> l
     missing = [name for name, grad in zip(names, grads, strict=True) if grad is None]
     if missing:
         raise RuntimeError(
-            f"GradL1: no gradient reached {', '.join(missing)}. The loss does not depend on them, the graph "
-            "is cut on the way (detach, no_grad, reentrant checkpointing), or the pass used other tensors in "
-            "their place (functional_call). Freeze a weight that is not meant to be used, or make the "
-            "penalty for the part of the model that is; and make the penalty before the forward pass"
+            f"GradL1: no gradient reached {', '.join(missing)}. Was the penalty made after this forward "
+            "pass, or for another model than was called? If not, the loss does not depend on them, "
+            "the graph is cut on the way (detach, no_grad, reentrant checkpointing), or the pass used other "
+            "tensors in their place (functional_call). Freeze a weight that is not meant to be used, or make "
+            "the penalty for the part of the model that is"
         )
     return [grad for grad in grads if grad is not None]

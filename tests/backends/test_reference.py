@@ -111,3 +111,20 @@ def test_arguments_are_neither_returned_nor_changed(
         results_alone = addresses[len([t for t in given if t.numel()]) :]
         assert not set(results_alone) & set(addresses[: -len(results_alone)]), f"{sweep} returns an argument"
         assert len(set(results_alone)) == len(results_alone), f"{sweep} returns one tensor twice"
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("quantized", [False, True])
+def test_an_empty_batch_keeps_what_the_mask_is_read_from_where_a_full_one_does(
+    residual: bool, quantized: bool
+) -> None:
+    def kept(n: int) -> Tensor:
+        x = torch.randn(n, 3, 2)
+        grid = (torch.ones(()), torch.zeros(())) if quantized else (None, None)
+        vectors = (torch.ones(3), torch.zeros(3), torch.zeros(3), torch.ones(3))
+        return reference.batch_norm_act_forward(
+            x, *vectors, x.clone() if residual else None, *grid, 0, 3, True, 1e-5, "relu"
+        )[1]
+
+    assert kept(0).shape == ((0, 3, 2) if residual and quantized else (0,))
+    assert kept(4).shape == ((4, 3, 2) if residual and quantized else (0,))

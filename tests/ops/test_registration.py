@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from gradl1_fast.ops.tap import tap_backward
 from tests.ops.layouts import channels_last, transposed
 from tests.ops.sweeps import leaf
 
@@ -128,3 +129,18 @@ def test_opcheck(arguments: Arguments, sweep: str) -> None:
 
 def test_opcheck_scale_probe() -> None:
     torch.library.opcheck(_ops.scale_probe.default, (leaf(torch.zeros(())), torch.ones(())))
+
+
+def test_an_ordinary_call_does_not_go_through_the_dispatcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    dispatched = []
+
+    def overload(x: Tensor) -> Tensor:
+        dispatched.append(x)
+        return x.abs().sum()
+
+    monkeypatch.setattr(tap_backward, "_overload", overload)
+    x = values(3)
+    assert tap_backward(x) == x.abs().sum()
+    assert not dispatched
+    torch.vmap(tap_backward)(x.expand(2, 3))
+    assert dispatched

@@ -172,8 +172,8 @@ class GradL1:
         ``(grad L(W + e s_W, Y + e s_Y) - grad L) / e`` with ``s = sign(g)``: two ordinary steps. In a
         smooth network its error falls with ``epsilon`` until rounding takes over. In one with kinks, as
         those of ReLU, a move that crosses some adds a jump of the gradient divided by ``epsilon``: the
-        result may point elsewhere, and more so the smaller ``epsilon`` is. With ``method="exact"`` this
-        is ``(loss + penalty(loss)).backward()``.
+        result may point elsewhere, and a smaller ``epsilon`` can be worse, as long as any is crossed.
+        With ``method="exact"`` this is ``(loss + penalty(loss)).backward()``.
 
         Args:
             closure: computes the forward pass and returns the loss; it is called twice, with the

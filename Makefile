@@ -92,21 +92,23 @@ gpu:  ## all that needs a GPU: its tests, compute-sanitizer, then the measuremen
 	exit $$status
 
 # In three copies of the sources, one for each part of the work; none has a compiled extension, so the reference computes.
-# Compiled files that know their source by its hash: two changes within one second have the same time.
+# Compiled files know their source by its hash: two changes within one second have the same time. The unchanged sources
+# are tested before and after: where that fails, every change would seem to be noticed.
 MUTANTS := build/mutate
 PARTS := batch_norm products sites
+.PHONY: $(PARTS:%=mutate-%)
 mutate: $(READY)  ## change the operators and the reference a little, in many ways: does a test notice? takes an hour or two
 	GRADL1_CUDA=0 GRADL1_HOST=0 $(VENV)/bin/python -m pip install --quiet $(CONSTRAINTS) --editable ".[mutate]"
-	rm -rf $(MUTANTS) && for part in $(PARTS); do mkdir -p $(MUTANTS)/$$part && \
-	git ls-files | tar -c -T - | tar -x -C $(MUTANTS)/$$part || exit 1; done
-	@export OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=1 PATH="$(CURDIR)/$(VENV)/bin:$$PATH"; \
-	for part in $(PARTS); do (cd $(MUTANTS)/$$part && config=tests/mutations/$$part.toml && \
-	python -m compileall -q --invalidation-mode checked-hash gradl1_fast tests && \
-	{ python -m tests.mutations.forked serve forked.socket >tests.log 2>&1 & } && server=$$! && \
-	cosmic-ray init $$config session.sqlite && cr-filter-operators session.sqlite $$config && sleep 20 && \
-	cosmic-ray baseline $$config && cosmic-ray exec $$config session.sqlite && cosmic-ray baseline $$config || \
-	echo "the tests of unchanged sources fail: see $(MUTANTS)/$$part/tests.log"; kill $$server; \
-	cr-report --show-diff --surviving-only session.sqlite >report.txt) & done; wait; cat $(MUTANTS)/*/report.txt
+	$(MAKE) --no-print-directory --keep-going --jobs=3 $(PARTS:%=mutate-%)
+
+$(PARTS:%=mutate-%): mutate-%:
+	rm -rf $(MUTANTS)/$* && mkdir -p $(MUTANTS)/$* && git ls-files | tar -c -T - | tar -x -C $(MUTANTS)/$*
+	export OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=1 PATH="$(CURDIR)/$(VENV)/bin:$$PATH" CONFIG=tests/mutations/$*.toml; \
+	cd $(MUTANTS)/$* && python -m compileall -q --invalidation-mode checked-hash gradl1_fast tests && \
+	cosmic-ray init $$CONFIG session.sqlite && cr-filter-operators session.sqlite $$CONFIG && \
+	python -m tests.mutations.forked around forked.socket sh -c 'cosmic-ray baseline $$CONFIG && \
+	cosmic-ray exec $$CONFIG session.sqlite && cosmic-ray baseline $$CONFIG' >tests.log && \
+	cr-report --show-diff --surviving-only session.sqlite
 
 clean:  ## remove the virtual environment, caches, builds and the demo's output
 	rm -rf $(VENV) build dist *.egg-info .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache .hypothesis

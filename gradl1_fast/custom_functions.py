@@ -15,6 +15,8 @@ from gradl1_fast.graph_checks import nodes_of
 
 __all__ = ["gradients", "refuse_once_differentiable"]
 
+Constants = dict[Any, dict[int, Tensor]]
+
 _WRAPPER = torch.autograd.function.once_differentiable(lambda ctx: None).__code__
 _ERROR = "torch::autograd::Error"  # what the wrapper leaves in the graph; autograd.grad walks past it
 
@@ -37,8 +39,8 @@ def refuse_once_differentiable(functions: Sequence[Any]) -> None:
 def gradients(loss: Tensor, inputs: Sequence[Tensor], functions: Sequence[Any]) -> tuple[Tensor | None, ...]:
     """Return the gradients of ``loss`` with their graph, which no custom backward may have cut.
 
-    A model without such functions pays nothing. Where a function gave constants for constants, as the
-    last one of a loss, a second pass tells a linear function from one that cuts.
+    A model without such functions pays nothing. Where one returned something without a graph, a second pass
+    for twice the loss tells a constant, and a linear function that was given constants, from a cut.
 
     Args:
         loss: a single value.
@@ -50,15 +52,17 @@ def gradients(loss: Tensor, inputs: Sequence[Tensor], functions: Sequence[Any]) 
     """
     if not functions:
         return torch.autograd.grad(loss, inputs, create_graph=True, allow_unused=True)
-    unclear: list[Any] = []
-    with _watched(functions, unclear.append):
+    first: Constants = {}
+    with _watched(functions, first):
         grads = torch.autograd.grad(loss, inputs, create_graph=True, allow_unused=True)
     _refuse_errors(grads, functions)
-    if unclear:
-        varying = torch.ones_like(loss, requires_grad=True)  # now nothing that arrives is a constant
-        with _watched(unclear, lambda node: None):
-            again = torch.autograd.grad(loss, inputs, varying, create_graph=True, allow_unused=True)
-        _refuse_errors(again, unclear)
+    if first:
+        second: Constants = {}
+        twice = torch.full_like(loss, 2.0, requires_grad=True)  # now nothing that arrives is a constant
+        with _watched(list(first), second):
+            again = torch.autograd.grad(loss, inputs, twice, create_graph=True, allow_unused=True)
+        _refuse_errors(again, list(first))
+        _refuse_cuts(first, second)
     return grads
 
 
@@ -68,36 +72,36 @@ def _refuse_errors(grads: Sequence[Tensor | None], functions: Sequence[Any]) -> 
 
 
 @contextlib.contextmanager
-def _watched(functions: Sequence[Any], doubt: Callable[[Any], None]) -> Iterator[None]:
+def _watched(functions: Sequence[Any], found: Constants) -> Iterator[None]:
+    """Write down what each function returns without a graph, by the place of the input."""
+
+    def look(node: Any, returned: Sequence[Tensor | None], _arrived: Sequence[Tensor | None]) -> None:
+        pairs = enumerate(zip(node.next_functions, returned, strict=True))
+        constants = {i: g for i, ((to, _), g) in pairs if to is not None and g is not None}
+        constants = {i: g for i, g in constants.items() if not g.requires_grad}
+        if constants:
+            found[node] = constants
+
     handles: list[Any] = []
     try:
         for node in functions:
-            handles.append(node.register_hook(partial(_refuse_cut, node, doubt)))
+            handles.append(node.register_hook(partial(look, node)))
         yield
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _refuse_cut(
-    node: Any,
-    doubt: Callable[[Any], None],
-    returned: Sequence[Tensor | None],
-    arrived: Sequence[Tensor | None],
-) -> None:
-    """Raise if what a backward returned does not depend on what arrived; ``doubt`` it for constants."""
-    pairs = zip(node.next_functions, returned, strict=True)
-    constant = [g for (parent, _), g in pairs if parent is not None and g is not None and not g.requires_grad]
-    if not constant:
-        return
-    if not all(g is None or g.requires_grad for g in arrived):
-        doubt(node)
-    elif any(g.any() for g in constant):  # zeros have no derivative to lose
-        raise RuntimeError(
-            f"GradL1: the backward of {_name(node)} cuts the graph (detach, no_grad, .data, a kernel without "
-            "a derivative): the gradient of a penalty on gradients would be lost in it; give its backward a "
-            "derivative of its own"
-        )
+def _refuse_cuts(first: Constants, second: Constants) -> None:
+    """Raise if what a function returned without a graph doubled with the loss; a constant stays the same."""
+    for node, constants in second.items():
+        before = first.get(node, {})
+        if any(i in before and not torch.equal(g, before[i]) for i, g in constants.items()):
+            raise RuntimeError(
+                f"GradL1: the backward of {_name(node)} cuts the graph (detach, no_grad, .data, a kernel "
+                "without a derivative): the gradient of a penalty on gradients would be lost in it; give its "
+                "backward a derivative of its own"
+            )
 
 
 def _is_marked(backward: Callable[..., Any]) -> bool:

@@ -15,7 +15,7 @@ from gradl1_fast.nn.placement import LAYERS, place_layers, place_quantizers
 from gradl1_fast.nn.quantizers import ActivationQuantizer
 from gradl1_fast.nn.report import unconverted_layers
 from gradl1_fast.nn.rewrite import bypass_identities, fuse_batch_norms, remove_in_place, replace_module
-from gradl1_fast.nn.trace import NotTraceableError, Tracer, trace
+from gradl1_fast.nn.trace import NotTraceableError, Tracer, has_own_forward, trace
 from gradl1_fast.nn.twins import copy_structure
 
 __all__ = ["convert"]
@@ -67,7 +67,7 @@ def convert(model: nn.Module, *, per_channel: bool = False) -> nn.Module:
         return model
     _refuse_lazy(model)
     layer = LAYERS.get(type(model))
-    if layer is not None:
+    if layer is not None and not has_own_forward(model):
         return _lone_layer(layer, model, per_channel)
     tree = copy_structure(model)
     try:
@@ -133,6 +133,8 @@ def _leaves_a_trace(tree: nn.Module, node: fx.Node) -> bool:
 
 def _layer_by_layer(tree: nn.Module, per_channel: bool) -> nn.Module:
     for module in list(_own_modules(tree)):
+        if has_own_forward(module):
+            continue
         layer = LAYERS.get(type(module))
         if layer is not None:
             new = layer.from_float(module, per_channel=per_channel)

@@ -8,7 +8,7 @@ from collections import Counter
 import torch
 from torch import fx, nn
 
-from gradl1_fast.nn.trace import IN_PLACE_OPERATORS, LAYERS
+from gradl1_fast.nn.trace import IN_PLACE_OPERATORS, PLAIN_LAYERS
 
 __all__ = ["count_calls", "memory_of", "module_of", "name_in_place", "operation_of"]
 
@@ -27,7 +27,8 @@ _FRESH_NAMES = (
     *("rms_norm", "avg_pool1d", "avg_pool2d", "avg_pool3d", "max_pool1d", "max_pool2d", "max_pool3d"),
     *("lp_pool1d", "lp_pool2d", "lp_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d"),
     *("adaptive_avg_pool3d", "adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d"),
-    "scaled_dot_product_attention",
+    *("scaled_dot_product_attention", "addcdiv", "addcmul", "cumsum", "flip", "gather", "grid_sample"),
+    *("index_select", "lerp", "masked_fill", "pad", "repeat", "roll"),
 )
 _FRESH = {
     *_FRESH_NAMES,
@@ -35,10 +36,8 @@ _FRESH = {
     *(operator.floordiv, operator.mod, operator.truediv),
 }
 # The homes of modules that do so, but for the Identity.
-_FRESH_HOMES = {
-    f"torch.nn.modules.{home}"
-    for home in ("activation", "batchnorm", "conv", "instancenorm", "linear", "normalization", "pooling")
-}
+_HOMES = ("activation", "batchnorm", "conv", "instancenorm", "linear", "normalization", "pooling")
+_FRESH_HOMES = {f"torch.nn.modules.{home}" for home in (*_HOMES, "upsampling")}
 _VIEW_ATTRIBUTES = ("data", "grad", "H", "imag", "mH", "mT", "real", "T")
 
 
@@ -80,8 +79,10 @@ def memory_of(root: nn.Module, graph: fx.Graph) -> dict[fx.Node, set[fx.Node]]:
 def _is_fresh(root: nn.Module, node: fx.Node) -> bool:
     module = module_of(root, node)
     if module is not None:
-        home = type(module).__module__
-        return isinstance(module, LAYERS) or (home in _FRESH_HOMES and not isinstance(module, nn.Identity))
+        at_home = type(module).__module__ in _FRESH_HOMES and not isinstance(module, nn.Identity)
+        return at_home or isinstance(module, PLAIN_LAYERS)
+    if any(isinstance(arg, tuple | list) for arg in node.args) and node.target is operator.add:
+        return False  # a tuple made of tensors holds them themselves
     if node.target is getattr:
         return node.args[1] not in _VIEW_ATTRIBUTES
     return operation_of(node) in _FRESH

@@ -36,7 +36,7 @@ def remove_in_place(root: nn.Module, graph: fx.Graph) -> None:
             operand = node.all_input_nodes[0]
             for start in memory[operand]:
                 if start.op == "get_attr":
-                    raise NotTraceableError(f"its forward pass changes {start.target}")
+                    raise NotTraceableError(f"its forward pass may change {start.target}")
             same_memory = [n for n in memory if order[n] < order[node] and memory[n] & memory[operand]]
             _refuse_other_readers(node, operand, same_memory, order)
             for reader in _readers_after(node, operand, order):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import operator
 import warnings
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -12,7 +13,15 @@ from torch import fx, nn
 
 from gradl1_fast.nn.unchanged import NotTraceableError, unchanged
 
-__all__ = ["IN_PLACE_OPERATORS", "LAYERS", "NotTraceableError", "Tracer", "has_hooks", "trace"]
+__all__ = [
+    "IN_PLACE_OPERATORS",
+    "PLAIN_LAYERS",
+    "NotTraceableError",
+    "Tracer",
+    "has_hooks",
+    "has_own_forward",
+    "trace",
+]
 
 # What ``a += b`` and its relatives call, and the operation that leaves ``a`` as it was.
 IN_PLACE_OPERATORS = {
@@ -26,7 +35,7 @@ IN_PLACE_OPERATORS = {
 }
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+PLAIN_LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 
 def trace(tree: nn.Module) -> fx.Graph:
@@ -80,8 +89,8 @@ def _refuse_another_default(tree: nn.Module, graph: fx.Graph) -> None:
 
     While it is recorded, no argument is None, or anything else that a branch may ask for.
     """
-    parameters = inspect.signature(type(tree).forward).parameters.values()
-    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+    parameters = inspect.signature(type(tree).forward).parameters
+    defaults = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
     if not defaults:
         return
     try:
@@ -92,20 +101,33 @@ def _refuse_another_default(tree: nn.Module, graph: fx.Graph) -> None:
         raise
     except Exception:  # without that argument the model itself fails
         return
-    if _calls(graph) != _calls(other):
+    given = parameters.keys() - defaults
+    if _calls(graph, given) != _calls(other, given):
         raise NotTraceableError(f"what it computes depends on which of {', '.join(defaults)} are given")
 
 
-def _calls(graph: fx.Graph) -> list[tuple[str, Any]]:
-    """Return what a graph calls, but for the assertions that fx adds about arguments that are given."""
-    added = (torch._assert, fx._symbolic_trace._assert_is_none, operator.eq)
-    nodes = (n for n in graph.nodes if n.op not in ("placeholder", "output") and n.target not in added)
-    return [(node.op, node.target) for node in nodes]
+def _calls(graph: fx.Graph, given: Collection[str]) -> list[tuple[str, Any]]:
+    """Return what a graph calls, but for what depends on nothing but arguments that are not given."""
+    found, calls = set(), []
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            depends = str(node.target).lstrip("*") in given
+        else:
+            depends = node.op in ("get_attr", "call_module") or any(n in found for n in node.all_input_nodes)
+        if depends:
+            found.add(node)
+            calls.append((node.op, node.target))
+    return calls
 
 
 def has_hooks(module: nn.Module) -> bool:
     """Return whether anything is called before or after the module's passes."""
     return any(table for key, table in vars(module).items() if key.endswith(_HOOKS))
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Return whether somebody replaced the ``forward`` of this very module; its class says nothing then."""
+    return "forward" in vars(module)
 
 
 class Tracer(fx.Tracer):
@@ -125,7 +147,7 @@ class Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Return whether a module stays whole; subclasses of layers do, so that they keep their names."""
-        return isinstance(m, LAYERS) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, PLAIN_LAYERS) or super().is_leaf_module(m, module_qualified_name)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         """Record an operation, unless a mode is on that the graph would not have."""
@@ -137,7 +159,15 @@ class Tracer(fx.Tracer):
 
 
 class _Proxy(fx.Proxy):
-    """Records ``a += b`` as such; fx falls back to ``a + b``, and forgets that ``a`` itself changes."""
+    """Records ``a += b`` as such; fx falls back to ``a + b``, and forgets that ``a`` itself changes.
+
+    Neither does it record ``a.data = b``, which is refused.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in ("tracer", "node"):
+            raise NotTraceableError(f"it assigns to the {name} of a tensor")
+        super().__setattr__(name, value)
 
 
 def _in_place(target: Any) -> Any:
@@ -161,6 +191,9 @@ def _refuse_hooks(tree: nn.Module) -> None:
 
 def _refuse_overrides(tree: nn.Module) -> None:
     """Refuse methods that replace those of ``nn.Module``: the graph is of another class, without them."""
+    for name, module in tree.named_modules():
+        if has_own_forward(module):
+            raise NotTraceableError(f"the forward() of {name or 'the model'} was replaced")
     cls = type(tree)
     for name, method in vars(nn.Module).items():
         own = getattr(cls, name, None)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from collections import deque
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 __all__ = ["NotTraceableError", "unchanged"]
 
@@ -21,80 +25,102 @@ class NotTraceableError(Exception):
 def unchanged(tree: nn.Module) -> Iterator[None]:
     """Refuse, and undo, what the code inside does to the model: a graph would not do it again.
 
+    Parameters and buffers, attributes, and the lists, dictionaries, sets and deques in them are watched.
+    What is inside other objects is not, nor what numpy writes into a tensor.
+
     Raises:
         NotTraceableError: names the parameter, buffer or attribute.
     """
-    kept = [(name, module, _copies(vars(module))) for name, module in tree.named_modules()]
+    named = (*tree.named_parameters(), *tree.named_buffers())
+    tensors = [(name, t, t.detach()) for name, t in named if _memory(t) is not None]
+    modules = [_Module(f"{name}." if name else "", vars(module)) for name, module in tree.named_modules()]
     try:
-        with _ReadOnly(tree):
+        with _ReadOnly(tensors):
             yield
-        for name, module, copies in kept:
-            changed = [
-                key for key in vars(module).keys() | copies.keys() if _differs(vars(module), copies, key)
-            ]
-            if any(key.startswith("_tensor_constant") for key in changed):  # which fx puts there
-                raise NotTraceableError("its forward pass makes a tensor that does not depend on its input")
-            if changed:
-                raise NotTraceableError(f"its forward pass changes {_path(name, changed[0])}")
+        for name, tensor, before in tensors:
+            if _memory(tensor) != _memory(before):
+                raise NotTraceableError(f"its forward pass changes {name}")
+        for module in modules:
+            module.check()
     finally:
-        for _, module, copies in kept:
-            _restore(vars(module), copies)
+        for _, tensor, before in tensors:
+            if _memory(tensor) != _memory(before):
+                tensor.data = before
+        for module in modules:
+            module.restore()
 
 
-def _copies(attributes: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Return each attribute, and what it holds if it is a container."""
-    return {key: (value, _content(value)) for key, value in attributes.items()}
+@dataclass
+class _Module:
+    """The attributes of a module, and what the containers in them held.
+
+    Attributes:
+        path: of the module, with a dot behind it.
+        attributes: the table itself.
+        before: a copy of the table.
+        containers: by identity, the attribute that a container is in, itself, and a copy.
+    """
+
+    path: str
+    attributes: dict[str, Any]
+    before: dict[str, Any] = field(init=False)
+    containers: dict[int, tuple[str, Any, Any]] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.before = dict(self.attributes)
+        for name, value in self.before.items():
+            self._find(name, value)
+
+    def _find(self, name: str, value: Any) -> None:
+        if not isinstance(value, list | dict | set | deque | tuple) or id(value) in self.containers:
+            return
+        if not isinstance(value, tuple):
+            self.containers[id(value)] = name, value, copy.copy(value)
+        for item in value.values() if isinstance(value, dict) else value:
+            self._find(name, item)
+
+    def check(self) -> None:
+        """Raise if anything is not as it was."""
+        changed = [k for k in (*self.attributes, *self.before) if not _same(self.attributes, self.before, k)]
+        changed += [name for name, value, content in self.containers.values() if not _holds(value, content)]
+        if any(name.startswith("_tensor_constant") for name in changed):  # which fx puts there
+            raise NotTraceableError("its forward pass makes a tensor that does not depend on its input")
+        if changed:
+            raise NotTraceableError(f"its forward pass changes {self.path}{changed[0]}")
+
+    def restore(self) -> None:
+        """Put everything back."""
+        self.attributes.clear()
+        self.attributes.update(self.before)
+        for _, value, content in self.containers.values():
+            if not _holds(value, content):
+                value.clear()
+                (value.update if isinstance(value, dict | set) else value.extend)(content)
 
 
-def _content(value: Any) -> Any:
-    return copy.copy(value) if type(value) in (list, dict, set) else None
-
-
-def _differs(attributes: dict[str, Any], copies: dict[str, tuple[Any, Any]], key: str) -> bool:
-    if key not in attributes or key not in copies:
-        return True
-    value, content = copies[key]
-    return attributes[key] is not value or not _holds(value, content)
+def _same(one: dict[str, Any], other: dict[str, Any], key: str) -> bool:
+    return key in one and key in other and one[key] is other[key]
 
 
 def _holds(value: Any, content: Any) -> bool:
     """Return whether a container holds the very objects that it held; values are not compared."""
-    if content is None:
-        return True
-    if isinstance(value, set):
-        return value == content
-    items = (list(c.items()) if isinstance(c, dict) else [(None, v) for v in c] for c in (value, content))
-    now, before = ([(key, id(v)) for key, v in pairs] for pairs in items)
-    return now == before
-
-
-def _restore(attributes: dict[str, Any], copies: dict[str, tuple[Any, Any]]) -> None:
-    for key in list(attributes):
-        if key not in copies:
-            del attributes[key]
-    for key, (value, content) in copies.items():
-        attributes[key] = value
-        if content is not None and not _holds(value, content):
-            value.clear()
-            (value.extend if isinstance(value, list) else value.update)(content)
-
-
-def _path(module: str, attribute: str) -> str:
-    return f"{module}.{attribute}" if module else attribute
+    if isinstance(value, dict):
+        return list(value) == list(content) and all(value[key] is content[key] for key in value)
+    return len(value) == len(content) and all(a is b for a, b in zip(value, content, strict=True))
 
 
 class _ReadOnly(TorchDispatchMode):
     """Refuses operations that write into a tensor of the model."""
 
-    def __init__(self, tree: nn.Module) -> None:
+    def __init__(self, tensors: list[tuple[str, Tensor, Tensor]]) -> None:
         super().__init__()
-        named = (*tree.named_parameters(), *tree.named_buffers())
-        self._names = {_memory(tensor): name for name, tensor in named}
+        self._names = {_memory(tensor): name for name, tensor, _ in tensors}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for value in _written(func, args, kwargs or {}):
-            if isinstance(value, Tensor) and _memory(value) in self._names:
-                raise NotTraceableError(f"its forward pass changes {self._names[_memory(value)]}")
+        for value in tree_leaves(list(_written(func, args, kwargs or {}))):
+            name = self._names.get(_memory(value)) if isinstance(value, Tensor) else None
+            if name is not None:
+                raise NotTraceableError(f"its forward pass changes {name}")
         return func(*args, **(kwargs or {}))
 
 
@@ -105,5 +131,6 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterat
             yield args[place] if place < len(args) else kwargs.get(argument.name)
 
 
-def _memory(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+def _memory(tensor: Tensor) -> int | None:
+    """Return what stands for the memory of a tensor; None for a sparse one, which has none of its own."""
+    return tensor.untyped_storage()._cdata if tensor.layout == torch.strided else None

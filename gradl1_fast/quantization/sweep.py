@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from gradl1_fast import _checks as check
@@ -62,7 +63,7 @@ class Table:
     def __getitem__(self, width: Width) -> float:
         """Return the value at ``(w, a)``; KeyError if it was not evaluated."""
         for row in self.rows:
-            if (row.w, row.a) == width:
+            if (row.w, row.a) == (tuple(width) if isinstance(width, list) else width):
                 return row.value
         raise KeyError(f"no row for (w, a) = {width}; there are {[(r.w, r.a) for r in self.rows]}")
 
@@ -147,9 +148,9 @@ def sweep(
         raise ValueError("sweep: widths is empty; give pairs such as [(8, 8), (4, 4)]")
     if not callable(evaluate):
         raise TypeError(f"sweep: evaluate must be a function of the model, got {evaluate!r:.100}")
-    before = _versions(model)
+    before = [(name, buffer, buffer.clone()) for name, buffer in model.named_buffers()]
     table = _table(model, evaluate, checked, batches, workers, progress)
-    changed = [name for name, version in _versions(model).items() if before.get(name) != version]
+    changed = [name for name, buffer, value in before if not torch.equal(buffer, value)]
     if changed:
         warnings.warn(
             f"sweep: evaluate changed {check.some(changed)}: was the model in training mode, where batch "
@@ -157,11 +158,6 @@ def sweep(
             stacklevel=2,
         )
     return table
-
-
-def _versions(model: nn.Module) -> dict[str, int]:
-    """Return for each buffer how often it was changed in place; one made in inference mode does not count."""
-    return {name: b._version for name, b in model.named_buffers() if not b.is_inference()}
 
 
 def _table(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+from collections import OrderedDict, deque
 from collections.abc import Callable
 
 import torch
@@ -46,6 +48,12 @@ class ParameterClamped(WithState):
         return self.conv2(self.conv1(x))
 
 
+class ParameterPointedElsewhere(WithState):
+    def features(self, x: Tensor) -> Tensor:
+        self.conv1.weight.data = self.conv1.weight.data.clamp(-0.05, 0.05)
+        return self.conv2(self.conv1(x))
+
+
 class CallsCounted(WithState):
     def features(self, x: Tensor) -> Tensor:
         self.calls += 1
@@ -64,6 +72,40 @@ class OutputCached(WithState):
         if self.cache is None:
             self.cache = self.conv1(x).detach()
         return self.conv2(self.cache)
+
+
+class BufferPointedElsewhere(WithState):
+    def features(self, x: Tensor) -> Tensor:
+        self.average.data = self.average.data * 0.9 + 0.1
+        return self.conv2(self.conv1(x) - self.average)
+
+
+class BuffersChangedTogether(WithState):
+    def features(self, x: Tensor) -> Tensor:
+        torch._foreach_add_([self.average], 1.0)
+        return self.conv2(self.conv1(x) - self.average)
+
+
+class OutputsInTheDepth(WithState):
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept = {"outputs": deque(maxlen=3)}
+
+    def features(self, x: Tensor) -> Tensor:
+        y = self.conv1(x)
+        self.kept["outputs"].append(y.detach())
+        return self.conv2(y) * len(self.kept["outputs"])
+
+
+class OutputsByName(WithState):
+    def __init__(self) -> None:
+        super().__init__()
+        self.by_name = OrderedDict()
+
+    def features(self, x: Tensor) -> Tensor:
+        if "y" not in self.by_name:
+            self.by_name["y"] = self.conv1(x).detach()
+        return self.conv2(self.by_name["y"])
 
 
 class TensorMade(WithState):
@@ -106,10 +148,17 @@ class DefaultNotTraceable(Base):
 
 
 class ScaleOptional(Base):
-    """No branch: what is called is the same, with a default or without."""
+    """No branch: what is done with the input is the same, with a default or without."""
 
     def forward(self, x: Tensor, scale: float = 2.0) -> Tensor:
-        return self.fc(self.conv2(self.relu(self.bn1(self.conv1(x)))).mean((2, 3)) * scale)
+        return self.fc(self.conv2(self.relu(self.bn1(self.conv1(x)))).mean((2, 3)) * (1 - scale * 0.5))
+
+
+def own_forward() -> nn.Module:
+    made = model(lambda m, x: m.conv2(m.conv1(x)))
+    original = made.conv1.forward
+    made.conv1.forward = lambda x: 2 * original(x)
+    return made
 
 
 def gradients_asked_for(m: Base, x: Tensor) -> Tensor:
@@ -130,6 +179,7 @@ VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
     "positive": torch.positive,
     "real": torch.real,
     "swapdims": lambda y: torch.swapdims(y, 1, 2),
+    "tuple of tensors": lambda y: operator.add(y.chunk(2, 1), (y,))[2],
     "view of a view": lambda y: y.flatten(1).view_as(y),
 }
 
@@ -147,11 +197,16 @@ def changed_view(view: Callable[[Tensor], Tensor]) -> Callable[[], nn.Module]:
 CHANGING: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "BufferChangedInPlace": (BufferChangedInPlace, "changes average"),
     "BufferGivenAnotherValue": (BufferGivenAnotherValue, "changes _buffers"),
-    "BufferChangedByTheInput": (BufferChangedByTheInput, "changes average"),
-    "ParameterClamped": (ParameterClamped, "changes conv1.weight"),
+    "BufferChangedByTheInput": (BufferChangedByTheInput, "may change average"),
+    "ParameterClamped": (ParameterClamped, "may change conv1.weight"),
+    "ParameterPointedElsewhere": (ParameterPointedElsewhere, "assigns to the data of a tensor"),
     "CallsCounted": (CallsCounted, "changes calls"),
     "OutputsListed": (OutputsListed, "changes seen"),
     "OutputCached": (OutputCached, "changes cache"),
+    "BufferPointedElsewhere": (BufferPointedElsewhere, "changes average"),
+    "BuffersChangedTogether": (BuffersChangedTogether, "changes average"),
+    "OutputsInTheDepth": (OutputsInTheDepth, "changes kept"),
+    "OutputsByName": (OutputsByName, "changes by_name"),
     "TensorMade": (TensorMade, "makes a tensor that does not depend on its input"),
     "TrainOverridden": (TrainOverridden, "has a train() of its own"),
     "MaskOptional": (MaskOptional, "depends on which of mask are given"),

@@ -210,6 +210,27 @@ def one_constant(x: Tensor) -> Tensor:
     return curved.square() + straight
 
 
+class Auxiliary(torch.autograd.Function):
+    """Hands on x, and adds a loss of its own by a gradient of ones, whatever arrives."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, extra: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
+        return dy, dy.new_ones(())
+
+
+def test_a_backward_that_returns_a_constant_is_left_alone() -> None:
+    model = network(middle=lambda x: torch.tanh(Auxiliary.apply(x, x.square().sum())))
+    found = step(model, lambda_a=0.0)
+    twin = network()
+    loss = squares(twin(data())) + twin.get_submodule("first")(data()).square().sum()
+    expected = grad(loss + gl.GradL1(twin, 0.3, 0.0)(loss), list(twin.parameters()))
+    assert_gradients(found, expected, 1e-13)
+
+
 def checkpointed(x: Tensor) -> Tensor:
     return checkpoint(function(cubes).apply, x, use_reentrant=False)
 
@@ -267,7 +288,7 @@ def test_no_hook_stays_and_a_model_without_custom_functions_gets_none(
     assert len(added) == len(removed) == 1
     with pytest.raises(RuntimeError, match="cuts"):
         step(network(middle=function(detaching(cubes)).apply))
-    assert len(added) == len(removed) == 2
+    assert len(added) == len(removed) == 3  # the second look is one more
 
 
 def test_functions_of_parametrizations_and_of_this_library_are_left_alone() -> None:

@@ -63,6 +63,17 @@ def test_an_evaluation_in_training_mode_is_named(model: nn.Module) -> None:
     assert caught[0].filename == __file__
 
 
+def test_buffers_that_are_the_same_afterwards_are_no_reason_for_a_warning(model: nn.Module) -> None:
+    def evaluate(model: nn.Module) -> float:
+        model.load_state_dict(model.state_dict())
+        model.float().double()
+        return 1.0
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gl.sweep(model, evaluate, WIDTHS)
+
+
 def test_what_is_no_function_is_refused(model: nn.Module) -> None:
     with pytest.raises(TypeError, match=r"evaluate must be a function of the model, got 0\.5"):
         gl.sweep(model, 0.5, WIDTHS)  # type: ignore[arg-type]

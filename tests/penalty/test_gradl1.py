@@ -307,7 +307,7 @@ def test_a_loss_that_cannot_be_penalised(case: str) -> None:
 def test_a_forward_pass_before_the_penalty_is_an_error() -> None:
     model = gl.convert(linears())
     loss = curved(model)
-    with pytest.raises(RuntimeError, match="make the penalty before the forward pass"):
+    with pytest.raises(RuntimeError, match="Was the penalty made after this forward pass"):
         gl.GradL1(model, 1.0, 1.0)(loss)
 
 

@@ -184,6 +184,15 @@ def test_a_layer_with_a_forward_of_its_own_is_left_and_named() -> None:
     assert torch.equal(converted(images()), model(images()))
 
 
+def test_the_order_of_a_set_is_no_obstacle() -> None:
+    model = built(lambda: models.model(models.batch_norm_alone))
+    model.numbers = set(range(1000))
+    for number in {*range(1000)} - {9, 16}:
+        model.numbers.discard(number)
+    assert list(model.numbers) != list(model.numbers.copy()), "another set is needed to show it"
+    assert isinstance(gl.convert(model), ConvertedModel)
+
+
 def test_a_sparse_buffer_is_no_obstacle() -> None:
     model = built(lambda: models.model(models.batch_norm_alone))
     model.register_buffer("sparse", torch.eye(3).to_sparse())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -56,14 +57,34 @@ def test_converted_equals_original(network: Network, training: bool, layout: str
 def test_low_precision_errs_no_more_than_the_original(
     network: Network, training: bool, layout: str, dtype: torch.dtype
 ) -> None:
-    truth = make(network).train(training)(batch(network)[0])
+    exact, (inputs, *_) = make(network).train(training), batch(network)
+    truth, multiplied = exact(inputs), leverage(exact, inputs) if training else 1.0
     x, eps = batch(network, dtype, layout)[0], torch.finfo(dtype).eps
     plain = make(network, dtype).train(training)
     model = gl.convert(copy.deepcopy(plain))
     ours, theirs = model(x), plain(x)
     assert ours.dtype == theirs.dtype == dtype
     assert ours.isfinite().all()
-    assert relative_error(ours, truth) <= 2 * relative_error(theirs, truth) + 8 * eps
+    assert relative_error(ours, truth) <= 2 * relative_error(theirs, truth) + 8 * eps * multiplied
+
+
+def leverage(model: nn.Module, x: Tensor) -> float:
+    """Return by how much batch norms multiply what was rounded: 1, or the largest |mean| / std of a channel.
+
+    In a channel of almost one value, as behind a convolution that meets padding alone, that is up to 300.
+    """
+    found = [1.0]
+
+    def look(norm: Any, inputs: tuple[Tensor]) -> None:
+        values, dims = inputs[0].detach(), [0, *range(2, inputs[0].dim())]
+        mean, variance = values.mean(dims), values.var(dims, correction=0)
+        found.append(float((mean.abs() * (variance + norm.eps).rsqrt()).max()))
+
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.register_forward_pre_hook(look)
+    model(x)
+    return max(found)
 
 
 def structure(model: nn.Module) -> list[tuple[str, str]]:

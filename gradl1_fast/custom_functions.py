@@ -95,7 +95,7 @@ def _watched(functions: Sequence[Any], found: Constants) -> Iterator[None]:
 def _refuse_cuts(first: Constants, second: Constants) -> None:
     """Raise if what a function returned without a graph doubled with the loss; a constant stays the same."""
     for node, constants in second.items():
-        before = first.get(node, {})
+        before = first[node]
         if any(i in before and not torch.equal(g, before[i]) for i, g in constants.items()):
             raise RuntimeError(
                 f"GradL1: the backward of {_name(node)} cuts the graph (detach, no_grad, .data, a kernel "

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gradl1_fast import functional as F
 from gradl1_fast._checks import MAX_BITS
 from gradl1_fast._dtypes import sum_dtype
-from gradl1_fast.nn.trace import has_hooks
+from gradl1_fast.nn.trace import has_hooks, has_own_forward
 
 __all__ = ["ActivationQuantizer", "Observer", "WeightQuantizer"]
 
@@ -164,7 +164,7 @@ class ActivationQuantizer(_Quantizer):
         ``forward`` of its own. Hooks of all modules (``register_module_forward_hook``) do not see a
         quantizer that is folded.
         """
-        own = type(self) is not ActivationQuantizer or "forward" in vars(self) or has_hooks(self)
+        own = type(self) is not ActivationQuantizer or has_own_forward(self) or has_hooks(self)
         return self.observer is None and not own and not (self.step_bits and self._is_measured)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -16,8 +16,8 @@ from gradl1_fast.nn.batch_norm_act import BatchNormAct2d
 from gradl1_fast.nn.converted import ConvertedModel
 from gradl1_fast.nn.graphs import operation_of
 from gradl1_fast.nn.layers import QuantizedLayer
-from gradl1_fast.nn.placement import LAYERS
 from gradl1_fast.nn.quantizers import ActivationQuantizer, WeightQuantizer
+from gradl1_fast.nn.trace import PLAIN_LAYERS
 
 __all__ = ["Report", "report", "unconverted_layers"]
 
@@ -97,7 +97,7 @@ def _hides_a_layer(model: nn.Module, node: fx.Node) -> bool:
 
 def _is_left(module: nn.Module) -> bool:
     """Return whether a layer of PyTorch's, or one derived from a convolution, has a weight as it was."""
-    if isinstance(module, tuple(LAYERS)):
+    if isinstance(module, PLAIN_LAYERS):
         return not isinstance(module, QuantizedLayer)
     home = type(module).__module__
     matrices = any(p is not None and p.dim() > 1 for p in module._parameters.values())

@@ -48,6 +48,7 @@ def trace(tree: nn.Module) -> fx.Graph:
         NotTraceableError: a graph would not compute what the model computes.
     """
     _refuse_hooks(tree)
+    _refuse_replaced(tree)
     _refuse_overrides(tree)
     try:
         graph = _record(tree)
@@ -189,11 +190,14 @@ def _refuse_hooks(tree: nn.Module) -> None:
             raise NotTraceableError(f"module {name!r} has hooks, which tracing would lose")
 
 
-def _refuse_overrides(tree: nn.Module) -> None:
-    """Refuse methods that replace those of ``nn.Module``: the graph is of another class, without them."""
+def _refuse_replaced(tree: nn.Module) -> None:
     for name, module in tree.named_modules():
         if has_own_forward(module):
             raise NotTraceableError(f"the forward() of {name or 'the model'} was replaced")
+
+
+def _refuse_overrides(tree: nn.Module) -> None:
+    """Refuse methods that replace those of ``nn.Module``: the graph is of another class, without them."""
     cls = type(tree)
     for name, method in vars(nn.Module).items():
         own = getattr(cls, name, None)

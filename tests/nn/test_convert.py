@@ -20,8 +20,9 @@ from gradl1_fast.nn.converted import ConvertedModel
 from tests.gradients import assert_gradients
 from tests.networks import NETWORKS, RESNET, VGG, Network
 from tests.nn import models
-from tests.nn.changing import CHANGING, OutputsListed, ScaleOptional, own_forward
+from tests.nn.changing import CHANGING
 from tests.nn.models import TRACEABLE, UNTRACEABLE
+from tests.nn.runs import assert_equal_runs, built, images, run
 
 MODELS = {
     **TRACEABLE,
@@ -42,39 +43,6 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="gradl1_fast.convert")
         yield
-
-
-def images() -> Tensor:
-    return torch.randn(4, 4, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-
-
-def built(make: Callable[[], nn.Module], training: bool = True) -> nn.Module:
-    torch.manual_seed(5)
-    return make().double().train(training)
-
-
-def run(model: nn.Module, x: Tensor) -> list[Tensor | None]:
-    """Return the output, the gradients of all parameters, and the buffers after one pass."""
-    torch.manual_seed(7)
-    y = model(x.clone())
-    parameters = list(model.parameters())
-    gradients = torch.autograd.grad(y.sin().sum(), parameters, allow_unused=True)
-    return [
-        y,
-        *without_noise(gradients),
-        *(b.clone() for b in model.state_dict().values() if not b.requires_grad),
-    ]
-
-
-def without_noise(gradients: tuple[Tensor | None, ...]) -> list[Tensor | None]:
-    """Return zeros for a gradient that is rounding alone, such as that of a bias before a batch norm."""
-    largest = max(float(g.abs().max()) for g in gradients if g is not None)
-    return [g if g is None or g.abs().max() > 1e-14 * largest else torch.zeros_like(g) for g in gradients]
-
-
-def assert_equal_runs(model: nn.Module, other: nn.Module, x: Tensor) -> None:
-    original = copy.deepcopy(model)  # the two share their buffers
-    assert_gradients(run(other, x), run(original, x), 1e-12)
 
 
 @each_model
@@ -156,59 +124,6 @@ def test_what_cannot_be_traced_gets_quantizers_for_each_layer_and_one_warning(na
     found = [m for m in converted.modules() if isinstance(m, QuantizedLayer)]
     assert len(found) == 3
     assert all(m.input_quantizer is not None for m in found)
-
-
-def test_nothing_is_left_of_an_attempt_to_trace() -> None:
-    model = built(OutputsListed)
-    converted = gl.convert(model)
-    assert model.seen == converted.seen == []
-    assert not [name for name in vars(converted) if name.startswith("_tensor_constant")]
-
-
-@pytest.mark.parametrize("name", CHANGING)
-def test_an_attempt_to_trace_changes_nothing(name: str) -> None:
-    model = built(CHANGING[name][0])
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    attributes, shown = list(vars(model)), str(vars(model))
-    gl.convert(model)
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    assert list(vars(model)) == attributes
-    assert str(vars(model)) == shown
-
-
-def test_a_layer_with_a_forward_of_its_own_is_left_and_named() -> None:
-    model = built(own_forward)
-    with pytest.warns(UserWarning, match=r"left in float.* conv1 \(Conv2d\)") as caught:
-        converted = gl.convert(model)
-    assert "the forward() of conv1 was replaced" in str(caught[0].message)
-    assert torch.equal(converted(images()), model(images()))
-
-
-def test_the_order_of_a_set_is_no_obstacle() -> None:
-    model = built(lambda: models.model(models.batch_norm_alone))
-    model.numbers = set(range(1000))
-    for number in {*range(1000)} - {9, 16}:
-        model.numbers.discard(number)
-    assert list(model.numbers) != list(model.numbers.copy()), "another set is needed to show it"
-    assert isinstance(gl.convert(model), ConvertedModel)
-
-
-def test_a_sparse_buffer_is_no_obstacle() -> None:
-    model = built(lambda: models.model(models.batch_norm_alone))
-    model.register_buffer("sparse", torch.eye(3).to_sparse())
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert isinstance(gl.convert(model), ConvertedModel)
-
-
-def test_an_optional_argument_without_a_branch_is_traced() -> None:
-    model = built(ScaleOptional)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        converted = gl.convert(model)
-    assert isinstance(converted, ConvertedModel)
-    for arguments in ((), (3.0,)):
-        torch.testing.assert_close(converted(images(), *arguments), model(images(), *arguments))
 
 
 def test_hooks_on_an_inner_block_are_kept() -> None:

@@ -30,17 +30,15 @@ FLOORS = [
     {"ops"},
     {"functional"},
     {"nn"},
-    {"quantization", "penalty"},
-    {"training", "integrations"},
+    {"penalty"},
+    {"conversion"},
+    {"quantization"},
+    {"integrations"},
+    {"training"},
     {"cli"},
     {"__init__", "__main__"},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-
-# Modules at the top that belong to a room beside them.
-ANNEXES = dict.fromkeys(
-    ("custom_functions", "distributed_checks", "finite_difference", "graph_checks", "second_pass"), "penalty"
-)
 
 # These operators take their fakes from the reference: shapes and strides of PyTorch's convolution
 # depend on device and layout in ways that only PyTorch itself knows.
@@ -76,14 +74,14 @@ def imported(path: Path) -> set[str]:
 def room(module: str) -> str:
     """Return the room of a module of the package, written with dots."""
     name = module.split(".")[1] if "." in module else "__init__"
-    return ANNEXES.get(name, name if name in FLOOR else "__init__")
+    return name if name in FLOOR else "__init__"
 
 
 @pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_nothing_imports_upward(path: Path) -> None:
     name = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-    assert name in FLOOR or name in ANNEXES, f"{name} has no place among the floors of this test"
-    own = ANNEXES.get(name, name)
+    assert name in FLOOR, f"{name} has no place among the floors of this test"
+    own = name
     for other in imported(path):
         target = room(other)
         assert target == own or FLOOR[target] < FLOOR[own], f"{own} must not import {other}"

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from gradl1_fast import _checks as check
-from gradl1_fast.graph_checks import require_gradients
+from gradl1_fast.penalty.checks.graph import require_gradients
 from gradl1_fast.nn.sites import activation_sites
 from gradl1_fast.training.objectives.activations import outputs_of
 from gradl1_fast.training.objectives.interface import (

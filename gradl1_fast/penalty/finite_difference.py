@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from gradl1_fast._checks import autocast_is_on
-from gradl1_fast.graph_checks import require_gradients
-from gradl1_fast.second_pass import RandomState, buffers_kept, shifted
+from gradl1_fast.penalty.checks.graph import require_gradients
+from gradl1_fast.penalty.second_pass import RandomState, buffers_kept, shifted
 
 __all__ = ["Measured", "add_gradients", "autocast_refused"]
 

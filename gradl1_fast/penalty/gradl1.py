@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from gradl1_fast import _checks as check
-from gradl1_fast.custom_functions import gradients, refuse_once_differentiable
-from gradl1_fast.distributed_checks import refuse_shards, refuse_wrappers
-from gradl1_fast.finite_difference import Measured, add_gradients, autocast_refused
+from gradl1_fast.penalty.checks.custom_functions import gradients, refuse_once_differentiable
+from gradl1_fast.penalty.checks.distributed import refuse_shards, refuse_wrappers
+from gradl1_fast.penalty.finite_difference import Measured, add_gradients, autocast_refused
 from gradl1_fast.functional import l1_norm
-from gradl1_fast.graph_checks import (
+from gradl1_fast.penalty.checks.graph import (
     OTHER_SCALE,
     look,
     refuse_clamped,

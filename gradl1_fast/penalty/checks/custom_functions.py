@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradl1_fast.graph_checks import nodes_of
+from gradl1_fast.penalty.checks.graph import nodes_of
 
 __all__ = ["gradients", "refuse_once_differentiable"]
 

@@ -1,0 +1,5 @@
+"""The gradient-l1 penalty: by exact double backprop or by a finite difference, and what guards it."""
+
+from gradl1_fast.penalty.gradl1 import GradL1
+
+__all__ = ["GradL1"]

@@ -1,0 +1,1 @@
+"""Checks for what would silently break double backprop."""

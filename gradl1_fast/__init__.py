@@ -7,7 +7,8 @@ arXiv 2002.07520.
 from gradl1_fast import functional, nn
 from gradl1_fast._version import __version__ as __version__
 from gradl1_fast.backends import UnavailableError, backend
-from gradl1_fast.nn import BatchNormAct2d, QConv1d, QConv2d, QConv3d, QLinear, convert, report
+from gradl1_fast.nn import QConv1d, QConv2d, QConv3d, QConvTranspose1d, QConvTranspose2d, QConvTranspose3d, QEmbedding, QLinear
+from gradl1_fast.conversion import convert, report
 from gradl1_fast.penalty import GradL1
 from gradl1_fast.quantization import (
     Costs,

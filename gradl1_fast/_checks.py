@@ -105,26 +105,26 @@ def operands(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[T
     return x, weight, bias
 
 
-def conv_dimensions(x: Tensor, weight: Tensor) -> int:
+def conv_dimensions(op: str, x: Tensor, weight: Tensor) -> int:
     """Return the number of dimensions of space, after checking it."""
     n = weight.dim() - 2
     if n not in (1, 2, 3):
-        raise ValueError(f"conv: weight must have 3, 4 or 5 dimensions, got shape {tuple(weight.shape)}")
+        raise ValueError(f"{op}: weight must have 3, 4 or 5 dimensions, got shape {tuple(weight.shape)}")
     if x.dim() not in (n + 1, n + 2):
         raise ValueError(
-            f"conv: a weight of {n + 2} dimensions takes an input of {n + 2}, or {n + 1} without a batch; "
+            f"{op}: a weight of {n + 2} dimensions takes an input of {n + 2}, or {n + 1} without a batch; "
             f"got shape {tuple(x.shape)}"
         )
     return n
 
 
-def tuple_of(name: str, value: int | Sequence[int], n: int) -> list[int]:
+def tuple_of(op: str, name: str, value: int | Sequence[int], n: int) -> list[int]:
     """Return ``value`` as one number for each of ``n`` dimensions."""
     values = [value] * n if isinstance(value, int) else list(value)
     if len(values) == 1:
         values *= n
     if len(values) != n:
-        raise ValueError(f"conv: {name} must be one number or {n} of them, got {value!r}")
+        raise ValueError(f"{op}: {name} must be one number or {n} of them, got {value!r}")
     return values
 
 
@@ -134,7 +134,7 @@ def pad(
     """Return ``x``, padded where the two sides differ, and the padding left to the convolution."""
     n = len(stride)
     if not isinstance(padding, str):
-        return x, tuple_of("padding", padding, n)
+        return x, tuple_of("conv", "padding", padding, n)
     if padding == "valid":
         return x, [0] * n
     if padding != "same":

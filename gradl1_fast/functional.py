@@ -22,6 +22,7 @@ from gradl1_fast._dtypes import sum_dtype
 __all__ = [
     "batch_norm_act",
     "conv",
+    "conv_transpose",
     "fake_quantize",
     "l1_norm",
     "linear",
@@ -190,11 +191,59 @@ def conv(
         torch.Size([1, 1, 4, 4])
     """
     x, weight, bias = check.operands("conv", x, weight, bias)
-    n = check.conv_dimensions(x, weight)
-    stride, dilation = check.tuple_of("stride", stride, n), check.tuple_of("dilation", dilation, n)
+    n = check.conv_dimensions("conv", x, weight)
+    stride = check.tuple_of("conv", "stride", stride, n)
+    dilation = check.tuple_of("conv", "dilation", dilation, n)
     x, padding = check.pad(x, weight, padding, stride, dilation)
     batch = x if x.dim() == n + 2 else x[None]
     y = ops.conv.conv_forward(batch, weight, bias, stride, padding, dilation, groups)
+    return y if batch is x else y.squeeze(0)
+
+
+def conv_transpose(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    output_padding: int | Sequence[int] = 0,
+    groups: int = 1,
+    dilation: int | Sequence[int] = 1,
+) -> Tensor:
+    """Apply the transpose of a convolution, as ``torch.nn.functional.conv_transpose2d`` does in 2 dimensions.
+
+    Args:
+        x: ``(N, C_in, *size)`` or, without a batch, ``(C_in, *size)``.
+        weight: ``(C_in, C_out / groups, *kernel)``; its dimensions decide between 1d, 2d and 3d.
+        bias: ``(C_out,)`` or None.
+        stride: of the convolution, one number or one for each dimension of space.
+        padding: of the convolution, in the same form; the output is that much smaller on each side.
+        output_padding: added to one side of the output, in the same form.
+        groups: number of groups.
+        dilation: in the form of ``stride``.
+
+    Returns:
+        ``(N, C_out, *size_out)``, in the layout that PyTorch's transposed convolution chooses.
+
+    Raises:
+        ValueError: dimensions or devices do not match. Other shape errors are PyTorch's own.
+
+    Differentiable twice, with fprop, dgrad and wgrad only. Under autocast it computes in its type.
+
+    Examples:
+        >>> import torch
+        >>> from gradl1_fast.functional import conv_transpose
+        >>> conv_transpose(torch.ones(1, 1, 4, 4), torch.ones(1, 1, 2, 2), stride=2).shape
+        torch.Size([1, 1, 8, 8])
+    """
+    op = "conv_transpose"
+    x, weight, bias = check.operands(op, x, weight, bias)
+    n = check.conv_dimensions(op, x, weight)
+    sizes = {"stride": stride, "padding": padding, "dilation": dilation, "output_padding": output_padding}
+    geometry = [check.tuple_of(op, name, value, n) for name, value in sizes.items()]
+    batch = x if x.dim() == n + 2 else x[None]
+    y = ops.conv.conv_transpose_forward(batch, weight, bias, *geometry, groups)
     return y if batch is x else y.squeeze(0)
 
 

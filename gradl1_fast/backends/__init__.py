@@ -12,6 +12,7 @@ operation           sweeps
 ``fake_quantize``   ``fake_quantize_forward``, ``..._backward``, ``..._double_backward``
 ``l1_norm``         ``l1_norm_forward``, ``..._backward``, ``..._double_backward``
 ``conv``            ``conv_forward``, ``..._backward``, ``..._double_backward``
+``conv_transpose``  ``conv_transpose_forward``, ``..._backward``, ``..._double_backward``
 ``linear``          ``linear_forward``, ``..._backward``, ``..._double_backward``
 ``batch_norm_act``  ``batch_norm_act_forward``, ``..._backward``, ``..._double_backward``
 ==================  ==========================================================================
@@ -35,9 +36,11 @@ import torch
 
 from gradl1_fast.backends import reference
 
-__all__ = ["OPERATIONS", "UnavailableError", "available", "backend", "resolve"]
+__all__ = ["OPERATIONS", "PRODUCTS", "UnavailableError", "available", "backend", "resolve"]
 
-OPERATIONS = ("tap", "fake_quantize", "l1_norm", "conv", "linear", "batch_norm_act")
+OPERATIONS = ("tap", "fake_quantize", "l1_norm", "conv", "conv_transpose", "linear", "batch_norm_act")
+# Computed by cuDNN, cuBLAS and their like: no backend but the reference, which calls them, implements these.
+PRODUCTS = ("conv", "conv_transpose", "linear")
 
 _log = logging.getLogger("gradl1_fast")
 
@@ -51,7 +54,7 @@ def _load_reference(op: str, device: torch.device) -> ModuleType:
 
 
 def _load_triton(op: str, device: torch.device) -> ModuleType:
-    """Load the Triton kernels; for convolution and linear the reference, which calls cuDNN and cuBLAS."""
+    """Load the Triton kernels; for products the reference."""
     if not _is_installed("triton"):
         raise UnavailableError("Triton is not installed; run `pip install triton`")
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
@@ -59,7 +62,7 @@ def _load_triton(op: str, device: torch.device) -> ModuleType:
             "Triton computes on CUDA tensors; on a CPU only in its interpreter, with TRITON_INTERPRET=1 "
             f"from the start of the program, and this tensor is on {device.type}"
         )
-    if op in ("conv", "linear"):
+    if op in PRODUCTS:
         return reference
     from gradl1_fast.backends import triton
 

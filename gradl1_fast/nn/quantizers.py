@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gradl1_fast import functional as F
 from gradl1_fast._checks import MAX_BITS
 from gradl1_fast._dtypes import sum_dtype
-from gradl1_fast.nn.trace import has_hooks, has_own_forward
+from gradl1_fast.nn.hooks import has_hooks, has_own_forward
 
 __all__ = ["ActivationQuantizer", "Observer", "WeightQuantizer"]
 
@@ -47,11 +47,12 @@ class WeightQuantizer(_Quantizer):
     :func:`gradl1_fast.calibrate_weights`.
 
     Args:
-        per_channel: one range for each output channel (axis 0) rather than one for the tensor.
+        per_channel: one range for each output channel rather than one for the tensor.
+        out_axis: the axis of the weight that counts output channels: 1 in a transposed convolution.
 
     Attributes:
         bits: 1 to 16, or None for float. Set it with :func:`gradl1_fast.set_bits`.
-        axis: 0 for one range for each output channel, None for one for the tensor.
+        axis: the axis of output channels where each has a range, None for one range for the tensor.
         clip: the stored range goes from ``-clip`` to ``clip`` and weights beyond are clamped. Shape
             ``(widths, channels)``, with one row for all widths or 16, for 1 to 16 bits, and one column
             or one for each channel. None for the weight's own range.
@@ -62,9 +63,9 @@ class WeightQuantizer(_Quantizer):
     widest: int = MAX_BITS
     _ranges: ClassVar[tuple[str, ...]] = ("clip",)
 
-    def __init__(self, *, per_channel: bool = False) -> None:
+    def __init__(self, *, per_channel: bool = False, out_axis: int = 0) -> None:
         super().__init__()
-        self.axis = 0 if per_channel else None
+        self.axis = out_axis if per_channel else None
         self.bits = None
         self.register_buffer("clip", None, persistent=False)
 
@@ -89,7 +90,7 @@ class WeightQuantizer(_Quantizer):
             low, high = F.value_range(weight, self.axis)
         else:
             high = _row(self.clip, bits).to(sum_dtype(weight.dtype))
-            high = high.reshape(()) if self.axis is None else high.expand(weight.shape[0])
+            high = high.reshape(()) if self.axis is None else high.expand(weight.shape[self.axis])
             low = -high
         return F.quantization_grid(low, high, bits, symmetric=True)
 
@@ -114,7 +115,9 @@ class WeightQuantizer(_Quantizer):
         It has a shape that broadcasts against the weight.
         """
         scale = F.quantization_grid(*F.value_range(weight, self.axis), bits, symmetric=True)[0]
-        return scale if self.axis is None else scale.reshape(-1, *[1] * (weight.dim() - 1))
+        if self.axis is None:
+            return scale
+        return scale.reshape([-1 if i == self.axis else 1 for i in range(weight.dim())])
 
     def extra_repr(self) -> str:
         """Return what ``print(model)`` shows of this quantizer."""
@@ -123,38 +126,71 @@ class WeightQuantizer(_Quantizer):
 
 
 class ActivationQuantizer(_Quantizer):
-    """Fake-quantizes an activation to ``bits``, and measures the l1 norm of its gradient.
+    """Fake-quantizes the input of a layer to ``bits``, and measures the l1 norm of its gradient.
 
     The range is per tensor and includes zero; :func:`gradl1_fast.calibrate` sets it. At float
-    width the module is a tap: its output is its input, and nothing is computed.
+    width the output is the input.
 
     Args:
-        penalized: whether a penalty counts this tensor. The input of a network is data, not one of
-            its activations, and is not counted.
+        is_input: whether the tensor is the input of the network. It is data, so no penalty counts it.
 
     Attributes:
         bits: 1 to 16, or None for float. Set it with :func:`gradl1_fast.set_bits`.
         low: lower end of the range: a scalar for all widths, or 16 values, for 1 to 16 bits; None before
             calibration. :meth:`range_at` reads it, :meth:`set_range` sets it.
         high: upper end of the range, likewise.
+        is_input: see above; a forward pass may find it out.
+        is_known: whether a forward pass in eager mode, or a trace, has shown which layers share the site.
+        name: of the site, for messages; ``<first layer>.input``.
         probe: the scalar leaf whose gradient is ``sum |dL/dy|`` once it requires one, which a penalty
-            on activations asks for; None where not penalized.
+            on activations asks for.
         step_bits: when set, the probe's gradient is multiplied by the step at this width.
         observer: watches what arrives, while ranges are found.
+        move: replaces what arrives by another tensor, for finite differences.
     """
 
     low: Tensor | None
     high: Tensor | None
     _ranges = ("low", "high")
 
-    def __init__(self, *, penalized: bool = True) -> None:
+    def __init__(self, *, is_input: bool = False) -> None:
         super().__init__()
         self.bits = None
+        self.is_input = is_input
+        self.is_known = False
+        self.name = "input"
         self.step_bits: int | None = None
         self.observer: Observer | None = None
+        self.move: Callable[[Tensor], Tensor] | None = None
         self.register_buffer("low", None, persistent=False)
         self.register_buffer("high", None, persistent=False)
-        self.probe = _new_probe(torch.zeros(())) if penalized else None
+        self.probe = _new_probe(torch.zeros(()))
+        self._penalties: set[int] = set()
+
+    def measure_for(self, penalty: int, wanted: bool) -> None:
+        """Measure, or measure no more, on behalf of one penalty, which is known by a number of its own."""
+        (self._penalties.add if wanted else self._penalties.discard)(penalty)
+        self.probe.requires_grad_(bool(self._penalties))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copy and pickle as a quantizer that nobody measures or watches."""
+        fresh = {"probe": _new_probe(self.probe), "_penalties": set(), "observer": None, "move": None}
+        return {**super().__getstate__(), **fresh}
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether a penalty counts the tensor of the present forward pass."""
+        return self.probe.requires_grad and not self.is_input and torch.is_grad_enabled()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether there is nothing to do: the output is the input, and nobody looks at it."""
+        return self.bits is None and self.observer is None and self.move is None and not self.is_measured
+
+    @property
+    def state(self) -> tuple[Any, ...]:
+        """What must be the same for two layers to share a result."""
+        return self.bits, id(self.low), id(self.high), self.observer, self.move, self.step_bits, self.is_measured
 
     @property
     def is_foldable(self) -> bool:
@@ -165,12 +201,17 @@ class ActivationQuantizer(_Quantizer):
         quantizer that is folded.
         """
         own = type(self) is not ActivationQuantizer or has_own_forward(self) or has_hooks(self)
-        return self.observer is None and not own and not (self.step_bits and self._is_measured)
+        looks = self.observer is not None or self.move is not None
+        return not own and not looks and not (self.step_bits and self.is_measured)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the activation as it is seen at the present width."""
         if self.observer is not None:
             self.observer.update(x.detach())
+        return self.quantize(x if self.move is None else self.move(x))
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """Return the activation at the present width, without showing it to the observer."""
         probe = self._scaled_probe(x)
         if self.bits is None:
             return x if probe is None else F.tap(x, probe)
@@ -193,7 +234,7 @@ class ActivationQuantizer(_Quantizer):
             RuntimeError: there is no range yet.
         """
         if self.low is None or self.high is None:
-            raise RuntimeError("an activation quantizer has no range: call gradl1_fast.calibrate first")
+            raise RuntimeError(f"no activation range for {self.name}: call gradl1_fast.calibrate first")
         if not self.low.dim():
             return self.low, self.high
         return _row(self.low, bits), _row(self.high, bits)
@@ -225,12 +266,10 @@ class ActivationQuantizer(_Quantizer):
         """Return the step at ``bits`` for the present range of ``x``, a differentiable scalar."""
         return F.quantization_grid(*F.value_range(x), bits, symmetric=False)[0]
 
-    @property
-    def _is_measured(self) -> bool:
-        return self.probe is not None and self.probe.requires_grad and torch.is_grad_enabled()
-
     def _scaled_probe(self, x: Tensor) -> Tensor | None:
-        if self.probe is None or self.step_bits is None or not self._is_measured:
+        if not self.is_measured:
+            return None
+        if self.step_bits is None:
             return self.probe
         scaled = F.scale_probe(self.probe, self.step(x, self.step_bits))
         _note(scaled, "step_bits", self.step_bits)
@@ -238,8 +277,7 @@ class ActivationQuantizer(_Quantizer):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
-        if self.probe is not None:
-            self.probe = _new_probe(fn(self.probe.detach())).requires_grad_(self.probe.requires_grad)
+        self.probe = _new_probe(fn(self.probe.detach())).requires_grad_(self.probe.requires_grad)
         return self
 
     def extra_repr(self) -> str:
@@ -248,7 +286,7 @@ class ActivationQuantizer(_Quantizer):
         if self.low is not None and self.high is not None:
             low, high = self.range_at(self.bits or MAX_BITS)
             ends = f"[{float(low):.4g}, {float(high):.4g}]"
-        return f"bits={self.bits}, range={ends}, penalized={self.probe is not None}"
+        return f"bits={self.bits}, range={ends}{', network input' if self.is_input else ''}"
 
 
 def _note(result: Tensor, name: str, bits: int) -> None:

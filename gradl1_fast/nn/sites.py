@@ -1,55 +1,44 @@
-"""What a penalty measures in a model: weights, and the tensors behind activation quantizers."""
+"""The layers and sites of a model by name. A site is where the input of a layer is quantized and measured."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
 
-from torch import Tensor, nn
+from torch import nn
 
-from gradl1_fast.nn.batch_norm_act import BatchNormAct2d
 from gradl1_fast.nn.layers import QuantizedLayer
 from gradl1_fast.nn.quantizers import ActivationQuantizer
 
-__all__ = ["Site", "activation_sites", "named_layers", "named_quantizers"]
-
-
-@dataclass(frozen=True)
-class Site:
-    """A penalised activation tensor.
-
-    Attributes:
-        name: path of its quantizer in the model.
-        quantizer: owner of the probe.
-        producer: the module whose output is the tensor.
-    """
-
-    name: str
-    quantizer: ActivationQuantizer
-    producer: nn.Module
-
-    @property
-    def probe(self) -> Tensor:
-        """The leaf that receives the l1 norm."""
-        if self.quantizer.probe is None:
-            raise RuntimeError(f"the quantizer {self.name!r} has lost its probe")
-        return self.quantizer.probe
+__all__ = ["name_sites", "named_layers", "named_quantizers", "sites_of_layers"]
 
 
 def named_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
-    """Return the convolutions and linear layers of this library by name, shared ones once."""
+    """Return the layers of this library by name, shared ones once."""
     return {name: m for name, m in model.named_modules() if isinstance(m, QuantizedLayer)}
 
 
+def sites_of_layers(model: nn.Module) -> Iterator[tuple[str, ActivationQuantizer]]:
+    """Yield a name for the site of each layer, and its quantizer, once for every layer that shares it."""
+    for name, layer in named_layers(model).items():
+        if layer.input_quantizer is not None:
+            yield f"{name}.input".removeprefix("."), layer.input_quantizer
+
+
 def named_quantizers(model: nn.Module) -> dict[str, ActivationQuantizer]:
-    """Return the activation quantizers by name, shared ones once."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, ActivationQuantizer)}
+    """Return the activation quantizers by the name of their site, shared ones once.
+
+    A site is named after the first layer that it feeds, a quantizer that stands alone by its path.
+    """
+    found: dict[int, tuple[str, ActivationQuantizer]] = {}
+    for name, quantizer in sites_of_layers(model):
+        found.setdefault(id(quantizer), (name, quantizer))
+    for name, module in model.named_modules():
+        if isinstance(module, ActivationQuantizer):
+            found.setdefault(id(module), (name, module))
+    return dict(found.values())
 
 
-def activation_sites(model: nn.Module) -> list[Site]:
-    """Return the penalised activation tensors of a model."""
-    owners = {id(m.quantizer): m for m in model.modules() if isinstance(m, BatchNormAct2d) and m.quantizer}
-    return [
-        Site(name, quantizer, owners.get(id(quantizer), quantizer))
-        for name, quantizer in named_quantizers(model).items()
-        if quantizer.probe is not None
-    ]
+def name_sites(model: nn.Module) -> None:
+    """Tell each quantizer its name, for messages."""
+    for name, quantizer in named_quantizers(model).items():
+        quantizer.name = name

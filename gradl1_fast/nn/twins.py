@@ -27,7 +27,7 @@ def retype(module: nn.Module, expected: type[nn.Module], cls: type[M], without: 
     twin = shallow_copy(module)
     for name in without:
         twin._modules.pop(name, None)
-        twin.__dict__.pop(name, None)
+        vars(twin).pop(name, None)
     twin.__class__ = cls
     return twin  # type: ignore[return-value]
 

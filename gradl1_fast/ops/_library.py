@@ -38,7 +38,8 @@ class Operator:
         self.name = schema.partition("(")[0]
         self._op = op
         self._has_probe = "probe)" in schema
-        self._compute = compute or self._by_backend
+        compute = compute or self._by_backend
+        self._compute: Callable[..., Any] = lambda *args: _without_views(compute(*args))
         self._kernel: Callable[..., Any] = lambda values, *args: values(*args)
         LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         LIBRARY.impl(self.name, self._compute, "CompositeExplicitAutograd")
@@ -99,6 +100,17 @@ class Operator:
     def _by_backend(self, *args: Any) -> Any:
         backend = resolve(self._op, _first_tensor(args))
         return getattr(backend, self.name)(*(args[:-1] if self._has_probe else args))
+
+
+def _without_views(results: Any) -> Any:
+    """Return the results with every view replaced by an alias of its memory that is no view.
+
+    A matrix product over more than two axes is a view of its result, and autograd refuses in-place
+    changes of a view that a custom function returns.
+    """
+    if isinstance(results, Tensor):
+        return results.detach() if results._is_view() else results
+    return type(results)(map(_without_views, results))
 
 
 def recorded(*args: Any) -> bool:

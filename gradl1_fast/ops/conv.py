@@ -1,4 +1,4 @@
-"""Operators of convolution in 1, 2 and 3 dimensions; the derivation stands in the reference."""
+"""Operators of convolution and of its transpose in 1, 2 and 3 dimensions; derived in the reference."""
 
 from __future__ import annotations
 
@@ -6,24 +6,31 @@ from gradl1_fast.backends import reference
 from gradl1_fast.ops._bilinear import differentiate_bilinear
 from gradl1_fast.ops._library import Operator
 
-_GEOMETRY = "int[] stride, SymInt[] padding, int[] dilation, int groups"
 
-# On fake tensors the reference computes nothing but shapes, types and strides, PyTorch's own for
-# convolution, which depend on the device and on what the layouts suggest to it.
-conv_forward = Operator(
-    "conv",
-    f"conv_forward(Tensor x, Tensor weight, Tensor? bias, {_GEOMETRY}) -> Tensor",
-    reference.conv_forward,
+def _register(op: str, geometry: str) -> tuple[Operator, Operator, Operator]:
+    """Register forward, backward and double backward of a convolution.
+
+    On fake tensors the reference computes nothing but shapes, types and strides, PyTorch's own for
+    convolution, which depend on the device and on what the layouts suggest to it.
+    """
+    signatures = {
+        "forward": f"(Tensor x, Tensor weight, Tensor? bias, {geometry}) -> Tensor",
+        "backward": f"(Tensor dy, Tensor x, Tensor weight, {geometry}, bool[] output_mask) "
+        "-> (Tensor, Tensor)",
+        "double_backward": "(Tensor? d_dx, Tensor? d_dweight, Tensor dy, Tensor x, Tensor weight, "
+        f"{geometry}, bool[] output_mask) -> (Tensor, Tensor, Tensor)",
+    }
+    forward, backward, double_backward = (
+        Operator(op, f"{op}_{name}{signature}", getattr(reference, f"{op}_{name}"))
+        for name, signature in signatures.items()
+    )
+    differentiate_bilinear(forward, backward, double_backward, channel_axis=1)
+    return forward, backward, double_backward
+
+
+conv_forward, conv_backward, conv_double_backward = _register(
+    "conv", "int[] stride, SymInt[] padding, int[] dilation, int groups"
 )
-conv_backward = Operator(
-    "conv",
-    f"conv_backward(Tensor dy, Tensor x, Tensor weight, {_GEOMETRY}, bool[] output_mask) -> (Tensor, Tensor)",
-    reference.conv_backward,
+conv_transpose_forward, conv_transpose_backward, conv_transpose_double_backward = _register(
+    "conv_transpose", "int[] stride, SymInt[] padding, int[] dilation, int[] output_padding, int groups"
 )
-conv_double_backward = Operator(
-    "conv",
-    "conv_double_backward(Tensor? d_dx, Tensor? d_dweight, Tensor dy, Tensor x, Tensor weight, "
-    f"{_GEOMETRY}, bool[] output_mask) -> (Tensor, Tensor, Tensor)",
-    reference.conv_double_backward,
-)
-differentiate_bilinear(conv_forward, conv_backward, conv_double_backward, channel_axis=1)

@@ -20,7 +20,8 @@ _GRID = "Tensor scale, Tensor zero_point, int q_min, int q_max, int? axis"
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, scale, zero_point, ctx.q_min, ctx.q_max, ctx.axis, probe = inputs
-    ctx.save_for_backward(x, scale, zero_point)
+    # An alias without x's Python attributes, through which the graph might refer to itself.
+    ctx.save_for_backward(x.detach(), scale, zero_point)
     ctx.has_probe = probe is not None and probe.requires_grad
 
 

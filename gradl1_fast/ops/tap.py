@@ -26,6 +26,12 @@ class _Tap(torch.autograd.Function):
         return _TapBackward.apply(dy) if torch.is_grad_enabled() else (dy, None)
 
 
+class _Alias(_Tap):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, probe: Tensor) -> Tensor:
+        return x.detach()  # shares memory and version counter
+
+
 class _TapBackward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,8 +62,22 @@ def _tap_kernel(values: Callable[..., Any], x: Tensor, probe: Tensor) -> Any:
     return _Tap.apply(x, probe) if recorded(x, probe) else values(x, probe)
 
 
+def _alias_kernel(values: Callable[..., Any], x: Tensor, probe: Tensor) -> Any:
+    return _Alias.apply(x, probe) if recorded(x, probe) else values(x, probe)
+
+
 def _scale_probe_kernel(values: Callable[..., Any], probe: Tensor, scale: Tensor) -> Any:
     return _ScaleProbe.apply(probe, [scale]) if recorded(probe) else values(probe, scale)
+
+
+def alias(x: Tensor, probe: Tensor) -> Tensor:
+    """Tap ``x`` without making the result a view of it, for results that the caller alone uses.
+
+    Autograd does not relate an in-place change of the result to ``x``, whose values it changes as well:
+    whoever reads ``x`` afterwards gets a wrong gradient and no error. :func:`gradl1_fast.functional.tap`
+    returns a view, of which autograd refuses to change anything in place.
+    """
+    return tap_alias(x, probe) if torch.is_grad_enabled() and probe.requires_grad else x
 
 
 def _save_dy(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -71,6 +91,12 @@ def _l1_alone(ctx: Any, d_l1: Tensor) -> tuple[Tensor]:
 tap_forward = Operator(
     "tap",
     "tap_forward(Tensor x, Tensor probe) -> Tensor",
+    lambda x, probe: torch.empty_like(x),
+    compute=lambda x, probe: x.clone(),
+)
+tap_alias = Operator(
+    "tap",
+    "tap_alias(Tensor x, Tensor probe) -> Tensor",
     lambda x, probe: torch.empty_like(x),
     compute=lambda x, probe: x.clone(),
 )
@@ -91,6 +117,7 @@ tap_double_backward = Operator(
     lambda d_dx, d_l1, dy: torch.empty_like(dy),
 )
 tap_forward.differentiate_by(_tap_kernel)
+tap_alias.differentiate_by(_alias_kernel)
 scale_probe.differentiate_by(_scale_probe_kernel)
 tap_backward.differentiate(_save_dy, _l1_alone)
 tap_double_backward.end_the_line()

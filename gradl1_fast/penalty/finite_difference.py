@@ -18,27 +18,30 @@ import torch
 from torch import Tensor, nn
 
 from gradl1_fast._checks import autocast_is_on
-from gradl1_fast.penalty.checks.graph import require_gradients
-from gradl1_fast.penalty.second_pass import RandomState, buffers_kept, shifted
+from gradl1_fast.nn.layers import QuantizedLayer
+from gradl1_fast.nn.quantizers import ActivationQuantizer
+from gradl1_fast.nn.second_pass import RandomState, buffers_kept, shifted
+from gradl1_fast.penalty.checks.graph import WHY_NOT_REACHED
+from gradl1_fast.penalty.measured import Site, weight_terms
 
-__all__ = ["Measured", "add_gradients", "autocast_refused"]
+__all__ = ["Measured", "add_gradients", "autocast_refused", "measured_by"]
 
 StepOf = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A tensor whose gradient is penalised: a weight, or the output of a module.
+    """A tensor whose gradient is penalised: a weight, or what layers are given at a site.
 
     Attributes:
         name: key of its term.
-        source: the weight, or the module.
+        source: the weight, or the quantizer of the site.
         coefficient: its lambda.
         step_of: gives the differentiable step of a tensor; None where the norm is taken as it is.
     """
 
     name: str
-    source: Tensor | nn.Module
+    source: Tensor | ActivationQuantizer
     coefficient: float
     step_of: StepOf | None
 
@@ -55,6 +58,24 @@ class _Move:
         """Return ``sum step * |g|`` for the step of ``tensor``, with the gradient g held constant."""
         step_of = self.measured.step_of
         return (self.grad.abs() if step_of is None else step_of(tensor) * self.grad.abs()).sum()
+
+
+def measured_by(
+    layers: Mapping[str, QuantizedLayer],
+    sites: Sequence[Site],
+    lambda_w: float,
+    lambda_a: float,
+    step_bits: int | None,
+) -> list[Measured]:
+    """Return what a penalty with these coefficients measures; without ``step_bits`` norms are taken as they are."""
+
+    def step_of(quantizer: Any) -> StepOf | None:
+        return None if step_bits is None else partial(quantizer.step, bits=step_bits)
+
+    weights = weight_terms(layers) if lambda_w else []
+    of_weights = [Measured(t.name, t.tensor, lambda_w, step_of(t.layer.weight_quantizer)) for t in weights]
+    chosen = sites if lambda_a else []
+    return of_weights + [Measured(s.name, s.quantizer, lambda_a, step_of(s.quantizer)) for s in chosen]
 
 
 def add_gradients(
@@ -77,7 +98,7 @@ def add_gradients(
         The loss and the terms by name, detached.
 
     Raises:
-        RuntimeError: something measured got no gradient, the second call used other parameters, or
+        RuntimeError: nothing measured got a gradient, the second call used other parameters, or
             activations are computed again in the backward pass.
     """
     params = [p for p in model.parameters() if p.requires_grad]
@@ -108,20 +129,21 @@ def _first_pass(
 ) -> tuple[Tensor, tuple[Tensor | None, ...], list[_Move], dict[str, Tensor]]:
     targets = [(item, item.source) for item in measured if isinstance(item.source, Tensor)]
 
-    def record(item: Measured, _module: nn.Module, _args: Any, output: Tensor) -> Tensor:
-        if not output.requires_grad:  # behind frozen layers alone
-            output = output.detach().requires_grad_()
-        targets.append((item, output))
-        return output
+    def record(item: Measured, x: Tensor) -> Tensor:
+        # Of its own: what goes past the layers is not part of the gradient.
+        own = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
+        targets.append((item, own))
+        return own
 
-    with _hooks(measured, record):
+    with _moving(measured, record):
         loss = closure()
-    unseen = [item.name for item in measured if all(item is not seen for seen, _ in targets)]
-    require_gradients(unseen, [None] * len(unseen))
     grads = torch.autograd.grad(loss, [*params, *(t for _, t in targets)], allow_unused=True)
-    found = require_gradients([item.name for item, _ in targets], grads[len(params) :])
-    moves = [_move(item, tensor, grad) for (item, tensor), grad in zip(targets, found, strict=True)]
-    return loss, grads[: len(params)], moves, _terms(moves, [tensor for _, tensor in targets])
+    found = [(i, t, g) for (i, t), g in zip(targets, grads[len(params) :], strict=True) if g is not None]
+    if not found:
+        names = ", ".join(item.name for item in measured)
+        raise RuntimeError(f"GradL1: no gradient reached {names}. {WHY_NOT_REACHED}")
+    moves = [_move(item, tensor, grad) for item, tensor, grad in found]
+    return loss, grads[: len(params)], moves, _terms(moves, [tensor for _, tensor, _ in found])
 
 
 @torch.no_grad()
@@ -149,38 +171,39 @@ def _moved(moves: list[_Move], unit: Tensor) -> Iterator[list[Tensor]]:
     waiting = [move for move in moves if not isinstance(move.measured.source, Tensor)]
     through_steps: list[Tensor] = []
 
-    def shift(item: Measured, _module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+    def shift(item: Measured, x: Tensor) -> Tensor:
         move = next((move for move in waiting if move.measured is item), None)
         if move is None:
             raise RuntimeError(
                 f"GradL1: {item.name} was computed more often in the second pass than in the first; the "
                 "finite difference does not go together with activation checkpointing"
             )
-        waiting.remove(move)  # a module that is called twice has two moves, in the order of its calls
-        output = output + unit.to(output.dtype) * move.direction
-        _add_step_term(through_steps, move, output)
-        return output
+        waiting.remove(move)  # a site that is passed twice has two moves, in the order of its calls
+        moved = x + unit.to(x.dtype) * move.direction
+        _add_step_term(through_steps, move, moved)
+        return moved
 
     with contextlib.ExitStack() as stack:
         for move in weights:
             stack.enter_context(shifted(move.measured.source, unit * move.direction))  # type: ignore[arg-type]
             _add_step_term(through_steps, move, move.measured.source)  # type: ignore[arg-type]
-        stack.enter_context(_hooks([move.measured for move in waiting], shift))
+        stack.enter_context(_moving([move.measured for move in waiting], shift))
         yield through_steps
 
 
 @contextlib.contextmanager
-def autocast_refused(computed: Mapping[str, tuple[nn.Module, Tensor]]) -> Iterator[None]:
-    """Raise if autocast is on where a module runs: a small move would be rounded away there.
+def autocast_refused(layers: Mapping[str, QuantizedLayer]) -> Iterator[None]:
+    """Raise if autocast is on where a layer runs: a small move would be rounded away there.
 
     Args:
-        computed: by name a module, and a tensor of its device and type; float64 stays what it is.
+        layers: by name; those of float64 stay what they are.
 
     Raises:
-        RuntimeError: names the module.
+        RuntimeError: names the layer.
     """
 
-    def look(name: str, like: Tensor, _module: nn.Module, _args: Any) -> None:
+    def look(name: str, layer: nn.Module, _args: Any) -> None:
+        like = next(layer.parameters())
         if like.dtype != torch.float64 and autocast_is_on(like.device.type):
             raise RuntimeError(
                 f"GradL1: the finite difference needs float32 or float64, and autocast is on where {name} "
@@ -188,8 +211,8 @@ def autocast_refused(computed: Mapping[str, tuple[nn.Module, Tensor]]) -> Iterat
             )
 
     with contextlib.ExitStack() as stack:
-        for name, (module, like) in computed.items():
-            stack.callback(module.register_forward_pre_hook(partial(look, name, like)).remove)
+        for name, layer in layers.items():
+            stack.callback(layer.register_forward_pre_hook(partial(look, name)).remove)
         yield
 
 
@@ -199,15 +222,13 @@ def _add_step_term(terms: list[Tensor], move: _Move, tensor: Tensor) -> None:
 
 
 @contextlib.contextmanager
-def _hooks(measured: Sequence[Measured], hook: Callable[..., Any]) -> Iterator[None]:
-    """Call ``hook(item, module, args, output)`` after each call of a measured module."""
-    modules = {id(item): item for item in measured if isinstance(item.source, nn.Module)}
-    handles = [
-        item.source.register_forward_hook(partial(hook, item))  # type: ignore[union-attr]
-        for item in modules.values()
-    ]
+def _moving(measured: Sequence[Measured], move: Callable[[Measured, Tensor], Tensor]) -> Iterator[None]:
+    """Let ``move(item, tensor)`` replace what arrives at each site that is measured, once for each item."""
+    sites = {id(item): item for item in measured if isinstance(item.source, ActivationQuantizer)}
     try:
+        for item in sites.values():
+            item.source.move = partial(move, item)  # type: ignore[union-attr]
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        for item in sites.values():
+            item.source.move = None  # type: ignore[union-attr]

@@ -3,45 +3,42 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
-from functools import partial
+import itertools
+import weakref
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gradl1_fast import _checks as check
-from gradl1_fast.penalty.checks.custom_functions import gradients, refuse_once_differentiable
-from gradl1_fast.penalty.checks.distributed import refuse_shards, refuse_wrappers
-from gradl1_fast.penalty.finite_difference import Measured, add_gradients, autocast_refused
 from gradl1_fast.functional import l1_norm
-from gradl1_fast.penalty.checks.graph import (
-    OTHER_SCALE,
-    look,
-    refuse_clamped,
-    refuse_cut_region,
-    refuse_other_scale,
-    refuse_width,
-    require_gradients,
-)
-from gradl1_fast.nn.layers import QuantizedLayer
-from gradl1_fast.nn.quantizers import ActivationQuantizer, WeightQuantizer
-from gradl1_fast.nn.sites import Site, activation_sites, named_layers
+from gradl1_fast.nn.arming import Arming, armings_of
+from gradl1_fast.nn.sites import named_layers
+from gradl1_fast.ops import second_derivatives
+from gradl1_fast.penalty.checks.custom_functions import gradients
+from gradl1_fast.penalty.checks.distributed import refuse_shards
+from gradl1_fast.penalty.checks.forward_pass import check_forward_pass, require_some
+from gradl1_fast.penalty.checks.settings import check_loss, check_model, refuse_for_finite_difference
+from gradl1_fast.penalty.finite_difference import add_gradients, autocast_refused, measured_by
+from gradl1_fast.penalty.measured import Site, WeightTerm, activation_sites, weight_terms
+from gradl1_fast.penalty.share import Share
 
 __all__ = ["GradL1"]
 
 SCALES = ("none", "step")
 METHODS = ("exact", "finite_difference")
+_numbers = itertools.count()
 
 
 class GradL1:
     """The penalty ``lambda_w * sum_l ||dL/dW_l||_1 + lambda_a * sum_l ||dL/dY_l||_1``.
 
-    W_l are the weights of the quantizable layers that require a gradient, Y_l the activations
-    behind quantizers, both as they are at the present width; dL/dW_l is the whole gradient of a
-    weight that several layers share. Make the penalty before the forward pass, since activations are
-    measured only once one asks for it, and again when layers were added to the model. The loss is
-    meant to be the mean over the mini-batch.
+    W_l are the weights of the quantizable layers that require a gradient, as their forward pass uses them; Y_l
+    the tensors that layers are given, but for the input of the network, each counted once, and dL/dY_l what
+    comes back from the layers; both as they are at the present width. Make the penalty before the forward pass,
+    which it arms, and again when layers were added to the model. A layer that a step did not use contributes
+    zero. The loss is meant to be the mean over the mini-batch.
 
     The penalty is 1-homogeneous in the loss: with a ``GradScaler`` pass it the scaled loss. Gradient
     sums are float32 at least, and the first backward runs outside autocast.
@@ -50,21 +47,25 @@ class GradL1:
         model: a converted model, or one that contains layers of this library.
         lambda_w: coefficient of the weights' term, 0 or more; 0 costs nothing.
         lambda_a: coefficient of the activations' term, likewise.
-        scale: ``"none"``, or ``"step"`` to multiply each norm by the quantization step of its
-            tensor at ``step_bits``, for its range in this batch, before quantization; the gradient
-            flows through the step too, so that ranges shrink as well. Half of ``step * norm`` is the
-            worst first-order change of the loss at that width.
+        scale: ``"step"`` multiplies each norm by the quantization step of its tensor at ``step_bits``, for its
+            range in this batch, before quantization; the gradient flows through the step too, so that ranges
+            shrink as well. Half of ``step * norm`` is the largest first-order change of the loss at that width,
+            so one coefficient serves every layer. ``"none"`` is the norm alone, as in the paper; the same
+            lambda is then several times as strong.
         every: apply the penalty on each ``every``-th call only, multiplied by ``every``; other
-            calls return 0 at no cost (with ``scale="step"`` the ranges are still measured).
+            calls return 0, and the forward pass before them is an ordinary one.
+        share: instead of the two coefficients: the share of the loss that the penalty has when it is switched
+            on, such as 0.25. Each of both terms gets half of it, as measured on the first 8 calls that are due;
+            from then on ``lambda_w`` and ``lambda_a`` are kept.
         method: ``"exact"``, or ``"finite_difference"`` for the approximation of :meth:`backward`.
         step_bits: the width at which ``scale="step"`` measures steps.
         epsilon: size of the finite difference, in units of the weights and activations; smaller is
             not always better, see :meth:`backward`.
 
     Raises:
-        TypeError: an argument has the wrong type.
-        ValueError: an argument is out of range, the model has nothing to penalise, or it has a
-            weight that is no parameter (recomputed by a hook).
+        TypeError: an argument has the wrong type, or neither coefficients nor a share are given.
+        ValueError: an argument is out of range, the model has nothing to penalise, or both coefficients and a
+            share are given.
 
     Attributes:
         terms: after a call, the norm (times the step, with ``scale="step"``) of each weight and
@@ -72,47 +73,52 @@ class GradL1:
         lambda_w: may be changed between calls.
         lambda_a: likewise, except from or to 0 under ``torch.compile``, which compiles again.
 
+    Differentiable once. Source: section 3 of arXiv 2002.07520.
+
     Examples:
         >>> import torch, gradl1_fast as gl
         >>> layers = [torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2)]
         >>> model = gl.convert(torch.nn.Sequential(*layers))
-        >>> penalty = gl.GradL1(model, lambda_w=0.01, lambda_a=0.01, scale="step")
+        >>> penalty = gl.GradL1(model, lambda_w=0.01, lambda_a=0.01)
         >>> loss = model(torch.randn(16, 4)).square().mean()
         >>> (loss + penalty(loss)).backward()  # and a step of the optimizer
         >>> sorted(penalty.terms)
-        ['0.weight', '2.weight', 'activation_quantizers._1']
+        ['0.weight', '2.input', '2.weight']
     """
 
     def __init__(
         self,
         model: nn.Module,
-        lambda_w: float,
-        lambda_a: float,
-        scale: str = "none",
+        lambda_w: float | None = None,
+        lambda_a: float | None = None,
+        scale: str = "step",
         every: int = 1,
         *,
+        share: float | None = None,
         method: str = "exact",
         step_bits: int = 4,
         epsilon: float = 1e-3,
     ) -> None:
-        self.scale, self.method = (
-            check.one_of("GradL1: scale", scale, SCALES),
-            check.one_of("GradL1: method", method, METHODS),
-        )
+        self.scale = check.one_of("GradL1: scale", scale, SCALES)
+        self.method = check.one_of("GradL1: method", method, METHODS)
         self.every = check.count("GradL1: every", every)
         check.bits(step_bits, "GradL1: step_bits")
         self.step_bits = step_bits
         self.epsilon = check.coefficient("GradL1: epsilon", epsilon)
         if not self.epsilon:
             raise ValueError("GradL1: epsilon must be more than 0")
+        self.share = _share(share, lambda_w, lambda_a, method)
         self.model = model
         self.layers = named_layers(model)
         self.sites = activation_sites(model)
-        self.lambda_w, self.lambda_a = lambda_w, lambda_a
         self.terms: dict[str, Tensor] = {}
         self._calls = 0
-        _check_model(self)
-        self._set_step_bits()
+        self._number = next(_numbers)
+        self._armings = list(armings_of(model.modules()))
+        self._armed = (False, False)
+        self._lambda_w, self._lambda_a = _coefficients(self.share, lambda_w, lambda_a, self.sites)
+        check_model(self)
+        self._start()
 
     @property
     def lambda_w(self) -> float:
@@ -122,6 +128,7 @@ class GradL1:
     @lambda_w.setter
     def lambda_w(self, value: float) -> None:
         self._lambda_w = check.coefficient("GradL1: lambda_w", value)
+        self._arm()
 
     @property
     def lambda_a(self) -> float:
@@ -131,9 +138,7 @@ class GradL1:
     @lambda_a.setter
     def lambda_a(self, value: float) -> None:
         self._lambda_a = check.coefficient("GradL1: lambda_a", value)
-        if self._lambda_a and self.method == "exact":
-            for site in self.sites:
-                site.probe.requires_grad_(True)
+        self._arm()
 
     def __call__(self, loss: Tensor) -> Tensor:
         """Return the penalty, a scalar to be added to the loss and differentiated with it.
@@ -143,7 +148,7 @@ class GradL1:
                 loss gives a NaN or infinite penalty: nothing here waits for the device to look.
 
         Raises:
-            RuntimeError: the loss has no graph, gradients are disabled, something measured got no
+            RuntimeError: the loss has no graph, gradients are disabled, nothing measured got a
                 gradient, the penalty would not depend on the parameters, a custom function in the graph
                 would lose the penalty's gradient, or in the forward pass a penalised weight was quantized
                 to 1 bit or in a stored range, which clamps, or activations were measured for another
@@ -157,13 +162,17 @@ class GradL1:
         """
         if self.method != "exact":
             raise ValueError("GradL1: with method='finite_difference' call penalty.backward(closure) instead")
-        _check_loss(loss)
-        if not self._is_due() or not (self.lambda_w or self.lambda_a):
+        check_loss(loss)
+        if not self._is_due():
+            self._arm()
             return loss.new_zeros(())
-        weights, sites = self._weights(), self.sites if self.lambda_a else []
-        functions = self._check_graph(loss, weights, sites)
-        grads = self._gradients(loss, weights, sites, functions)
-        return self.every * self._combine(weights, grads[: len(weights)], sites, grads[len(weights) :])
+        weights = weight_terms(self.layers) if self.lambda_w else []
+        sites = self.sites if self.lambda_a else []
+        functions = check_forward_pass(self, loss, weights, sites)
+        grads = self._differentiate(loss, weights, sites, functions)
+        penalty = self._combine(loss, weights, grads[: len(weights)], sites, grads[len(weights) :])
+        self._arm()
+        return penalty
 
     def backward(self, closure: Callable[[], Tensor]) -> Tensor:
         """Add the gradient of loss plus penalty to each parameter's ``grad``; return the loss, detached.
@@ -181,7 +190,7 @@ class GradL1:
                 buffers (batch-norm statistics) keep what the first call left.
 
         Raises:
-            RuntimeError: something measured got no gradient, the two calls used different
+            RuntimeError: nothing measured got a gradient, the two calls used different
                 parameters, activations are computed again (checkpointing), the model is quantized or of
                 low precision, by its type or autocast, where a small move is rounded away or becomes a
                 whole step, or it is wrapped for distributed training.
@@ -192,135 +201,144 @@ class GradL1:
             return loss.detach()
         if not self._is_due() or not (self.lambda_w or self.lambda_a):
             return _plain_backward(closure)
-        _check_finite_difference(self)
-        computed: dict[str, tuple[nn.Module, Tensor]] = {
-            name: (layer, layer.weight) for name, layer in self.layers.items()
-        }
-        computed |= {s.name: (s.producer, s.probe) for s in self.sites} if self.lambda_a else {}
-        with autocast_refused(computed):
-            loss, self.terms = add_gradients(self.model, self._measured(), closure, self.epsilon, self.every)
+        refuse_for_finite_difference(self)
+        with autocast_refused(self.layers):
+            measured = measured_by(self.layers, self.sites, self.lambda_w, self.lambda_a, self._step_bits)
+            loss, self.terms = add_gradients(self.model, measured, closure, self.epsilon, self.every)
         return loss
 
-    def _measured(self) -> list[Measured]:
-        step = self.scale == "step"
-        weights = [
-            Measured(
-                _weight_of(name),
-                layer.weight,
-                self.lambda_w,
-                partial(layer.weight_quantizer.step, bits=self.step_bits) if step else None,
-            )
-            for name, layer in self._weights().items()
-        ]
-        activations = [
-            Measured(
-                site.name,
-                site.producer,
-                self.lambda_a,
-                partial(site.quantizer.step, bits=self.step_bits) if step else None,
-            )
-            for site in (self.sites if self.lambda_a else [])
-        ]
-        return weights + activations
+    @property
+    def _step_bits(self) -> int | None:
+        return self.step_bits if self.scale == "step" else None
 
     def _is_due(self) -> bool:
-        if self.every == 1:
-            return True
-        self._calls += 1
-        return self._calls % self.every == 0
+        """Count a call; return whether the penalty applies to it."""
+        self._calls += self.every > 1
+        return self._calls % self.every == 0 and bool(self.lambda_w or self.lambda_a)
 
-    def _weights(self) -> dict[str, QuantizedLayer]:
-        """Return the layers whose weights are penalised, one for each distinct parameter."""
-        if not self.lambda_w:
-            return {}
-        _check_parameters(self.layers)  # once more: a model may be parametrized later
-        distinct = {id(layer.weight): name for name, layer in reversed(self.layers.items())}
-        return {
-            name: layer
-            for name, layer in self.layers.items()
-            if layer.weight.requires_grad and distinct[id(layer.weight)] == name
-        }
+    def _start(self) -> None:
+        """Install plans and arm the model; the model is disarmed when nobody keeps the penalty any more."""
+        if self.method != "exact":
+            return
+        second_derivatives.install()
+        for arming in self._armings:
+            if arming.planner is not None:
+                arming.planner(self.model)
+        for site in self.sites:
+            site.quantizer.step_bits = self._step_bits
+        weakref.finalize(self, _disarm, self._number, self._armings, self.sites)
+        self._arm()
 
-    def _gradients(
-        self, loss: Tensor, layers: dict[str, QuantizedLayer], sites: list[Site], functions: list[Any]
-    ) -> list[Tensor]:
-        inputs = [layer.weight for layer in layers.values()] + [site.probe for site in sites]
+    def _arm(self) -> None:
+        """Arm the model if the next call is due, and let sites measure if they are asked to; else disarm it."""
+        if torch.compiler.is_compiling() or self.method != "exact":
+            return
+        due = (self._calls + 1) % self.every == 0
+        wanted = due and bool(self.lambda_w or self.lambda_a), due and bool(self.lambda_a)
+        if wanted == self._armed:
+            return
+        self._armed = wanted
+        for arming in self._armings:
+            arming.set(self._number, wanted[0])
+        for site in self.sites:
+            site.quantizer.measure_for(self._number, wanted[1])
+
+    def _differentiate(
+        self, loss: Tensor, weights: Sequence[WeightTerm], sites: Sequence[Site], functions: list[Any]
+    ) -> list[Tensor | None]:
+        """Return the gradient of each weight and the norm at each site; None for what the step did not use."""
+        inputs = [term.tensor for term in weights] + [site.probe for site in sites]
         if not inputs:
             raise RuntimeError("GradL1: every weight is frozen and no activation is penalised")
         with _no_autocast(loss.device.type):
-            grads = gradients(loss, inputs, functions)
+            grads = list(gradients(loss, inputs, functions))
         if not torch.compiler.is_compiling():
             refuse_shards(self.model.named_parameters())
-        names = [_weight_of(name) for name in layers] + [site.name for site in sites]
-        found = require_gradients(names, grads)
-        if not any(grad.requires_grad for grad in found):
+        require_some(weights, grads[: len(weights)], "weight")
+        require_some(sites, grads[len(weights) :], "activation")
+        if not any(grad is not None and grad.requires_grad for grad in grads):
             raise RuntimeError("GradL1: the penalty is constant: no gradient depends on a parameter")
-        return found
+        return grads
 
     def _combine(
         self,
-        layers: dict[str, QuantizedLayer],
-        weight_grads: list[Tensor],
-        sites: list[Site],
-        activation_terms: list[Tensor],
+        loss: Tensor,
+        weights: Sequence[WeightTerm],
+        weight_grads: Sequence[Tensor | None],
+        sites: Sequence[Site],
+        activation_terms: Sequence[Tensor | None],
     ) -> Tensor:
-        parts = []
-        self.terms = {}
-        if layers:
-            norms = l1_norm(self._by_step(layers, weight_grads))
-            self.terms = {_weight_of(n): v for n, v in zip(layers, norms.detach(), strict=True)}
-            parts.append(self.lambda_w * norms.sum())
-        if sites:
-            norms = torch.stack([term.to(activation_terms[0].device) for term in activation_terms])
-            self.terms |= {s.name: v for s, v in zip(sites, norms.detach(), strict=True)}
-            parts.append(self.lambda_a * norms.sum())
-        return parts[0] if len(parts) == 1 else parts[0] + parts[1]
+        if any(norm is None for norm in activation_terms):  # layers may have joined another's site
+            self.sites = activation_sites(self.model)
+        self.terms = {name: loss.new_zeros(()) for name in _names(weights, self.sites if sites else [])}
+        of_weights = self._norms_of_weights(weights, weight_grads)
+        of_sites = self._norms_at_sites(sites, activation_terms)
+        if self.share is not None and not self.share.is_found:
+            self._lambda_w, self._lambda_a = self.share.take(loss, of_weights, of_sites)
+        parts = [
+            coefficient * norm
+            for coefficient, norm in ((self.lambda_w, of_weights), (self.lambda_a, of_sites))
+            if norm is not None
+        ]
+        return self.every * (parts[0] if len(parts) == 1 else parts[0] + parts[1])
 
-    def _by_step(self, layers: dict[str, QuantizedLayer], grads: list[Tensor]) -> list[Tensor]:
-        """Return the weights' gradients, multiplied by the steps of the weights if asked for."""
+    def _norms_of_weights(self, terms: Sequence[WeightTerm], grads: Sequence[Tensor | None]) -> Tensor | None:
+        present = [(term, grad) for term, grad in zip(terms, grads, strict=True) if grad is not None]
+        if not present:
+            return None
+        norms = l1_norm([self._by_step(term, grad) for term, grad in present])
+        for (term, _), norm in zip(present, norms.detach(), strict=True):
+            self.terms[term.name] = self.terms[term.name] + norm
+        return norms.sum()
+
+    def _by_step(self, term: WeightTerm, grad: Tensor) -> Tensor:
+        """Return a weight's gradient, multiplied by the step of the weight if asked for."""
         if self.scale == "none":
-            return grads
-        steps = [layer.weight_quantizer.step(layer.weight, self.step_bits) for layer in layers.values()]
-        return [step * grad for step, grad in zip(steps, grads, strict=True)]
+            return grad
+        return term.layer.weight_quantizer.step(term.tensor, self.step_bits) * grad
 
-    def _set_step_bits(self) -> None:
-        for site in self.sites:
-            site.quantizer.step_bits = self._site_step_bits()
-
-    def _site_step_bits(self) -> int | None:
-        return self.step_bits if self.scale == "step" and self.method == "exact" else None
-
-    def _check_graph(self, loss: Tensor, layers: dict[str, QuantizedLayer], sites: list[Site]) -> list[Any]:
-        """Look for what would make the penalty wrong in silence; return the custom functions of others.
-
-        Widths and scales may be others by now than in the forward pass: the graph tells which it had.
-        """
-        if torch.compiler.is_compiling():
-            self._check_modules(layers, sites)
-            refuse_cut_region(loss)
-            return []
-        weights = {name: layer.weight for name, layer in layers.items()}
-        graph = look(loss, weights | {site.name: site.probe for site in sites})
-        refuse_once_differentiable(graph.functions)
-        refuse_clamped(graph, weights)
-        for site in sites:
-            refuse_other_scale(graph, site.name, site.quantizer.step_bits, self._site_step_bits())
-        refuse_shards((_weight_of(name), weight) for name, weight in weights.items())
-        return graph.functions
-
-    def _check_modules(self, layers: dict[str, QuantizedLayer], sites: list[Site]) -> None:
-        """Look at widths and scales where the forward pass is compiled together with the penalty."""
-        for name, layer in layers.items():
-            quantizer = layer.weight_quantizer
-            if quantizer.bits is not None and quantizer.clamps:
-                refuse_width(name, quantizer.bits)
-        for site in sites:
-            if site.quantizer.step_bits != self._site_step_bits():
-                raise RuntimeError(OTHER_SCALE.format(site.name))
+    def _norms_at_sites(self, sites: Sequence[Site], norms: Sequence[Tensor | None]) -> Tensor | None:
+        present = [(site, norm) for site, norm in zip(sites, norms, strict=True) if norm is not None]
+        if not present:
+            return None
+        for site, norm in present:
+            self.terms[site.name] = norm.detach()
+        return torch.stack([norm.to(present[0][1].device) for _, norm in present]).sum()
 
 
-def _weight_of(layer: str) -> str:
-    return f"{layer}.weight" if layer else "weight"  # the model itself may be the layer
+def _share(
+    share: float | None, lambda_w: float | None, lambda_a: float | None, method: str
+) -> Share | None:
+    if share is None:
+        if lambda_w is None or lambda_a is None:
+            raise TypeError("GradL1: give both lambda_w and lambda_a, or share, such as share=0.25")
+        return None
+    if lambda_w is not None or lambda_a is not None:
+        raise ValueError("GradL1: give lambda_w and lambda_a, or share, which derives them; not both")
+    if not check.coefficient("GradL1: share", share):
+        raise ValueError("GradL1: share must be more than 0")
+    if method != "exact":
+        raise ValueError("GradL1: share needs method='exact'")
+    return Share(share)
+
+
+def _coefficients(
+    share: Share | None, lambda_w: float | None, lambda_a: float | None, sites: Sequence[Site]
+) -> tuple[float, float]:
+    if share is not None:  # until the first batch has been seen, whatever is not 0
+        return 1.0, 1.0 if sites else 0.0
+    return check.coefficient("GradL1: lambda_w", lambda_w), check.coefficient("GradL1: lambda_a", lambda_a)
+
+
+def _names(weights: Sequence[WeightTerm], sites: Sequence[Site]) -> list[str]:
+    return [term.name for term in weights] + [site.name for site in sites]
+
+
+def _disarm(number: int, armings: Sequence[Arming], sites: Sequence[Site]) -> None:
+    for arming in armings:
+        arming.set(number, False)
+    for site in sites:
+        site.quantizer.measure_for(number, False)
 
 
 def _plain_backward(closure: Callable[[], Tensor]) -> Tensor:
@@ -333,48 +351,3 @@ def _no_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
     if check.autocast_is_on(device):
         return torch.autocast(device, enabled=False)
     return contextlib.nullcontext()
-
-
-def _check_model(penalty: GradL1) -> None:
-    refuse_wrappers(penalty.model)
-    if penalty.lambda_w and not penalty.layers:
-        raise ValueError("GradL1: the model has no quantizable layer; call gradl1_fast.convert first")
-    if penalty.lambda_a and not penalty.sites:
-        raise ValueError(
-            "GradL1: lambda_a needs activation quantizers and the model has none that is penalised; "
-            "call gradl1_fast.convert first, or set lambda_a=0"
-        )
-    _check_parameters(penalty.layers)
-
-
-def _check_parameters(layers: dict[str, QuantizedLayer]) -> None:
-    for name, layer in layers.items():
-        if layer._parameters.get("weight") is None:  # functional_call may have put any tensor there
-            raise ValueError(
-                f"GradL1: {_weight_of(name)} is not a parameter (a hook or parametrization computes it)"
-            )
-
-
-def _check_finite_difference(penalty: GradL1) -> None:
-    quantizers = (WeightQuantizer, ActivationQuantizer)
-    modules = list(penalty.model.modules())
-    if any(isinstance(m, quantizers) and m.bits is not None for m in modules):
-        raise RuntimeError(
-            "GradL1: the finite difference needs every width at float; see gradl1_fast.set_bits"
-        )
-    if any(isinstance(m, nn.parallel.DistributedDataParallel) for m in modules):
-        raise RuntimeError("GradL1: the finite difference does not average over ranks; use method='exact'")
-    narrow = {layer.weight.dtype for layer in penalty.layers.values()} - {torch.float32, torch.float64}
-    if narrow:
-        raise RuntimeError(f"GradL1: the finite difference needs weights of float32 or float64, not {narrow}")
-
-
-def _check_loss(loss: Tensor) -> None:
-    if not isinstance(loss, Tensor):
-        raise TypeError(f"GradL1: the loss must be a tensor, got {type(loss).__name__}")
-    if loss.numel() != 1:
-        raise ValueError(f"GradL1: the loss must be a single value, got shape {tuple(loss.shape)}")
-    if not torch.is_grad_enabled():
-        raise RuntimeError("GradL1: called with gradients disabled (no_grad or inference_mode)")
-    if not loss.requires_grad:
-        raise RuntimeError("GradL1: the loss has no graph; was it computed under no_grad or detached?")

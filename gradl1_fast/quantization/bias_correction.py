@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gradl1_fast.nn.converted import copy_model
 from gradl1_fast.nn.layers import QLinear, QuantizedLayer
 from gradl1_fast.nn.sites import named_layers
+from gradl1_fast.nn.twins import copy_structure
 from gradl1_fast.quantization._modes import evaluation, run
 from gradl1_fast.quantization.bits import Widths, bits, widths_of
 from gradl1_fast.quantization.sliced import refuse_sliced
@@ -75,7 +75,7 @@ def correct_bias(model: nn.Module, batches: Iterable[Any], *, w: Widths) -> nn.M
     Source: Nagel et al. 2019, arXiv 1906.04721, section 4.2, with measured means.
     """
     refuse_sliced(model, "correct_bias")
-    result = copy_model(model)
+    result = copy_structure(model)
     with bits(result, w=w, a={}):
         widths = widths_of(result)[0]
     layers = {name: layer for name, layer in named_layers(result).items() if widths[name] is not None}

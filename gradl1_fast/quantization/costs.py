@@ -6,15 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from gradl1_fast.nn.act import Act2d
-from gradl1_fast.nn.batch_norm_act import BatchNormAct2d
-from gradl1_fast.nn.converted import ConvertedModel
-from gradl1_fast.nn.graphs import module_of
 from gradl1_fast.nn.layers import QuantizedLayer
-from gradl1_fast.nn.placement import source_of
-from gradl1_fast.nn.quantizers import ActivationQuantizer
 from gradl1_fast.nn.sites import named_layers, named_quantizers
 from gradl1_fast.quantization._modes import evaluation
 from gradl1_fast.quantization.sliced import refuse_sliced
@@ -100,18 +94,5 @@ def _products(model: nn.Module, layers: Mapping[str, QuantizedLayer], example: T
 
 
 def _inputs(model: nn.Module, layers: Mapping[str, QuantizedLayer]) -> dict[str, str | None]:
-    quantizers = {id(quantizer): name for name, quantizer in named_quantizers(model).items()}
-    found = {id(layer): layer.input_quantizer for layer in layers.values()}
-    for graph_model in (m for m in model.modules() if isinstance(m, ConvertedModel)):
-        for node in graph_model.graph.nodes:
-            layer = module_of(graph_model, node)
-            if isinstance(layer, QuantizedLayer) and layer.input_quantizer is None:
-                found[id(layer)] = _quantizer_behind(graph_model, node.all_input_nodes[0])
-    return {name: quantizers.get(id(found[id(layer)])) for name, layer in layers.items()}
-
-
-def _quantizer_behind(root: nn.Module, node: fx.Node) -> ActivationQuantizer | None:
-    module = module_of(root, source_of(root, node))
-    if isinstance(module, BatchNormAct2d | Act2d):
-        return module.quantizer
-    return module if isinstance(module, ActivationQuantizer) else None
+    names = {id(quantizer): name for name, quantizer in named_quantizers(model).items()}
+    return {name: names.get(id(layer.input_quantizer)) for name, layer in layers.items()}

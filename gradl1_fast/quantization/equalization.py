@@ -9,12 +9,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, fx, nn
 
-from gradl1_fast.nn.act import Act2d
-from gradl1_fast.nn.converted import ConvertedModel, copy_model
-from gradl1_fast.nn.graphs import count_calls, module_of, operation_of
+from gradl1_fast.conversion.graphs import module_of, operation_of
 from gradl1_fast.nn.layers import QLinear, QuantizedLayer
 from gradl1_fast.nn.quantizers import ActivationQuantizer
-from gradl1_fast.nn.trace import has_hooks
+from gradl1_fast.nn.hooks import has_hooks
 from gradl1_fast.quantization.sliced import refuse_sliced
 
 __all__ = ["Equalization", "equalize"]

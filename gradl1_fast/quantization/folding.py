@@ -11,13 +11,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from gradl1_fast.nn.act import Act2d
-from gradl1_fast.nn.batch_norm_act import BatchNormAct2d
-from gradl1_fast.nn.converted import ConvertedModel, copy_model
-from gradl1_fast.nn.graphs import count_calls, module_of, operation_of
+from gradl1_fast.conversion.graphs import module_of, operation_of
 from gradl1_fast.nn.layers import QConv1d, QConv2d, QConv3d, QuantizedLayer
-from gradl1_fast.nn.rewrite import replace_module
-from gradl1_fast.nn.trace import has_hooks
+from gradl1_fast.nn.hooks import has_hooks
 from gradl1_fast.quantization._modes import evaluation
 from gradl1_fast.quantization.sliced import SlicedWeight
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from gradl1_fast.penalty.checks.graph import require_gradients
 from gradl1_fast.nn.sites import activation_sites, named_layers
-from gradl1_fast.penalty.second_pass import RandomState, buffers_kept
+from gradl1_fast.nn.second_pass import RandomState, buffers_kept
 from gradl1_fast.training.objectives.activations import outputs_of
 
 __all__ = ["step_norms"]

@@ -49,11 +49,11 @@ def load(half: str, op: str, device: torch.device) -> ModuleType:
     Raises:
         UnavailableError: the half was not built or cannot be loaded, or it is not for this device.
     """
-    from gradl1_fast.backends import UnavailableError, compiled, reference
+    from gradl1_fast.backends import PRODUCTS, UnavailableError, compiled, reference
 
     if device.type != _DEVICES[half]:
         raise UnavailableError(
             f"{half!r} computes on {_DEVICES[half]} tensors, and this one is on {device.type}"
         )
     engine(half)
-    return reference if op in ("conv", "linear") else compiled
+    return reference if op in PRODUCTS else compiled

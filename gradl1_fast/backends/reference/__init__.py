@@ -5,7 +5,14 @@ from gradl1_fast.backends.reference.batch_norm_act import (
     batch_norm_act_double_backward,
     batch_norm_act_forward,
 )
-from gradl1_fast.backends.reference.conv import conv_backward, conv_double_backward, conv_forward
+from gradl1_fast.backends.reference.conv import (
+    conv_backward,
+    conv_double_backward,
+    conv_forward,
+    conv_transpose_backward,
+    conv_transpose_double_backward,
+    conv_transpose_forward,
+)
 from gradl1_fast.backends.reference.fake_quantize import (
     fake_quantize_backward,
     fake_quantize_double_backward,
@@ -22,6 +29,9 @@ __all__ = [
     "conv_backward",
     "conv_double_backward",
     "conv_forward",
+    "conv_transpose_backward",
+    "conv_transpose_double_backward",
+    "conv_transpose_forward",
     "fake_quantize_backward",
     "fake_quantize_double_backward",
     "fake_quantize_forward",

@@ -1,20 +1,31 @@
-"""Convolution in 1, 2 and 3 dimensions by fprop, dgrad and wgrad only, at every order.
+"""Convolution and its transpose in 1, 2 and 3 dimensions by fprop, dgrad and wgrad only, at every order.
 
-Convolution is linear in its input and in its weight, so each of its gradients is one of three
+A convolution is linear in its input and in its weight, so each of its gradients is one of three
 routines: fprop (input and weight to output), dgrad (output gradient and weight to input gradient)
 and wgrad (input and output gradient to weight gradient). Their gradients are the same three again.
 PyTorch's own double backward computes the weight gradient as a forward convolution with a filter as
-large as the image; here it is a wgrad.
+large as the image; here it is a wgrad. All this holds for a transposed convolution too.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from gradl1_fast.backends.reference._tensors import absent
 
-Geometry = tuple[list[int], list[int], list[int], int]
+
+class _Geometry(NamedTuple):
+    """What PyTorch's convolution takes besides tensors, in its order."""
+
+    stride: list[int]
+    padding: list[int]
+    dilation: list[int]
+    transposed: bool
+    output_padding: list[int]
+    groups: int
 
 
 def conv_forward(
@@ -27,7 +38,7 @@ def conv_forward(
     groups: int,
 ) -> Tensor:
     """Return ``y = fprop(x, weight) + bias``."""
-    return _fprop(x, weight, bias, (stride, padding, dilation, groups))
+    return _fprop(x, weight, bias, _plain(stride, padding, dilation, groups))
 
 
 def conv_backward(
@@ -41,10 +52,7 @@ def conv_backward(
     output_mask: list[bool],
 ) -> tuple[Tensor, Tensor]:
     """Return ``dx = dgrad(dy, weight)`` and ``dweight = wgrad(x, dy)``, each where the mask asks for it."""
-    geometry = (stride, padding, dilation, groups)
-    dx = _dgrad(dy, x, weight, geometry) if output_mask[0] else absent(x)
-    dweight = _wgrad(dy, x, weight, geometry) if output_mask[1] else absent(weight)
-    return dx, dweight
+    return _backward(dy, x, weight, _plain(stride, padding, dilation, groups), output_mask)
 
 
 def conv_double_backward(
@@ -64,7 +72,79 @@ def conv_double_backward(
     ``d_dy = fprop(d_dx, weight) + fprop(x, d_dweight)``, ``d_x = dgrad(dy, d_dweight)``,
     ``d_weight = wgrad(d_dx, dy)``.
     """
-    geometry = (stride, padding, dilation, groups)
+    geometry = _plain(stride, padding, dilation, groups)
+    return _double_backward(d_dx, d_dweight, dy, x, weight, geometry, output_mask)
+
+
+def conv_transpose_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    output_padding: list[int],
+    groups: int,
+) -> Tensor:
+    """Return ``y = fprop(x, weight) + bias`` of the transposed convolution."""
+    return _fprop(x, weight, bias, _Geometry(stride, padding, dilation, True, output_padding, groups))
+
+
+def conv_transpose_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    output_padding: list[int],
+    groups: int,
+    output_mask: list[bool],
+) -> tuple[Tensor, Tensor]:
+    """Return ``dx`` and ``dweight`` as :func:`conv_backward` does."""
+    geometry = _Geometry(stride, padding, dilation, True, output_padding, groups)
+    return _backward(dy, x, weight, geometry, output_mask)
+
+
+def conv_transpose_double_backward(
+    d_dx: Tensor | None,
+    d_dweight: Tensor | None,
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    output_padding: list[int],
+    groups: int,
+    output_mask: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ``d_dy, d_x, d_weight`` as :func:`conv_double_backward` does."""
+    geometry = _Geometry(stride, padding, dilation, True, output_padding, groups)
+    return _double_backward(d_dx, d_dweight, dy, x, weight, geometry, output_mask)
+
+
+def _plain(stride: list[int], padding: list[int], dilation: list[int], groups: int) -> _Geometry:
+    return _Geometry(stride, padding, dilation, False, [0] * len(stride), groups)
+
+
+def _backward(
+    dy: Tensor, x: Tensor, weight: Tensor, geometry: _Geometry, output_mask: list[bool]
+) -> tuple[Tensor, Tensor]:
+    dx = _dgrad(dy, x, weight, geometry) if output_mask[0] else absent(x)
+    dweight = _wgrad(dy, x, weight, geometry) if output_mask[1] else absent(weight)
+    return dx, dweight
+
+
+def _double_backward(
+    d_dx: Tensor | None,
+    d_dweight: Tensor | None,
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    geometry: _Geometry,
+    output_mask: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
     d_dy, d_x, d_weight = absent(dy), absent(x), absent(weight)
     if output_mask[0]:
         terms = [_fprop(d_dx, weight, None, geometry)] if d_dx is not None else []
@@ -77,25 +157,13 @@ def conv_double_backward(
     return d_dy, d_x, d_weight
 
 
-def _fprop(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
-    stride, padding, dilation, groups = geometry
-    return torch.ops.aten.convolution(
-        x, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups
-    )
+def _fprop(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: _Geometry) -> Tensor:
+    return torch.ops.aten.convolution(x, weight, bias, *geometry)
 
 
-def _dgrad(dy: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
-    return _convolution_backward(dy, x, weight, geometry, [True, False, False])[0]
+def _dgrad(dy: Tensor, x: Tensor, weight: Tensor, geometry: _Geometry) -> Tensor:
+    return torch.ops.aten.convolution_backward(dy, x, weight, None, *geometry, [True, False, False])[0]
 
 
-def _wgrad(dy: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
-    return _convolution_backward(dy, x, weight, geometry, [False, True, False])[1]
-
-
-def _convolution_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, mask: list[bool]
-) -> tuple[Tensor, Tensor, Tensor]:
-    stride, padding, dilation, groups = geometry
-    return torch.ops.aten.convolution_backward(
-        dy, x, weight, None, stride, padding, dilation, False, [0] * len(stride), groups, mask
-    )
+def _wgrad(dy: Tensor, x: Tensor, weight: Tensor, geometry: _Geometry) -> Tensor:
+    return torch.ops.aten.convolution_backward(dy, x, weight, None, *geometry, [False, True, False])[1]

@@ -10,19 +10,25 @@ from torch import Tensor
 
 __all__ = [
     "OTHER_SCALE",
+    "WHY_NOT_REACHED",
     "Graph",
     "look",
     "nodes_of",
     "refuse_clamped",
     "refuse_cut_region",
     "refuse_other_scale",
+    "refuse_reentrant_checkpoint",
     "refuse_width",
     "require_gradients",
 ]
 
+WHY_NOT_REACHED = (
+    "Was the penalty made after this forward pass, or for another model than was called? If not, the loss does "
+    "not depend on them, or the graph is cut on the way (detach, no_grad)"
+)
 OTHER_SCALE = (
     "GradL1: another penalty with a different scale was made for this model before this forward pass ({}); "
-    "make this one again, and then the forward pass"
+    "re-create this penalty, then rerun the forward pass"
 )
 
 _COMPILED = (
@@ -86,6 +92,19 @@ def refuse_clamped(graph: Graph, layers: Iterable[str]) -> None:
                 refuse_width(name, node.clamped_at)
 
 
+def refuse_reentrant_checkpoint(graph: Graph) -> None:
+    """Raise if activations were checkpointed with ``use_reentrant=True``, which cuts the graph.
+
+    Raises:
+        RuntimeError: says what to use instead.
+    """
+    if any(node._forward_cls.__name__ == "CheckpointFunction" for node in graph.functions):
+        raise RuntimeError(
+            "GradL1: a part of the model is checkpointed with use_reentrant=True, in which the gradient of a "
+            "penalty on gradients would be lost; use use_reentrant=False"
+        )
+
+
 def refuse_width(layer: str, bits: int) -> None:
     """Raise for a layer whose weight is clamped at a width: at 1 bit, or in a stored range.
 
@@ -96,7 +115,7 @@ def refuse_width(layer: str, bits: int) -> None:
     """
     layer = layer or "the layer"  # which may be the whole model, without a name
     if bits == 1:
-        raise RuntimeError(f"GradL1: weights are penalised in float or from 2 bits up, not {layer} at 1 bit")
+        raise RuntimeError(f"GradL1: cannot penalise {layer} at 1 bit: use float or at least 2 bits")
     raise RuntimeError(
         f"GradL1: {layer} is quantized in a stored range, where its gradient stops at clamped weights; "
         "penalise weights in float, or in their own range: "
@@ -176,11 +195,5 @@ def require_gradients(names: Sequence[str], grads: Sequence[Tensor | None]) -> l
     """
     missing = [name for name, grad in zip(names, grads, strict=True) if grad is None]
     if missing:
-        raise RuntimeError(
-            f"GradL1: no gradient reached {', '.join(missing)}. Was the penalty made after this forward "
-            "pass, or for another model than was called? If not, the loss does not depend on them, "
-            "the graph is cut on the way (detach, no_grad, reentrant checkpointing), or the pass used other "
-            "tensors in their place (functional_call). Freeze a weight that is not meant to be used, or make "
-            "the penalty for the part of the model that is"
-        )
+        raise RuntimeError(f"GradL1: no gradient reached {', '.join(missing)}. {WHY_NOT_REACHED}")
     return [grad for grad in grads if grad is not None]

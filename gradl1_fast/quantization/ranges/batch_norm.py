@@ -13,9 +13,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from gradl1_fast import _checks as check
-from gradl1_fast.nn.batch_norm_act import BatchNormAct2d
-from gradl1_fast.nn.converted import ConvertedModel
-from gradl1_fast.nn.graphs import module_of, operation_of
+from gradl1_fast.conversion.graphs import module_of, operation_of
 from gradl1_fast.nn.quantizers import ActivationQuantizer
 from gradl1_fast.nn.sites import named_quantizers
 

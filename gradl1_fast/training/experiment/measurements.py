@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from gradl1_fast.nn.quantizers import ActivationQuantizer, WeightQuantizer
 from gradl1_fast.nn.sites import activation_sites, named_layers, named_quantizers
 from gradl1_fast.quantization import bits
-from gradl1_fast.penalty.second_pass import shifted
+from gradl1_fast.nn.second_pass import shifted
 from gradl1_fast.training.data import Batch
 from gradl1_fast.training.objectives.activations import outputs_of
 from gradl1_fast.training.objectives.interface import trainable_weights

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from gradl1_fast import _checks as check
 from gradl1_fast.penalty.checks.graph import require_gradients
-from gradl1_fast.penalty.second_pass import RandomState, buffers_kept, shifted
+from gradl1_fast.nn.second_pass import RandomState, buffers_kept, shifted
 from gradl1_fast.training.objectives.interface import (
     Closure,
     Objective,

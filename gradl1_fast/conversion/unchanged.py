@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-__all__ = ["NotTraceableError", "unchanged"]
+__all__ = ["NotTraceableError", "attributes_restored", "attributes_unchanged", "unchanged"]
 
 
 class NotTraceableError(Exception):
@@ -25,29 +24,56 @@ class NotTraceableError(Exception):
 def unchanged(tree: nn.Module) -> Iterator[None]:
     """Refuse, and undo, what the code inside does to the model: a graph would not do it again.
 
-    Parameters and buffers, attributes, and the lists, dictionaries, sets and deques in them are watched.
-    What is inside other objects is not, nor what numpy writes into a tensor.
+    No operation on a real tensor is allowed. Attributes are watched, and the lists, dictionaries, sets and
+    deques in them; what is inside other objects is not.
 
     Raises:
-        NotTraceableError: names the parameter, buffer or attribute.
+        NotTraceableError: names the operation, parameter, buffer or attribute.
     """
     named = (*tree.named_parameters(), *tree.named_buffers())
     tensors = [(name, t, t.detach()) for name, t in named if _memory(t) is not None]
-    modules = [_Module(f"{name}." if name else "", vars(module)) for name, module in tree.named_modules()]
     try:
-        with _ReadOnly(tensors):
+        with _NoTensors(), attributes_unchanged(tree):
             yield
         for name, tensor, before in tensors:
             if _memory(tensor) != _memory(before):
                 raise NotTraceableError(f"its forward pass changes {name}")
-        for module in modules:
-            module.check()
     finally:
         for _, tensor, before in tensors:
             if _memory(tensor) != _memory(before):
                 tensor.data = before
+
+
+@contextlib.contextmanager
+def attributes_unchanged(tree: nn.Module) -> Iterator[None]:
+    """Refuse, and undo, what the code inside does to the attributes of modules.
+
+    Raises:
+        NotTraceableError: names the attribute.
+    """
+    modules = _watched(tree)
+    try:
+        yield
+        for module in modules:
+            module.check()
+    finally:
         for module in modules:
             module.restore()
+
+
+@contextlib.contextmanager
+def attributes_restored(tree: nn.Module) -> Iterator[None]:
+    """Undo what the code inside does to the attributes of modules."""
+    modules = _watched(tree)
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.restore()
+
+
+def _watched(tree: nn.Module) -> list[_Module]:
+    return [_Module(f"{name}." if name else "", vars(module)) for name, module in tree.named_modules()]
 
 
 @dataclass
@@ -111,26 +137,11 @@ def _holds(value: Any, content: Any) -> bool:
     return len(value) == len(content) and all(a is b for a, b in zip(value, content, strict=True))
 
 
-class _ReadOnly(TorchDispatchMode):
-    """Refuses operations that write into a tensor of the model."""
-
-    def __init__(self, tensors: list[tuple[str, Tensor, Tensor]]) -> None:
-        super().__init__()
-        self._names = {_memory(tensor): name for name, tensor, _ in tensors}
+class _NoTensors(TorchDispatchMode):
+    """Refuses every operation: what is computed while a model is traced would be computed once."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for value in tree_leaves(list(_written(func, args, kwargs or {}))):
-            name = self._names.get(_memory(value)) if isinstance(value, Tensor) else None
-            if name is not None:
-                raise NotTraceableError(f"its forward pass changes {name}")
-        return func(*args, **(kwargs or {}))
-
-
-def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Any]:
-    """Yield the arguments that an operation writes into, as its schema says."""
-    for place, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            yield args[place] if place < len(args) else kwargs.get(argument.name)
+        raise NotTraceableError(f"it computes {func.overloadpacket.__name__} whatever its input is")
 
 
 def _memory(tensor: Tensor) -> int | None:

@@ -1,0 +1,6 @@
+"""Conversion of models: layers replaced in place, containers traced, plans and their execution, the report."""
+
+from gradl1_fast.conversion.convert import convert
+from gradl1_fast.conversion.report import Report, report
+
+__all__ = ["Report", "convert", "report"]

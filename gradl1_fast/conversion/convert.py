@@ -1,0 +1,162 @@
+"""Conversion of a model: its layers are replaced in place, everything else stays what it is."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+
+from torch import nn
+
+from gradl1_fast.conversion.left import left_in_float, size_of
+from gradl1_fast.conversion.planned import install
+from gradl1_fast.conversion.trace import is_holder
+from gradl1_fast.conversion.tracing import share_sites
+from gradl1_fast.nn.arming import Arming
+from gradl1_fast.nn.foreign import foreign_twin, is_conv1d_of_transformers
+from gradl1_fast.nn.hooks import has_own_forward
+from gradl1_fast.nn.layers import (
+    QConv1d,
+    QConv2d,
+    QConv3d,
+    QConvTranspose1d,
+    QConvTranspose2d,
+    QConvTranspose3d,
+    QEmbedding,
+    QLinear,
+    QuantizedLayer,
+)
+from gradl1_fast.nn.sites import name_sites
+from gradl1_fast.nn.twins import copy_structure
+
+__all__ = ["convert"]
+
+LAYERS: dict[type[nn.Module], type[QuantizedLayer]] = {
+    layer.twin: layer
+    for layer in (
+        *(QConv1d, QConv2d, QConv3d, QConvTranspose1d, QConvTranspose2d, QConvTranspose3d),
+        *(QLinear, QEmbedding),
+    )
+}
+_WORTH_A_WARNING = 0.05
+
+
+def convert(model: nn.Module, *, per_channel: bool = False) -> nn.Module:
+    """Return the model with layers that can be penalised and quantized on demand.
+
+    The result is a copy of the same class around the same parameters and buffers: methods, attributes, hooks
+    and state dicts are those of the original, and each part computes what it did. Convolutions, transposed
+    convolutions, linear layers and embeddings are replaced by subclasses of theirs, such as
+    :class:`gradl1_fast.QConv2d`; so are small subclasses of these, the weight being quantized as their forward
+    pass uses it. Every width is float at first.
+
+    Each layer has a *site* at its input, where the tensor is quantized and measured by a penalty; layers that
+    are given the very same tensor share one. The input of the network has a site that no penalty counts.
+
+    ``model`` stays as it is, and an optimizer made for one serves the other. Of a model that was converted
+    before, what is new is converted; without anything new it is returned unchanged.
+
+    Args:
+        model: any module, in any mode and on any device.
+        per_channel: quantize each weight with one range for each output channel.
+
+    Returns:
+        The converted model. What stays in float is listed by :func:`gradl1_fast.report`, and a warning names
+        it if it holds more than a twentieth of the weights.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+        ValueError: the model has no layer to convert, has a layer that is lazy and has no weight yet, or is
+            wrapped for distributed training: convert first, then wrap.
+
+    Examples:
+        >>> import torch, gradl1_fast as gl
+        >>> plain = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 4, 3))
+        >>> model = gl.convert(plain)
+        >>> [type(layer).__name__ for layer in model]
+        ['QConv2d', 'ReLU', 'QConv2d']
+        >>> x = torch.randn(2, 3, 8, 8)
+        >>> torch.equal(model(x), plain(x))  # float, as before
+        True
+        >>> model.state_dict().keys() == plain.state_dict().keys()
+        True
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"gradl1_fast.convert: the model must be a torch.nn.Module, got {model!r:.100}")
+    _refuse_wrapped(model)
+    _refuse_lazy(model)
+    if not any(map(_is_convertible, _own_modules(model))):
+        if any(isinstance(m, QuantizedLayer) for m in model.modules()):
+            return model
+        raise ValueError("gradl1_fast.convert: the model has no convolution or linear layer to convert")
+    arming = Arming(install)
+    converted = _replaced(copy_structure(model), per_channel, arming)
+    for module in converted.modules():
+        if isinstance(module, QuantizedLayer):
+            module.arming = arming
+    share_sites(converted)
+    name_sites(converted)
+    _warn_of_rest(converted)
+    return converted
+
+
+def _refuse_wrapped(model: nn.Module) -> None:
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        raise ValueError(
+            f"gradl1_fast.convert: the model is wrapped in {type(model).__name__}; convert the model first, "
+            "then wrap what convert returns"
+        )
+
+
+def _refuse_lazy(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if any(isinstance(p, nn.parameter.UninitializedParameter) for p in module._parameters.values()):
+            raise ValueError(
+                f"gradl1_fast.convert: {name or 'the model'} is lazy and has no weight yet; run a batch first"
+            )
+
+
+def _own_modules(tree: nn.Module) -> Iterator[nn.Module]:
+    """Yield the modules, but not what is inside others of torch.nn, which may read weights themselves."""
+    yield tree
+    if is_holder(tree) or not type(tree).__module__.startswith("torch.nn"):
+        for child in tree.children():
+            yield from _own_modules(child)
+
+
+def _is_convertible(module: nn.Module) -> bool:
+    if isinstance(module, QuantizedLayer) or has_own_forward(module):
+        return False
+    return isinstance(module, tuple(LAYERS)) or is_conv1d_of_transformers(module)
+
+
+def _replaced(tree: nn.Module, per_channel: bool, arming: Arming) -> nn.Module:
+    """Put a twin in the place of each layer; return the root, which may be one itself."""
+    twins: dict[int, nn.Module] = {}
+    for module in list(_own_modules(tree)):
+        if id(module) not in twins and _is_convertible(module):
+            twin = _twin(module, per_channel, arming)
+            if twin is not None:
+                twins[id(module)] = twin
+    for parent in list(tree.modules()):
+        for name, child in parent._modules.items():
+            parent._modules[name] = child if child is None else twins.get(id(child), child)
+    return twins.get(id(tree), tree)
+
+
+def _twin(module: nn.Module, per_channel: bool, arming: Arming) -> nn.Module | None:
+    layer = LAYERS.get(type(module))
+    if layer is not None:
+        return layer.from_float(module, per_channel=per_channel, arming=arming)
+    return foreign_twin(module, per_channel=per_channel, arming=arming)
+
+
+def _warn_of_rest(model: nn.Module) -> None:
+    left = left_in_float(model)
+    share = sum(left.values()) / max(size_of(model), 1)
+    if share > _WORTH_A_WARNING:
+        names = ", ".join(left)
+        warnings.warn(
+            f"gradl1_fast.convert: {share:.0%} of the weights stay in float and out of the penalty: {names}; "
+            "see gradl1_fast.report(model)",
+            stacklevel=3,
+        )

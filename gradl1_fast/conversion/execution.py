@@ -1,0 +1,110 @@
+"""Execution of plans by the registered operators: what a fused call in a plan's graph computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from gradl1_fast import functional as F
+from gradl1_fast._dtypes import sum_dtype
+from gradl1_fast.conversion.fusion import fuse
+from gradl1_fast.nn.layers import QuantizedLayer
+from gradl1_fast.nn.quantizers import ActivationQuantizer
+from gradl1_fast.nn.sharing import leave_note
+
+__all__ = ["batch_norm_act", "executable"]
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda y: y,
+    "relu": torch.relu,
+    "relu6": nn.functional.relu6,
+}
+
+
+def executable(container: nn.Module, graph: fx.Graph) -> Callable[..., Any]:
+    """Return a function of the container's arguments without a default that computes its graph, fused."""
+    graph = _copy(graph)
+    graph.owning_module = container  # type: ignore[assignment]  # what is impure depends on the modules called
+    fuse(container, graph, batch_norm_act)
+    return fx.GraphModule(container, graph).forward
+
+
+def _copy(graph: fx.Graph) -> fx.Graph:
+    copy = fx.Graph()
+    copy.output(copy.graph_copy(graph, {}))
+    return copy
+
+
+def batch_norm_act(
+    norm: nn.BatchNorm2d, x: Tensor, residual: Any, activation: str, reader: QuantizedLayer | None
+) -> Tensor:
+    """Return ``activation(norm(x) + residual)``, quantized and measured where a site alone reads it.
+
+    Args:
+        norm: the batch norm, whose statistics are updated in training as it would itself.
+        x: ``(N, C, *size)``.
+        residual: added before the activation; where ``x`` is the one to be broadcast, where the types differ
+            and for a number, sum and activation are operations of their own.
+        activation: ``"none"``, ``"relu"`` or ``"relu6"``.
+        reader: a layer whose site is the only reader of the result, or None.
+    """
+    norm._check_input_dim(x)
+    if residual is not None and not _fits(residual, x):
+        return _ACTIVATIONS[activation](_normalize(norm, x, None, "none") + residual)
+    quantizer = None if reader is None else reader.input_quantizer
+    if quantizer is None or quantizer.is_idle or not quantizer.is_foldable:
+        return _normalize(norm, x, residual, activation)
+    y = _normalize(norm, x, residual, activation, quantizer)
+    quantizer.is_known = True
+    leave_note(y, quantizer, None, None, is_itself=True)
+    return y
+
+
+def _normalize(
+    norm: nn.BatchNorm2d,
+    x: Tensor,
+    residual: Tensor | None,
+    activation: str,
+    quantizer: ActivationQuantizer | None = None,
+) -> Tensor:
+    tracked = not norm.training or norm.track_running_stats
+    grid = None
+    if quantizer is not None and quantizer.bits is not None:
+        grid = quantizer.grid(sum_dtype(x.dtype), quantizer.bits)
+    return F.batch_norm_act(
+        x,
+        norm.running_mean if tracked else None,
+        norm.running_var if tracked else None,
+        norm.weight,
+        norm.bias,
+        training=norm.training or norm.running_mean is None,
+        momentum=_count_batch(norm),
+        eps=norm.eps,
+        residual=residual,
+        activation=activation,
+        grid=grid,
+        probe=None if quantizer is None or not quantizer.is_measured else quantizer.probe,
+    )
+
+
+def _count_batch(norm: nn.BatchNorm2d) -> float:
+    """Count a training batch and return its share in the running statistics."""
+    if not (norm.training and norm.track_running_stats):
+        return 0.0
+    if norm.num_batches_tracked is not None:
+        with torch.no_grad():
+            norm.num_batches_tracked.add_(1)
+    if norm.momentum is None:  # a cumulative average
+        return 1.0 / float(norm.num_batches_tracked)  # type: ignore[arg-type]
+    return norm.momentum
+
+
+def _fits(residual: Any, x: Tensor) -> bool:
+    """Return whether ``residual`` is a tensor of the same type that can be expanded to the shape of ``x``."""
+    if not isinstance(residual, Tensor) or residual.dim() > x.dim() or residual.dtype != x.dtype:
+        return False
+    sizes = zip(reversed(residual.shape), reversed(x.shape), strict=False)
+    return all(size in (1, wanted) for size, wanted in sizes)

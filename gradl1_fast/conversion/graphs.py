@@ -1,0 +1,56 @@
+"""What the nodes of a traced graph call."""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import fx, nn
+
+from gradl1_fast.conversion.trace import IN_PLACE_OPERATORS, is_leaf
+from gradl1_fast.nn.layers import QuantizedLayer
+
+__all__ = ["ADDITIONS", "RELU", "RELU6", "activation_of", "changes_in_place", "layer_of", "module_of", "operation_of"]
+
+_functional = nn.functional
+RELU = {torch.relu, torch.relu_, _functional.relu, _functional.relu_, "relu", "relu_"}
+RELU6 = {_functional.relu6}
+ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
+
+
+def module_of(root: nn.Module, node: fx.Node) -> nn.Module | None:
+    """Return the module that a node calls, or None."""
+    return root.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def layer_of(root: nn.Module, node: fx.Node) -> QuantizedLayer | None:
+    """Return the layer of this library that a node calls, or None."""
+    module = module_of(root, node)
+    return module if isinstance(module, QuantizedLayer) else None
+
+
+def operation_of(node: fx.Node) -> object:
+    """Return the function, or the name of the method, that a node calls, or None."""
+    return node.target if node.op in ("call_function", "call_method") else None
+
+
+def activation_of(root: nn.Module, node: fx.Node) -> str | None:
+    """Return the activation that a node computes, by the name it has in the fused operation."""
+    module = module_of(root, node)
+    if module is not None:
+        return {nn.ReLU: "relu", nn.ReLU6: "relu6"}.get(type(module))
+    if operation_of(node) in RELU:
+        return "relu"
+    return "relu6" if operation_of(node) in RELU6 else None
+
+
+def changes_in_place(root: nn.Module, node: fx.Node) -> bool:
+    """Return whether a node changes a tensor in place, or might: a module that is kept whole does what it likes."""
+    module = module_of(root, node)
+    if module is not None:
+        return bool(getattr(module, "inplace", False)) or not is_leaf(module)
+    if node.target in IN_PLACE_OPERATORS or node.kwargs.get("inplace") or node.kwargs.get("out") is not None:
+        return True
+    name = str(getattr(node.target, "__name__", node.target))
+    python = getattr(node.target, "__module__", "") == "_operator"  # and_, or_, not_
+    return operation_of(node) is not None and name.endswith("_") and not name.startswith("_") and not python

@@ -1,0 +1,158 @@
+"""Containers that run their plan while it is proved to compute what their modules compute.
+
+``torch.nn.Module`` has a place for a function that is called instead of ``_call_impl``, which its own
+``compile()`` uses. It belongs to the instance, and neither copying nor pickling takes it along: the class of a
+container, its ``forward`` and its hooks stay what they are. A penalty installs the plans of a model when it
+arms it.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from gradl1_fast.conversion.execution import batch_norm_act, executable
+from gradl1_fast.conversion.snapshot import Snapshot
+from gradl1_fast.conversion.trace import is_leaf, trace
+from gradl1_fast.conversion.unchanged import NotTraceableError
+from gradl1_fast.conversion.verification import computes_the_same
+from gradl1_fast.nn.arming import Arming, is_armed
+from gradl1_fast.nn.layers import QuantizedLayer
+from gradl1_fast.nn.sharing import mark_input
+
+__all__ = ["containers", "install"]
+
+
+def install(model: nn.Module) -> None:
+    """Let the containers of a model, and batch norms beside them, run plans while a penalty is armed."""
+    arming = next((m.arming for m in model.modules() if isinstance(m, QuantizedLayer)), None)
+    if arming is None:
+        return
+    for module in containers(model):
+        present = module._compiled_call_impl
+        if present is None or (isinstance(present, Planned) and present.module is not module):
+            module._compiled_call_impl = Planned(module, arming)
+    root = model._compiled_call_impl
+    if isinstance(root, Planned):
+        root.is_root = True
+
+
+def containers(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield the modules that may have a plan: what holds layers, and each ``nn.BatchNorm2d``."""
+    for module in model.modules():
+        runs = not is_leaf(module) and type(module).forward is not nn.Module.forward
+        holds_layers = runs and any(isinstance(m, QuantizedLayer) for m in module.modules())
+        if holds_layers or type(module) is nn.BatchNorm2d:
+            yield module
+
+
+class Planned:
+    """Runs a container: by its plan in an armed forward pass, otherwise by its modules.
+
+    Args:
+        module: the container; it is not kept alive.
+        arming: the switch of its model.
+
+    Attributes:
+        is_root: whether its arguments are the input of the network.
+        has_run: whether it was called in an armed forward pass.
+        reason: why the last armed forward pass ran the modules; empty if it ran the plan.
+    """
+
+    def __init__(self, module: nn.Module, arming: Arming) -> None:
+        self._module = weakref.ref(module)
+        self._arming = arming
+        self.is_root = False
+        self.has_run = False
+        self.reason = ""
+        self._plans: dict[bool, _Plan | str] = {}
+
+    @property
+    def module(self) -> nn.Module | None:
+        """The container."""
+        return self._module()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the container with its arguments."""
+        if torch.compiler.is_compiling():
+            return self._module()._call_impl(*args, **kwargs)  # type: ignore[union-attr]
+        # A replica of data parallelism has this object among its attributes, and is another module.
+        caller = sys._getframe(1).f_locals.get("self")
+        module = self._module()
+        if module is None or caller is not module:
+            return caller._call_impl(*args, **kwargs)  # type: ignore[union-attr]
+        if not is_armed(self._arming):
+            return module._call_impl(*args, **kwargs)
+        if self.is_root:
+            for value in tree_leaves((args, kwargs)):
+                if isinstance(value, Tensor):
+                    mark_input(value)
+        run = self._runnable(module, args, kwargs)
+        return module._call_impl(*args, **kwargs) if run is None else run(*args, **kwargs)
+
+    def _runnable(self, module: nn.Module, args: Any, kwargs: Any) -> Callable[..., Any] | None:
+        self.has_run = True
+        self.reason = _why_not_now(args, kwargs)
+        if self.reason:
+            return None
+        plan = self._plans.get(module.training)
+        if plan is None or (isinstance(plan, _Plan) and not plan.snapshot.holds(module)):
+            plan = self._plans[module.training] = _make(module)
+        if isinstance(plan, str):
+            self.reason = plan
+            return None
+        self.reason = plan.prove(module, args)
+        return None if self.reason else plan.run
+
+
+class _Plan:
+    """What a container computes, as one function, and the state in which that was found.
+
+    Attributes:
+        snapshot: of the container.
+        run: computes the container's result from its arguments.
+    """
+
+    def __init__(self, snapshot: Snapshot, run: Callable[..., Any]) -> None:
+        self.snapshot, self.run = snapshot, run
+        self._proved: dict[tuple[Any, ...], str] = {}
+
+    def prove(self, module: nn.Module, args: tuple[Any, ...]) -> str:
+        """Return why the plan may not run on such arguments: on the first ones it is compared with the modules."""
+        kind = tuple((x.dtype, x.dim(), x.device.type) for x in args), torch.is_autocast_enabled(args[0].device.type)
+        if kind not in self._proved:
+            same = computes_the_same(module, module._call_impl, self.run, args)
+            self._proved[kind] = "" if same else "it computes something else than its modules"
+        return self._proved[kind]
+
+
+def _make(module: nn.Module) -> _Plan | str:
+    snapshot = Snapshot.of(module)
+    if snapshot.has_hooks:
+        return "has hooks inside"
+    if type(module) is nn.BatchNorm2d:
+        return _Plan(snapshot, lambda x: batch_norm_act(module, x, None, "none", None))
+    try:
+        return _Plan(snapshot, executable(module, trace(module).graph))
+    except NotTraceableError as reason:
+        return str(reason)
+
+
+def _why_not_now(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """Return what about this very call no plan allows for, or nothing."""
+    if kwargs or not args or not all(isinstance(x, Tensor) for x in args):
+        return "was called with other arguments than tensors in order"
+    if torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0:
+        return "was called in a functional transform or in forward-mode differentiation"
+    if torch._C._get_tracing_state() is not None:
+        return "was called while torch.jit traces"
+    hooks = nn.modules.module
+    if hooks._global_forward_hooks or hooks._global_forward_pre_hooks or hooks._global_backward_hooks:
+        return "was called with hooks on all modules"
+    return ""

@@ -1,0 +1,192 @@
+"""What a converted model quantizes, what it leaves alone, and which of its containers run a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from torch import fx, nn
+
+from gradl1_fast._checks import MAX_BITS
+from gradl1_fast.conversion.graphs import layer_of, module_of, operation_of
+from gradl1_fast.conversion.left import left_in_float
+from gradl1_fast.conversion.planned import Planned
+from gradl1_fast.conversion.trace import is_leaf
+from gradl1_fast.conversion.tracing import Part, parts_of
+from gradl1_fast.nn.layers import QuantizedLayer
+from gradl1_fast.nn.quantizers import ActivationQuantizer, WeightQuantizer
+from gradl1_fast.nn.sites import named_layers, named_quantizers
+
+__all__ = ["Report", "report"]
+
+_NAMES_OF_PRODUCTS = {"matmul", "bmm", "baddbmm", "einsum", "softmax", "scaled_dot_product_attention"}
+_OURS = (QuantizedLayer, ActivationQuantizer, WeightQuantizer)
+
+
+@dataclass(repr=False)
+class Report:
+    """Rows of text by section; ``print``, or a notebook, shows them as tables.
+
+    Attributes:
+        layers: name, class, shape of the weight, bits of the weight, ranges of the weight.
+        sites: name, bits, range, whether a penalty counts the tensor.
+        unquantized: name and kind of each weight and operation that computes in float at any width.
+        plans: container, number of layers inside, and why it has no plan, or nothing.
+    """
+
+    layers: list[tuple[str, ...]] = field(default_factory=list)
+    sites: list[tuple[str, ...]] = field(default_factory=list)
+    unquantized: list[tuple[str, ...]] = field(default_factory=list)
+    plans: list[tuple[str, int, str]] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        """Return the tables."""
+        plans = [(name or "the model", str(count), reason or "planned") for name, count, reason in self.plans]
+        return "\n\n".join(
+            (
+                _table("Layers", ("name", "class", "weight", "bits", "ranges"), self.layers),
+                _table("Sites", ("name", "bits", "range", "penalised"), self.sites),
+                _table("Left in float", ("name", "operation"), self.unquantized),
+                _table("Plans", ("container", "layers", "state"), plans),
+            )
+        )
+
+
+def report(model: nn.Module) -> Report:
+    """Return every layer and site, what stays in float, and the plans, to be printed.
+
+    The forward pass is traced as far as that goes; operations of containers that cannot be traced are listed
+    as far as their source names them. After a pass with a penalty, the plans say what that pass has run.
+
+    Args:
+        model: a converted model, or one that contains layers of this library.
+    """
+    parts = list(parts_of(model))
+    used = _used_by_function(model, parts)
+    result = Report()
+    for name, layer in named_layers(model).items():
+        result.layers.append(_layer_row(name, layer, used.get(id(layer), "")))
+    result.sites.extend(_site_row(name, quantizer) for name, quantizer in named_quantizers(model).items())
+    result.unquantized.extend(dict.fromkeys(_unquantized(model, parts)))
+    result.unquantized.extend((name, f"weight used by {what}") for name, what in _names(model, used))
+    result.plans.extend(map(_plan_row, parts))
+    return result
+
+
+def _used_by_function(model: nn.Module, parts: list[Part]) -> dict[int, str]:
+    """Return what reads the weight of a layer without calling the layer, by the identity of the layer."""
+    owners = {id(layer.weight): layer for layer in named_layers(model).values() if layer.weight is not None}
+    used: dict[int, str] = {}
+    for part in parts:
+        for node in [] if part.traced is None else part.traced.graph.nodes:
+            value = _attribute(part.container, str(node.target)) if node.op == "get_attr" else None
+            owner = owners.get(id(value))
+            if owner is not None and node.users:
+                used[id(owner)] = _kind(part.container, next(iter(node.users)))
+    return used
+
+
+def _names(model: nn.Module, used: dict[int, str]) -> Iterator[tuple[str, str]]:
+    return ((name, used[id(layer)]) for name, layer in named_layers(model).items() if id(layer) in used)
+
+
+def _attribute(root: nn.Module, path: str) -> object:
+    owner, _, name = path.rpartition(".")
+    return getattr(root.get_submodule(owner), name, None)
+
+
+def _unquantized(model: nn.Module, parts: list[Part]) -> Iterator[tuple[str, ...]]:
+    for left in left_in_float(model):
+        name, _, kind = left.rpartition(" (")
+        yield name, kind.removesuffix(")")
+    for part in parts:
+        if part.traced is None:
+            yield from _from_source(part)
+            continue
+        for node in part.traced.graph.nodes:
+            if _computes_in_float(part.container, node):
+                yield f"{part.name}.{_name(node)}".removeprefix("."), _kind(part.container, node)
+    for name, module in model.named_modules():
+        inside = is_leaf(module) and not isinstance(module, _OURS)
+        if inside and not list(module.children()) and not _is_traced(name, parts):
+            yield name, type(module).__name__
+
+
+def _from_source(part: Part) -> Iterator[tuple[str, ...]]:
+    """Yield what the forward pass of a container that cannot be traced names in its source."""
+    code = getattr(type(part.container).forward, "__code__", None)
+    for name in sorted(_NAMES_OF_PRODUCTS & set(code.co_names if code else ())):
+        yield part.name or "the model", name
+    yield part.name or "the model", f"other operations, unknown: {part.reason}"
+
+
+def _computes_in_float(root: nn.Module, node: fx.Node) -> bool:
+    if node.op not in ("call_module", "call_function", "call_method"):
+        return False
+    module = module_of(root, node)
+    return module is None or (is_leaf(module) and not isinstance(module, _OURS))
+
+
+def _is_traced(name: str, parts: list[Part]) -> bool:
+    """Return whether a module lies in a graph, and is listed by it."""
+    for part in parts:
+        inside = not part.name or name.startswith(f"{part.name}.")
+        if part.traced is not None and inside:
+            path = name.removeprefix(f"{part.name}.") if part.name else name
+            if not any(path.startswith(f"{whole}.") for whole in part.traced.kept_whole):
+                return True
+    return False
+
+
+def _plan_row(part: Part) -> tuple[str, int, str]:
+    container = part.container
+    if part.traced is not None:
+        count = sum(layer_of(container, node) is not None for node in part.traced.graph.nodes)
+        planned = container._compiled_call_impl
+        ran = isinstance(planned, Planned) and planned.has_run
+        return part.name, count, planned.reason if ran else ""  # type: ignore[union-attr]
+    children = [m for m in container.children() if isinstance(m, QuantizedLayer)]
+    return part.name, len(children), f"not planned: {part.reason}"
+
+
+def _name(node: fx.Node) -> str:
+    return str(node.target) if node.op == "call_module" else node.name
+
+
+def _kind(root: nn.Module, node: fx.Node) -> str:
+    module = module_of(root, node)
+    operation = operation_of(node)
+    return type(module).__name__ if module is not None else str(getattr(operation, "__name__", operation))
+
+
+def _layer_row(name: str, layer: QuantizedLayer, used: str) -> tuple[str, ...]:
+    quantizer = layer.weight_quantizer
+    ranges = "per tensor" if quantizer.axis is None else "per channel"
+    bits = _bits(quantizer.bits)
+    if used:
+        bits = f"float: used by {used}"
+    elif quantizer.bits is not None and not layer.was_called:
+        bits = f"{bits} when it is called, which it was not yet"
+    return name, type(layer).__name__, "x".join(map(str, layer.weight.shape)), bits, ranges
+
+
+def _site_row(name: str, quantizer: ActivationQuantizer) -> tuple[str, ...]:
+    ends = "not calibrated"
+    if quantizer.low is not None:
+        low, high = quantizer.range_at(quantizer.bits or MAX_BITS)
+        ends = f"{float(low):.4g} to {float(high):.4g}"
+    return name, _bits(quantizer.bits), ends, "no: network input" if quantizer.is_input else "yes"
+
+
+def _bits(bits: int | None) -> str:
+    return "float" if bits is None else str(bits)
+
+
+def _table(title: str, header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    if not rows:
+        return f"{title}: none"
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+    lines = [
+        "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in (header, *rows)
+    ]
+    return "\n".join((title, lines[0], "  ".join("-" * w for w in widths), *lines[1:]))

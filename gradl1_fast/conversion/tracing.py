@@ -1,0 +1,84 @@
+"""What tracing tells of a whole model: its graphs, and which layers share a site."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import fx, nn
+
+from gradl1_fast.conversion.graphs import changes_in_place, layer_of
+from gradl1_fast.conversion.trace import Traced, is_holder, is_leaf, trace
+from gradl1_fast.conversion.unchanged import NotTraceableError
+from gradl1_fast.nn.layers import QuantizedLayer
+from gradl1_fast.nn.sharing import join
+
+__all__ = ["Part", "parts_of", "share_sites"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A container that could be traced, or the reason why not.
+
+    Attributes:
+        name: path in the model; empty for the model itself.
+        container: the module.
+        traced: its graph; None where there is a reason.
+        reason: why it could not be traced.
+    """
+
+    name: str
+    container: nn.Module
+    traced: Traced | None
+    reason: str = ""
+
+
+def parts_of(model: nn.Module, name: str = "") -> Iterator[Part]:
+    """Trace a model; where that fails its children, and so on down; also what is kept whole inside a graph.
+
+    Only containers that hold layers of this library are tried.
+    """
+    if is_leaf(model) or not any(isinstance(m, QuantizedLayer) for m in model.modules()):
+        return
+    try:
+        traced = trace(model)
+    except NotTraceableError as reason:
+        if not is_holder(model) or isinstance(model, nn.Sequential):
+            yield Part(name, model, None, str(reason))
+        for child_name, child in model.named_children():
+            yield from parts_of(child, f"{name}.{child_name}".removeprefix("."))
+        return
+    yield Part(name, model, traced)
+    for path in traced.kept_whole:
+        yield from parts_of(model.get_submodule(path), f"{name}.{path}".removeprefix("."))
+
+
+def share_sites(model: nn.Module) -> None:
+    """Let layers that are given the very same tensor share a site, as far as tracing shows it."""
+    if isinstance(model, QuantizedLayer):
+        if model.input_quantizer is not None:
+            model.input_quantizer.is_input = model.input_quantizer.is_known = True
+        return
+    for part in parts_of(model):
+        if part.traced is not None:
+            _share(part.container, part.traced.graph, is_root=part.container is model)
+
+
+def _share(root: nn.Module, graph: fx.Graph, *, is_root: bool) -> None:
+    changed = {node.all_input_nodes[0] for node in graph.nodes if _changes_its_input(root, node)}
+    first: dict[fx.Node, QuantizedLayer] = {}
+    for node in graph.nodes:
+        layer = layer_of(root, node)
+        if layer is None or layer.input_quantizer is None or not node.all_input_nodes:
+            continue
+        source = node.all_input_nodes[0]
+        leader = first.setdefault(source, layer)
+        if leader is not layer and source not in changed and leader.input_quantizer is not None:
+            join(layer, leader.input_quantizer)
+        layer.input_quantizer.is_known = True
+        if is_root and source.op == "placeholder":
+            layer.input_quantizer.is_input = True
+
+
+def _changes_its_input(root: nn.Module, node: fx.Node) -> bool:
+    return bool(node.all_input_nodes) and changes_in_place(root, node)

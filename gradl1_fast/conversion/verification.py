@@ -1,0 +1,55 @@
+"""The comparison of a plan with the modules that it stands for, on the batch at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+
+from gradl1_fast.conversion.unchanged import attributes_restored
+from gradl1_fast.nn.second_pass import RandomState, buffers_kept
+
+__all__ = ["computes_the_same"]
+
+# Of the largest output: fused and plain operations round differently, more so in a deep network.
+_TOLERANCES = {torch.float64: 1e-8, torch.float32: 2e-3, torch.float16: 0.1, torch.bfloat16: 0.2}
+
+
+@torch.no_grad()
+def computes_the_same(
+    module: nn.Module, one: Callable[..., Any], other: Callable[..., Any], args: tuple[Any, ...]
+) -> bool:
+    """Return whether two functions give the same outputs; random state, buffers and attributes stay as they are.
+
+    Args:
+        module: whose buffers and attributes the functions may change.
+        one: a function of ``args``.
+        other: another.
+        args: tensors, of which each function is given copies, for it may change them.
+    """
+    randomness = RandomState()
+    results = []
+    for function in (one, other):
+        with buffers_kept(module), attributes_restored(module):
+            results.append(tree_flatten(function(*(x.clone() for x in args))))
+        randomness.replay()
+    (first, first_spec), (second, second_spec) = results
+    return first_spec == second_spec and all(map(_is_same, first, second))
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    if not isinstance(one, Tensor) or not isinstance(other, Tensor):
+        return isinstance(one, Tensor) == isinstance(other, Tensor) and (one is other or bool(one == other))
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    if not one.is_floating_point():
+        return bool(torch.equal(one, other))
+    finite = one.isfinite()
+    if not torch.equal(finite, other.isfinite()):
+        return False
+    scale = one[finite].abs().max() if bool(finite.any()) else one.new_zeros(())
+    error = (one - other)[finite].abs().max() if bool(finite.any()) else one.new_zeros(())
+    return bool(error <= _TOLERANCES[one.dtype] * scale)

@@ -1,0 +1,203 @@
+"""Twins for layers of others: subclasses of convolutions and linear layers, and transformers' Conv1D.
+
+A twin is a subclass of the foreign class, made when it is needed. Where that class has a ``forward`` of its own
+(weight standardisation, "same" padding), it runs as it is, and the weight that it hands to a convolution or a
+matrix product is replaced by the quantized one: the weight as the forward pass uses it is what is quantized.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from gradl1_fast import functional as F
+from gradl1_fast.nn import layers
+from gradl1_fast.nn.arming import Arming, is_armed
+from gradl1_fast.nn.layers import QuantizedLayer
+from gradl1_fast.nn.sharing import pass_through
+from gradl1_fast.nn.twins import retype
+
+__all__ = ["foreign_twin", "is_conv1d_of_transformers", "used_weight"]
+
+_functional = nn.functional
+_Products = dict[Callable[..., Any], Callable[..., Any] | None]
+
+# What a layer's forward pass may call with a weight as the second argument, and its twice differentiable form.
+_CONVOLUTIONS: _Products = dict.fromkeys(
+    (_functional.conv1d, _functional.conv2d, _functional.conv3d, torch.conv1d, torch.conv2d, torch.conv3d), F.conv
+)
+_TRANSPOSED: _Products = dict.fromkeys(
+    (_functional.conv_transpose1d, _functional.conv_transpose2d, _functional.conv_transpose3d)
+)  # their own second derivative is slow, and exact
+_PRODUCTS: _Products = {**_CONVOLUTIONS, **_TRANSPOSED, _functional.linear: F.linear}
+_BASES: dict[type[nn.Module], type[QuantizedLayer]] = {
+    nn.Conv1d: layers._QConv,
+    nn.Conv2d: layers._QConv,
+    nn.Conv3d: layers._QConv,
+    nn.ConvTranspose1d: layers._QConvTranspose,
+    nn.ConvTranspose2d: layers._QConvTranspose,
+    nn.ConvTranspose3d: layers._QConvTranspose,
+    nn.Linear: layers._QLinear,
+    nn.Embedding: layers._QEmbedding,
+}
+
+
+class _Found(Exception):  # noqa: N818  # ends a forward pass early; no error
+    """Carries the weight that a forward pass was about to use."""
+
+
+class _Weights(TorchFunctionMode):
+    """Replaces the weight of each product inside a layer's own forward pass."""
+
+    def __init__(self, replace: Callable[[Tensor], Tensor], armed: bool) -> None:
+        super().__init__()
+        self._replace, self._armed = replace, armed
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func not in _PRODUCTS:
+            return func(*args, **kwargs)
+        if len(args) > 1:
+            args = args[0], self._replace(args[1]), *args[2:]
+        else:
+            kwargs = {**kwargs, "weight": self._replace(kwargs["weight"])}
+        ours = _PRODUCTS[func] if self._armed else None
+        return func(*args, **kwargs) if ours is None else _twice_differentiable(ours, *args, **kwargs)
+
+
+def _twice_differentiable(function: Callable[..., Any], input: Tensor, weight: Tensor, *rest: Any, **options: Any) -> Any:
+    names = ("bias", "stride", "padding", "dilation", "groups")
+    return function(input, weight, **dict(zip(names, rest, strict=False)), **options)
+
+
+class _Foreign(QuantizedLayer):
+    """Runs the foreign class's forward pass on the site's tensor, with the quantized weight."""
+
+    computes_weight: bool
+
+    @property
+    def is_computed(self) -> bool:
+        """Whether the weight in use is no parameter, but computed from some."""
+        return self.computes_weight
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Return what the foreign layer computes, at the present width."""
+        x = pass_through(self, x)
+        armed = is_armed(self.arming)
+        if not armed and self.weight_quantizer.bits is None:
+            self.was_called = True
+            return super().forward(x, *args, **kwargs)
+        with _Weights(self._quantized, armed):
+            return super().forward(x, *args, **kwargs)
+
+
+class _Conv1D(QuantizedLayer):
+    """Forward pass of transformers' Conv1D: a linear layer whose weight is transposed."""
+
+    out_axis = 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``x @ weight + bias`` at the present width."""
+        x, weight = self._operands(x)
+        if is_armed(self.arming):
+            return F.linear(x, weight.t(), self.bias)
+        size = *x.shape[:-1], weight.shape[1]
+        return torch.addmm(self.bias, x.view(-1, x.size(-1)), weight).view(size)
+
+
+def is_conv1d_of_transformers(module: nn.Module) -> bool:
+    """Return whether a module is the transposed linear layer of GPT-2 and its relatives."""
+    cls = type(module)
+    return cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils"
+
+
+def foreign_twin(module: nn.Module, *, per_channel: bool, arming: Arming) -> QuantizedLayer | None:
+    """Return a twin with the parameters, hooks and mode of a foreign layer; None if it is of no known kind."""
+    cls = _twin_class(type(module))
+    if cls is None:
+        return None
+    layer = retype(module, type(module), cls)
+    layer._add_quantizers(per_channel, arming)
+    if isinstance(layer, _Foreign):
+        try:
+            layer.computes_weight = _weight_in_use(layer) is not layer.weight
+        except Exception:  # the foreign forward pass may raise anything: it is not of a kind that is known here
+            return None
+    return layer
+
+
+@functools.cache
+def _twin_class(foreign: type[nn.Module]) -> type[QuantizedLayer] | None:
+    base = _base_of(foreign)
+    if base is None:
+        return None
+    attributes = {
+        "twin": foreign,
+        "__module__": foreign.__module__,
+        "__reduce_ex__": _reduce,
+        "__doc__": f"``{foreign.__name__}`` that can be quantized on demand and differentiated twice.",
+    }
+    if base is _Foreign and issubclass(foreign, nn.modules.conv._ConvTransposeNd):
+        attributes["out_axis"] = 1
+    return type(f"Q{foreign.__name__}", (base, foreign), attributes)
+
+
+def _base_of(foreign: type[nn.Module]) -> type[QuantizedLayer] | None:
+    if foreign.__name__ == "Conv1D" and foreign.__module__ == "transformers.pytorch_utils":
+        return _Conv1D
+    for twin, base in _BASES.items():
+        if issubclass(foreign, twin):
+            same = foreign.forward is twin.forward and getattr(foreign, "_conv_forward", None) is getattr(
+                twin, "_conv_forward", None
+            )
+            return base if same else None if twin is nn.Embedding else _Foreign
+    return None
+
+
+def _reduce(self: QuantizedLayer, protocol: int) -> Any:
+    """Pickle by the foreign class, from which the twin is made again."""
+    return _rebuild, (self.twin,), self.__getstate__()
+
+
+def _rebuild(foreign: type[nn.Module]) -> nn.Module:
+    cls = _twin_class(foreign)
+    assert cls is not None
+    return cls.__new__(cls)
+
+
+def used_weight(layer: QuantizedLayer) -> Tensor:
+    """Return the weight as the layer's forward pass uses it, detached.
+
+    Of a foreign layer it is found by a pass over a small input of zeros, which ends at the first product.
+
+    Raises:
+        RuntimeError: the layer calls no product with a weight.
+    """
+    with torch.no_grad():
+        return (_weight_in_use(layer) if isinstance(layer, _Foreign) else layer.weight).detach()
+
+
+def _weight_in_use(layer: QuantizedLayer) -> Tensor:
+    def found(weight: Tensor) -> Tensor:
+        raise _Found(weight)
+
+    forward: Any = layer.twin.forward
+    try:
+        with _Weights(found, armed=False):
+            forward(layer, _small_input(layer))
+    except _Found as result:
+        return result.args[0]
+    raise RuntimeError(f"{type(layer).__name__} calls no convolution and no linear function with a weight")
+
+
+def _small_input(layer: Any) -> Tensor:
+    like = next(layer.parameters())
+    if isinstance(layer, nn.Linear):
+        return like.new_zeros(1, layer.in_features)
+    sizes = [d * (k - 1) + 1 for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
+    return like.new_zeros(1, layer.in_channels, *sizes)

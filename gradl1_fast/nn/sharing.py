@@ -1,0 +1,162 @@
+"""One site for layers that are given the very same tensor.
+
+A layer that passes a tensor through its site leaves a note about it: which quantizer, and what came out. A
+layer that is then given the same tensor, by identity and version, takes the result and joins the site. Notes
+are kept beside tensors, not on them, so that neither pickling nor copying a tensor meets one.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+if TYPE_CHECKING:
+    from gradl1_fast.nn.layers import QuantizedLayer
+    from gradl1_fast.nn.quantizers import ActivationQuantizer
+
+__all__ = ["join", "leave_note", "mark_input", "pass_through"]
+
+_RECOMPUTATION = "_recomputation_hook"
+
+
+@dataclass(eq=False)
+class _Note:
+    """What is known of a tensor that passed through a site.
+
+    Attributes:
+        quantizer: of the site.
+        state: the quantizer's width, range and observer at that moment.
+        version: of the tensor, which an in-place operation raises.
+        result: what the quantizer returned; None if it is the tensor itself, or was not kept.
+        is_itself: whether the tensor is its own result: its producer quantized and measured it.
+        layers: the layers that have read it.
+        hooks: the saved-tensor hooks that were on top, such as those of a checkpointed region; None without.
+    """
+
+    quantizer: ActivationQuantizer
+    state: tuple[Any, ...]
+    version: int
+    result: Tensor | None
+    is_itself: bool
+    layers: set[int]
+    hooks: weakref.ref[Any] | None
+
+
+_notes: Any = WeakIdKeyDictionary()
+_inputs: Any = WeakIdKeyDictionary()
+
+
+def pass_through(layer: QuantizedLayer, x: Tensor) -> Tensor:
+    """Return the input of a layer as its site hands it on.
+
+    Raises:
+        RuntimeError: the site has no range at a quantized width.
+    """
+    quantizer = layer.input_quantizer
+    if quantizer is None or quantizer.is_idle:
+        return x
+    if torch.compiler.is_compiling():
+        return _while_compiling(quantizer, x)
+    quantizer.is_known = True
+    if _is_input(x):
+        quantizer.is_input = True
+    note = _note_on(x, id(layer))
+    if note is None:
+        result = quantizer(x)
+        leave_note(x, quantizer, result, id(layer))
+        return result
+    if note.quantizer is not quantizer:
+        join(layer, note.quantizer)
+    if note.is_itself:
+        return x
+    return note.quantizer.quantize(x) if note.result is None else note.result
+
+
+def join(layer: QuantizedLayer, quantizer: ActivationQuantizer) -> None:
+    """Make a layer use the site of another, which is given the very same tensor."""
+    quantizer.is_known = True
+    layer.input_quantizer = quantizer
+
+
+def _while_compiling(quantizer: ActivationQuantizer, x: Tensor) -> Tensor:
+    """Share a result as layers share their quantizer; a region that is compiled sees no version of a tensor."""
+    of_tensor: Any = x
+    note = getattr(of_tensor, "_gradl1_note", None)
+    if note is not None:
+        if note[0] is quantizer:
+            return note[1]
+        if not (quantizer.is_known and note[0].is_known):
+            raise RuntimeError(
+                f"{quantizer.name} is given the tensor of another site while it is compiled, and the model has "
+                "not run yet: pass one batch through it in eager mode first, as gradl1_fast.calibrate does"
+            )
+    result = quantizer(x)
+    of_tensor._gradl1_note = quantizer, result
+    return result
+
+
+def mark_input(x: Tensor) -> None:
+    """Note that a tensor is the input of a network: its site is no activation's."""
+    _inputs[x] = x._version
+
+
+def _is_input(x: Tensor) -> bool:
+    """Return whether a tensor was marked as the input of a network and has not changed since."""
+    return bool(_inputs) and _inputs.get(x) == x._version
+
+
+def _note_on(x: Tensor, layer: int) -> _Note | None:
+    """Return the note on a tensor that a layer is given, if it holds in this forward pass.
+
+    Raises:
+        RuntimeError: the site was made in a checkpointed region, and this layer is outside of it.
+    """
+    note = _notes.get(x)
+    if note is None or note.version != x._version or note.state != note.quantizer.state:
+        return None
+    if x.is_leaf and layer in note.layers:
+        return None  # the tensor outlives a forward pass: this is the next one
+    if not _is_in_reach(note):
+        return None
+    note.layers.add(layer)
+    return note
+
+
+def leave_note(
+    x: Tensor, quantizer: ActivationQuantizer, result: Tensor | None, layer: int | None, *, is_itself: bool = False
+) -> None:
+    """Write down what a site made of a tensor."""
+    is_own = result is not None and result is not x  # without a gradient it is as easily made again
+    kept = result if is_own and (result.requires_grad or quantizer.move is not None) else None
+    layers = set() if layer is None else {layer}
+    _notes[x] = _Note(quantizer, quantizer.state, x._version, kept, is_itself, layers, _top_hooks())
+
+
+def _is_in_reach(note: _Note) -> bool:
+    """Return whether what was made under other saved-tensor hooks may be used here.
+
+    What is made inside a checkpointed region is made again when the region is recomputed.
+    """
+    if note.hooks is None:
+        return True
+    here = _top_hooks()
+    if here is not None and here() is note.hooks():
+        return True
+    if here is not None and _RECOMPUTATION in getattr(here(), "__qualname__", ""):
+        return False
+    if note.quantizer.is_measured:
+        raise RuntimeError(
+            f"GradL1: the tensor at {note.quantizer.name} is read by a layer inside a checkpointed region and "
+            "by one outside of it; checkpoint both, or neither"
+        )
+    return False
+
+
+def _top_hooks() -> weakref.ref[Any] | None:
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return None if hooks is None else weakref.ref(hooks[0])

@@ -1,0 +1,75 @@
+"""Checks of a penalty's arguments, of the loss, and of what a finite difference needs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from gradl1_fast.nn.quantizers import ActivationQuantizer, WeightQuantizer
+from gradl1_fast.penalty.checks.distributed import refuse_wrappers
+
+if TYPE_CHECKING:
+    from gradl1_fast.penalty.gradl1 import GradL1
+
+__all__ = ["check_loss", "check_model", "refuse_for_finite_difference"]
+
+
+def check_model(penalty: GradL1) -> None:
+    """Check that there is something to penalise, and nothing that rules out a second derivative.
+
+    Raises:
+        ValueError: says what is missing, or names what rules it out.
+    """
+    refuse_wrappers(penalty.model)
+    if penalty.lambda_w and not penalty.layers:
+        raise ValueError("GradL1: the model has no quantizable layer; call gradl1_fast.convert first")
+    if penalty.lambda_a and not penalty.sites:
+        raise ValueError(
+            "GradL1: lambda_a needs activations that feed a layer, and the model has none besides its input; "
+            "call gradl1_fast.convert first, or set lambda_a=0"
+        )
+
+
+def check_loss(loss: Tensor) -> None:
+    """Check that a loss is a single value with a graph.
+
+    Raises:
+        RuntimeError: it has no graph, or gradients are disabled.
+        TypeError: it is not a tensor.
+        ValueError: it has more than one value.
+    """
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"GradL1: the loss must be a tensor, got {type(loss).__name__}")
+    if loss.numel() != 1:
+        raise ValueError(f"GradL1: the loss must be a single value, got shape {tuple(loss.shape)}")
+    if not torch.is_grad_enabled():
+        raise RuntimeError("GradL1: called with gradients disabled (no_grad or inference_mode)")
+    if not loss.requires_grad:
+        raise RuntimeError("GradL1: the loss has no graph; was it computed under no_grad or detached?")
+
+
+def refuse_for_finite_difference(penalty: GradL1) -> None:
+    """Refuse a model that a finite difference cannot measure: quantized, sharded, narrow or computed weights.
+
+    Raises:
+        RuntimeError: says what is in the way.
+    """
+    quantizers = (WeightQuantizer, ActivationQuantizer)
+    modules = list(penalty.model.modules())
+    if any(isinstance(m, quantizers) and m.bits is not None for m in modules):
+        raise RuntimeError(
+            "GradL1: the finite difference needs every width at float; see gradl1_fast.set_bits"
+        )
+    if any(isinstance(m, nn.parallel.DistributedDataParallel) for m in modules):
+        raise RuntimeError("GradL1: the finite difference does not average over ranks; use method='exact'")
+    narrow = {layer.weight.dtype for layer in penalty.layers.values()} - {torch.float32, torch.float64}
+    if narrow:
+        raise RuntimeError(f"GradL1: the finite difference needs weights of float32 or float64, not {narrow}")
+    computed = [name for name, layer in penalty.layers.items() if layer.is_computed]
+    if computed and penalty.lambda_w:
+        raise RuntimeError(
+            f"GradL1: the finite difference moves parameters, and the weight of {computed[0]} is computed; "
+            "use method='exact'"
+        )

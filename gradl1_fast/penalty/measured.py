@@ -1,0 +1,76 @@
+"""What a penalty measures in a model: the weights that layers use, and the tensors at their sites."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from gradl1_fast.nn.layers import QuantizedLayer
+from gradl1_fast.nn.quantizers import ActivationQuantizer
+from gradl1_fast.nn.sites import named_quantizers
+
+__all__ = ["Site", "WeightTerm", "activation_sites", "name_of_weight", "weight_terms"]
+
+
+@dataclass(frozen=True)
+class Site:
+    """A penalised activation tensor.
+
+    Attributes:
+        name: of the site, ``<layer>.input`` after the first layer that it feeds.
+        quantizer: owner of the probe.
+    """
+
+    name: str
+    quantizer: ActivationQuantizer
+
+    @property
+    def probe(self) -> Tensor:
+        """The leaf that receives the l1 norm."""
+        return self.quantizer.probe
+
+
+@dataclass(frozen=True)
+class WeightTerm:
+    """A penalised weight, as a layer uses it.
+
+    Attributes:
+        name: of the term, ``<layer>.weight``.
+        layer: the first layer that uses it.
+        tensor: a parameter, or what was computed from some in the last forward pass.
+    """
+
+    name: str
+    layer: QuantizedLayer
+    tensor: Tensor
+
+
+def activation_sites(model: nn.Module) -> list[Site]:
+    """Return the sites that a penalty counts: all but those of the network's input."""
+    return [Site(name, q) for name, q in named_quantizers(model).items() if not q.is_input]
+
+
+def weight_terms(layers: Mapping[str, QuantizedLayer]) -> list[WeightTerm]:
+    """Return the weights that require a gradient, each tensor once.
+
+    Of a layer that computes its weight they are those of the forward pass before this call, as long as its
+    graph is alive; the penalty is then on the gradient of the computed weight.
+    """
+    terms: dict[int, WeightTerm] = {}
+    for name, layer in layers.items():
+        for tensor in _weights_of(layer):
+            if tensor.requires_grad:
+                terms.setdefault(id(tensor), WeightTerm(name_of_weight(name), layer, tensor))
+    return list(terms.values())
+
+
+def _weights_of(layer: QuantizedLayer) -> Sequence[Tensor]:
+    used = [weight for ref in layer.used_weights if (weight := ref()) is not None]
+    return used if layer.is_computed else [layer.weight, *used]
+
+
+def name_of_weight(layer: str) -> str:
+    """Return the name of the term of a layer's weight."""
+    return f"{layer}.weight" if layer else "weight"  # the model itself may be the layer

@@ -42,6 +42,11 @@ def conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, **geometry: obje
     return {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[weight.dim()](x, weight, bias, **geometry)
 
 
+def conv_transpose(x: Tensor, weight: Tensor, bias: Tensor | None = None, **geometry: object) -> Tensor:
+    functions = {3: F.conv_transpose1d, 4: F.conv_transpose2d, 5: F.conv_transpose3d}
+    return functions[weight.dim()](x, weight, bias, **geometry)
+
+
 linear = F.linear
 
 

@@ -110,6 +110,37 @@ REFUSED: dict[str, tuple[Callable[[], Tensor], type[Exception], str]] = {
         ValueError,
         "'same' needs stride 1",
     ),
+    "transposed, weight of 2 dimensions": (
+        lambda: F.conv_transpose(X, C[None]),
+        ValueError,
+        "conv_transpose: weight must have 3, 4 or 5 dimensions",
+    ),
+    "transposed, weight of another dimension": (
+        lambda: F.conv_transpose(X, W[0]),
+        ValueError,
+        "conv_transpose: a weight of 3 dimensions takes an input of 3, or 2 without a batch",
+    ),
+    "transposed, padding by name": (
+        lambda: F.conv_transpose(X, W, padding="same"),
+        ValueError,
+        "conv_transpose: padding must be one number or 2 of them, got 'same'",
+    ),
+    "transposed, output padding of 3": (
+        lambda: F.conv_transpose(X, W, output_padding=(1, 1, 1)),
+        ValueError,
+        "conv_transpose: output_padding must be one number or 2 of them",
+    ),
+    "transposed, output padding as large as the stride": (
+        lambda: F.conv_transpose(X, W.transpose(0, 1), stride=2, output_padding=2),
+        RuntimeError,
+        "output padding must be smaller than either stride or dilation",
+    ),
+    "transposed, channels": (lambda: F.conv_transpose(X, W), RuntimeError, "to have 4 channels, but got 3"),
+    "transposed, integers": (
+        lambda: F.conv_transpose(X.int(), W),
+        TypeError,
+        r"conv_transpose: .* got torch\.int32",
+    ),
     "channels of a convolution": (lambda: F.conv(X[:, :2], W), RuntimeError, "to have 3 channels, but got 2"),
     "features": (lambda: F.linear(X, C[None]), RuntimeError, "cannot be multiplied"),
     "activation": (
@@ -183,6 +214,7 @@ def test_products_follow_autocast(dtype: torch.dtype) -> None:
         y = F.conv(x, w, torch.ones(4))
         assert y.dtype == F.linear(x, torch.ones(2, 5)).dtype == dtype
         assert F.conv(x.double(), w.double()).dtype == torch.float64
+        assert F.conv_transpose(x, w.transpose(0, 1)).dtype == dtype
     gradients = torch.autograd.grad(y.float().sin().sum(), (x, w), create_graph=True)
     assert [g.dtype for g in gradients] == [torch.float32] * 2
     second = torch.autograd.grad(sum(g.square().sum() for g in gradients), (x, w))

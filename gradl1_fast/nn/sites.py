@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 
-from torch import nn
+from torch import Tensor, nn
 
 from gradl1_fast.nn.layers import QuantizedLayer
 from gradl1_fast.nn.quantizers import ActivationQuantizer
 
-__all__ = ["name_sites", "named_layers", "named_quantizers", "sites_of_layers"]
+__all__ = ["name_sites", "named_layers", "named_quantizers", "replaced_at", "sites_of_layers"]
 
 
 def named_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
@@ -42,3 +44,20 @@ def name_sites(model: nn.Module) -> None:
     """Tell each quantizer its name, for messages."""
     for name, quantizer in named_quantizers(model).items():
         quantizer.name = name
+
+
+@contextlib.contextmanager
+def replaced_at(
+    quantizers: Mapping[str, ActivationQuantizer], replace: Callable[[str, Tensor], Tensor]
+) -> Iterator[None]:
+    """Let ``replace(name, tensor)`` give the tensor that the layers of each site see, for the block.
+
+    It is called once for a tensor, however many layers read it; what goes past the layers stays as it is.
+    """
+    try:
+        for name, quantizer in quantizers.items():
+            quantizer.move = partial(replace, name)
+        yield
+    finally:
+        for quantizer in quantizers.values():
+            quantizer.move = None

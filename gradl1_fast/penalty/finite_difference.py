@@ -21,6 +21,7 @@ from gradl1_fast._checks import autocast_is_on
 from gradl1_fast.nn.layers import QuantizedLayer
 from gradl1_fast.nn.quantizers import ActivationQuantizer
 from gradl1_fast.nn.second_pass import RandomState, buffers_kept, shifted
+from gradl1_fast.nn.sites import replaced_at
 from gradl1_fast.penalty.checks.graph import WHY_NOT_REACHED
 from gradl1_fast.penalty.measured import Site, weight_terms
 
@@ -129,13 +130,15 @@ def _first_pass(
 ) -> tuple[Tensor, tuple[Tensor | None, ...], list[_Move], dict[str, Tensor]]:
     targets = [(item, item.source) for item in measured if isinstance(item.source, Tensor)]
 
-    def record(item: Measured, x: Tensor) -> Tensor:
+    by_name = {item.name: item for item in measured}
+
+    def record(name: str, x: Tensor) -> Tensor:
         # Of its own: what goes past the layers is not part of the gradient.
         own = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
-        targets.append((item, own))
+        targets.append((by_name[name], own))
         return own
 
-    with _moving(measured, record):
+    with replaced_at(_sites(measured), record):
         loss = closure()
     grads = torch.autograd.grad(loss, [*params, *(t for _, t in targets)], allow_unused=True)
     found = [(i, t, g) for (i, t), g in zip(targets, grads[len(params) :], strict=True) if g is not None]
@@ -171,11 +174,11 @@ def _moved(moves: list[_Move], unit: Tensor) -> Iterator[list[Tensor]]:
     waiting = [move for move in moves if not isinstance(move.measured.source, Tensor)]
     through_steps: list[Tensor] = []
 
-    def shift(item: Measured, x: Tensor) -> Tensor:
-        move = next((move for move in waiting if move.measured is item), None)
+    def shift(name: str, x: Tensor) -> Tensor:
+        move = next((move for move in waiting if move.measured.name == name), None)
         if move is None:
             raise RuntimeError(
-                f"GradL1: {item.name} was computed more often in the second pass than in the first; the "
+                f"GradL1: {name} was computed more often in the second pass than in the first; the "
                 "finite difference does not go together with activation checkpointing"
             )
         waiting.remove(move)  # a site that is passed twice has two moves, in the order of its calls
@@ -187,7 +190,7 @@ def _moved(moves: list[_Move], unit: Tensor) -> Iterator[list[Tensor]]:
         for move in weights:
             stack.enter_context(shifted(move.measured.source, unit * move.direction))  # type: ignore[arg-type]
             _add_step_term(through_steps, move, move.measured.source)  # type: ignore[arg-type]
-        stack.enter_context(_moving([move.measured for move in waiting], shift))
+        stack.enter_context(replaced_at(_sites([move.measured for move in waiting]), shift))
         yield through_steps
 
 
@@ -221,14 +224,5 @@ def _add_step_term(terms: list[Tensor], move: _Move, tensor: Tensor) -> None:
         terms.append(move.measured.coefficient * move.term(tensor))
 
 
-@contextlib.contextmanager
-def _moving(measured: Sequence[Measured], move: Callable[[Measured, Tensor], Tensor]) -> Iterator[None]:
-    """Let ``move(item, tensor)`` replace what arrives at each site that is measured, once for each item."""
-    sites = {id(item): item for item in measured if isinstance(item.source, ActivationQuantizer)}
-    try:
-        for item in sites.values():
-            item.source.move = partial(move, item)  # type: ignore[union-attr]
-        yield
-    finally:
-        for item in sites.values():
-            item.source.move = None  # type: ignore[union-attr]
+def _sites(measured: Sequence[Measured]) -> dict[str, ActivationQuantizer]:
+    return {item.name: item.source for item in measured if isinstance(item.source, ActivationQuantizer)}

@@ -57,6 +57,18 @@ def conv(values: Values) -> Iterator[Call]:
         yield "conv_double_backward", (d_dx, d_dw, dy, x, w, *geometry, [True, True, True])
 
 
+def conv_transpose(values: Values) -> Iterator[Call]:
+    x, w, b, dy = values(2, 3, 4, 5), values(3, 6, 1, 1), values(6), values(2, 6, 4, 5)
+    geometry = ([1, 1], [0, 0], [1, 1], [0, 0], 1)
+    v, u = values(2, 3, 4, 5), values(3, 6, 1, 1)
+    yield "conv_transpose_forward", (x, w, None, *geometry)
+    yield "conv_transpose_forward", (x, w, b, *geometry)
+    for mask in ([True, True], [False, True], [True, False], [False, False]):
+        yield "conv_transpose_backward", (dy, x, w, *geometry, mask)
+    for d_dx, d_dw in ((v, u), (v, None), (None, u), (None, None)):
+        yield "conv_transpose_double_backward", (d_dx, d_dw, dy, x, w, *geometry, [True, True, True])
+
+
 def linear(values: Values) -> Iterator[Call]:
     x, w, b, dy, v, u = values(4, 3), values(6, 3), values(6), values(4, 6), values(4, 3), values(6, 3)
     yield "linear_forward", (x, w, b)
@@ -91,7 +103,7 @@ def batch_norm_act(values: Values) -> Iterator[Call]:
                     yield "batch_norm_act_double_backward", (*cotangents, dy, *saved, True)
 
 
-SETS = [tap, fake_quantize, l1_norm, conv, linear, batch_norm_act]
+SETS = [tap, fake_quantize, l1_norm, conv, conv_transpose, linear, batch_norm_act]
 
 
 @pytest.mark.parametrize("calls", SETS, ids=lambda f: f.__name__)

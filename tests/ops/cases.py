@@ -75,8 +75,32 @@ CONV = [
     _conv("unbatched 1d, same, odd total", (2, 6), (3, 2, 2), padding="same"),
 ]
 
+
+def _conv_transpose(
+    name: str, x: tuple[int, ...], w: tuple[int, ...], bias: bool = True, **geometry: Any
+) -> Case:
+    shapes = (x, w, (w[1] * geometry.get("groups", 1),)) if bias else (x, w)
+    function, truth = (partial(f, **geometry) for f in (ours.conv_transpose, oracle.conv_transpose))
+    return Case(f"conv_transpose {name}", function, truth, shapes)
+
+
+CONV_TRANSPOSE = [
+    _conv_transpose("1d", (2, 3, 5), (3, 4, 3), stride=2, padding=1, output_padding=1),
+    _conv_transpose("2d", (2, 3, 4, 5), (3, 4, 3, 2)),
+    _conv_transpose("2d without bias", (2, 3, 4, 5), (3, 4, 3, 3), bias=False, padding=(1, 0)),
+    _conv_transpose("3d", (1, 2, 3, 2, 3), (2, 3, 2, 3, 1), stride=(1, 2, 1), output_padding=(0, 1, 0)),
+    _conv_transpose("pointwise", (2, 5, 4, 4), (5, 3, 1, 1), bias=False),
+    _conv_transpose("doubling", (2, 4, 3, 4), (4, 2, 2, 2), stride=2),
+    _conv_transpose("dilation", (2, 2, 4, 5), (2, 3, 3, 2), dilation=(2, 3), output_padding=(1, 2)),
+    _conv_transpose("groups", (2, 4, 3, 4), (4, 3, 3, 3), groups=2, stride=2, padding=1),
+    _conv_transpose("depthwise", (2, 4, 3, 4), (4, 1, 3, 3), bias=False, groups=4, stride=(2, 1)),
+    _conv_transpose("unbatched", (3, 4, 5), (3, 2, 3, 3), stride=2, padding=1, output_padding=1),
+    _conv_transpose("unbatched 1d", (2, 5), (2, 3, 3), stride=2),
+]
+
 LINEAR = [
     Case("linear 2d", ours.linear, oracle.linear, ((4, 5), (3, 5), (3,))),
+    Case("linear sequence", ours.linear, oracle.linear, ((2, 4, 5), (3, 5), (3,))),
     Case("linear sequence without bias", ours.linear, oracle.linear, ((2, 4, 5), (3, 5))),
     Case("linear one row", ours.linear, oracle.linear, ((5,), (3, 5), (3,))),
 ]
@@ -200,4 +224,4 @@ L1_NORM = [
     ),
 ]
 
-CASES = TAP + FAKE_QUANTIZE + L1_NORM + CONV + LINEAR + BATCH_NORM_ACT
+CASES = TAP + FAKE_QUANTIZE + L1_NORM + CONV + CONV_TRANSPOSE + LINEAR + BATCH_NORM_ACT

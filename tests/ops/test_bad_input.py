@@ -104,7 +104,15 @@ def test_two_runs_are_bitwise_equal(case: Case) -> None:
     assert all(a is b is None or torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
 
-SAVED = {"tap": 0, "fake_quantize": 1, "l1_norm": 4, "conv": 2, "linear": 2, "batch_norm_act": 2}
+SAVED = {
+    "tap": 0,
+    "fake_quantize": 1,
+    "l1_norm": 4,
+    "conv": 2,
+    "conv_transpose": 2,
+    "linear": 2,
+    "batch_norm_act": 2,
+}
 
 
 @each_case

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from tests.gradients import assert_gradients
-from tests.ops.cases import BATCH_NORM_ACT, CASES, CONV, Case
+from tests.ops.cases import BATCH_NORM_ACT, CASES, CONV, CONV_TRANSPOSE, Case
 from tests.ops.layouts import LAYOUTS, constant, expanded
 from tests.ops.sweeps import sweep
 
 pytestmark = pytest.mark.usefixtures("each_cpu_backend")
-IMAGES = [c for c in CONV + BATCH_NORM_ACT if len(c.shapes[0]) == 4]
+IMAGES = [c for c in CONV + CONV_TRANSPOSE + BATCH_NORM_ACT if len(c.shapes[0]) == 4]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)

@@ -38,8 +38,15 @@ class Product(NamedTuple):
 CONV = Product(
     "conv", lambda x, w: F.conv2d(x, w, padding=1), (2, 3, 5, 4), (4, 3, 3, 3), ([1] * 2,) * 3 + (1,)
 )
+CONV_TRANSPOSE = Product(
+    "conv_transpose",
+    lambda x, w: F.conv_transpose2d(x, w, stride=2, output_padding=1),
+    (2, 3, 3, 4),
+    (3, 4, 3, 3),
+    ([2] * 2, [0] * 2, [1] * 2, [1] * 2, 1),
+)
 LINEAR = Product("linear", F.linear, (4, 3), (5, 3), ())
-each = pytest.mark.parametrize("product", [CONV, LINEAR], ids=lambda p: p.name)
+each = pytest.mark.parametrize("product", [CONV, CONV_TRANSPOSE, LINEAR], ids=lambda p: p.name)
 
 
 @each

@@ -26,6 +26,7 @@ def tap() -> Iterator[Call]:
     for layout in (torch.clone, transposed, channels_last):
         x, dy = leaf(layout(values(2, 3, 4, 5))), layout(values(2, 3, 4, 5))
         yield "tap_forward", (x, leaf(torch.zeros(())))
+        yield "tap_alias", (x, leaf(torch.zeros(())))
         yield "tap_backward", (leaf(dy),)
         yield "tap_double_backward", (dy, torch.ones(()), dy)
     yield "tap_double_backward", (None, torch.ones(()), dy)
@@ -72,6 +73,21 @@ def conv() -> Iterator[Call]:
             )
 
 
+def conv_transpose() -> Iterator[Call]:
+    kinds = ((torch.clone, 1, 1), (channels_last, 2, 1), (torch.clone, 2, 4), (torch.clone, 3, 2))
+    for layout, n, groups in kinds:
+        x, w = layout(values(2, 4, *[3] * n)), layout(values(4, 4 // groups, *[3] * n))
+        geometry = ([2] * n, [1] * n, [1] * n, [1] * n, groups)
+        dy = torch.empty_like(_ops.conv_transpose_forward(x, w, None, *geometry)).normal_()
+        bias = leaf(values(4)) if groups == 1 else None
+        yield "conv_transpose_forward", (leaf(x), leaf(w), bias, *geometry)
+        for mask in ([True, True], [True, False], [False, True]):
+            yield "conv_transpose_backward", (leaf(dy), leaf(x), leaf(w), *geometry, mask)
+        for v, u in ((x, w), (None, w), (x, None)):
+            wanted = [True, u is not None, v is not None]
+            yield "conv_transpose_double_backward", (v, u, dy, x, w, *geometry, wanted)
+
+
 def linear() -> Iterator[Call]:
     for layout in (torch.clone, transposed):
         x, w, dy = layout(values(6, 5)), layout(values(3, 5)), layout(values(6, 3))
@@ -115,7 +131,7 @@ def batch_norm_act() -> Iterator[Call]:
             yield "batch_norm_act_double_backward", (None, mean, None, None, None, dy, x, *saved, True)
 
 
-SETS = [tap, fake_quantize, l1_norm, conv, linear, batch_norm_act]
+SETS = [tap, fake_quantize, l1_norm, conv, conv_transpose, linear, batch_norm_act]
 
 
 @pytest.mark.parametrize("arguments", SETS, ids=lambda f: f.__name__)
@@ -125,6 +141,11 @@ def test_opcheck(arguments: Arguments, sweep: str) -> None:
     assert sets
     for args in sets:
         torch.library.opcheck(getattr(_ops, f"{arguments.__name__}_{sweep}").default, args)
+
+
+def test_opcheck_tap_alias() -> None:
+    for args in (args for name, args in tap() if name == "tap_alias"):
+        torch.library.opcheck(_ops.tap_alias.default, args)
 
 
 def test_opcheck_scale_probe() -> None:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils.hooks import RemovableHandle
 
 
 def tap(x: Tensor) -> Tensor:
@@ -161,41 +162,66 @@ def affine_step(t: Tensor, bits: int) -> Tensor:
     return (t.max().clamp(min=0) - t.min().clamp(max=0)) / (2**bits - 1)
 
 
+class Sites:
+    """Passes what layers are given through a function, once for each tensor: its identity and version count.
+
+    Args:
+        function: of the name of the first layer that is given a tensor, and the tensor.
+    """
+
+    def __init__(self, function: Callable[[str, Tensor], Tensor]) -> None:
+        self.function = function
+        self.seen: list[tuple[Tensor, int, Tensor]] = []
+
+    def see(self, name: str, t: Tensor) -> Tensor:
+        for given, version, result in self.seen:
+            if given is t and version == t._version:
+                return result
+        result = self.function(name, t)
+        self.seen.append((t, t._version, result))  # keeps the tensor, whose identity nobody else gets
+        return result
+
+    def watch(self, module: nn.Module, layers: Iterable[str]) -> list[RemovableHandle]:
+        return [
+            module.get_submodule(name).register_forward_pre_hook(
+                lambda _, i, name=name: (self.see(name, i[0]), *i[1:])
+            )
+            for name in layers
+        ]
+
+
 def measure(
     module: nn.Module,
     loss_fn: Callable[[nn.Module], Tensor],
     *,
     weights: Iterable[str] = (),
-    outputs_of: Iterable[str] = (),
     inputs_of: Iterable[str] = (),
 ) -> Measured:
     """Run ``loss_fn(module)`` and keep the named tensors.
 
     Args:
-        module: a plain network, without in-place operations on what is kept.
+        module: a plain network.
         loss_fn: takes the module, returns the loss.
         weights: names such as ``"features.0.weight"``; of a parametrized one, the tensor in use.
-        outputs_of: modules whose output is a penalised activation.
-        inputs_of: modules whose first input is one. A tensor that both name counts once.
+        inputs_of: layers whose first input is a penalised activation: the gradient is what comes back from the
+            layers that are given the very tensor, and from nothing else that reads it.
     """
     kept: dict[str, Tensor] = {}
 
-    def keep(name: str, t: Tensor) -> None:
-        if not t.requires_grad:  # behind frozen layers alone
-            t.requires_grad_()
-        if all(t is not other for other in kept.values()):
-            kept[f"{name} #{len(kept)}" if name in kept else name] = t
+    def keep(name: str, t: Tensor) -> Tensor:
+        own = tap(t) if t.requires_grad else t.detach().requires_grad_()  # behind frozen layers alone
+        kept[f"{name} #{len(kept)}" if name in kept else name] = own
+        own.unquantized = _unquantized(t)
+        return own
 
-    find = module.get_submodule
-    hooks = [find(n).register_forward_hook(lambda _, i, out, n=n: keep(n, out)) for n in outputs_of]
-    hooks += [find(n).register_forward_pre_hook(lambda _, i, n=n: keep(n, i[0])) for n in inputs_of]
+    handles = Sites(keep).watch(module, inputs_of)
     try:
         with parametrize.cached():
             loss = loss_fn(module)
             return Measured(loss, {name: attrgetter(name)(module) for name in weights}, kept)
     finally:
-        for hook in hooks:
-            hook.remove()
+        for handle in handles:
+            handle.remove()
 
 
 def quantize(
@@ -203,47 +229,48 @@ def quantize(
     run: Callable[[nn.Module], object],
     *,
     weights: Iterable[str],
-    outputs_of: Iterable[str],
+    inputs_of: Iterable[str],
     weight_bits: int,
     activation_bits: int,
+    input_bits: int,
 ) -> None:
-    """Fake-quantize a plain network in place: weights, its input, and the outputs of the named modules.
+    """Fake-quantize a plain network in place: weights, and what the named layers are given.
 
     Args:
         module: a plain network.
         run: passes data through it, in evaluation mode, to find the ranges of activations.
         weights: names of weights; each gets a symmetric grid for its own range.
-        outputs_of: modules whose output is quantized, on an affine grid.
+        inputs_of: layers whose first input is quantized, on an affine grid.
         weight_bits: width of the weights.
         activation_bits: width of the activations.
+        input_bits: width of the network's input, which is what the first of the layers is given.
     """
     ranges: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def observe(name: str, t: Tensor) -> None:
+    def observe(name: str, t: Tensor) -> Tensor:
         low, high = ranges.get(name, (t.min(), t.max()))
         ranges[name] = (torch.minimum(low, t.min()), torch.maximum(high, t.max()))
+        return t
 
-    names = list(outputs_of)
-    hooks = [module.register_forward_pre_hook(lambda _, i: observe("", i[0]))]
-    hooks += [
-        module.get_submodule(n).register_forward_hook(lambda _, i, out, n=n: observe(n, out)) for n in names
-    ]
+    layers = list(inputs_of)
+    handles = Sites(observe).watch(module, layers)
     training = module.training
     with torch.no_grad():
         run(module.eval())
     module.train(training)
-    for hook in hooks:
-        hook.remove()
-    grids = {name: affine_grid(*ends, activation_bits) for name, ends in ranges.items()}
+    for handle in handles:
+        handle.remove()
+    grids = {
+        name: affine_grid(*ends, input_bits if name == layers[0] else activation_bits)
+        for name, ends in ranges.items()
+    }
 
     def quantized(name: str, t: Tensor) -> Tensor:
         result = fake_quantize(t, *grids[name])
         result.unquantized = t
         return result
 
-    module.register_forward_pre_hook(lambda _, i: (quantized("", i[0]), *i[1:]))
-    for n in names:
-        module.get_submodule(n).register_forward_hook(lambda _, i, out, n=n: quantized(n, out))
+    Sites(quantized).watch(module, layers)
     for name in weights:
         owner, _, attribute = name.rpartition(".")
         layer = module.get_submodule(owner)

@@ -40,18 +40,21 @@ def penalise(model: nn.Module, x: Tensor, scale: str = "none", **sites: list[str
 def test_one_linear_layer_in_closed_form() -> None:
     model = nn.Sequential(nn.Linear(3, 4, bias=False)).double()
     x, w = torch.randn(1, 3, dtype=torch.float64), model[0].weight
-    result = penalise(model, x, weights=["0.weight"], outputs_of=["0"])
+    result = penalise(model, x, weights=["0.weight"], inputs_of=["0"])
     y = x @ w.detach().t()
     assert result.terms["0.weight"].item() == pytest.approx((y.abs().sum() * x.abs().sum()).item())
-    assert result.terms["0"].item() == pytest.approx(y.abs().sum().item())
-    expected = y + 0.3 * y.sign() * x.abs().sum() + 0.2 * y.sign()
-    assert_gradients([result.gradients["0.weight"]], [expected.t() * x])
+    back = y @ w.detach()  # dL/dx
+    assert result.terms["0"].item() == pytest.approx(back.abs().sum().item())
+    expected = (y + 0.3 * y.sign() * x.abs().sum()).t() * x
+    s = back.sign()
+    expected = expected + 0.2 * ((s @ w.detach().t()).t() * x + y.t() * s)
+    assert_gradients([result.gradients["0.weight"]], [expected])
 
 
 @pytest.mark.parametrize("scale", ["none", "step"])
 def test_gradients_are_those_of_the_objective(scale: str) -> None:
     model, x = Twice(), torch.randn(5, 3, dtype=torch.float64)
-    sites = {"weights": ["first.weight", "shared.0.weight"], "outputs_of": ["shared"], "inputs_of": ["last"]}
+    sites = {"weights": ["first.weight", "shared.0.weight"], "inputs_of": ["shared.0", "last"]}
     result = penalise(model, x, scale, **sites)
     for name, weight in model.named_parameters():
         values = []
@@ -64,14 +67,45 @@ def test_gradients_are_those_of_the_objective(scale: str) -> None:
         assert result.gradients[name].view(-1)[1].item() == pytest.approx(slope, rel=1e-5, abs=1e-6)
 
 
-def test_a_module_called_twice_has_two_activations_and_a_shared_tensor_counts_once() -> None:
+class Branches(nn.Module):
+    """Two layers that are given one tensor, and a residual that goes past them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.one, self.other = (nn.Linear(3, 3).double() for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        return y + self.one(y) + self.other(y)
+
+
+def test_layers_of_one_tensor_have_one_site_and_what_goes_past_them_is_not_measured() -> None:
+    model, x = Branches(), torch.randn(2, 3, dtype=torch.float64)
+    sites = {"inputs_of": ["one", "other"]}
+    result = penalise(model, x, **sites)
+    assert list(result.terms) == ["one"]
+    dy = model(x).detach()
+    back = dy @ (model.one.weight + model.other.weight).detach()
+    assert result.terms["one"].item() == pytest.approx(back.abs().sum().item())
+
+
+def test_a_layer_called_twice_has_two_sites() -> None:
     measured = oracle.measure(
         Twice(),
         lambda m: m(torch.randn(2, 3, dtype=torch.float64)).sum(),
-        outputs_of=["first", "shared"],
-        inputs_of=["shared", "last"],
+        inputs_of=["shared.0", "last"],
     )
-    assert list(measured.activations) == ["first", "shared", "shared #2"]
+    assert list(measured.activations) == ["shared.0", "shared.0 #1", "last"]
+
+
+def test_a_tensor_changed_in_place_is_another_one() -> None:
+    seen = []
+    sites = oracle.Sites(lambda name, t: seen.append(name) or t)
+    t = torch.ones(2)
+    sites.see("one", t)
+    sites.see("two", t)
+    sites.see("three", t.add_(1))
+    assert seen == ["one", "three"]
 
 
 def test_of_a_parametrized_weight_the_tensor_in_use_is_measured() -> None:

@@ -89,7 +89,9 @@ def _site_alone(root: nn.Module, node: fx.Node) -> fx.Node | None:
     """Return a call of a layer that reads ``node``, if nothing but layers of the same site does."""
     layers = [layer_of(root, user) for user in node.users]
     sites = {id(None if layer is None else layer.input_quantizer) for layer in layers}
-    alone = len(sites) == 1 and all(layer is not None and layer.input_quantizer is not None for layer in layers)
+    alone = len(sites) == 1 and all(
+        layer is not None and layer.input_quantizer is not None for layer in layers
+    )
     return next(iter(node.users)) if alone else None
 
 

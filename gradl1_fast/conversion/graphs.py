@@ -10,7 +10,16 @@ from torch import fx, nn
 from gradl1_fast.conversion.trace import IN_PLACE_OPERATORS, is_leaf
 from gradl1_fast.nn.layers import QuantizedLayer
 
-__all__ = ["ADDITIONS", "RELU", "RELU6", "activation_of", "changes_in_place", "layer_of", "module_of", "operation_of"]
+__all__ = [
+    "ADDITIONS",
+    "RELU",
+    "RELU6",
+    "activation_of",
+    "changes_in_place",
+    "layer_of",
+    "module_of",
+    "operation_of",
+]
 
 _functional = nn.functional
 RELU = {torch.relu, torch.relu_, _functional.relu, _functional.relu_, "relu", "relu_"}

@@ -125,7 +125,10 @@ class _Plan:
 
     def prove(self, module: nn.Module, args: tuple[Any, ...]) -> str:
         """Return why the plan may not run on such arguments: on the first ones it is compared with the modules."""
-        kind = tuple((x.dtype, x.dim(), x.device.type) for x in args), torch.is_autocast_enabled(args[0].device.type)
+        kind = (
+            tuple((x.dtype, x.dim(), x.device.type) for x in args),
+            torch.is_autocast_enabled(args[0].device.type),
+        )
         if kind not in self._proved:
             same = computes_the_same(module, module._call_impl, self.run, args)
             self._proved[kind] = "" if same else "it computes something else than its modules"
@@ -148,7 +151,10 @@ def _why_not_now(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     """Return what about this very call no plan allows for, or nothing."""
     if kwargs or not args or not all(isinstance(x, Tensor) for x in args):
         return "was called with other arguments than tensors in order"
-    if torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0:
+    if (
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+    ):
         return "was called in a functional transform or in forward-mode differentiation"
     if torch._C._get_tracing_state() is not None:
         return "was called while torch.jit traces"

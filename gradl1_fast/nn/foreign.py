@@ -29,7 +29,8 @@ _Products = dict[Callable[..., Any], Callable[..., Any] | None]
 
 # What a layer's forward pass may call with a weight as the second argument, and its twice differentiable form.
 _CONVOLUTIONS: _Products = dict.fromkeys(
-    (_functional.conv1d, _functional.conv2d, _functional.conv3d, torch.conv1d, torch.conv2d, torch.conv3d), F.conv
+    (_functional.conv1d, _functional.conv2d, _functional.conv3d, torch.conv1d, torch.conv2d, torch.conv3d),
+    F.conv,
 )
 _TRANSPOSED: _Products = dict.fromkeys(
     (_functional.conv_transpose1d, _functional.conv_transpose2d, _functional.conv_transpose3d)
@@ -70,7 +71,9 @@ class _Weights(TorchFunctionMode):
         return func(*args, **kwargs) if ours is None else _twice_differentiable(ours, *args, **kwargs)
 
 
-def _twice_differentiable(function: Callable[..., Any], input: Tensor, weight: Tensor, *rest: Any, **options: Any) -> Any:
+def _twice_differentiable(
+    function: Callable[..., Any], input: Tensor, weight: Tensor, *rest: Any, **options: Any
+) -> Any:
     names = ("bias", "stride", "padding", "dilation", "groups")
     return function(input, weight, **dict(zip(names, rest, strict=False)), **options)
 
@@ -126,7 +129,9 @@ def foreign_twin(module: nn.Module, *, per_channel: bool, arming: Arming) -> Qua
     if isinstance(layer, _Foreign):
         try:
             layer.computes_weight = _weight_in_use(layer) is not layer.weight
-        except Exception:  # the foreign forward pass may raise anything: it is not of a kind that is known here
+        except (
+            Exception
+        ):  # the foreign forward pass may raise anything: it is not of a kind that is known here
             return None
     return layer
 

@@ -190,7 +190,15 @@ class ActivationQuantizer(_Quantizer):
     @property
     def state(self) -> tuple[Any, ...]:
         """What must be the same for two layers to share a result."""
-        return self.bits, id(self.low), id(self.high), self.observer, self.move, self.step_bits, self.is_measured
+        return (
+            self.bits,
+            id(self.low),
+            id(self.high),
+            self.observer,
+            self.move,
+            self.step_bits,
+            self.is_measured,
+        )
 
     @property
     def is_foldable(self) -> bool:

@@ -128,7 +128,12 @@ def _note_on(x: Tensor, layer: int) -> _Note | None:
 
 
 def leave_note(
-    x: Tensor, quantizer: ActivationQuantizer, result: Tensor | None, layer: int | None, *, is_itself: bool = False
+    x: Tensor,
+    quantizer: ActivationQuantizer,
+    result: Tensor | None,
+    layer: int | None,
+    *,
+    is_itself: bool = False,
 ) -> None:
     """Write down what a site made of a tensor."""
     is_own = result is not None and result is not x  # without a gradient it is as easily made again

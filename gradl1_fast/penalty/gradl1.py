@@ -306,9 +306,7 @@ class GradL1:
         return torch.stack([norm.to(present[0][1].device) for _, norm in present]).sum()
 
 
-def _share(
-    share: float | None, lambda_w: float | None, lambda_a: float | None, method: str
-) -> Share | None:
+def _share(share: float | None, lambda_w: float | None, lambda_a: float | None, method: str) -> Share | None:
     if share is None:
         if lambda_w is None or lambda_a is None:
             raise TypeError("GradL1: give both lambda_w and lambda_a, or share, such as share=0.25")

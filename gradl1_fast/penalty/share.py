@@ -36,7 +36,9 @@ class Share:
 
         A batch whose loss or terms are not finite is left out.
         """
-        values = [loss.new_zeros(()) if t is None else t.detach().to(loss.device) for t in (weights, activations)]
+        values = [
+            loss.new_zeros(()) if t is None else t.detach().to(loss.device) for t in (weights, activations)
+        ]
         seen = torch.stack([loss.detach().abs().to(values[0].dtype).reshape(()), *values])
         if bool(seen.isfinite().all()):
             self._seen += 1

@@ -80,19 +80,25 @@ def _refuse_lost(users: dict[str, list[Any]], tensors: dict[str, Tensor], hidden
 def _check_modules(penalty: GradL1, sites: Sequence[Site]) -> None:
     """Look at widths and scales where the forward pass is compiled together with the penalty."""
     if penalty.every > 1:
-        raise RuntimeError("GradL1: every > 1 cannot be compiled; call a compiled step with it every so often")
+        raise RuntimeError(
+            "GradL1: every > 1 cannot be compiled; call a compiled step with it every so often"
+        )
     for name, layer in penalty.layers.items() if penalty.lambda_w else ():
         quantizer = layer.weight_quantizer
         if quantizer.bits is not None and quantizer.clamps:
             refuse_width(name, quantizer.bits)
         if layer.is_computed:
-            raise RuntimeError(f"GradL1: the weight of {name} is computed, which cannot be penalised in torch.compile")
+            raise RuntimeError(
+                f"GradL1: the weight of {name} is computed, which cannot be penalised in torch.compile"
+            )
     for site in sites:
         if site.quantizer.step_bits != penalty._step_bits:
             raise RuntimeError(OTHER_SCALE.format(site.name))
 
 
-def require_some(items: Sequence[WeightTerm] | Sequence[Site], grads: Sequence[Tensor | None], what: str) -> None:
+def require_some(
+    items: Sequence[WeightTerm] | Sequence[Site], grads: Sequence[Tensor | None], what: str
+) -> None:
     """Raise if a penalty on weights, or on activations, would be dropped as a whole.
 
     Raises:

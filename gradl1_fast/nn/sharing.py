@@ -62,6 +62,8 @@ def pass_through(layer: QuantizedLayer, x: Tensor) -> Tensor:
         return x
     if torch.compiler.is_compiling():
         return _while_compiling(quantizer, x)
+    if x.is_inference():  # it has no version, so that nothing tells whether it has changed
+        return quantizer(x)
     quantizer.is_known = True
     if _is_input(x):
         quantizer.is_input = True
@@ -102,7 +104,8 @@ def _while_compiling(quantizer: ActivationQuantizer, x: Tensor) -> Tensor:
 
 def mark_input(x: Tensor) -> None:
     """Note that a tensor is the input of a network: its site is no activation's."""
-    _inputs[x] = x._version
+    if not x.is_inference():
+        _inputs[x] = x._version
 
 
 def _is_input(x: Tensor) -> bool:

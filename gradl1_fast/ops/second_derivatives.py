@@ -73,15 +73,11 @@ def _override(library: torch.library.Library, name: str, key: str, kernel: Calla
     def dispatched(keys: torch.DispatchKeySet, *args: Any, **kwargs: Any) -> Any:
         # PyTorch's autograd kernel raises in forward mode; the kernel below it would drop the tangents.
         plain = partial(original.call_boxed, keys)
-        if _is_recorded(args) or _is_recorded(kwargs.values()):
+        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
             return kernel(plain, *args, **kwargs)
         return plain(*args, **kwargs)
 
     library.impl(name, dispatched, key, with_keyset=True, allow_override=True)
-
-
-def _is_recorded(args: Any) -> bool:
-    return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
 
 
 def _hardsigmoid_backward(original: _Original, grad_output: Tensor, x: Tensor) -> Tensor:

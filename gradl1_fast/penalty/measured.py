@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from gradl1_fast.nn.layers import QuantizedLayer
@@ -67,6 +68,8 @@ def weight_terms(layers: Mapping[str, QuantizedLayer]) -> list[WeightTerm]:
 
 
 def _weights_of(layer: QuantizedLayer) -> Sequence[Tensor]:
+    if torch.compiler.is_compiling():  # which takes no note of weights; computed ones are refused
+        return [] if layer.is_computed else [layer.weight]
     used = [weight for ref in layer.used_weights if (weight := ref()) is not None]
     return used if layer.is_computed else [layer.weight, *used]
 

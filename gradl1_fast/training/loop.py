@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from gradl1_fast.nn import convert
+from gradl1_fast.conversion import convert
 from gradl1_fast.training.config import Config, Optimizer, Penalty, Training
 from gradl1_fast.training.data import Batch
 from gradl1_fast.training.trainer import Trainer

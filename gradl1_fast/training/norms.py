@@ -7,10 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from gradl1_fast.penalty.checks.graph import require_gradients
-from gradl1_fast.nn.sites import activation_sites, named_layers
 from gradl1_fast.nn.second_pass import RandomState, buffers_kept
-from gradl1_fast.training.objectives.activations import outputs_of
+from gradl1_fast.nn.sites import named_layers, named_quantizers
+from gradl1_fast.penalty.checks.graph import require_gradients
+from gradl1_fast.training.objectives.activations import seen_at_sites
 
 __all__ = ["step_norms"]
 
@@ -28,20 +28,21 @@ def step_norms(model: nn.Module, loss_of: Callable[[], Tensor], bits: int = 4) -
         bits: the width whose steps are taken, from the present range of each tensor.
 
     Returns:
-        Scalars by name: ``<layer>.weight`` for weights, the quantizer's name for activations.
+        Scalars by name: ``<layer>.weight`` for weights, the name of the site for activations.
     """
     layers = {name: m for name, m in named_layers(model).items() if m.weight.requires_grad}
     randomness = RandomState()
-    sites = activation_sites(model)
-    quantizers = {site.name: site.quantizer for site in sites}
-    with buffers_kept(model), outputs_of(sites) as outputs:
-        loss = loss_of()
-    randomness.replay()
+    quantizers = named_quantizers(model)
     weights = [layer.weight for layer in layers.values()]
-    names = [*layers, *(name for name, _ in outputs)]
-    grads = torch.autograd.grad(loss, [*weights, *(output for _, output in outputs)], allow_unused=True)
+    with buffers_kept(model):  # the backward pass may need buffers as the forward pass left them
+        with seen_at_sites(model) as activations:
+            loss = loss_of()
+        tensors = [*weights, *(tensor for _, tensor in activations)]
+        grads = torch.autograd.grad(loss, tensors, allow_unused=True)
+    randomness.replay()
+    names = [*layers, *(name for name, _ in activations)]
     steps = [layer.weight_quantizer.step(layer.weight, bits).detach() for layer in layers.values()]
-    steps += [quantizers[name].step(output.detach(), bits) for name, output in outputs]
+    steps += [quantizers[name].step(tensor.detach(), bits) for name, tensor in activations]
     norms: dict[str, Tensor] = {}
     for place, (name, step, grad) in enumerate(
         zip(names, steps, require_gradients(names, grads), strict=True)

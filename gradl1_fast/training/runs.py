@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from gradl1_fast import _files
-from gradl1_fast.nn import convert
+from gradl1_fast.conversion import convert
 from gradl1_fast.quantization.ranges_file import load_ranges, save_ranges
 from gradl1_fast.training import models
 from gradl1_fast.training.config import Config

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gradl1_fast.nn import convert
+from gradl1_fast.conversion import convert
 from gradl1_fast.penalty import GradL1
 from gradl1_fast.training.data import Batch
 
@@ -49,8 +49,8 @@ class Speed:
 class EagerPenalty:
     """The penalty of :class:`gradl1_fast.GradL1` by PyTorch's own means, on an unconverted model.
 
-    Forward hooks collect the inputs of the convolutions and linear layers; their gradients and the
-    weights' come from ``torch.autograd.grad(create_graph=True)``.
+    Forward hooks give the convolutions and linear layers views of their inputs, one for each tensor; the
+    gradients of these and of the weights come from ``torch.autograd.grad(create_graph=True)``.
 
     Args:
         model: a float model.
@@ -61,18 +61,24 @@ class EagerPenalty:
     def __init__(self, model: nn.Module, lambda_w: float, lambda_a: float) -> None:
         self.lambda_w, self.lambda_a = lambda_w, lambda_a
         self.layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
-        self.inputs: dict[int, Tensor] = {}
+        self.inputs: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         for layer in self.layers:
             layer.register_forward_pre_hook(self._collect)
 
-    def _collect(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
-        if args[0].requires_grad:  # the network's input is data
-            self.inputs[id(args[0])] = args[0]
+    def _collect(self, _: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        """Replace what a layer is given by a view that is not read by what goes past the layers."""
+        x = args[0]
+        if not self.lambda_a or not x.requires_grad:  # the network's input is data
+            return None
+        key = id(x), x._version  # of a tensor that is kept, so that no other gets its identity
+        if key not in self.inputs:
+            self.inputs[key] = x, x.view_as(x)
+        return (self.inputs[key][1], *args[1:])
 
     def __call__(self, loss: Tensor) -> Tensor:
         """Return the penalty of a loss computed since the last call."""
         weights = [layer.weight for layer in self.layers]
-        activations = list(self.inputs.values()) if self.lambda_a else []
+        activations = [own for _, own in self.inputs.values()]
         self.inputs = {}
         grads = torch.autograd.grad(loss, weights + activations, create_graph=True)
         coefficients = [self.lambda_w] * len(weights) + [self.lambda_a] * len(activations)
@@ -114,7 +120,7 @@ def _steps(
     penalties: dict[str, Callable[[Tensor], Tensor] | None] = {
         PLAIN: None,
         EAGER: EagerPenalty(models[EAGER], coefficient, coefficient),
-        OURS: GradL1(models[OURS], coefficient, coefficient),
+        OURS: GradL1(models[OURS], coefficient, coefficient, scale="none"),
         OURS_STEP: GradL1(models[OURS_STEP], coefficient, coefficient, scale="step"),
     }
     for model in models.values():

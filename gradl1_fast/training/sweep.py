@@ -128,7 +128,7 @@ def _calibrate(model: nn.Module, images: Tensor, name: str) -> None:
         calibrate(model, images.split(_BATCH), ranges=name)
         return
     # No batch norm says what the images are like; they are data, and known.
-    inputs = [name for name, q in named_quantizers(model).items() if q.probe is None]
+    inputs = [name for name, q in named_quantizers(model).items() if q.is_input]
     ends = float(images.min()), float(images.max())
     calibrate(model, ranges=ranges.BatchNormStatistics(known=dict.fromkeys(inputs, ends)))
 

@@ -63,7 +63,7 @@ def test_every_tensor_has_its_loss_its_range_and_its_norm(results):
     weights = {f"{row.name}.weight" for row in results.alone.rows if row.kind == "w"}
     activations = {row.name for row in results.alone.rows if row.kind == "a"}
     assert results.ends.keys() == weights | activations
-    assert results.norms.keys() == weights | {n for n in activations if "input" not in n}
+    assert results.norms.keys() == weights | (activations - {"0.input"})  # the images
     assert all(low <= high for low, high in results.ends.values())
     assert results.plan.best.cost <= 1500
     assert results.folding.difference < 1e-4
@@ -94,9 +94,10 @@ def test_ranges_from_batch_norms_take_the_images_as_known():
     model = network()
     settings = sweep.Settings(bits=(8,), images=20, ranges="batch_norm", weight_ranges="mse")
     found = sweep.run(model, DIGITS, settings, progress=False)
-    norm = next(m for m in model.modules() if isinstance(m, gl.BatchNormAct2d) and m.quantizer)
+    norm = next(m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d))
     six = float((norm.bias + 6 * norm.weight.abs()).detach().max())
-    assert float(norm.quantizer.high) == pytest.approx(six)
+    fed = [m for m in model.modules() if isinstance(m, gl.nn.QuantizedLayer)][1]
+    assert float(fed.input_quantizer.high) == pytest.approx(six)
     assert next(m for m in model.modules() if isinstance(m, gl.nn.WeightQuantizer)).clip is not None
     assert found.plan is None
 
@@ -142,7 +143,7 @@ def test_ranges_from_batch_norms_that_are_then_folded():
     model = network()
     settings = sweep.Settings(bits=(8,), images=10, ranges="batch_norm", fold=True)
     ends = sweep.run(model, DIGITS, settings, progress=False).ends
-    inputs = {name: ends[name] for name, q in named_quantizers(model).items() if q.probe is None}
+    inputs = {name: ends[name] for name, q in named_quantizers(model).items() if q.is_input}
     gl.calibrate(model, ranges=gl.ranges.BatchNormStatistics(known=inputs))
     for name, quantizer in named_quantizers(model).items():
         assert ends[name] == (float(quantizer.low), float(quantizer.high))

@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradl1_fast.nn.quantizers import ActivationQuantizer, WeightQuantizer
-from gradl1_fast.nn.sites import activation_sites, named_layers, named_quantizers
-from gradl1_fast.quantization import bits
 from gradl1_fast.nn.second_pass import shifted
+from gradl1_fast.nn.sites import named_layers, named_quantizers
+from gradl1_fast.quantization import bits
+from gradl1_fast.quantization.bits import INPUT_BITS, width_at
 from gradl1_fast.training.data import Batch
-from gradl1_fast.training.objectives.activations import outputs_of
+from gradl1_fast.training.objectives.activations import seen_at_sites
 from gradl1_fast.training.objectives.interface import trainable_weights
 
 __all__ = ["Alone", "Change", "Norms", "alone", "changes", "norms"]
@@ -96,15 +97,14 @@ def _evaluated(model: nn.Module) -> Iterator[None]:
 
 def norms(model: nn.Module, batch: Batch, epoch: float) -> Norms:
     """Return the norms of the gradient of the mean loss, in evaluation mode; nothing is changed."""
-    sites, layers = activation_sites(model), named_layers(model)
-    with _evaluated(model), outputs_of(sites) as outputs:
+    quantizers, layers = named_quantizers(model), named_layers(model)
+    with _evaluated(model), seen_at_sites(model) as activations:
         loss = _loss(model, batch)
     weights = [layer.weight for layer in layers.values()]
-    tensors = [*weights, *(output for _, output in outputs)]
+    tensors = [*weights, *(tensor for _, tensor in activations)]
     grads = torch.autograd.grad(loss, tensors)
-    quantizer = {site.name: site.quantizer for site in sites}
     steps = [layer.weight_quantizer.step(layer.weight, STEP_BITS).detach() for layer in layers.values()]
-    steps += [quantizer[name].step(output.detach(), STEP_BITS) for name, output in outputs]
+    steps += [quantizers[name].step(tensor.detach(), STEP_BITS) for name, tensor in activations]
     sums = torch.stack(
         [
             torch.stack((g.abs().sum(), torch.linalg.vector_norm(g), (step * g).abs().sum()))
@@ -142,22 +142,23 @@ def changes(model: nn.Module, batch: Batch, widths: tuple[int, ...] = (8, 7, 6, 
 
 
 def alone(model: nn.Module, batch: Batch, width: int) -> list[Alone]:
-    """Quantize one tensor at a time; the model must have its ranges."""
+    """Quantize one tensor at a time, the images to 8 bits at least; the model must have its ranges."""
     found = []
-    quantizers: dict[str, WeightQuantizer | ActivationQuantizer] = {
-        f"{name}.weight": layer.weight_quantizer for name, layer in named_layers(model).items()
+    quantizers: dict[str, tuple[WeightQuantizer | ActivationQuantizer, int | None]] = {
+        f"{name}.weight": (layer.weight_quantizer, width) for name, layer in named_layers(model).items()
     }
+    quantizers |= {name: (q, width_at(q, width, INPUT_BITS)) for name, q in named_quantizers(model).items()}
     with _evaluated(model), torch.no_grad():
         before = _value(model, batch)
-        for name, quantizer in {**quantizers, **named_quantizers(model)}.items():
-            quantizer.bits = width
+        for name, (quantizer, own) in quantizers.items():
+            quantizer.bits = own
             try:
                 logits = _logits(model, batch)
             finally:
                 quantizer.bits = None
             rise = float(F.cross_entropy(logits, batch[1])) - before
             right = (logits.argmax(1) == batch[1]).float().mean()
-            found.append(Alone(name, width, rise, 100 * float(right)))
+            found.append(Alone(name, own or width, rise, 100 * float(right)))
     return found
 
 

@@ -20,9 +20,10 @@ first epochs; in the last $last of $epochs epochs each method minimises its own 
 linearly over the first $warmup of these. QAT trains at its one width in these epochs. Then nothing
 is trained: weights get one symmetric grid a tensor, up to their largest absolute value; activations and the
 image get one affine grid a tensor, between the extremes that the first $calibration training images show
-in float. That holds for the QAT networks too. Settings of the gradient-l1 methods were chosen on the
-last 5,000 training images, with networks that had not seen these; those of other methods follow their papers,
-or the first-order relation between the methods, and were not tuned. The test images chose nothing.</p>
+in float. The image has 8 bits at least. All of this holds for the QAT networks too. Settings of the
+gradient-l1 methods were chosen on the last 5,000 training images, with networks that had not seen these; those
+of other methods follow their papers, or the first-order relation between the methods, and were not tuned. The
+test images chose nothing.</p>
 $methods
 
 <h2>Accuracy at every width</h2>
@@ -47,8 +48,8 @@ $changes
 
 <h2>What holds a network back</h2>
 <p>The rise of the loss on $probed training images when one tensor alone is quantized to $alone_bits bits.
-Numbers count the layers; <code>activation_quantizers</code> are those behind pooling and at the
-input.</p>
+<code>.input</code> is the tensor that a layer is given, named after the first such layer; the image has 8
+bits at least.</p>
 $alone
 
 <h2>What it costs</h2>

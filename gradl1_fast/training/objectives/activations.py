@@ -3,33 +3,54 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from gradl1_fast.nn.sites import Site
+from gradl1_fast.nn.sharing import mark_input
+from gradl1_fast.nn.sites import replaced_at
+from gradl1_fast.penalty.measured import activation_sites
 
-__all__ = ["outputs_of"]
+__all__ = ["seen_at_sites"]
 
 
 @contextlib.contextmanager
-def outputs_of(sites: Sequence[Site]) -> Iterator[list[tuple[str, Tensor]]]:
-    """Collect by name what the producers of activations give while the context lasts, each call by itself."""
-    found: list[tuple[str, Tensor]] = []
+def seen_at_sites(model: nn.Module, wanted: bool = True) -> Iterator[list[tuple[str, Tensor]]]:
+    """Collect the tensors that layers see at the penalised sites of a model, for the block.
 
-    def collector(name: str) -> Any:
-        def collect(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
-            if not output.requires_grad:  # behind frozen layers alone
-                output = output.detach().requires_grad_()
-            found.append((name, output))
-            return output
+    Each is a tensor of its own, on which what goes past the layers does not depend: its gradient is the one
+    that comes back from the layers.
 
-        return collect
+    Args:
+        model: a converted model.
+        wanted: False collects nothing.
 
-    handles = [site.producer.register_forward_hook(collector(site.name)) for site in sites]
+    Yields:
+        The list of names and tensors, in the order of the forward pass; a site that is passed twice has two.
+    """
+    quantizers = {site.name: site.quantizer for site in activation_sites(model)} if wanted else {}
+    seen: list[tuple[str, Tensor]] = []
+
+    def keep(name: str, x: Tensor) -> Tensor:
+        if quantizers[name].is_input:  # found out in this very pass
+            return x
+        # Behind frozen layers alone, a tensor requires no gradient by itself.
+        own = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
+        seen.append((name, own))
+        return own
+
+    handle = model.register_forward_pre_hook(_mark_inputs, with_kwargs=True)
     try:
-        yield found
+        with replaced_at(quantizers, keep):
+            yield seen
     finally:
-        for handle in handles:
-            handle.remove()
+        handle.remove()
+
+
+def _mark_inputs(_model: nn.Module, args: Any, kwargs: Any) -> None:
+    """Mark the inputs of a network that could not be traced."""
+    for value in tree_leaves((args, kwargs)):
+        if isinstance(value, Tensor):
+            mark_input(value)

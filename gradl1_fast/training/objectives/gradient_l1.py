@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from gradl1_fast import _checks as check
-from gradl1_fast.nn.sites import activation_sites
 from gradl1_fast.penalty import GradL1
+from gradl1_fast.penalty.measured import activation_sites
 from gradl1_fast.training.objectives.interface import Closure, Objective, Scale, Terms, factor_of, identity
 
 __all__ = ["GradientL1"]
@@ -22,7 +22,7 @@ class GradientL1(Objective):
         model: a converted model.
         lambda_w: coefficient of the weights' term.
         lambda_a: coefficient of the activations' term; one of both is more than 0.
-        scale: ``"none"``, as in the paper, or ``"step"``.
+        scale: ``"step"``, or ``"none"``, as in the paper.
         every: the penalty enters on each ``every``-th step only, multiplied by ``every``.
         method: ``"exact"`` or ``"finite_difference"``.
         step_bits: the width at which ``scale="step"`` measures steps.
@@ -39,7 +39,7 @@ class GradientL1(Objective):
         *,
         lambda_w: float = 0.0,
         lambda_a: float = 0.0,
-        scale: str = "none",
+        scale: str = "step",
         every: int = 1,
         method: str = "exact",
         step_bits: int = 4,
@@ -52,9 +52,7 @@ class GradientL1(Objective):
                 "GradientL1: lambda_w and lambda_a are both 0, so nothing would be penalised; "
                 "set one of them (--lambda), or train plainly (--penalty-epochs 0)"
             )
-        sites = activation_sites(model)
-        self._before = [(s.quantizer, s.quantizer.step_bits, s.probe.requires_grad) for s in sites]
-        self._activations = {site.name for site in sites}
+        self._before = [(site.quantizer, site.quantizer.step_bits) for site in activation_sites(model)]
         self.penalty = GradL1(
             model, lambda_w, lambda_a, scale, method=method, step_bits=step_bits, epsilon=epsilon
         )
@@ -65,16 +63,20 @@ class GradientL1(Objective):
         """See :meth:`Objective.backward`. The finite difference calls the closure twice."""
         self._steps += 1
         due = self._steps % self.every == 0 and self.strength > 0
+        # Before the forward pass, which is an ordinary one unless a penalty waits for it; and left so for the
+        # backward pass, which may compute activations again.
+        self._weigh(self.strength * self.every if due else 0.0)
         if not due:
             loss = closure()
             scale(loss).backward()
             return Terms(loss.detach(), loss.new_zeros(()))
-        weight = self.strength * self.every
-        self.penalty.lambda_w, self.penalty.lambda_a = (weight * value for value in self._lambdas)
         scaled = self._backward(lambda: scale(closure()))
         factor = factor_of(scale, scaled)
         parts = {name: term / factor for name, term in self.penalty.terms.items()}
         return Terms(scaled / factor, self._sum(parts), parts)
+
+    def _weigh(self, factor: float) -> None:
+        self.penalty.lambda_w, self.penalty.lambda_a = (factor * value for value in self._lambdas)
 
     def _backward(self, closure: Closure) -> Tensor:
         if self.penalty.method == "finite_difference":
@@ -85,7 +87,8 @@ class GradientL1(Objective):
 
     def _sum(self, parts: Mapping[str, Tensor]) -> Tensor:
         of_w, of_a = self.penalty.lambda_w, self.penalty.lambda_a
-        terms = [(of_a if name in self._activations else of_w) * term for name, term in parts.items()]
+        sites = {site.name for site in self.penalty.sites}
+        terms = [(of_a if name in sites else of_w) * term for name, term in parts.items()]
         return torch.stack(terms).sum()
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -97,8 +100,7 @@ class GradientL1(Objective):
         self._steps = int(state["steps"])
 
     def close(self) -> None:
-        """Measure activations no more, unless something else did before."""
-        for quantizer, step_bits, measured in self._before:
+        """Disarm the model, and let sites measure steps at the width that they had before."""
+        self._weigh(0.0)
+        for quantizer, step_bits in self._before:
             quantizer.step_bits = step_bits
-            if quantizer.probe is not None:
-                quantizer.probe.requires_grad_(measured)

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from gradl1_fast import _checks as check
 from gradl1_fast.penalty.checks.graph import require_gradients
-from gradl1_fast.nn.sites import activation_sites
-from gradl1_fast.training.objectives.activations import outputs_of
+from gradl1_fast.penalty.measured import activation_sites
+from gradl1_fast.training.objectives.activations import seen_at_sites
 from gradl1_fast.training.objectives.interface import (
     Closure,
     Objective,
@@ -43,14 +43,16 @@ class GradientL2(Objective):
         self.lambda_w = check.coefficient("GradientL2: lambda_w", lambda_w)
         self.lambda_a = check.coefficient("GradientL2: lambda_a", lambda_a)
         self._weights = trainable_weights(model) if self.lambda_w else {}
-        self._sites = activation_sites(model) if self.lambda_a else []
+        self._model = model
+        if self.lambda_a and not activation_sites(model):
+            raise ValueError("GradientL2: lambda_a needs activations that feed a layer; the model has none")
 
     def backward(self, closure: Closure, scale: Scale = identity) -> Terms:
         """See :meth:`Objective.backward`."""
-        with outputs_of(self._sites) as outputs:
+        with seen_at_sites(self._model, wanted=self.lambda_a > 0) as activations:
             loss = closure()
         scaled = scale(loss)
-        norms = self._norms(scaled, outputs)
+        norms = self._norms(scaled, activations)
         total = sum((of * norm for of, norm in norms.values()), scaled.new_zeros(()))
         penalty = self.strength * total
         (scaled + penalty).backward()
@@ -58,12 +60,12 @@ class GradientL2(Objective):
         parts = {name: norm.detach() / factor for name, (_, norm) in norms.items()}
         return Terms(loss.detach(), penalty.detach() / factor, parts)
 
-    def _norms(self, loss: Tensor, outputs: list[tuple[str, Tensor]]) -> dict[str, tuple[float, Tensor]]:
-        """Return coefficient and norm by name; the name of a further call of a module has its number."""
+    def _norms(self, loss: Tensor, activations: list[tuple[str, Tensor]]) -> dict[str, tuple[float, Tensor]]:
+        """Return coefficient and norm by name; the name of a further tensor at a site has its number."""
         if self.strength == 0:
             return {}
         measured = [(name, self.lambda_w, weight) for name, weight in self._weights.items()]
-        measured += [(name, self.lambda_a, output) for name, output in outputs]
+        measured += [(name, self.lambda_a, activation) for name, activation in activations]
         names = [name for name, _, _ in measured]
         if not names:
             return {}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gradl1_fast.nn.quantizers import ActivationQuantizer, Observer, WeightQuantizer
 from gradl1_fast.nn.sites import named_layers, named_quantizers
-from gradl1_fast.quantization.bits import check_width
+from gradl1_fast.quantization.bits import INPUT_BITS, check_width, width_at
 from gradl1_fast.training.objectives.interface import Closure, Objective, Scale, Terms, identity
 
 __all__ = ["QuantizationAware"]
@@ -21,14 +21,14 @@ MOMENTUM = 0.1  # share of the present batch in the moving range
 class QuantizationAware(Objective):
     """The loss of the network quantized to one width, with the straight-through estimator.
 
-    Weights have the quantizer that they have in evaluation. The range of an activation is an
-    exponential moving average of the ranges of the batches, of which each new one has a share of 0.1.
-    The penalty is 0, and ``strength`` has no effect. Between steps the model computes in float.
+    Weights have the quantizer that they have in evaluation, and the network's input its width. The range of
+    an activation is an exponential moving average of the ranges of the batches, of which each new one has a
+    share of 0.1. The penalty is 0, and ``strength`` has no effect. Between steps the model computes in float.
 
     Args:
         model: a converted model.
         w: bits of the weights, None for float.
-        a: bits of the activations, None for float.
+        a: bits of the activations, None for float; the network's input has 8 at least.
 
     Source: Jacob et al. 2018, arXiv 1712.05877.
     """
@@ -65,7 +65,8 @@ class QuantizationAware(Objective):
             for weight in self._weights:
                 weight.bits = w
             for moving in self._ranges.values():
-                moving.quantizer.bits, moving.quantizer.observer = a, moving
+                moving.quantizer.bits = width_at(moving.quantizer, a, INPUT_BITS)
+                moving.quantizer.observer = moving
             yield
         finally:
             for quantizer, width in zip(quantizers, widths, strict=True):

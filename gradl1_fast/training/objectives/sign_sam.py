@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from gradl1_fast import _checks as check
-from gradl1_fast.penalty.checks.graph import require_gradients
 from gradl1_fast.nn.second_pass import RandomState, buffers_kept, shifted
+from gradl1_fast.penalty.checks.graph import require_gradients
 from gradl1_fast.training.objectives.interface import (
     Closure,
     Objective,

@@ -89,7 +89,7 @@ def test_one_tensor_at_a_time_is_quantized():
         logits = model(batch[0])
         layer.weight.copy_(weight)
     assert found[0].rise == pytest.approx(float(F.cross_entropy(logits, batch[1]) - before), rel=1e-9)
-    assert all(entry.bits == 3 for entry in found)
+    assert {entry.tensor for entry in found if entry.bits != 3} == {"0.input"}  # the images, at 8 bits
     assert all(layer.weight_quantizer.bits is None for layer in named_layers(model).values())
 
 

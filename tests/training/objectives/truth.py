@@ -14,7 +14,7 @@ Gradients = dict[str, Tensor]
 LAMBDAS = {"lambda_w": 0.3, "lambda_a": 0.2}
 SETTINGS: dict[str, dict[str, object]] = {
     "plain": {},
-    "gradl1": LAMBDAS,
+    "gradl1": {**LAMBDAS, "scale": "none"},
     "l2": LAMBDAS,
     "sam": {"epsilon": 0.01},
     "kure": {"coefficient": 0.7},
@@ -100,11 +100,12 @@ def _defensive(network: Network, model: nn.Module, beta: float) -> Gradients:
 
 
 def _qat(network: Network, model: nn.Module, w: int, a: int) -> Gradients:
-    """Layers called by hand, each weight and each input of a layer on the grid of its own range."""
+    """Layers called by hand, weights and what layers are given on the grid of their own range, images at 8 bits."""
     x, y = network.batch()
+    bits = max(a, 8)
     for module in model:
         if isinstance(module, nn.Conv2d | nn.Linear):
-            x = _on_affine_grid(x, a)
+            x, bits = _on_affine_grid(x, bits), a
             operation = nn.functional.linear if isinstance(module, nn.Linear) else nn.functional.conv2d
             geometry = (
                 {} if isinstance(module, nn.Linear) else {"stride": module.stride, "padding": module.padding}

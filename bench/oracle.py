@@ -21,8 +21,8 @@ def true_gradients(
 ) -> dict[str, Tensor]:
     """Return the gradient of ``loss + lambda_w sum |dL/dW| + lambda_a sum |dL/dY|`` by parameter.
 
-    W are the weights of convolutions and linear layers; Y the distinct tensors that feed them and
-    depend on a parameter.
+    W are the weights of convolutions and linear layers; Y the distinct tensors that they are given and that
+    depend on a parameter, and dL/dY what comes back from these layers, not from what else reads the tensor.
 
     Args:
         make: returns the network.
@@ -33,16 +33,20 @@ def true_gradients(
     """
     model = make().to(x.device).double()
     layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
-    inputs: list[Tensor] = []
+    inputs: dict[
+        int, tuple[Tensor, Tensor]
+    ] = {}  # what layers are given, and their own
 
-    def keep(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        if args[0].requires_grad and all(args[0] is not other for other in inputs):
-            inputs.append(args[0])
+    def give(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        if not args[0].requires_grad:
+            return None
+        return (inputs.setdefault(id(args[0]), (args[0], args[0] * 1))[1],)
 
     for layer in layers:
-        layer.register_forward_pre_hook(keep)
+        layer.register_forward_pre_hook(give)
     loss = total = F.cross_entropy(model(x.double()), y)
-    for factor, measured in ((lambda_w, [m.weight for m in layers]), (lambda_a, inputs)):
+    activations = [own for _, own in inputs.values()]
+    for factor, measured in ((lambda_w, [m.weight for m in layers]), (lambda_a, activations)):
         if factor:
             grads = torch.autograd.grad(loss, measured, create_graph=True)
             total = total + factor * sum(g.abs().sum() for g in grads)

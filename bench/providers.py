@@ -19,9 +19,10 @@ from gradl1_fast import backends
 from gradl1_fast._extras import install
 from gradl1_fast.training.speed import EagerPenalty
 
-__all__ = ["LAMBDA", "PLAIN", "PROVIDERS", "CannotRunError", "Provider"]
+__all__ = ["LAMBDA", "PLAIN", "PROVIDERS", "SCALE", "CannotRunError", "Provider"]
 
 LAMBDA = 1e-3
+SCALE = "none"  # the norms alone, which all peers penalise
 PLAIN, OURS = "plain", "gradl1_fast"
 BACKENDS = ("reference", "host", "triton", "cuda")
 
@@ -114,13 +115,13 @@ def _ours(
             for op in backends.OPERATIONS:
                 backends.resolve(op, task.x)
     model = gl.convert(task.network())
-    penalty = gl.GradL1(model, lambda_w, lambda_a, every=every)
+    penalty = gl.GradL1(model, lambda_w, lambda_a, SCALE, every)
     return Penalised(task, model, penalty, backend=backend, steps=every)
 
 
 def _ours_compiled(task: Task, lambda_w: float, lambda_a: float, compiler: str) -> Step:
     model = gl.convert(task.network())
-    penalty = gl.GradL1(model, lambda_w, lambda_a)
+    penalty = gl.GradL1(model, lambda_w, lambda_a, SCALE)
     return CompiledStep(task, model, lambda x: (model(x), ()), lambda loss, _: penalty(loss), compiler)
 
 
@@ -128,12 +129,13 @@ def _ours_captured(task: Task, lambda_w: float, lambda_a: float, compiler: str) 
     if task.x.device.type != "cuda":
         raise CannotRunError(f"a CUDA graph needs a CUDA device, and this run is on {task.x.device.type}")
     model = gl.convert(task.network())
-    return Captured(Penalised(task, model, gl.GradL1(model, lambda_w, lambda_a)))
+    return Captured(Penalised(task, model, gl.GradL1(model, lambda_w, lambda_a, SCALE)))
 
 
 def _finite_difference(task: Task, lambda_w: float, lambda_a: float, compiler: str) -> Step:
     model = gl.convert(task.network())
-    return ByClosure(task, model, gl.GradL1(model, lambda_w, lambda_a, method="finite_difference"))
+    penalty = gl.GradL1(model, lambda_w, lambda_a, SCALE, method="finite_difference")
+    return ByClosure(task, model, penalty)
 
 
 _NOTHING, _WEIGHTS = (0.0, 0.0), (LAMBDA, 0.0)

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 import gradl1_fast as gl
 from bench.measure import peak_bytes, quantiles
 from bench.oracle import relative_error, true_gradients
-from bench.providers import LAMBDA, PROVIDERS
+from bench.providers import LAMBDA, PROVIDERS, SCALE
 from bench.step import Settings, empty_row
 from bench.steps import Penalised
 from bench.workloads import Workload
@@ -73,7 +73,7 @@ def _step(workload: Workload, name: str) -> Penalised:
         return Penalised(task, DistributedDataParallel(model))
     if name == "gradl1_fast":
         model = gl.convert(model)
-        return Penalised(task, DistributedDataParallel(model), gl.GradL1(model, LAMBDA, LAMBDA))
+        return Penalised(task, DistributedDataParallel(model), gl.GradL1(model, LAMBDA, LAMBDA, SCALE))
     penalty = EagerPenalty(model, LAMBDA, LAMBDA)
     return Penalised(task, DistributedDataParallel(model), penalty)
 

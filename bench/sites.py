@@ -1,4 +1,8 @@
-"""The penalised activations of a plain network as outputs of it, or as additional inputs."""
+"""The penalised activations of a plain network as outputs of it, or as additional inputs.
+
+They are what convolutions and linear layers are given: a tensor that several of them read is one, the images
+are none, and what goes past the layers is the tensor itself.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +17,14 @@ __all__ = ["collecting", "displaced", "shapes"]
 def collecting(model: nn.Module) -> fx.GraphModule:
     """Return the model, its parameters shared, with a second output: the list of penalised activations."""
     traced = fx.symbolic_trace(model)
-    output = next(node for node in traced.graph.nodes if node.op == "output")
-    output.args = ((output.args[0], _sites(traced)),)
+    graph, seen = traced.graph, []
+    for site, layers in _sites(traced).items():
+        with graph.inserting_before(layers[0]):
+            seen.append(graph.call_method("view_as", (site, site)))
+        _give(layers, site, seen[-1])
+    output = next(node for node in graph.nodes if node.op == "output")
+    output.args = ((output.args[0], seen),)
+    graph.lint()
     traced.recompile()
     return traced
 
@@ -26,15 +36,13 @@ def displaced(model: nn.Module) -> fx.GraphModule:
     """
     traced = fx.symbolic_trace(model)
     graph = traced.graph
-    first = next(node for node in graph.nodes if node.op == "placeholder")
-    for place, site in reversed(list(enumerate(_sites(traced)))):
-        with graph.inserting_after(first):
-            argument = graph.placeholder(f"displacement_{place}")
-        users = list(site.users)
-        with graph.inserting_after(site):
-            moved = graph.call_function(operator.add, (site, argument))
-        for user in users:
-            user.replace_input_with(site, moved)
+    last = next(node for node in graph.nodes if node.op == "placeholder")
+    for place, (site, layers) in enumerate(_sites(traced).items()):
+        with graph.inserting_after(last):
+            last = graph.placeholder(f"displacement_{place}")
+        with graph.inserting_before(layers[0]):
+            moved = graph.call_function(operator.add, (site, last))
+        _give(layers, site, moved)
     graph.lint()
     traced.recompile()
     return traced
@@ -46,12 +54,16 @@ def shapes(model: nn.Module, x: Tensor) -> list[torch.Size]:
         return [site.shape for site in collecting(model)(x)[1]]
 
 
-def _sites(traced: fx.GraphModule) -> list[fx.Node]:
-    """Return the distinct nodes that feed a convolution or linear layer, without the images."""
+def _sites(traced: fx.GraphModule) -> dict[fx.Node, list[fx.Node]]:
+    """Return the calls of layers by the tensor that they are given, in order; without the images."""
     modules = dict(traced.named_modules())
+    readers: dict[fx.Node, list[fx.Node]] = {}
+    for node in traced.graph.nodes:
+        if node.op == "call_module" and isinstance(modules[str(node.target)], nn.Conv2d | nn.Linear):
+            readers.setdefault(node.all_input_nodes[0], []).append(node)
+    return {site: layers for site, layers in readers.items() if site.op != "placeholder"}
 
-    def is_layer(node: fx.Node) -> bool:
-        return node.op == "call_module" and isinstance(modules[str(node.target)], nn.Conv2d | nn.Linear)
 
-    fed = dict.fromkeys(node.args[0] for node in traced.graph.nodes if is_layer(node))
-    return [node for node in fed if isinstance(node, fx.Node) and node.op != "placeholder"]
+def _give(layers: list[fx.Node], site: fx.Node, tensor: fx.Node) -> None:
+    for layer in layers:
+        layer.replace_input_with(site, tensor)

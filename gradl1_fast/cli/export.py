@@ -3,29 +3,22 @@
 from __future__ import annotations
 
 import errno
-from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
 from torch import Tensor
 
-from gradl1_fast import _files
 from gradl1_fast._plots import width_name
 from gradl1_fast.cli._console import fail, pairs, table
 from gradl1_fast.cli.app import app
 from gradl1_fast.quantization import save_any_bit
-from gradl1_fast.quantization.export import (
-    Agreement,
-    Prepared,
-    agreement,
-    compare,
-    compare_torch,
-    export_onnx,
-    export_torch,
-    prepare,
-)
+from gradl1_fast.quantization.export import FORMATS, Agreement, Exported, Prepared, agreement
+from gradl1_fast.quantization.export.agreement import feed_of
+from gradl1_fast.quantization.export.arguments import Arguments
+from gradl1_fast.quantization.export.speed import integer_layers, latencies
 from gradl1_fast.training import runs
 from gradl1_fast.training.loop import accuracy
 
@@ -33,33 +26,13 @@ __all__ = ["export"]
 
 _EPILOG = """[bold]Examples[/bold]
 
-gradl1 export runs/digits --w 4 --a 8
+gradl1 export runs/digits --w 8 --a 8
 
-gradl1 export runs/digits --w 8 --format torch-export --out digits.pt2
+gradl1 export runs/digits --w 4 --a 8 --format torch-export --out digits.pt2
 
 gradl1 export runs/digits --format any-bit
 """
-
-
-class Format(str, Enum):
-    """What is written."""
-
-    onnx = "onnx"
-    torch_export = "torch-export"
-    any_bit = "any-bit"
-    torchao = "torchao"
-
-
-_NO_TORCHAO = (
-    "torchao has integer weights for linear layers alone, with steps that it finds itself, and leaves "
-    "convolutions in float: it cannot hold the codes of this network. Use --format onnx or torch-export."
-)
-_FUSED = (
-    "onnxruntime's own fusions, on by default, change the result here: in integer arithmetic it rounds "
-    "biases to coarse steps. With the session option session.disable_quant_qdq=1 it computes the file as "
-    "written."
-)
-_ENDINGS = {Format.onnx: ".onnx", Format.torch_export: ".pt2", Format.any_bit: ".safetensors"}
+_ANY_BIT = "any-bit"
 
 
 @app.command(epilog=_EPILOG)
@@ -74,12 +47,13 @@ def export(
         typer.Option(help="Bits of the activations: 1 to 8 or 16. Without it, float.", show_default=False),
     ] = None,
     format: Annotated[
-        Format,
+        str,
         typer.Option(
+            metavar="|".join((*FORMATS, _ANY_BIT)),
             help="onnx: integers between QuantizeLinear and DequantizeLinear. torch-export: a .pt2 "
-            "program with integer weights. any-bit: one file for every width."
+            "program with integer weights. any-bit: one file for every width.",
         ),
-    ] = Format.onnx,
+    ] = "onnx",
     out: Annotated[
         Path | None, typer.Option(help="File to write. By default in RUN.", show_default=False)
     ] = None,
@@ -88,31 +62,27 @@ def export(
     """Write a trained network as a file with integer weights, and check what the file computes.
 
     Batch norms are folded into the convolutions. The written network runs on
-    test images (ONNX in onnxruntime) and must agree with the simulation of
-    this library: codes of activations at most 1 apart, outputs within 0.1 %
-    of the largest, the same decision for 99 % of the images. Otherwise
-    nothing is written and the command fails.
-
-    Quantization is simulated in floating point here, slower than float; only
-    a runtime with integer kernels gains speed from the file.
+    test images, ONNX in a plain session of onnxruntime, and must agree with
+    the simulation of this library: codes of activations at most 1 apart,
+    outputs within 0.1 % of the largest, the same decision for 99 % of the
+    images. Otherwise nothing is written and the command fails.
     """  # fmt: skip
-    if format is Format.torchao:
-        fail(_NO_TORCHAO)
+    if format not in (*FORMATS, _ANY_BIT):
+        fail(f"there is no format {format!r}; there are {', '.join((*FORMATS, _ANY_BIT))}")
     try:
         loaded = runs.load(run)
-        path = out or run / f"model{_widths(format, w, a)}{_ENDINGS[format]}"
+        ending = ".safetensors" if format == _ANY_BIT else FORMATS[format].ending
+        path = out or run / f"model{_widths(format, w, a)}{ending}"
         if not path.parent.is_dir():
             raise FileNotFoundError(errno.ENOENT, "there is no such folder to write to", str(path.parent))
-        if format is Format.any_bit:
+        if format == _ANY_BIT:
             if (w, a) != (None, None):
                 raise ValueError(
                     "an any-bit file holds every width: leave out --w and --a, and choose when it is read"
                 )
             _any_bit(loaded, path)
         else:
-            images = loaded.data.test[0][:inputs]
-            write = _onnx if format is Format.onnx else _torch
-            write(loaded, path, images, w, a)
+            _write(loaded, path, format, loaded.data.test[0][:inputs], w, a)
     except ImportError as error:
         fail(str(error))
     except OSError as error:
@@ -122,38 +92,23 @@ def export(
     Console().print(f"\nFile: [bold]{path}[/bold]", soft_wrap=True, highlight=False)
 
 
-def _widths(format: Format, w: int | None, a: int | None) -> str:
-    return "-any-bit" if format is Format.any_bit else f"-w{width_name(w)}-a{width_name(a)}"
+def _widths(format: str, w: int | None, a: int | None) -> str:
+    return f"-{_ANY_BIT}" if format == _ANY_BIT else f"-w{width_name(w)}-a{width_name(a)}"
 
 
-def _onnx(loaded: runs.Loaded, path: Path, images: Tensor, w: int | None, a: int | None) -> None:
-    exported = export_onnx(loaded.model, images, w=w, a=a)
-    as_written, fused = (compare(exported, images, fused=fused) for fused in (False, True))
-    _print_network(loaded, exported.prepared, len(images), len(exported.data), f"opset {exported.opset}")
-    columns = {"as written": as_written, "by default": fused}
-    _print_agreement(columns, f"onnxruntime against the simulation, {as_written.inputs} test images")
-    for remark in exported.remarks:
-        _say(remark)
-    if fused.faults():
-        _say(_FUSED)
-    _refuse(as_written)
-    exported.save(path)
-
-
-def _torch(loaded: runs.Loaded, path: Path, images: Tensor, w: int | None, a: int | None) -> None:
-    prepared = prepare(loaded.model, images, w=w, a=a)
-    data = export_torch(prepared, images[:2])
-    found = compare_torch(data, prepared, images)
-    _print_network(loaded, prepared, len(images), len(data), "torch.export")
-    _print_agreement(
-        {"as written": found}, f"torch.export against the simulation, {found.inputs} test images"
-    )
-    for remark in prepared.remarks():
-        _say(remark)
-    if w is not None and w < 8:
-        _say(f"the codes of {w} bits take a byte each: PyTorch has no narrower integers")
-    _refuse(found)
-    _files.write_bytes(path, data)
+def _write(loaded: runs.Loaded, path: Path, name: str, images: Tensor, w: int | None, a: int | None) -> None:
+    format = FORMATS[name]
+    file = format.write(loaded.model, images, w=w, a=a)
+    found = format.compare(file, images)
+    _print_network(loaded, file.prepared, len(images))
+    if isinstance(file, Exported):
+        _print_speed(file, images)
+    _print_agreement(found, len(file.data))
+    for remark in file.remarks:
+        Console().print(f"- {remark}", highlight=False, markup=False)
+    if found.faults():
+        raise ValueError(f"nothing is written: {'; '.join(found.faults())}")
+    file.save(path)
 
 
 def _any_bit(loaded: runs.Loaded, path: Path) -> None:
@@ -168,39 +123,43 @@ def _float_bytes(loaded: runs.Loaded) -> int:
     return sum(value.numel() * value.element_size() for value in loaded.model.state_dict().values())
 
 
-def _print_network(loaded: runs.Loaded, prepared: Prepared, count: int, size: int, kind: str) -> None:
+def _print_network(loaded: runs.Loaded, prepared: Prepared, count: int) -> None:
     batch = loaded.data.test[0][:count], loaded.data.test[1][:count]
     folding = prepared.folding
     rows = {
-        "weights, activations": f"{width_name(prepared.w)}, {width_name(prepared.a)} bits",
-        "file": f"{size:,} bytes, {kind}; the float weights are {_float_bytes(loaded):,} bytes",
-        "batch norms folded": f"{len(folding.folded)} of {len(folding.folded) + len(folding.refused)}, "
-        f"outputs then differ by {folding.difference:.2g} (largest {folding.scale:.3g})",
+        "widths": prepared.widths(),
+        "batch norms folded": f"{len(folding.folded)} of {len(folding.folded) + len(folding.refused)}",
         "accuracy in float": f"{accuracy(loaded.model, batch):.2f} %",
         "accuracy as exported": f"{accuracy(prepared.model, batch):.2f} % (simulation)",
     }
     Console().print(pairs("Network", rows))
 
 
-def _print_agreement(columns: dict[str, Agreement], title: str) -> None:
-    found = list(columns.values())
+def _print_speed(file: Exported, images: Tensor) -> None:
+    threads = torch.get_num_threads()
+    files = {"float": file.in_float(), "exported": file.data}
+    feed: dict[str, Any] = feed_of(file, Arguments.of(images[:1]))
+    times = latencies(files, feed, threads=threads)
     rows = []
-    if any(one.where for one in found):  # there are codes
-        rows = [
-            ("largest code difference", str(agreement.CODES), *(str(one.codes) for one in found)),
-            ("codes that differ", "", *(f"{100 * one.differing:.4f} %" for one in found)),
+    for name, data in files.items():
+        integer, count = integer_layers(data)
+        rows.append((name, f"{len(data):,}", f"{1e3 * times[name]:.2f}", f"{integer} of {count}"))
+    header = ("", "bytes", "ms for one image", "layers in integers")
+    Console().print(table(f"onnxruntime on the CPU, {threads} thread(s), median of 20 runs", header, rows))
+
+
+def _print_agreement(found: Agreement, size: int) -> None:
+    rows = [("file size", "", f"{size:,} bytes")]
+    if found.where:  # there are codes
+        rows += [
+            ("largest code difference", str(agreement.CODES), str(found.codes)),
+            ("codes that differ", "", f"{100 * found.differing:.4f} %"),
         ]
     rows += [
-        ("outputs, of the largest", f"{agreement.OUTPUTS:g}", *(f"{one.outputs:.1e}" for one in found)),
-        ("top-1 agreement", f"{100 * agreement.TOP_1:g} %", *(f"{100 * one.top_1:.2f} %" for one in found)),
+        ("largest error, of the largest output", f"{agreement.OUTPUTS:g}", f"{found.outputs:.1e}"),
+        ("the same end to end", "", f"{found.end_to_end:.1e}"),
+        ("top-1 agreement", f"{100 * agreement.TOP_1:g} %", f"{100 * found.top_1:.2f} %"),
     ]
-    Console().print(table(title, ("", "bound", *columns), rows))
-
-
-def _say(remark: str) -> None:
-    Console().print(f"- {remark}", highlight=False, markup=False)
-
-
-def _refuse(found: Agreement) -> None:
-    if found.faults():
-        raise ValueError(f"nothing is written: {'; '.join(found.faults())}")
+    Console().print(
+        table(f"File against simulation, {found.inputs} test images", ("", "bound", "file"), rows)
+    )

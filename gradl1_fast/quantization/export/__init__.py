@@ -1,13 +1,16 @@
 """Export of a quantized network to formats that run without this library."""
 
 from gradl1_fast.quantization.export.agreement import Agreement, compare, compare_torch
+from gradl1_fast.quantization.export.formats import FORMATS, Format
 from gradl1_fast.quantization.export.onnx_file import Exported, export_onnx
 from gradl1_fast.quantization.export.prepared import NotExportableError, Prepared, prepare
 from gradl1_fast.quantization.export.torch_file import export_torch
 
 __all__ = [
+    "FORMATS",
     "Agreement",
     "Exported",
+    "Format",
     "NotExportableError",
     "Prepared",
     "compare",

@@ -1,26 +1,25 @@
-"""Whether onnxruntime computes what the simulation says: codes, outputs and decisions on real inputs."""
+"""Whether a file computes what the simulation says: codes, outputs and decisions on real inputs."""
 
 from __future__ import annotations
 
-import contextlib
 import io
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
-from gradl1_fast.nn.quantizers import ActivationQuantizer
-from gradl1_fast.nn.sites import named_quantizers
+from gradl1_fast.quantization.export.arguments import Arguments
 from gradl1_fast.quantization.export.integers import session
 from gradl1_fast.quantization.export.packages import onnx
 
 if TYPE_CHECKING:
+    from gradl1_fast.quantization.export.marks import Grid
     from gradl1_fast.quantization.export.onnx_file import Exported
     from gradl1_fast.quantization.export.prepared import Prepared
 
-__all__ = ["CODES", "OUTPUTS", "TOP_1", "Agreement", "compare", "compare_torch"]
+__all__ = ["CODES", "OUTPUTS", "TOP_1", "Agreement", "compare", "compare_torch", "feed_of"]
 
 CODES = 1  # a value on the edge between two codes may fall to either side
 OUTPUTS = 1e-3  # of the largest output
@@ -29,19 +28,20 @@ TOP_1 = 0.99
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far onnxruntime and the simulation are apart.
+    """How far a file and the simulation are apart.
 
     Codes and outputs are compared step by step: the simulation computes each quantized activation from the
-    codes that onnxruntime had before it. So an edge case shows up once, and not in all that follows. The
+    codes that the file had before it. So an edge case shows up once, and not in all that follows. The
     decisions are compared end to end.
 
     Attributes:
         inputs: how many were compared.
         codes: largest difference of two codes, 0 in float.
-        where: name of the quantizer with that difference.
+        where: name of the quantized activation with that difference.
         differing: share of the codes that differ.
         outputs: largest difference of two outputs, relative to the largest output.
         top_1: share of the inputs for which the largest output is the same.
+        end_to_end: largest difference of two outputs end to end, relative to the largest output.
     """
 
     inputs: int
@@ -50,79 +50,111 @@ class Agreement:
     differing: float
     outputs: float
     top_1: float
+    end_to_end: float
 
     def faults(self) -> list[str]:
         """Return what is beyond the bounds, a sentence each."""
-        found = []
+        faults = []
         if self.codes > CODES:
-            found.append(f"codes at {self.where} are {self.codes} apart, allowed is {CODES}")
+            faults.append(f"codes at {self.where} are {self.codes} apart, allowed is {CODES}")
         if not self.outputs <= OUTPUTS:
-            found.append(f"outputs are {self.outputs:.2g} of the largest apart, allowed is {OUTPUTS:g}")
+            faults.append(f"outputs are {self.outputs:.2g} of the largest apart, allowed is {OUTPUTS:g}")
         if not self.top_1 >= TOP_1:
-            found.append(f"top-1 agreement is {100 * self.top_1:.2f} %, needed is {100 * TOP_1:g} %")
-        return found
+            faults.append(f"top-1 agreement is {100 * self.top_1:.2f} %, needed is {100 * TOP_1:g} %")
+        return faults
 
 
-def compare(exported: Exported, inputs: Tensor, *, fused: bool = False, batch_size: int = 100) -> Agreement:
+def compare(exported: Exported, inputs: Any, *, fused: bool = True, batch_size: int = 100) -> Agreement:
     """Run the file in onnxruntime, on the CPU, and compare with the simulation.
 
     Args:
         exported: of :func:`export_onnx`.
-        inputs: real ones, ``(N, ...)``.
-        fused: with onnxruntime's default options, by which it replaces quantized operations by its own in
-            integer arithmetic. These round biases to multiples of the product of two steps, which is
-            coarse at low widths, and overflow at 16 bits. Otherwise each node is computed as it stands
-            (session option ``session.disable_quant_qdq=1``): what the file says.
+        inputs: real ones, as the model takes them.
+        fused: in a plain session, as its users run it: onnxruntime replaces quantized operations by its own
+            in integer arithmetic. Otherwise each node is computed as it stands (session option
+            ``session.disable_quant_qdq=1``).
         batch_size: how many are run at once.
 
     Raises:
         ImportError: onnxruntime is not installed.
         ValueError: there are no inputs.
     """
-    if not len(inputs):
+    arguments = Arguments.of(inputs)
+    if not arguments.size:
         raise ValueError("compare: there are no inputs")
     file = session(exported.data, fused=fused)
     watched = session(_with_outputs(exported), fused=fused)
     tally = _Tally()
     with torch.no_grad():
-        for x in inputs.split(batch_size):
-            _compare_batch(exported, file, watched, x, tally)
+        for part in arguments.split(batch_size):
+            _compare_batch(exported, file, watched, part, tally)
     return tally.result()
 
 
-def compare_torch(data: bytes, prepared: Prepared, inputs: Tensor, *, batch_size: int = 100) -> Agreement:
+def compare_torch(data: bytes, prepared: Prepared, inputs: Any, *, batch_size: int = 100) -> Agreement:
     """Run a ``.pt2`` file and compare its outputs with the simulation.
 
     Args:
         data: of :func:`export_torch`.
         prepared: the simulation.
-        inputs: real ones, ``(N, ...)``.
+        inputs: real ones, as the model takes them.
         batch_size: how many are run at once.
 
     Raises:
         ValueError: there are no inputs.
     """
-    if not len(inputs):
+    arguments = Arguments.of(inputs)
+    if not arguments.size:
         raise ValueError("compare_torch: there are no inputs")
     program = torch.export.load(io.BytesIO(data)).module()
     tally = _Tally()
     with torch.no_grad():
-        for x in inputs.split(batch_size):
-            ours, theirs = program(x), prepared.model(x)
-            tally.decide(ours, theirs)
+        for part in arguments.split(batch_size):
+            ours, theirs = _tensors(part.call(program)), _tensors(part.call(prepared.model))
+            tally.decide(ours, theirs, part.size)
             tally.output(ours, theirs)
     return tally.result()
 
 
-def _compare_batch(exported: Exported, file: Any, watched: Any, x: Tensor, tally: _Tally) -> None:
-    feed = {"input": x.contiguous().numpy()}
-    (end,) = file.run(["output"], feed)
-    tally.decide(torch.from_numpy(end), exported.prepared.model(x))
-    names = list(exported.quantized)
-    found = watched.run(["output", *(exported.quantized[name] for name in names)], feed)
-    output, *values = (torch.from_numpy(value) for value in found)
-    with _forced(exported.prepared.model, dict(zip(names, values, strict=True)), tally):
-        tally.output(output, exported.prepared.model(x))
+def feed_of(exported: Exported, arguments: Arguments) -> dict[str, Any]:
+    """Return what onnxruntime is given for a batch."""
+    names = exported.program.keywords
+    kwargs = {name: arguments.kwargs[name] for name in names if name in arguments.kwargs}
+    tensors = Arguments(arguments.args, {**kwargs, **arguments.kwargs}).tensors
+    return {name: x.contiguous().numpy() for name, x in zip(exported.inputs, tensors, strict=True)}
+
+
+def _compare_batch(exported: Exported, file: Any, watched: Any, part: Arguments, tally: _Tally) -> None:
+    feed, program, grids = feed_of(exported, part), exported.program, exported.grids
+    keys = program.activations
+    end = [torch.from_numpy(value) for value in file.run(exported.outputs, feed)]
+    found = watched.run(None, feed)
+    outputs = [torch.from_numpy(value) for value in found[: len(end)]]
+    codes = dict(zip(map(keys.__getitem__, exported.quantized), found[len(end) :], strict=True))
+
+    def alone(key: int, x: Tensor) -> Tensor:
+        grid = grids[key]
+        return x if grid is None else grid.quantize(x)
+
+    def behind_the_file(key: int, x: Tensor) -> Tensor:
+        grid = grids[key]
+        if grid is None or key not in codes:
+            return alone(key, x)
+        theirs = torch.from_numpy(codes[key].astype("int32"))
+        tally.code(program.marks[key].name, theirs, _codes(x, grid))
+        return (theirs - grid.zero_point) * grid.scale
+
+    tally.decide(end, _tensors(program.run(part, alone)), part.size)
+    tally.output(outputs, _tensors(program.run(part, behind_the_file)))
+
+
+def _codes(x: Tensor, grid: Grid) -> Tensor:
+    codes = (x / grid.scale).round() + grid.zero_point
+    return codes.clamp(grid.q_min, grid.q_max).int()
+
+
+def _tensors(outputs: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
 
 
 class _Tally:
@@ -130,17 +162,22 @@ class _Tally:
 
     def __init__(self) -> None:
         self.inputs = self.same = self.codes = self.differing = self.count = 0
-        self.where, self.apart, self.largest = "", 0.0, 0.0
+        self.where, self.apart, self.end_to_end, self.largest = "", 0.0, 0.0, 0.0
 
-    def decide(self, ours: Tensor, theirs: Tensor) -> None:
-        """Count equal decisions."""
-        self.inputs += len(ours)
-        self.same += int((ours.flatten(1).argmax(1) == theirs.flatten(1).argmax(1)).sum())
+    def decide(self, ours: list[Tensor], theirs: list[Tensor], size: int) -> None:
+        """Count equal decisions, by the first output, and note how far outputs are apart end to end."""
+        self.inputs += size
+        mine, other = (
+            x[0].reshape(size, -1) if len(x[0]) == size else x[0].reshape(1, -1) for x in (ours, theirs)
+        )
+        same = mine.argmax(1) == other.argmax(1)
+        self.same += int(same.sum()) * size // len(same)
+        self.end_to_end = max(self.end_to_end, _apart(ours, theirs))
 
-    def output(self, ours: Tensor, theirs: Tensor) -> None:
+    def output(self, ours: list[Tensor], theirs: list[Tensor]) -> None:
         """Note how far outputs are apart; NaN counts as infinitely far."""
-        self.apart = max(self.apart, float((ours - theirs).abs().nan_to_num(nan=torch.inf).max()))
-        self.largest = max(self.largest, float(theirs.abs().max()))
+        self.apart = max(self.apart, _apart(ours, theirs))
+        self.largest = max(self.largest, *(float(x.abs().max()) for x in theirs))
 
     def code(self, name: str, ours: Tensor, theirs: Tensor) -> None:
         """Note how far codes are apart."""
@@ -152,40 +189,32 @@ class _Tally:
 
     def result(self) -> Agreement:
         """Return the sums."""
+        scale = self.largest or 1.0
         return Agreement(
             inputs=self.inputs,
             codes=self.codes,
             where=self.where,
             differing=self.differing / max(self.count, 1),
-            outputs=self.apart / self.largest if self.largest else self.apart,
+            outputs=self.apart / scale,
             top_1=self.same / self.inputs,
+            end_to_end=self.end_to_end / scale,
         )
 
 
-@contextlib.contextmanager
-def _forced(model: nn.Module, values: dict[str, Tensor], tally: _Tally) -> Iterator[None]:
-    """Compare the output of each quantizer with ``values``, and go on with these."""
-    quantizers = named_quantizers(model)
-    handles = [quantizers[name].register_forward_hook(_hook(name, v, tally)) for name, v in values.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _hook(name: str, value: Tensor, tally: _Tally) -> Callable[..., Tensor]:
-    def compare_and_replace(quantizer: ActivationQuantizer, _: object, output: Tensor) -> Tensor:
-        scale = quantizer.grid(torch.float32, int(quantizer.bits or 0))[0]
-        tally.code(name, (value / scale).round().long(), (output / scale).round().long())
-        return value
-
-    return compare_and_replace
+def _apart(ours: list[Tensor], theirs: list[Tensor]) -> float:
+    pairs = zip(ours, theirs, strict=True)
+    return max(float((a.double() - b.double()).abs().nan_to_num(nan=torch.inf).max()) for a, b in pairs)
 
 
 def _with_outputs(exported: Exported) -> bytes:
-    """Return the file with the quantized activations as further outputs."""
+    """Return the file with the codes of activations as further outputs."""
+    helper, types = onnx().helper, onnx().TensorProto
     proto = onnx().load_from_string(exported.data)
-    for name in exported.quantized.values():
-        proto.graph.output.append(onnx().ValueInfoProto(name=name))
+    keys = exported.program.activations
+    for name, codes in exported.quantized.items():
+        grid = exported.grids[keys[name]]
+        if grid is not None and grid.bits < 8:  # numpy has no such type
+            proto.graph.node.append(helper.make_node("Cast", [codes], [f"{codes}.wide"], to=types.UINT8))
+            codes = f"{codes}.wide"
+        proto.graph.output.append(onnx().ValueInfoProto(name=codes))
     return bytes(proto.SerializeToString())

@@ -1,4 +1,4 @@
-"""The integer types of ONNX in which codes of a width are stored."""
+"""Weights as codes, and the integer types of ONNX in which codes of a width are stored."""
 
 from __future__ import annotations
 
@@ -7,11 +7,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from gradl1_fast.nn.foreign import used_weight
+from gradl1_fast.nn.layers import QuantizedLayer
+from gradl1_fast.nn.sites import named_layers
 from gradl1_fast.quantization.export.packages import onnx, onnxruntime
 
-__all__ = ["IntegerType", "integer_type", "to_bytes"]
+__all__ = ["IntegerType", "codes", "integer_type", "prevent_overflow", "session", "to_bytes"]
+
+_LARGEST_BIAS = 2.0**30  # half of what int32 holds, in multiples of the product of two scales
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,50 @@ def _runs(type_: IntegerType) -> bool:
     except Exception:  # the runtime's errors have no class in common; any of them is a no
         return False
     return True
+
+
+def codes(
+    x: Tensor, scale: Tensor, zero_point: Tensor, ends: tuple[int, int], axis: int | None = None
+) -> Tensor:
+    """Return the codes of a tensor, whole numbers in float: what fake quantization multiplies by the scale."""
+    if axis is not None:
+        shape = [-1 if i == axis else 1 for i in range(x.dim())]
+        scale, zero_point = scale.reshape(shape), zero_point.reshape(shape)
+    return ((x / scale).round() + zero_point).clamp(*ends)
+
+
+@torch.no_grad()
+def prevent_overflow(model: nn.Module) -> dict[str, int]:
+    """Raise scales of weights where a bias would not fit int32; return how many, by layer.
+
+    Runtimes hold a bias in multiples of the product of the scales of weight and input. A channel with
+    vanishing weights and a bias, as a dead batch norm leaves behind, would overflow. That is at 8 bits: at
+    other widths the file adds biases in float.
+    """
+    layers = named_layers(model).items()
+    return {name: count for name, count in ((name, _raise_scales(layer)) for name, layer in layers) if count}
+
+
+def _raise_scales(layer: QuantizedLayer) -> int:
+    weights, inputs = layer.weight_quantizer, layer.input_quantizer
+    bias = getattr(layer, "bias", None)
+    if bias is None or inputs is None or weights.bits != 8 or inputs.bits != 8:
+        return 0
+    scale, _, _, q_max = weights.grid(used_weight(layer), weights.bits)
+    largest = bias.detach().abs()
+    if (
+        layer.out_axis == 1 and weights.axis is not None
+    ):  # the groups of a transposed convolution share a range
+        largest = largest.reshape(-1, len(scale)).amax(0)
+    least = largest / (inputs.grid(torch.float32, inputs.bits)[0] * _LARGEST_BIAS)
+    if weights.axis is None:
+        least = least.max()
+    low = scale < least
+    if not bool(low.any()):
+        return 0
+    clip = torch.where(low, least, scale) * max(q_max, 1)
+    weights.set_clip(clip.reshape(1, -1))
+    return int(low.sum())
 
 
 def session(model: bytes, *, fused: bool = True) -> Any:

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, fx, nn
-
 from gradl1_fast import _files
 from gradl1_fast._version import __version__
-from gradl1_fast.nn.converted import ConvertedModel
+from gradl1_fast.quantization.bits import Widths
+from gradl1_fast.quantization.export.agreement import compare
+from gradl1_fast.quantization.export.arguments import Arguments
+from gradl1_fast.quantization.export.filling import Filling
+from gradl1_fast.quantization.export.formats import Format, register
 from gradl1_fast.quantization.export.integers import session
-from gradl1_fast.quantization.export.operations import Writer
-from gradl1_fast.quantization.export.prepared import NotExportableError, Prepared, ends, prepare
+from gradl1_fast.quantization.export.marks import Grid
+from gradl1_fast.quantization.export.onnx_graph import to_onnx
+from gradl1_fast.quantization.export.packages import onnx, onnx_ir, onnxscript
+from gradl1_fast.quantization.export.prepared import NotExportableError, Prepared, prepare
+from gradl1_fast.quantization.export.program import Program, trace
 
-__all__ = ["Exported", "export_onnx"]
+__all__ = ["Exported", "export_onnx", "write_onnx"]
+
+_RUNTIMES = ("onnxruntime", "none")
 
 
 @dataclass(frozen=True)
@@ -26,14 +33,25 @@ class Exported:
 
     Attributes:
         data: the content of the file.
-        prepared: the simulation that it must agree with.
-        quantized: name in the file of the output of each activation quantizer, by its name in the model.
-        remarks: sentences on what could not be said as asked for.
+        prepared: the model at its widths.
+        program: the traced model, which simulates the file.
+        grids: of each of its marks.
+        template: the ``onnx_ir`` model before quantizers were filled in.
+        inputs: names of the inputs in the file, in the order of the tensors that the model is given.
+        outputs: names of the outputs.
+        quantized: name in the file of the codes of each quantized activation: a site, or an operand of an
+            operation between layers.
+        remarks: sentences on what could not be written as asked for.
         opset: the version of the operators.
     """
 
     data: bytes = field(repr=False)
     prepared: Prepared = field(repr=False)
+    program: Program = field(repr=False)
+    grids: list[Grid | None] = field(repr=False)
+    template: Any = field(repr=False)
+    inputs: list[str]
+    outputs: list[str]
     quantized: dict[str, str]
     remarks: list[str]
     opset: int
@@ -43,54 +61,101 @@ class Exported:
         _files.write_bytes(path, self.data)
         return Path(path)
 
+    def in_float(self) -> bytes:
+        """Return the same network without quantizers, as a file to compare sizes and times with."""
+        nothing: list[Grid | None] = [None] * len(self.grids)
+        return _bytes(
+            Filling(self.template, self.program.marks, nothing, self.prepared.model), self.prepared
+        )[0]
 
-def export_onnx(model: nn.Module, inputs: Tensor, *, w: int | None, a: int | None) -> Exported:
-    """Say a converted model in ONNX, batch norms folded, with weights and activations quantized.
 
-    A weight is a constant of integers behind a ``DequantizeLinear``; an activation goes through
-    ``QuantizeLinear`` and ``DequantizeLinear``. Types are int8 and uint8; int4 and uint4 at 4 bits
-    (opset 21); int2 and uint2 at 2 bits (opset 25) where the installed packages run them; int16 and uint16
-    at 16 bits. Other widths are codes of int8 and uint8, clipped to the width. The batch is of any size,
-    other sizes are those of ``inputs``. A batch norm that cannot be folded is written as one.
+def export_onnx(
+    model: Any,
+    inputs: Any,
+    *,
+    w: Widths = None,
+    a: Widths = None,
+    runtime: str = "onnxruntime",
+    input_bits: int | None = 8,
+    dynamic_batch: bool = True,
+    dynamic_size: bool = False,
+) -> Exported:
+    """Write a converted model as ONNX, batch norms folded, with weights and activations quantized.
+
+    PyTorch's exporter writes the operations: whatever ``torch.export`` takes can be exported. A weight is a
+    constant of integers behind a ``DequantizeLinear``; the input of a layer goes through ``QuantizeLinear`` and
+    ``DequantizeLinear``. Types are int8 and uint8; int4 and uint4 at 4 bits; int2 and uint2 at 2 bits (opset
+    25) where the installed packages run them; int16 and uint16 at 16 bits. Other widths are codes of int8 and
+    uint8, clipped to the width.
 
     Args:
         model: a converted model in evaluation mode, in float32, calibrated if ``a`` is given. It stays as
             it is.
-        inputs: a batch, ``(N, ...)``.
-        w: bits of the weights, 1 to 8 or 16, or None for float.
-        a: bits of the activations, likewise.
+        inputs: a batch: a tensor, a tuple of arguments or a mapping of keyword arguments.
+        w: bits of the weights, 1 to 8 or 16, or None for float; or a mapping by layer. With ``w`` and ``a``
+            both None, the widths that are set on the model.
+        a: bits of the activations, likewise, by site.
+        runtime: ``"onnxruntime"`` to quantize, at 8 bits, operands of sums, concatenations and average pools
+            too, in ranges found on ``inputs``: onnxruntime then computes the layers around them in integers.
+            ``"none"`` to quantize the inputs of layers alone.
+        input_bits: bits of the network's input where ``a`` is a smaller number; None to give it ``a``.
+        dynamic_batch: leave the size of the batch free. Where the model does not allow it, it is fixed, with a
+            remark.
+        dynamic_size: leave height and width free.
 
     Raises:
-        ImportError: onnx or onnxruntime is not installed.
-        NotExportableError: the model has an operation, a type or a mode that export does not know, by name.
+        ImportError: onnx, onnxscript or onnxruntime is not installed.
+        NotExportableError: PyTorch or onnxruntime refuses the model, or it is not converted, in training mode
+            or not in float32; the message has the reason.
         RuntimeError: an activation has no range yet.
         TypeError: a width is not an int or None.
-        ValueError: a width is out of range.
+        ValueError: a width is out of range, or ``runtime`` is unknown.
     """
-    prepared = prepare(model, inputs, w=w, a=a)
-    shapes = _shapes(prepared.model, inputs)
-    reasons: list[str] = []
+    for package in (onnx, onnxscript, onnx_ir):
+        package()
+    if runtime not in _RUNTIMES:
+        raise ValueError(f"runtime must be one of {', '.join(map(repr, _RUNTIMES))}, got {runtime!r}")
+    prepared = prepare(model, inputs, w=w, a=a, input_bits=input_bits)
+    joints = runtime == "onnxruntime"
+    program = trace(prepared, inputs, batch=dynamic_batch, sizes=dynamic_size, joints=joints)
+    program.find_ranges(Arguments.of(inputs), program.grids(prepared))
+    return write_onnx(prepared, program, to_onnx(program))
+
+
+def write_onnx(prepared: Prepared, program: Program, template: Any) -> Exported:
+    """Fill a traced model in at the widths of a prepared one.
+
+    Raises:
+        NotExportableError: onnxruntime cannot load the result.
+    """
+    grids, reasons = program.grids(prepared), list[str]()
     for wide in _WIDER:
-        writer = Writer(prepared.model, w, a, shapes, wide=wide)
-        data = _write(writer)
+        filling = Filling(template, program.marks, grids, prepared.model, wide)
+        data, names = _bytes(filling, prepared)
         reason = _why_not_loaded(data)
         if reason is None:
             break
         reasons.append(reason)
     else:
         raise NotExportableError(f"onnxruntime cannot load the model: {reasons[-1]}")
+    remarks = [*filling.remarks, *prepared.remarks(), *program.remarks]
     if reasons:
-        writer.remark(
-            f"codes of {' and '.join(_WORDS[what] for what in wide)} take 8 bits: with narrower types, "
-            f"onnxruntime says: {reasons[-1]}"
-        )
-    remarks = [*writer.remarks, *prepared.remarks()]
-    return Exported(data, prepared, writer.quantized, remarks, writer.graph.opset)
+        remarks.insert(0, _widened(wide, reasons[-1]))
+    return Exported(
+        data, prepared, program, grids, template, *names, filling.quantized, remarks, filling.opset
+    )
 
 
 # Types that hold codes of 2 and 4 bits: all of their own, then in 8 bits what the runtime's fusions fail at.
 _WIDER = ((), ("a",), ("a", "w"))
 _WORDS = {"a": "activations", "w": "weights"}
+
+
+def _widened(wide: Sequence[str], reason: str) -> str:
+    return (
+        f"codes of {' and '.join(_WORDS[kind] for kind in wide)} take 8 bits: with narrower types, "
+        f"onnxruntime says: {reason}"
+    )
 
 
 def _why_not_loaded(data: bytes) -> str | None:
@@ -101,36 +166,16 @@ def _why_not_loaded(data: bytes) -> str | None:
     return None
 
 
-def _write(writer: Writer) -> bytes:
-    begin, end = ends(writer.model)
-    x = writer.graph.name("input")
-    writer.values[begin] = x
-    for node in writer.model.graph.nodes:
-        if node.op not in ("placeholder", "output"):
-            writer.write(node)
-    y = writer.graph.node("Identity", [writer.values[end]], "output")
-    about = {"gradl1_fast": __version__, "widths": f"w={writer.w} a={writer.a}"}
-    proto = writer.graph.model((x, writer.shapes[begin]), (y, writer.shapes[end]), about)
-    return bytes(proto.SerializeToString())
+def _bytes(filling: Filling, prepared: Prepared) -> tuple[bytes, tuple[list[str], list[str]]]:
+    """Name inputs and outputs, write down what the file is, and return its content and those names."""
+    model, graph = filling.model, filling.model.graph
+    for values, name in ((graph.inputs, "input"), (graph.outputs, "output")):
+        if len(values) == 1:
+            values[0].name = name
+    model.metadata_props.update({"gradl1_fast": __version__, "widths": prepared.widths()})
+    model.producer_name, model.producer_version = "gradl1_fast", __version__
+    names = [value.name for value in graph.inputs], [value.name for value in graph.outputs]
+    return bytes(onnx_ir().to_proto(model).SerializeToString()), names
 
 
-class _Shapes(fx.Interpreter):
-    """Runs a graph and notes the shape of each tensor."""
-
-    def __init__(self, model: fx.GraphModule) -> None:
-        super().__init__(model)
-        self.shapes: dict[fx.Node, torch.Size] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        """Run a node."""
-        result = super().run_node(n)
-        if isinstance(result, Tensor):
-            self.shapes[n] = result.shape
-        return result
-
-
-def _shapes(model: ConvertedModel, inputs: Tensor) -> dict[fx.Node, torch.Size]:
-    interpreter = _Shapes(model)
-    with torch.no_grad():
-        interpreter.run(inputs[:2])
-    return interpreter.shapes
+register(Format("onnx", ".onnx", export_onnx, compare))

@@ -7,7 +7,7 @@ from typing import Any
 
 from gradl1_fast._extras import install
 
-__all__ = ["onnx", "onnxruntime"]
+__all__ = ["onnx", "onnx_ir", "onnxruntime", "onnxscript"]
 
 
 def onnx() -> Any:
@@ -19,6 +19,17 @@ def onnx() -> Any:
 def onnxruntime() -> Any:
     """Return the package ``onnxruntime``."""
     return _import("onnxruntime")
+
+
+def onnxscript() -> Any:
+    """Return the package ``onnxscript``, which PyTorch's exporter is written in."""
+    return _import("onnxscript")
+
+
+def onnx_ir() -> Any:
+    """Return the package ``onnx_ir``, which comes with onnxscript."""
+    _import("onnx_ir.passes.common")
+    return _import("onnx_ir")
 
 
 def _import(name: str) -> Any:

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from gradl1_fast.nn.converted import ConvertedModel
-from gradl1_fast.nn.sites import named_layers
-from gradl1_fast.quantization.bits import check_width, set_bits
+from gradl1_fast.nn.sites import named_layers, named_quantizers
+from gradl1_fast.quantization.bits import Widths, check_width, set_bits, widths_of
+from gradl1_fast.quantization.calibration import observed
+from gradl1_fast.quantization.export.arguments import Arguments
+from gradl1_fast.quantization.export.integers import prevent_overflow
 from gradl1_fast.quantization.folding import Folding, fold_batch_norm
 from gradl1_fast.quantization.sliced import SlicedWeight
 
-__all__ = ["NotExportableError", "Prepared", "ends", "prepare"]
+__all__ = ["NotExportableError", "Prepared", "prepare"]
 
 
 class NotExportableError(ValueError):
-    """The model has something that export cannot say; the message names it."""
+    """The model has something that cannot be exported; the message names it."""
 
 
 @dataclass(frozen=True)
@@ -28,61 +32,98 @@ class Prepared:
     Attributes:
         model: folded, at its widths, in evaluation mode.
         folding: what became of the batch norms.
-        w: bits of the weights, None for float.
-        a: bits of the activations, None for float.
+        w: bits of each weight by layer, None for float.
+        a: bits of each activation by site, None for float.
+        raised: how many channels have a larger weight scale, so that their biases fit 32 bits.
     """
 
-    model: ConvertedModel
+    model: nn.Module
     folding: Folding
-    w: int | None
-    a: int | None
+    w: dict[str, int | None]
+    a: dict[str, int | None]
+    raised: dict[str, int] = field(default_factory=dict)
 
     def remarks(self) -> list[str]:
-        """Return a sentence on each batch norm that was not folded."""
-        return [f"{name} {reason}: not folded" for name, reason in self.folding.refused.items()]
+        """Return a sentence on each batch norm that was not folded and each scale that was raised."""
+        remarks = [f"{name} {reason}: not folded" for name, reason in self.folding.refused.items()]
+        for name, count in self.raised.items():
+            remarks.append(f"{name}: {count} weight scale(s) raised, so that the bias fits 32 bits")
+        return remarks
+
+    def widths(self) -> str:
+        """Return the widths in a few characters, such as ``w4 a8``."""
+        return f"w{_one(self.w)} a{_one(self.a)}"
 
 
-def prepare(model: nn.Module, inputs: Tensor, *, w: int | None, a: int | None) -> Prepared:
+def prepare(
+    model: nn.Module, inputs: Any, *, w: Widths = None, a: Widths = None, input_bits: int | None = 8
+) -> Prepared:
     """Fold the batch norms of a model into a copy of it and set the widths of that.
 
     Args:
         model: a converted model in evaluation mode, in float32, calibrated if ``a`` is given. It stays as
             it is.
-        inputs: a batch, on which folding is measured.
-        w: bits of the weights, 1 to 8 or 16, or None for float.
-        a: bits of the activations, likewise.
+        inputs: a batch: a tensor, a tuple of arguments or a mapping of keyword arguments.
+        w: bits of the weights, 1 to 8 or 16, or None for float; or a mapping by layer, as for
+            :func:`gradl1_fast.set_bits`. With ``w`` and ``a`` both None, the model's own widths.
+        a: bits of the activations, likewise, by site.
+        input_bits: bits of the network's input where ``a`` is a smaller number; None to give it ``a``.
 
     Raises:
-        NotExportableError: the model is in training mode, in another type, or has no graph or no weights.
+        NotExportableError: the model is in training mode, in another type, or has no layers or no weights.
         RuntimeError: an activation has no range yet.
         TypeError: a width is not an int or None.
         ValueError: a width is out of range.
     """
-    for name, value in (("w", w), ("a", a)):
-        check_width(name, value)
-        if value is not None and 8 < value < 16:
-            raise ValueError(f"{name}: export has widths 1 to 8 and 16, got {value}")
     _check_model(model)
+    arguments = Arguments.of(inputs)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # what is not folded is in the result
-        folding = fold_batch_norm(model, inputs)
-    if not isinstance(folding.model, ConvertedModel):
-        raise RuntimeError("folding has lost the graph")
-    set_bits(folding.model, w=w, a=a)
-    return Prepared(folding.model, folding, w, a)
+        folding = fold_batch_norm(model)
+    _find_sites(folding.model, arguments)
+    _set_widths(folding.model, w, a, input_bits)
+    raised = prevent_overflow(folding.model)
+    return Prepared(folding.model, folding, *widths_of(folding.model), raised)
 
 
-def ends(model: ConvertedModel) -> tuple[fx.Node, fx.Node]:
-    """Return the nodes of the input and of the output.
+def _set_widths(model: nn.Module, w: Widths, a: Widths, input_bits: int | None) -> None:
+    if w is not None or a is not None:
+        for name, width in (("w", w), ("a", a)):
+            if not isinstance(width, Mapping):
+                check_width(name, width)
+        set_bits(model, w=w, a=a)
+        for quantizer in named_quantizers(model).values() if isinstance(a, int) and input_bits else ():
+            if quantizer.is_input:
+                quantizer.bits = max(input_bits or 0, quantizer.bits or 0)
+    for kind, widths in zip("wa", widths_of(model), strict=True):
+        for name, width in widths.items():
+            if width is not None and 8 < width < 16:
+                raise ValueError(f"{kind} of {name}: export has widths 1 to 8 and 16, got {width}")
+
+
+class _Nobody:
+    """Watches quantizers so that they are not skipped, and remembers nothing."""
+
+    def update(self, x: Tensor) -> None:
+        """Take no note."""
+
+
+def _find_sites(model: nn.Module, arguments: Arguments) -> None:
+    """Run the model once, so that layers that are given the very same tensor share a site.
 
     Raises:
-        NotExportableError: there are several.
+        NotExportableError: the model does not take the arguments.
     """
-    begin = [node for node in model.graph.nodes if node.op == "placeholder"]
-    end = next(node for node in model.graph.nodes if node.op == "output").args[0]
-    if len(begin) != 1 or not isinstance(end, fx.Node):
-        raise NotExportableError("the model must have one tensor as its input and one tensor as its output")
-    return begin[0], end
+    quantizers = named_quantizers(model)
+    set_bits(model, w={}, a={})
+    try:
+        with observed(quantizers, dict.fromkeys(quantizers, _Nobody())), torch.no_grad():
+            arguments.call(model)
+    except (TypeError, KeyError) as error:
+        raise NotExportableError(
+            f"the model does not take these inputs: {error}. Give a tensor, a tuple of arguments or a "
+            "mapping of keyword arguments"
+        ) from error
 
 
 def _check_model(model: nn.Module) -> None:
@@ -91,11 +132,6 @@ def _check_model(model: nn.Module) -> None:
         raise NotExportableError("the model is not converted: call gradl1_fast.convert(model) first")
     if model.training:
         raise NotExportableError("the model is in training mode: call model.eval() first")
-    if not isinstance(model, ConvertedModel):
-        raise NotExportableError(
-            f"{type(model).__name__} was not traced as it was converted: it has no graph"
-        )
-    ends(model)
     for name, layer in layers.items():
         if isinstance(layer.weight_quantizer, SlicedWeight):
             raise NotExportableError(f"{name} holds bits of an any-bit file, no float weight; export the run")
@@ -104,3 +140,11 @@ def _check_model(model: nn.Module) -> None:
             raise NotExportableError(
                 f"{name} is {value.dtype}; export is for float32: call model.float() first"
             )
+
+
+def _one(widths: Mapping[str, int | None]) -> str:
+    distinct = set(widths.values())
+    if len(distinct) != 1:
+        return "mixed"
+    (width,) = distinct
+    return "float" if width is None else str(width)

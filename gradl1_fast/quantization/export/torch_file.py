@@ -3,124 +3,152 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor, fx, nn
 
-from gradl1_fast.nn.batch_norm_act import BatchNormAct2d
-from gradl1_fast.nn.converted import copy_model
-from gradl1_fast.nn.layers import QConv1d, QConv2d, QConv3d, QuantizedLayer
-from gradl1_fast.nn.quantizers import ActivationQuantizer
-from gradl1_fast.nn.rewrite import replace_module
-from gradl1_fast.quantization.export.prepared import NotExportableError, Prepared
+from gradl1_fast import _files
+from gradl1_fast.nn.foreign import used_weight
+from gradl1_fast.nn.sites import named_layers
+from gradl1_fast.quantization.bits import Widths
+from gradl1_fast.quantization.export.agreement import Agreement, compare_torch
+from gradl1_fast.quantization.export.arguments import Arguments
+from gradl1_fast.quantization.export.formats import Format, register
+from gradl1_fast.quantization.export.integers import codes
+from gradl1_fast.quantization.export.marks import MARK, Grid
+from gradl1_fast.quantization.export.prepared import Prepared, prepare
+from gradl1_fast.quantization.export.program import Program, export_program, trace
 
 __all__ = ["export_torch"]
 
-_CONVOLUTIONS: dict[type[nn.Module], Callable[..., Tensor]] = {
-    QConv1d: F.conv1d, QConv2d: F.conv2d, QConv3d: F.conv3d,
-}  # fmt: skip
 
-
-def export_torch(prepared: Prepared, inputs: Tensor) -> bytes:
+def export_torch(
+    prepared: Prepared, inputs: Any, *, dynamic_batch: bool = True, dynamic_size: bool = False
+) -> bytes:
     """Return the content of a ``.pt2`` file, to be read by ``torch.export.load`` without this library.
 
-    Weights are codes, int8 up to 8 bits and int16 beyond, and their steps; activations are rounded to their
-    grids in float. The batch is of any size.
+    Weights are codes, int8 up to 8 bits and int16 beyond, and their scales; activations are rounded to their
+    grids in float.
 
     Args:
         prepared: of :func:`gradl1_fast.quantization.export.prepare`.
-        inputs: a batch of two inputs or more.
+        inputs: a batch.
+        dynamic_batch: leave the size of the batch free; fixed where the model does not allow it.
+        dynamic_size: leave height and width free.
 
     Raises:
-        NotExportableError: ``torch.export`` cannot take the model.
+        NotExportableError: ``torch.export`` refuses the model; the message has its reason.
     """
-    model = copy_model(prepared.model)
-    for name, old in list(model.named_modules()):
-        new = _plain(name, old, prepared)
-        if new is not None:
-            replace_module(model, old, new.eval())
-    try:
-        with torch.no_grad():
-            batch = torch.export.Dim("batch")
-            program = torch.export.export(model, (inputs,), dynamic_shapes=({0: batch},))
-    except Exception as error:  # the exporter raises errors of many classes
-        raise NotExportableError(f"torch.export cannot take the model: {error}") from error
+    program = trace(prepared, inputs, batch=dynamic_batch, sizes=dynamic_size, joints=False)
+    free = dynamic_batch and not program.remarks
+    arguments = Arguments.of(inputs)
+    arguments = arguments.example() if free else arguments
+    module = _without_marks(program, prepared)
     file = io.BytesIO()
-    torch.export.save(program, file)
+    torch.export.save(export_program(module, arguments, free, dynamic_size), file)
     return file.getvalue()
 
 
-def _plain(name: str, module: nn.Module, prepared: Prepared) -> nn.Module | None:
-    if isinstance(module, QuantizedLayer):
-        if getattr(module, "padding_mode", "zeros") != "zeros":
-            raise NotExportableError(f"{name} has a padding_mode other than 'zeros'")
-        return _IntegerLayer(module, prepared.w)
-    if isinstance(module, ActivationQuantizer):
-        return nn.Identity() if prepared.a is None else _Rounding(module, prepared.a)
-    return _PlainNorm(module, prepared.a) if isinstance(module, BatchNormAct2d) else None
+def _without_marks(program: Program, prepared: Prepared) -> fx.GraphModule:
+    """Return the traced model with plain operations in the place of marks."""
+    module = program.exported.module(check_guards=False)
+    layers, grids = named_layers(prepared.model), program.grids(prepared)
+    for node in list(module.graph.nodes):
+        if node.target is MARK:
+            x, key = node.args
+            mark, grid = program.marks[key], grids[key]
+            if grid is None:
+                node.replace_all_uses_with(x)
+                continue
+            weight = mark.kind == "weight"
+            stand_in = _Codes(used_weight(layers[mark.name]), grid) if weight else _Rounding(grid)
+            module.add_submodule(f"quantized_{key}", stand_in)
+            with module.graph.inserting_before(node):
+                new = module.graph.call_module(f"quantized_{key}", () if weight else (x,))
+            node.replace_all_uses_with(new)
+    module.graph.eliminate_dead_code()
+    _drop_unused(module)
+    module.recompile()
+    return module
 
 
-class _IntegerLayer(nn.Module):
-    """A convolution or linear layer whose weight is codes and steps."""
+def _drop_unused(module: fx.GraphModule) -> None:
+    """Remove parameters and buffers that the graph does not read, such as float weights behind codes."""
+    read = {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
+    for name in [*dict(module.named_parameters()), *dict(module.named_buffers())]:
+        if name not in read and not name.startswith("quantized_"):
+            owner, _, attribute = name.rpartition(".")
+            delattr(module.get_submodule(owner), attribute)
 
-    def __init__(self, layer: Any, w: int | None) -> None:
+
+class _Codes(nn.Module):
+    """A weight as codes and scales."""
+
+    codes: Tensor
+    scale: Tensor
+
+    def __init__(self, weight: Tensor, grid: Grid) -> None:
         super().__init__()
-        weight = layer.weight.detach()
-        self.register_buffer("bias", None if layer.bias is None else layer.bias.detach())
-        if w is None:
-            self.register_buffer("codes", weight)
-            self.scale = None
-        else:
-            scale, _, q_min, q_max = layer.weight_quantizer.grid(weight, w)
-            if layer.weight_quantizer.axis is not None:
-                scale = scale.reshape(-1, *[1] * (weight.dim() - 1))
-            codes = (weight / scale).round().clamp(q_min, q_max)
-            self.register_buffer("codes", codes.to(torch.int8 if w <= 8 else torch.int16))
-            self.register_buffer("scale", scale)
-        self.function = _CONVOLUTIONS.get(type(layer), F.linear)
-        self.how: tuple[Any, ...] = ()
-        if type(layer) in _CONVOLUTIONS:
-            self.how = layer.stride, layer.padding, layer.dilation, layer.groups
+        whole = codes(weight, grid.scale, grid.zero_point, (grid.q_min, grid.q_max), grid.axis)
+        shape = [-1 if i == grid.axis else 1 for i in range(weight.dim())]
+        self.register_buffer("codes", whole.to(torch.int8 if grid.bits <= 8 else torch.int16))
+        self.register_buffer("scale", grid.scale if grid.axis is None else grid.scale.reshape(shape))
 
-    def forward(self, x: Tensor) -> Tensor:
-        weight = self.codes if self.scale is None else self.codes * self.scale
-        return self.function(x, weight, self.bias, *self.how)
+    def forward(self) -> Tensor:
+        return self.codes * self.scale
 
 
 class _Rounding(nn.Module):
-    """An activation quantizer in PyTorch's own operations."""
+    """The quantizer of an activation."""
 
     scale: Tensor
     zero_point: Tensor
 
-    def __init__(self, quantizer: ActivationQuantizer, bits: int) -> None:
+    def __init__(self, grid: Grid) -> None:
         super().__init__()
-        scale, zero_point, self.q_min, self.q_max = quantizer.grid(torch.float32, bits)
-        self.register_buffer("scale", scale)
-        self.register_buffer("zero_point", zero_point)
+        self.q_min, self.q_max = grid.q_min, grid.q_max
+        self.register_buffer("scale", grid.scale)
+        self.register_buffer("zero_point", grid.zero_point)
 
     def forward(self, x: Tensor) -> Tensor:
         codes = ((x / self.scale).round() + self.zero_point).clamp(self.q_min, self.q_max)
         return (codes - self.zero_point) * self.scale
 
 
-class _PlainNorm(nn.Module):
-    """A batch norm that could not be folded, with what follows it."""
+@dataclass(frozen=True)
+class TorchFile:
+    """A model as a ``.pt2`` file.
 
-    def __init__(self, norm: BatchNormAct2d, bits: int | None) -> None:
-        super().__init__()
-        self.norm = norm.to_float().requires_grad_(False)
-        self.activation = norm.activation
-        rounds = norm.quantizer is not None and bits is not None
-        self.quantizer = _Rounding(norm.quantizer, bits) if rounds else nn.Identity()  # type: ignore[arg-type]
+    Attributes:
+        data: the content of the file.
+        prepared: the simulation that it must agree with.
+        remarks: sentences on what could not be written as asked for.
+    """
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        y = self.norm(x) if residual is None else self.norm(x) + residual
-        if self.activation == "relu":
-            y = y.relu()
-        elif self.activation == "relu6":
-            y = F.relu6(y)
-        return self.quantizer(y)
+    data: bytes = field(repr=False)
+    prepared: Prepared = field(repr=False)
+    remarks: list[str]
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the file, whole or not at all."""
+        _files.write_bytes(path, self.data)
+        return Path(path)
+
+
+def _write(model: nn.Module, inputs: Any, *, w: Widths = None, a: Widths = None) -> TorchFile:
+    prepared = prepare(model, inputs, w=w, a=a)
+    remarks = prepared.remarks()
+    if any(width is not None and width < 8 for width in prepared.w.values()):
+        remarks.append("codes of less than 8 bits take a byte each: PyTorch has no narrower integers")
+    return TorchFile(export_torch(prepared, inputs), prepared, remarks)
+
+
+def _compare(file: TorchFile, inputs: Any) -> Agreement:
+    return compare_torch(file.data, file.prepared, inputs)
+
+
+register(Format("torch-export", ".pt2", _write, _compare))

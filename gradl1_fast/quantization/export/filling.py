@@ -1,0 +1,216 @@
+"""The numbered pairs of a traced model become quantizers of given widths: constants, types and names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradl1_fast.nn.foreign import used_weight
+from gradl1_fast.nn.sites import named_layers, named_quantizers
+from gradl1_fast.quantization.export.integers import IntegerType, codes, integer_type, to_bytes
+from gradl1_fast.quantization.export.marks import Grid, Mark
+from gradl1_fast.quantization.export.onnx_graph import OPSET, numbered_pairs
+from gradl1_fast.quantization.export.packages import onnx, onnx_ir
+
+__all__ = ["Filling"]
+
+_WITH_BIAS = {"Conv", "ConvTranspose", "Gemm"}
+
+
+class Filling:
+    """Writes the quantizers of one file.
+
+    Args:
+        template: of :func:`~gradl1_fast.quantization.export.onnx_graph.to_onnx`; it stays as it is.
+        marks: what the numbers in it mean.
+        grids: the grid of each, None for float.
+        model: the simulation, which has the weights.
+        wide: kinds of tensors, of ``"a"`` and ``"w"``, whose codes of 2 and 4 bits take 8.
+
+    Attributes:
+        model: the model in ``onnx_ir``.
+        quantized: names of the codes of each quantized activation, by the name of its mark.
+        remarks: sentences on what could not be written as asked for.
+        opset: the version of the operators.
+    """
+
+    def __init__(
+        self,
+        template: Any,
+        marks: Sequence[Mark],
+        grids: Sequence[Grid | None],
+        model: nn.Module,
+        wide: Sequence[str] = (),
+    ) -> None:
+        self.model = template.clone()
+        self.quantized: dict[str, str] = {}
+        self.remarks: list[str] = []
+        self.opset = OPSET
+        self._marks, self._grids, self._wide = marks, grids, wide
+        self._layers = named_layers(model)
+        self._before_float = _sites_before_float(model)
+        self._constants: dict[str, Any] = {}
+        self._seen: set[int] = set()
+        for key, quantize, dequantizes in numbered_pairs(self.model):
+            self._write(key, quantize, dequantizes)
+        self._finish()
+
+    def _write(self, key: int, quantize: Any, dequantizes: list[Any]) -> None:
+        mark, grid = self._marks[key], self._grids[key]
+        for dequantize in dequantizes:
+            source = quantize.inputs[0]
+            if grid is None:
+                result = source
+            elif mark.kind == "weight":
+                result = self._weight(mark.name, grid, dequantize)
+            else:
+                result = self._activation(mark, grid, dequantize, source, key)
+            dequantize.outputs[0].replace_all_uses_with(result)
+            if grid is not None and mark.kind == "weight":
+                self._tidy(result, grid, self._is_rounded(mark.name))
+
+    def _weight(self, name: str, grid: Grid, at: Any) -> Any:
+        type_ = self._type(grid.bits, signed=True)
+        weight = used_weight(self._layers[name])
+        whole = codes(weight, grid.scale, grid.zero_point, (grid.q_min, grid.q_max), grid.axis)
+        inputs = [
+            self._integers(f"{name}.weight.codes", type_, whole),
+            self._floats(f"{name}.weight.scale", grid.scale),
+            self._integers(f"{name}.weight.zero_point", type_, grid.zero_point),
+        ]
+        node = onnx_ir().node(
+            "DequantizeLinear", inputs, {"axis": grid.axis or 0} if grid.scale.dim() else {}
+        )
+        return self._put(at, node, f"{name}.weight.value", at.outputs[0])
+
+    def _activation(self, mark: Mark, grid: Grid, at: Any, source: Any, key: int) -> Any:
+        name, type_ = mark.name, self._type(grid.bits, signed=False)
+        scale = self._floats(f"{name}.scale", grid.scale)
+        zero_point = self._integers(f"{name}.zero_point", type_, grid.zero_point)
+        suffix = f".{key}.{at.outputs[0].name}" if key in self._seen else ""
+        self._seen.add(key)
+        node = onnx_ir().node("QuantizeLinear", [source, scale, zero_point])
+        value = self._put(at, node, f"{name}.codes{suffix}")
+        if type_.bits > grid.bits:
+            ends = [self._integers(f"{name}.{end}", type_, torch.tensor(float(value_))) for end, value_ in
+                    (("q_min", grid.q_min), ("q_max", grid.q_max))]  # fmt: skip
+            value = self._put(at, onnx_ir().node("Clip", [value, *ends]), f"{name}.clipped{suffix}")
+        self.quantized.setdefault(name, value.name)
+        result = f"{name}{suffix}" if mark.kind == "site" else f"{name}.value{suffix}"
+        if name in self._before_float:
+            return self._spelled_out(at, value, grid, name, result)
+        node = onnx_ir().node("DequantizeLinear", [value, scale, zero_point])
+        return self._put(at, node, result, at.outputs[0])
+
+    def _spelled_out(self, at: Any, value: Any, grid: Grid, name: str, result: str) -> Any:
+        """Dequantize by other operations: behind a ``DequantizeLinear``, onnxruntime rounds float weights."""
+        offset = self._floats(f"{name}.offset", grid.zero_point)
+        cast = onnx_ir().node("Cast", [value], {"to": onnx_ir().DataType.FLOAT})
+        value = self._put(at, cast, f"{result}.float")
+        value = self._put(at, onnx_ir().node("Sub", [value, offset]), f"{result}.centred")
+        node = onnx_ir().node("Mul", [value, self._floats(f"{name}.scale", grid.scale)])
+        return self._put(at, node, result, at.outputs[0])
+
+    def _put(self, at: Any, node: Any, name: str, like: Any = None) -> Any:
+        """Insert a node before another; return its output under a name."""
+        at.graph.insert_before(at, node)
+        output = node.outputs[0]
+        output.name = node.name = name
+        if like is not None:
+            output.type, output.shape = like.type, like.shape
+        return output
+
+    def _type(self, bits: int, *, signed: bool) -> IntegerType:
+        narrow = ("w" if signed else "a") not in self._wide
+        type_, remark = integer_type(bits, signed=signed, narrow=narrow)
+        if remark is not None and remark not in self.remarks:
+            self.remarks.append(remark)
+        self.opset = max(self.opset, type_.opset)
+        return type_
+
+    def _integers(self, name: str, type_: IntegerType, values: Tensor) -> Any:
+        return self._constant(name, type_.code, values, to_bytes(values, type_.bits))
+
+    def _floats(self, name: str, values: Tensor) -> Any:
+        return self._constant(name, 1, values, values.detach().float().cpu().contiguous().numpy().tobytes())
+
+    def _constant(self, name: str, type_: int, values: Tensor, data: bytes) -> Any:
+        if name not in self._constants:
+            proto = onnx().TensorProto(name=name, data_type=type_, dims=list(values.shape), raw_data=data)
+            tensor = onnx_ir().tensor(proto)
+            value = onnx_ir().val(name, const_value=tensor)
+            self.model.graph.register_initializer(value)
+            self._constants[name] = value
+        return self._constants[name]
+
+    def _is_rounded(self, name: str) -> bool:
+        """Return whether a runtime that computes a layer in integers rounds its bias to a coarse step."""
+        quantizer = self._layers[name].input_quantizer
+        widths = {self._layers[name].weight_quantizer.bits, None if quantizer is None else quantizer.bits}
+        return widths != {8}
+
+    def _tidy(self, weight: Any, grid: Grid, keep_bias: bool) -> None:
+        """Transpose the codes rather than the weight, and add biases that must not be rounded in float."""
+        users = [usage.node for usage in weight.uses()]
+        if len(users) == 1 and users[0].op_type == "Transpose" and len(weight.shape) == 2:
+            self._transpose(weight, users[0], grid)
+            users = [usage.node for usage in weight.uses()]
+        for node in users if keep_bias else ():
+            if node.op_type in _WITH_BIAS and len(node.inputs) > 2 and node.inputs[2] is not None:
+                self._add_after(node, weight)
+
+    def _transpose(self, weight: Any, transpose: Any, grid: Grid) -> None:
+        dequantize = weight.producer()
+        old = dequantize.inputs[0]
+        values = torch.from_numpy(old.const_value.numpy().astype("int32")).t().float()
+        del self.model.graph.initializers[old.name]
+        self._constants.pop(old.name)
+        new = self._constant(
+            old.name, old.const_value.dtype.value, values, to_bytes(values, old.const_value.dtype.bitwidth)
+        )
+        dequantize.replace_input_with(0, new)
+        if grid.axis is not None:
+            dequantize.attributes["axis"] = onnx_ir().AttrInt64("axis", 1 - grid.axis)
+        transpose.outputs[0].replace_all_uses_with(weight)
+        weight.shape = transpose.outputs[0].shape
+
+    def _add_after(self, node: Any, weight: Any) -> None:
+        bias = node.inputs[2]
+        if bias.const_value is None:
+            return
+        values = torch.from_numpy(bias.const_value.numpy().copy())
+        rank = 1 if node.op_type == "Gemm" else len(weight.shape) - 1
+        shaped = self._floats(f"{bias.name}.added", values.reshape(-1, *[1] * (rank - 1)))
+        node.resize_inputs(2)
+        output = node.outputs[0]
+        add = onnx_ir().node("Add", [output, shaped])
+        node.graph.insert_after(node, add)
+        for usage in list(output.uses()):
+            if usage.node is not add:
+                usage.node.replace_input_with(usage.idx, add.outputs[0])
+        outputs = node.graph.outputs
+        for i, value in enumerate(outputs):
+            if value is output:
+                outputs[i] = add.outputs[0]
+        add.outputs[0].name, output.name = output.name, f"{output.name}.without_bias"
+        add.outputs[0].type, add.outputs[0].shape = output.type, output.shape
+
+    def _finish(self) -> None:
+        common = onnx_ir().passes.common
+        passes = common.RemoveUnusedNodesPass, common.NameFixPass, common.TopologicalSortPass
+        for pass_ in (*passes, common.ClearMetadataAndDocStringPass):  # stack traces of this machine among it
+            pass_()(self.model)
+        self.model.opset_imports[""] = self.opset
+        opsets = [onnx().helper.make_opsetid("", self.opset)]
+        self.model.ir_version = max(onnx().helper.find_min_ir_version_for(opsets), 8)
+
+
+def _sites_before_float(model: nn.Module) -> set[str]:
+    """Return the names of sites that feed a layer with a float weight."""
+    names = {id(quantizer): name for name, quantizer in named_quantizers(model).items()}
+    layers = named_layers(model).values()
+    floats = [layer for layer in layers if layer.weight_quantizer.bits is None]
+    return {names[id(layer.input_quantizer)] for layer in floats if layer.input_quantizer is not None}

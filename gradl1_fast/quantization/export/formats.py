@@ -1,0 +1,58 @@
+"""The table of formats. A format registers itself, and the command and the tests find it here."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from gradl1_fast.quantization.export.agreement import Agreement
+from gradl1_fast.quantization.export.prepared import Prepared
+
+__all__ = ["FORMATS", "File", "Format", "register"]
+
+
+class File(Protocol):
+    """An exported network."""
+
+    @property
+    def data(self) -> bytes:
+        """The content of the file."""
+
+    @property
+    def prepared(self) -> Prepared:
+        """The simulation that it must agree with."""
+
+    @property
+    def remarks(self) -> list[str]:
+        """Sentences on what could not be written as asked for."""
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the file, whole or not at all."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format of files.
+
+    Attributes:
+        name: as the command knows it.
+        ending: of its files.
+        write: takes a converted model, inputs, ``w`` and ``a``; returns the file.
+        compare: takes the file and inputs; returns how far it is from the simulation.
+    """
+
+    name: str
+    ending: str
+    write: Callable[..., Any]
+    compare: Callable[[Any, Any], Agreement]
+
+
+FORMATS: dict[str, Format] = {}
+
+
+def register(format: Format) -> None:
+    """Add a format to the table."""
+    FORMATS[format.name] = format

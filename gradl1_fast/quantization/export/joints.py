@@ -1,0 +1,110 @@
+"""Marks between layers: operands of sums, concatenations and average pools, so that these run in integers too.
+
+Without a quantizer behind a convolution, onnxruntime computes it in float.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from gradl1_fast.quantization.export.marks import MARK, Mark
+
+__all__ = ["add_joints"]
+
+_aten = torch.ops.aten
+_SUMS = {_aten.add.Tensor, _aten.add_.Tensor}
+_POOLS = {_aten.avg_pool2d.default, _aten.adaptive_avg_pool2d.default}
+_PRODUCTS = {_aten.conv1d.default, _aten.conv2d.default, _aten.linear.default}
+# Between a layer and a joint: what keeps codes codes, or is fused into the quantizer behind it.
+_TRANSPARENT = {
+    *(_aten.relu.default, _aten.relu_.default, _aten.max_pool2d.default, _aten.hardtanh.default),
+    *(_aten.hardtanh_.default, _aten.clamp.default, _aten.relu6.default, _aten.dropout.default),
+}
+
+
+def add_joints(exported: torch.export.ExportedProgram, marks: list[Mark]) -> None:
+    """Mark the operands of each operation between layers whose operands all come from layers and sites."""
+    graph = exported.graph_module.graph
+    for node in list(graph.nodes):
+        operands = _operands(node)
+        if not operands or not _is_pure(node):
+            continue
+        needed = [_needed(operand) for operand in operands]
+        if all(keys is not None for keys in needed):
+            for operand, keys in zip(operands, needed, strict=True):
+                _mark(graph, node, operand, keys or [], marks)
+    graph.lint()
+    exported.graph_module.recompile()
+
+
+def _operands(node: fx.Node) -> list[fx.Node]:
+    """Return the operands of a sum of two tensors of one shape, a concatenation or an average pool."""
+    if node.target in _SUMS and not node.kwargs:
+        operands = list(node.args)
+        if not all(isinstance(operand, fx.Node) for operand in operands):
+            return []
+        shapes = [getattr(operand.meta.get("val"), "shape", None) for operand in operands]  # type: ignore[union-attr]
+        return operands if shapes[0] is not None and shapes[0] == shapes[1] else []  # type: ignore[return-value]
+    if node.target is _aten.cat.default:
+        return list(node.args[0])  # type: ignore[arg-type]
+    return [node.args[0]] if node.target in _POOLS else []  # type: ignore[list-item]
+
+
+def _is_pure(node: fx.Node) -> bool:
+    """Return whether a node changes no tensor, after making it one that does not where nobody can tell."""
+    if node.target is not _aten.add_.Tensor:
+        return True
+    changed: Any = node.args[0]
+    if changed.target not in _PRODUCTS or set(changed.users) != {node}:
+        return False
+    node.target = _aten.add.Tensor
+    return True
+
+
+def _needed(node: fx.Node) -> list[int] | None:
+    """Return the marks that must have 8 bits for a tensor to be one of codes; None if it cannot be."""
+    if any(str(user.target).partition(".")[2].partition(".")[0].endswith("_") for user in node.users):
+        site = None
+    else:
+        site = _site_of(node)
+    if site is not None:
+        return [int(site.args[1])]  # type: ignore[arg-type]
+    while node.target in _TRANSPARENT:
+        node = node.args[0]  # type: ignore[assignment]
+    if node.target in _PRODUCTS:
+        keys = [arg.args[1] for arg in node.args[:2] if isinstance(arg, fx.Node) and arg.target is MARK]
+        return keys if len(keys) == 2 else None  # type: ignore[return-value]
+    return _marks_among(_operands(node))
+
+
+def _marks_among(operands: list[fx.Node]) -> list[int] | None:
+    """Return the marks that the operands of a joint are, None if some are not or there are none."""
+    keys = [int(operand.args[1]) for operand in operands if operand.target is MARK]  # type: ignore[arg-type]
+    return keys if keys and len(keys) == len(operands) else None
+
+
+def _site_of(node: fx.Node) -> fx.Node | None:
+    """Return the mark that a tensor passes on its way to layers."""
+    return next((user for user in node.users if user.target is MARK), None)
+
+
+def _mark(graph: fx.Graph, node: fx.Node, operand: fx.Node, keys: list[int], marks: list[Mark]) -> None:
+    """Let ``node`` read an operand by way of its mark, which is made if there is none."""
+    if operand.target is MARK:
+        return
+    mark = _site_of(operand)
+    if mark is None:
+        with graph.inserting_after(operand):
+            mark = graph.call_function(MARK, (operand, len(marks)))
+        mark.meta = {"val": operand.meta["val"], **_source(operand)}
+        marks.append(Mark("joint", operand.name, keys))
+    operand.append(mark)
+    node.replace_input_with(operand, mark)
+
+
+def _source(node: fx.Node) -> dict[str, Any]:
+    names = ("nn_module_stack", "stack_trace", "torch_fn", "from_node")
+    return {name: node.meta[name] for name in names if name in node.meta}

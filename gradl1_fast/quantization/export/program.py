@@ -1,0 +1,204 @@
+"""A model as a program of ``torch.export`` with a mark at each site and each weight, of whatever width."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from gradl1_fast import functional as F
+from gradl1_fast.nn.foreign import used_weight
+from gradl1_fast.nn.sites import named_layers, named_quantizers
+from gradl1_fast.quantization.export.arguments import Arguments
+from gradl1_fast.quantization.export.joints import add_joints
+from gradl1_fast.quantization.export.marks import MARK, Grid, Mark, marked
+from gradl1_fast.quantization.export.prepared import NotExportableError, Prepared
+
+__all__ = ["Program", "export_program", "trace"]
+
+At = Callable[[int, Tensor], Tensor]
+
+
+@dataclass
+class Program:
+    """A traced model.
+
+    Attributes:
+        exported: the program, with marks.
+        marks: what the number of each mark means.
+        remarks: sentences on what is not as it was asked for.
+    """
+
+    exported: torch.export.ExportedProgram
+    marks: list[Mark]
+    remarks: list[str] = field(default_factory=list)
+
+    def run(self, arguments: Arguments, at: At) -> Any:
+        """Run the program with ``at(key, tensor)`` in the place of each mark."""
+        return arguments.call(self.with_marks(at))
+
+    def with_marks(self, at: At) -> fx.GraphModule:
+        """Return the program as a module with ``at(key, tensor)`` in the place of each mark."""
+        module = self.exported.module(check_guards=False)
+
+        def mark(x: Tensor, key: int) -> Tensor:
+            return at(key, x)
+
+        for node in module.graph.nodes:
+            if node.target is MARK:
+                node.target = mark
+        module.recompile()
+        return module
+
+    def grids(self, prepared: Prepared) -> list[Grid | None]:
+        """Return the grid of each mark at the widths of a model, None where it stays in float."""
+        layers, sites = named_layers(prepared.model), named_quantizers(prepared.model)
+        grids: list[Grid | None] = []
+        for mark in self.marks:  # a joint comes after the marks that it depends on
+            if mark.kind == "weight":
+                grids.append(_weight_grid(layers[mark.name]))
+            elif mark.kind == "site":
+                grids.append(_site_grid(sites[mark.name]))
+            else:
+                needed = [grids[key] for key in mark.layers]
+                is_quantized = all(grid is not None and grid.bits == 8 for grid in needed)
+                grids.append(_joint_grid(mark) if is_quantized else None)
+        return grids
+
+    @property
+    def keywords(self) -> list[str]:
+        """Names of the keyword arguments, in the order in which the model is traced with them."""
+        return list(self.exported.example_inputs[1])
+
+    @property
+    def activations(self) -> dict[str, int]:
+        """The numbers of the marks of activations, by name."""
+        return {mark.name: key for key, mark in enumerate(self.marks) if mark.kind != "weight"}
+
+    def has_joints(self) -> bool:
+        """Return whether operands of operations between layers are marked."""
+        return any(mark.kind == "joint" for mark in self.marks)
+
+    def find_ranges(self, arguments: Arguments, grids: list[Grid | None]) -> None:
+        """Find the ranges of joints by one pass with quantized layers."""
+        if not self.has_joints():
+            return
+
+        def at(key: int, x: Tensor) -> Tensor:
+            mark, grid = self.marks[key], grids[key]
+            if mark.kind == "joint":
+                ends = F.value_range(x)
+                before = mark.range or ends
+                mark.range = torch.minimum(ends[0], before[0]), torch.maximum(ends[1], before[1])
+                return x
+            return x if grid is None else grid.quantize(x)
+
+        with torch.no_grad():
+            module = self.with_marks(at)
+            for part in arguments.split(32):
+                part.call(module)
+
+
+def trace(prepared: Prepared, inputs: Any, *, batch: bool, sizes: bool, joints: bool) -> Program:
+    """Trace a prepared model.
+
+    Args:
+        prepared: of :func:`gradl1_fast.quantization.export.prepare`.
+        inputs: a batch.
+        batch: leave the size of the batch free; where that is refused it is fixed, with a remark.
+        sizes: leave height and width free.
+        joints: also mark operands of sums, concatenations and average pools.
+
+    Raises:
+        NotExportableError: ``torch.export`` refuses the model; the message has its reason.
+    """
+    model, marks = marked(prepared.model)
+    arguments, remarks = Arguments.of(inputs), list[str]()
+    try:
+        exported = export_program(model, arguments.example() if batch else arguments, batch, sizes)
+    except NotExportableError as error:
+        if not batch or sizes:
+            raise
+        exported = export_program(model, arguments, False, False)
+        reason = str(error).partition(": ")[2].splitlines()[0]
+        remarks.append(f"the batch is fixed at {arguments.size}: {reason:.200}")
+    program = Program(exported, marks, remarks)
+    if joints:
+        add_joints(exported, marks)
+    return program
+
+
+def export_program(
+    model: torch.nn.Module, arguments: Arguments, batch: bool, sizes: bool
+) -> torch.export.ExportedProgram:
+    """Return the program of a model.
+
+    Args:
+        model: a module.
+        arguments: a batch.
+        batch: leave its size free.
+        sizes: leave height and width free.
+
+    Raises:
+        NotExportableError: ``torch.export`` refuses; the message has the place and its reason.
+    """
+    arguments = copy.deepcopy(arguments)  # some models change what they are given
+    args_shapes, kwargs_shapes = arguments.dynamic(batch, sizes) or ((), {})
+    shapes = _by_parameter(model, args_shapes, kwargs_shapes) if batch or sizes else None
+    try:
+        with torch.no_grad():
+            return torch.export.export(
+                model, arguments.args, arguments.kwargs, dynamic_shapes=shapes, strict=False
+            )
+    except Exception as error:  # the exporter raises errors of many classes
+        raise NotExportableError(f"torch.export refuses {_place(error, model)}: {_reason(error)}") from error
+
+
+def _by_parameter(model: torch.nn.Module, args: Any, kwargs: Any) -> Any:
+    """Return shapes by the name of each parameter of ``forward``."""
+    try:
+        return dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments)
+    except TypeError as error:
+        raise NotExportableError(f"the model does not take these inputs: {error}") from error
+
+
+def _reason(error: Exception) -> str:
+    text = str(error).strip() or type(error).__name__
+    return f"{text.splitlines()[0]:.400}"
+
+
+def _place(error: Exception, model: torch.nn.Module) -> str:
+    """Return the innermost module of the model whose forward pass was running."""
+    names = {id(module): name for name, module in model.named_modules()}
+    place, trace_ = "", error.__traceback__
+    while trace_ is not None:
+        owner = trace_.tb_frame.f_locals.get("self")
+        if trace_.tb_frame.f_code.co_name == "forward" and names.get(id(owner)):
+            place = f"{names[id(owner)]} ({type(owner).__name__})"
+        trace_ = trace_.tb_next
+    return place or "the model"
+
+
+def _weight_grid(layer: Any) -> Grid | None:
+    quantizer = layer.weight_quantizer
+    if quantizer.bits is None:
+        return None
+    grid = quantizer.grid(used_weight(layer), quantizer.bits)
+    return Grid(*grid, quantizer.bits, quantizer.axis)
+
+
+def _site_grid(quantizer: Any) -> Grid | None:
+    if quantizer.bits is None:
+        return None
+    return Grid(*quantizer.grid(torch.float32, quantizer.bits), quantizer.bits)
+
+
+def _joint_grid(mark: Mark) -> Grid | None:
+    if mark.range is None:
+        return None
+    return Grid(*F.quantization_grid(*mark.range, 8, symmetric=False), 8)

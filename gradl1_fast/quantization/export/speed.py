@@ -1,0 +1,54 @@
+"""How fast onnxruntime runs a file, and what of it in integers."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gradl1_fast.quantization.export.packages import onnx, onnxruntime
+
+__all__ = ["integer_layers", "latencies"]
+
+_INTEGER = {"QLinearConv", "ConvInteger", "QLinearMatMul", "MatMulIntegerToFloat", "QGemm"}
+_FLOAT = {"Conv", "FusedConv", "NhwcFusedConv", "ConvTranspose", "Gemm", "FusedGemm", "MatMul", "FusedMatMul"}
+
+
+def latencies(
+    files: Mapping[str, bytes], feed: Mapping[str, Any], *, repeats: int = 20, threads: int = 1
+) -> dict[str, float]:
+    """Return the median time of a run of each file in seconds, in runs that take turns.
+
+    Args:
+        files: contents of files that take the same inputs, by any name.
+        feed: inputs by name.
+        repeats: how often each is run, after two runs that are not counted.
+        threads: of each session.
+    """
+    options = onnxruntime().SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = threads, 4
+    provider = ["CPUExecutionProvider"]
+    sessions = {k: onnxruntime().InferenceSession(d, options, providers=provider) for k, d in files.items()}
+    times: dict[str, list[float]] = {name: [] for name in files}
+    for _ in range(repeats + 2):
+        for name, session in sessions.items():
+            start = time.perf_counter()
+            session.run(None, feed)
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values[2:]) for name, values in times.items()}
+
+
+def integer_layers(data: bytes) -> tuple[int, int]:
+    """Return how many convolutions and products onnxruntime computes in integers, and how many there are."""
+    options = onnxruntime().SessionOptions()
+    options.log_severity_level = 4
+    with tempfile.TemporaryDirectory() as folder:
+        options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
+        onnxruntime().InferenceSession(data, options, providers=["CPUExecutionProvider"])
+        graph = onnx().load(options.optimized_model_filepath).graph
+    kinds = [node.op_type for node in graph.node]
+    integer = sum(kind in _INTEGER for kind in kinds)
+    return integer, integer + sum(kind in _FLOAT for kind in kinds)

@@ -15,7 +15,7 @@ BUILT := $(VENV)/.built
 BUILD = $(shell nvidia-smi -L >/dev/null 2>&1 || echo GRADL1_CUDA=0)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test coverage fuzz soak sanitize kernels lint format docs bench mutate gpu clean
+.PHONY: help demo test coverage fuzz soak zoo sanitize kernels lint format docs bench mutate gpu clean
 
 help:  ## this text
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
@@ -53,6 +53,20 @@ fuzz: $(BUILT)  ## many random networks and damaged files; SEED=1 EXAMPLES=10000
 
 soak: $(BUILT)  ## 2,000 penalised steps in peace, and through kills and interruptions, into gradl1-soak
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m tests.training.soak gradl1-soak --seed $(SEED) $(ARGS)
+
+# With the newest torch: what models of other libraries need.
+ZOO := .venv-zoo
+$(ZOO)/.ready: pyproject.toml setup.py
+	$(PYTHON) -m venv --clear $(ZOO)
+	$(ZOO)/bin/python -m pip install "torch==2.14.1" "torchvision==0.29.1" timm transformers rich safetensors
+	touch $@
+
+$(ZOO)/.built: $(ZOO)/.ready $(wildcard csrc/*.* csrc/*/*.*)
+	GRADL1_CUDA=0 $(ZOO)/bin/python -m pip install --no-deps --editable .
+	touch $@
+
+zoo: $(ZOO)/.built  ## convert the models of timm, torchvision and transformers and compare; ARGS="--only resnet" for some
+	OMP_NUM_THREADS=1 $(ZOO)/bin/python -m tests.zoo $(ARGS)
 
 sanitize: $(BUILT)  ## CPU loops and emulated CUDA kernels under AddressSanitizer and UBSan
 	GRADL1_TEST_SANITIZE=1 OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/compiled/test_emulated.py $(ARGS)
@@ -112,5 +126,5 @@ $(PARTS:%=mutate-%): mutate-%:
 
 clean:  ## remove the virtual environment, caches, builds and the demo's output
 	rm -rf $(VENV) build dist *.egg-info .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	rm -rf gradl1-demo gradl1-soak
+	rm -rf gradl1-demo gradl1-soak $(ZOO)
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

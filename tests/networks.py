@@ -163,8 +163,9 @@ MOBILENET = Network("mobilenet", MobileNet, (6, 3, 8, 8))
 NO_NORM = Network("no norm", no_norm, (6, 3, 8, 8))
 NETWORKS = [VGG, RESNET, MOBILENET, NO_NORM]
 
-# Between values of a coarse grid ties are exact, and the last bit of a sum, which depends on the processor, decides
-# which of the tied values a max pooling takes: gradients of quantized networks are compared without any.
+# Between values of a coarse grid ties are exact, and the last bit of a sum, which depends on the processor,
+# decides which of the tied values a max pooling takes: gradients of quantized networks are compared without
+# any.
 AVERAGING = Network("vgg, averaging", lambda: vgg(nn.AvgPool2d), (6, 3, 8, 8))
 WITHOUT_TIES = [AVERAGING, RESNET, MOBILENET, NO_NORM]
 

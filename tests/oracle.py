@@ -203,8 +203,8 @@ def measure(
         module: a plain network.
         loss_fn: takes the module, returns the loss.
         weights: names such as ``"features.0.weight"``; of a parametrized one, the tensor in use.
-        inputs_of: layers whose first input is a penalised activation: the gradient is what comes back from the
-            layers that are given the very tensor, and from nothing else that reads it.
+        inputs_of: layers whose first input is a penalised activation: the gradient is what comes back from
+            the layers that are given the very tensor, and from nothing else that reads it.
     """
     kept: dict[str, Tensor] = {}
 

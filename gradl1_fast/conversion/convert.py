@@ -43,14 +43,15 @@ _WORTH_A_WARNING = 0.05
 def convert(model: nn.Module, *, per_channel: bool = False) -> nn.Module:
     """Return the model with layers that can be penalised and quantized on demand.
 
-    The result is a copy of the same class around the same parameters and buffers: methods, attributes, hooks
-    and state dicts are those of the original, and each part computes what it did. Convolutions, transposed
-    convolutions, linear layers and embeddings are replaced by subclasses of theirs, such as
-    :class:`gradl1_fast.QConv2d`; so are small subclasses of these, the weight being quantized as their forward
-    pass uses it. Every width is float at first.
+    The result is a copy of the same class around the same parameters and buffers: methods, attributes,
+    hooks and state dicts are those of the original, and each part computes what it did. Convolutions,
+    transposed convolutions, linear layers and embeddings are replaced by subclasses of theirs, such as
+    :class:`gradl1_fast.QConv2d`; so are small subclasses of these, the weight being quantized as their
+    forward pass uses it. Every width is float at first.
 
-    Each layer has a *site* at its input, where the tensor is quantized and measured by a penalty; layers that
-    are given the very same tensor share one. The input of the network has a site that no penalty counts.
+    Each layer has a *site* at its input, where the tensor is quantized and measured by a penalty; layers
+    that are given the very same tensor share one. The input of the network has a site that no penalty
+    counts.
 
     ``model`` stays as it is, and an optimizer made for one serves the other. Of a model that was converted
     before, what is new is converted; without anything new it is returned unchanged.
@@ -126,6 +127,10 @@ def _own_modules(tree: nn.Module) -> Iterator[nn.Module]:
 def _is_convertible(module: nn.Module) -> bool:
     if isinstance(module, QuantizedLayer) or has_own_forward(module):
         return False
+    if isinstance(module, nn.Embedding):
+        # PyTorch's second derivative leaves out the frequency; the others change weights or gradients'
+        # layout.
+        return not (module.scale_grad_by_freq or module.sparse or module.max_norm is not None)
     return isinstance(module, tuple(LAYERS)) or is_conv1d_of_transformers(module)
 
 

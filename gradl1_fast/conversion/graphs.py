@@ -54,7 +54,7 @@ def activation_of(root: nn.Module, node: fx.Node) -> str | None:
 
 
 def changes_in_place(root: nn.Module, node: fx.Node) -> bool:
-    """Return whether a node changes a tensor in place, or might: a module that is kept whole does what it likes."""
+    """Return whether a node changes a tensor in place, or might, as a module that is kept whole does."""
     module = module_of(root, node)
     if module is not None:
         return bool(getattr(module, "inplace", False)) or not is_leaf(module)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from torch import fx, nn
@@ -182,7 +182,7 @@ def _bits(bits: int | None) -> str:
     return "float" if bits is None else str(bits)
 
 
-def _table(title: str, header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def _table(title: str, header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     if not rows:
         return f"{title}: none"
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]

@@ -22,7 +22,7 @@ _TOLERANCES = {torch.float64: 1e-8, torch.float32: 2e-3, torch.float16: 0.1, tor
 def computes_the_same(
     module: nn.Module, one: Callable[..., Any], other: Callable[..., Any], args: tuple[Any, ...]
 ) -> bool:
-    """Return whether two functions give the same outputs; random state, buffers and attributes stay as they are.
+    """Return whether two functions give the same outputs; the state of the model stays as it is.
 
     Args:
         module: whose buffers and attributes the functions may change.

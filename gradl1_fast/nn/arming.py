@@ -1,4 +1,4 @@
-"""Whether a penalty will differentiate the next forward pass of a model: what its layers ask before they compute."""
+"""Whether a penalty will differentiate the next forward pass of a model."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ Planner = Callable[[nn.Module], None]
 class Arming:
     """A switch that the layers of a converted model share.
 
-    While it is off, a layer at float width runs the code of its torch twin and nothing else. While it is on,
-    layers use operators with a fast second derivative, and planned containers run their plans. A forward pass
-    that was made while it was off is still exact for weights, whose ordinary operators are twice
-    differentiable.
+    While it is off, a layer at float width runs the code of its torch twin and nothing else. While it is
+    on, layers use operators with a fast second derivative, and planned containers run their plans. A
+    forward pass that was made while it was off is still exact for weights, whose ordinary operators are
+    twice differentiable.
 
     Attributes:
         armed: whether any penalty is waiting for the next forward pass.

@@ -1,8 +1,9 @@
 """Twins for layers of others: subclasses of convolutions and linear layers, and transformers' Conv1D.
 
-A twin is a subclass of the foreign class, made when it is needed. Where that class has a ``forward`` of its own
-(weight standardisation, "same" padding), it runs as it is, and the weight that it hands to a convolution or a
-matrix product is replaced by the quantized one: the weight as the forward pass uses it is what is quantized.
+A twin is a subclass of the foreign class, made when it is needed. Where that class has a ``forward`` of its
+own (weight standardisation, "same" padding), it runs as it is, and the weight that it hands to a
+convolution or a matrix product is replaced by the quantized one: the weight as the forward pass uses it is
+what is quantized.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ __all__ = ["foreign_twin", "is_conv1d_of_transformers", "used_weight"]
 _functional = nn.functional
 _Products = dict[Callable[..., Any], Callable[..., Any] | None]
 
-# What a layer's forward pass may call with a weight as the second argument, and its twice differentiable form.
+# What a layer's forward pass may call with a weight as the second argument, and its twice differentiable
+# form.
 _CONVOLUTIONS: _Products = dict.fromkeys(
     (_functional.conv1d, _functional.conv2d, _functional.conv3d, torch.conv1d, torch.conv2d, torch.conv3d),
     F.conv,
@@ -83,6 +85,12 @@ class _Foreign(QuantizedLayer):
 
     computes_weight: bool
 
+    def to_float(self) -> nn.Module:
+        """Return the foreign layer with the same parameters, hooks and mode."""
+        layer = super().to_float()
+        del layer.computes_weight
+        return layer
+
     @property
     def is_computed(self) -> bool:
         """Whether the weight in use is no parameter, but computed from some."""
@@ -110,7 +118,7 @@ class _Conv1D(QuantizedLayer):
         if is_armed(self.arming):
             return F.linear(x, weight.t(), self.bias)
         size = *x.shape[:-1], weight.shape[1]
-        return torch.addmm(self.bias, x.view(-1, x.size(-1)), weight).view(size)
+        return torch.addmm(self._parameters["bias"], x.view(-1, x.size(-1)), weight).view(size)
 
 
 def is_conv1d_of_transformers(module: nn.Module) -> bool:
@@ -120,8 +128,9 @@ def is_conv1d_of_transformers(module: nn.Module) -> bool:
 
 
 def foreign_twin(module: nn.Module, *, per_channel: bool, arming: Arming) -> QuantizedLayer | None:
-    """Return a twin with the parameters, hooks and mode of a foreign layer; None if it is of no known kind."""
-    cls = _twin_class(type(module))
+    """Return a twin with the parameters, hooks and mode of a foreign layer; None for an unknown kind."""
+    foreign: Any = type(module)
+    cls = _twin_class(foreign)
     if cls is None:
         return None
     layer = retype(module, type(module), cls)
@@ -170,7 +179,8 @@ def _reduce(self: QuantizedLayer, protocol: int) -> Any:
 
 
 def _rebuild(foreign: type[nn.Module]) -> nn.Module:
-    cls = _twin_class(foreign)
+    of_class: Any = foreign
+    cls = _twin_class(of_class)
     assert cls is not None
     return cls.__new__(cls)
 

@@ -277,7 +277,7 @@ class QLinear(_QLinear, nn.Linear):  # type: ignore[misc]
         self._add_quantizers(per_channel)
 
 
-class QEmbedding(_QEmbedding, nn.Embedding):  # type: ignore[misc]
+class QEmbedding(_QEmbedding, nn.Embedding):
     """``nn.Embedding`` whose weight can be quantized on demand; see :class:`QConv1d`.
 
     With ``per_channel`` each row, that is each word, has a range.

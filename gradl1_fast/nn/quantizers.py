@@ -13,6 +13,7 @@ from gradl1_fast import functional as F
 from gradl1_fast._checks import MAX_BITS
 from gradl1_fast._dtypes import sum_dtype
 from gradl1_fast.nn.hooks import has_hooks, has_own_forward
+from gradl1_fast.ops.tap import alias
 
 __all__ = ["ActivationQuantizer", "Observer", "WeightQuantizer"]
 
@@ -222,7 +223,8 @@ class ActivationQuantizer(_Quantizer):
         """Return the activation at the present width, without showing it to the observer."""
         probe = self._scaled_probe(x)
         if self.bits is None:
-            return x if probe is None else F.tap(x, probe)
+            # No view: only layers read it, and none of them changes it in place.
+            return x if probe is None else alias(x, probe)
         scale, zero_point, q_min, q_max = self.grid(sum_dtype(x.dtype), self.bits)
         return F.fake_quantize(x, scale, zero_point, q_min, q_max, probe=probe)
 

@@ -86,7 +86,7 @@ def join(layer: QuantizedLayer, quantizer: ActivationQuantizer) -> None:
 
 
 def _while_compiling(quantizer: ActivationQuantizer, x: Tensor) -> Tensor:
-    """Share a result as layers share their quantizer; a region that is compiled sees no version of a tensor."""
+    """Share a result where layers share their quantizer: a compiled region sees no versions of tensors."""
     of_tensor: Any = x
     note = getattr(of_tensor, "_gradl1_note", None)
     if note is not None:
@@ -94,8 +94,8 @@ def _while_compiling(quantizer: ActivationQuantizer, x: Tensor) -> Tensor:
             return note[1]
         if not (quantizer.is_known and note[0].is_known):
             raise RuntimeError(
-                f"{quantizer.name} is given the tensor of another site while it is compiled, and the model has "
-                "not run yet: pass one batch through it in eager mode first, as gradl1_fast.calibrate does"
+                f"{quantizer.name} is given the tensor of another site while it is compiled, and the model "
+                "has not run yet: pass one batch through it in eager mode first, such as gradl1_fast.calibrate"
             )
     result = quantizer(x)
     of_tensor._gradl1_note = quantizer, result
@@ -139,8 +139,9 @@ def leave_note(
     is_itself: bool = False,
 ) -> None:
     """Write down what a site made of a tensor."""
-    is_own = result is not None and result is not x  # without a gradient it is as easily made again
-    kept = result if is_own and (result.requires_grad or quantizer.move is not None) else None
+    kept = None
+    if result is not None and result is not x and (result.requires_grad or quantizer.move is not None):
+        kept = result  # what has no gradient is as easily made again
     layers = set() if layer is None else {layer}
     _notes[x] = _Note(quantizer, quantizer.state, x._version, kept, is_itself, layers, _top_hooks())
 
@@ -159,8 +160,8 @@ def _is_in_reach(note: _Note) -> bool:
         return False
     if note.quantizer.is_measured:
         raise RuntimeError(
-            f"GradL1: the tensor at {note.quantizer.name} is read by a layer inside a checkpointed region and "
-            "by one outside of it; checkpoint both, or neither"
+            f"GradL1: the tensor at {note.quantizer.name} is read by a layer inside a checkpointed region "
+            "and by one outside of it; checkpoint both, or neither"
         )
     return False
 

@@ -68,7 +68,7 @@ def measured_by(
     lambda_a: float,
     step_bits: int | None,
 ) -> list[Measured]:
-    """Return what a penalty with these coefficients measures; without ``step_bits`` norms are taken as they are."""
+    """Return what a penalty with these coefficients measures; norms alone without ``step_bits``."""
 
     def step_of(quantizer: Any) -> StepOf | None:
         return None if step_bits is None else partial(quantizer.step, bits=step_bits)

@@ -34,11 +34,11 @@ _numbers = itertools.count()
 class GradL1:
     """The penalty ``lambda_w * sum_l ||dL/dW_l||_1 + lambda_a * sum_l ||dL/dY_l||_1``.
 
-    W_l are the weights of the quantizable layers that require a gradient, as their forward pass uses them; Y_l
-    the tensors that layers are given, but for the input of the network, each counted once, and dL/dY_l what
-    comes back from the layers; both as they are at the present width. Make the penalty before the forward pass,
-    which it arms, and again when layers were added to the model. A layer that a step did not use contributes
-    zero. The loss is meant to be the mean over the mini-batch.
+    W_l are the weights of the quantizable layers that require a gradient, as their forward pass uses them;
+    Y_l the tensors that layers are given, but for the input of the network, each counted once, and dL/dY_l
+    what comes back from the layers; both as they are at the present width. Make the penalty before the
+    forward pass, which it arms, and again when layers were added to the model. A layer that a step did not
+    use contributes zero. The loss is meant to be the mean over the mini-batch.
 
     The penalty is 1-homogeneous in the loss: with a ``GradScaler`` pass it the scaled loss. Gradient
     sums are float32 at least, and the first backward runs outside autocast.
@@ -47,16 +47,16 @@ class GradL1:
         model: a converted model, or one that contains layers of this library.
         lambda_w: coefficient of the weights' term, 0 or more; 0 costs nothing.
         lambda_a: coefficient of the activations' term, likewise.
-        scale: ``"step"`` multiplies each norm by the quantization step of its tensor at ``step_bits``, for its
-            range in this batch, before quantization; the gradient flows through the step too, so that ranges
-            shrink as well. Half of ``step * norm`` is the largest first-order change of the loss at that width,
-            so one coefficient serves every layer. ``"none"`` is the norm alone, as in the paper; the same
-            lambda is then several times as strong.
+        scale: ``"step"`` multiplies each norm by the quantization step of its tensor at ``step_bits``, for
+            its range in this batch, before quantization; the gradient flows through the step too, so that
+            ranges shrink as well. Half of ``step * norm`` is the largest first-order change of the loss at
+            that width, so one coefficient serves every layer. ``"none"`` is the norm alone, as in the
+            paper; the same lambda is then several times as strong.
         every: apply the penalty on each ``every``-th call only, multiplied by ``every``; other
             calls return 0, and the forward pass before them is an ordinary one.
         share: instead of the two coefficients: the share of the loss that the penalty has when it is switched
-            on, such as 0.25. Each of both terms gets half of it, as measured on the first 8 calls that are due;
-            from then on ``lambda_w`` and ``lambda_a`` are kept.
+            on, such as 0.25. Each of both terms gets half of it, as measured on the first 8 calls that are
+            due; from then on ``lambda_w`` and ``lambda_a`` are kept.
         method: ``"exact"``, or ``"finite_difference"`` for the approximation of :meth:`backward`.
         step_bits: the width at which ``scale="step"`` measures steps.
         epsilon: size of the finite difference, in units of the weights and activations; smaller is
@@ -230,7 +230,7 @@ class GradL1:
         self._arm()
 
     def _arm(self) -> None:
-        """Arm the model if the next call is due, and let sites measure if they are asked to; else disarm it."""
+        """Arm the model, and let its sites measure, if the next call is due; disarm it otherwise."""
         if torch.compiler.is_compiling() or self.method != "exact":
             return
         due = (self._calls + 1) % self.every == 0
@@ -246,7 +246,7 @@ class GradL1:
     def _differentiate(
         self, loss: Tensor, weights: Sequence[WeightTerm], sites: Sequence[Site], functions: list[Any]
     ) -> list[Tensor | None]:
-        """Return the gradient of each weight and the norm at each site; None for what the step did not use."""
+        """Return the gradient of each weight and the norm at each site; None for what was not used."""
         inputs = [term.tensor for term in weights] + [site.probe for site in sites]
         if not inputs:
             raise RuntimeError("GradL1: every weight is frozen and no activation is penalised")

@@ -72,8 +72,8 @@ def _refuse_lost(users: dict[str, list[Any]], tensors: dict[str, Tensor], hidden
         weight = name.partition(" from ")[0]
         if users[name] and not users.get(weight):
             raise RuntimeError(
-                f"GradL1: {weight} is computed, and the tensor that the forward pass used is not known: the pass "
-                "was made before this penalty armed the model, or in a checkpointed region"
+                f"GradL1: {weight} is computed, and the tensor that the forward pass used is not known: "
+                "the pass was made before this penalty armed the model, or in a checkpointed region"
             )
 
 

@@ -23,8 +23,8 @@ __all__ = [
 ]
 
 WHY_NOT_REACHED = (
-    "Was the penalty made after this forward pass, or for another model than was called? If not, the loss does "
-    "not depend on them, or the graph is cut on the way (detach, no_grad)"
+    "Was the penalty made after this forward pass, or for another model than was called? If not, the loss "
+    "does not depend on them, or the graph is cut on the way (detach, no_grad)"
 )
 OTHER_SCALE = (
     "GradL1: another penalty with a different scale was made for this model before this forward pass ({}); "

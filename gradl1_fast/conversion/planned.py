@@ -1,9 +1,9 @@
 """Containers that run their plan while it is proved to compute what their modules compute.
 
 ``torch.nn.Module`` has a place for a function that is called instead of ``_call_impl``, which its own
-``compile()`` uses. It belongs to the instance, and neither copying nor pickling takes it along: the class of a
-container, its ``forward`` and its hooks stay what they are. A penalty installs the plans of a model when it
-arms it.
+``compile()`` uses. It belongs to the instance, and neither copying nor pickling takes it along: the class
+of a container, its ``forward`` and its hooks stay what they are. A penalty installs the plans of a model
+when it arms it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 from torch.utils._pytree import tree_leaves
 
 from gradl1_fast.conversion.execution import batch_norm_act, executable
@@ -83,11 +84,11 @@ class Planned:
         if torch.compiler.is_compiling():
             return self._module()._call_impl(*args, **kwargs)  # type: ignore[union-attr]
         # A replica of data parallelism has this object among its attributes, and is another module.
-        caller = sys._getframe(1).f_locals.get("self")
+        caller: Any = sys._getframe(1).f_locals.get("self")
         module = self._module()
         if module is None or caller is not module:
-            return caller._call_impl(*args, **kwargs)  # type: ignore[union-attr]
-        if not is_armed(self._arming):
+            return caller._call_impl(*args, **kwargs)
+        if not is_armed(self._arming) or is_fx_symbolic_tracing():  # a container around it is being traced
             return module._call_impl(*args, **kwargs)
         if self.is_root:
             for value in tree_leaves((args, kwargs)):
@@ -124,7 +125,7 @@ class _Plan:
         self._proved: dict[tuple[Any, ...], str] = {}
 
     def prove(self, module: nn.Module, args: tuple[Any, ...]) -> str:
-        """Return why the plan may not run on such arguments: on the first ones it is compared with the modules."""
+        """Return why the plan may not run; on the first of a kind it is compared with the modules."""
         kind = (
             tuple((x.dtype, x.dim(), x.device.type) for x in args),
             torch.is_autocast_enabled(args[0].device.type),

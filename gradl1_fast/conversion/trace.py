@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import inspect
 import operator
@@ -65,14 +66,14 @@ def is_holder(module: nn.Module) -> bool:
 def trace(container: nn.Module) -> Traced:
     """Return the graph of a container's forward pass in its present mode, with gradients on.
 
-    Nothing of the model changes: a part that would change a parameter, a buffer or an attribute, that computes
-    with real tensors or draws random numbers while it is traced, or that fails, is kept whole.
+    Nothing of the model changes: a part that would change a parameter, a buffer or an attribute, that
+    computes with real tensors or draws random numbers while it is traced, or that fails, is kept whole.
 
     Raises:
         NotTraceableError: the container itself cannot be traced; the message says why.
     """
     tracer = _Tracer()
-    with torch.enable_grad(), _without_autocast(), _same_random_state():
+    with torch.enable_grad(), _without_autocast(), _same_random_state(), _proxies_are_tensors():
         graph = tracer.guarded(container, unchanged, lambda: tracer.trace(container, _defaults(container)))
     _remove_assertions(graph)
     return Traced(graph, tracer.kept_whole)
@@ -95,7 +96,7 @@ class _Tracer(fx.Tracer):
         self.kept_whole: dict[str, str] = {}
 
     def guarded(self, module: nn.Module, watch: Callable[[nn.Module], Any], run: Callable[[], Any]) -> Any:
-        """Run code of a model; whatever goes wrong is a NotTraceableError, and leaves no trace in the model."""
+        """Run code of a model; whatever goes wrong is a NotTraceableError, and the model stays as it is."""
         _refuse_own_code(module)
         try:
             with watch(module):
@@ -153,17 +154,13 @@ class _Tracer(fx.Tracer):
 
 
 class _Proxy(fx.Proxy):
-    """Stands for a tensor: it says so when asked, and records ``a += b`` as such.
+    """Stands for a tensor, and records ``a += b`` as such.
 
     fx falls back to ``a + b``, and forgets that ``a`` itself changes. Neither does it record ``a.data = b``,
     which is refused.
     """
 
-    _is_param = False
-
-    @property
-    def __class__(self) -> Any:  # what isinstance asks
-        return Tensor
+    _is_param = False  # what isinstance(value, nn.Parameter) asks
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in ("tracer", "node"):
@@ -200,6 +197,25 @@ def _remove_assertions(graph: fx.Graph) -> None:
         unused = not node.users and node.op != "output"
         if unused and (node.op == "placeholder" or getattr(node.target, "__name__", "") in named | {"eq"}):
             graph.erase_node(node)
+
+
+@contextlib.contextmanager
+def _proxies_are_tensors() -> Iterator[None]:
+    """Let ``isinstance`` say that a proxy is a tensor, to Python code alone.
+
+    A proxy whose ``__class__`` says so deceives PyTorch's C++ code as well, which then reads memory that is
+    not a tensor's: ``torch.arange(x.shape[1])``.
+    """
+    original = builtins.isinstance
+
+    def is_instance(value: Any, classes: Any) -> bool:
+        return original(value, classes) or (type(value) is _Proxy and issubclass(Tensor, classes))
+
+    builtins.isinstance = is_instance  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        builtins.isinstance = original
 
 
 @contextlib.contextmanager

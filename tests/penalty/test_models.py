@@ -1,14 +1,11 @@
-"""GradL1 on models of uncommon build: hooks, computed weights, a layer as the whole model."""
+"""GradL1 on models of uncommon build: hooks, a layer as the whole model, data parallelism."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
 
 import gradl1_fast as gl
 from tests import oracle
@@ -28,36 +25,25 @@ def test_hooks_on_gradients_see_both_passes_and_change_nothing() -> None:
         hooked.get_submodule(name).register_full_backward_hook(lambda m, dx, dy: seen.append(dy[0].shape))
     parameter = hooked.get_submodule("3").weight
     parameter.register_hook(lambda grad: seen.append(grad.shape))
-    assert_gradients(penalised(hooked), penalised(gl.convert(VGG.make())), 1e-15)
+    assert_gradients(penalised(hooked), penalised(gl.convert(VGG.make())), 1e-12)
     assert seen.count(parameter.shape) == 2
     assert len(seen) == 2 * 3
 
 
 def test_a_gradient_that_a_hook_changes_is_the_one_that_is_penalised() -> None:
     model = gl.convert(VGG.make())
-    penalty = gl.GradL1(model, 1.0, 0.0)
+    penalty = gl.GradL1(model, 1.0, 0.0, scale="none")
     plain = penalty(VGG.loss(model)).detach()
     for name in penalty.terms:
         model.get_parameter(name).register_hook(lambda grad: 3 * grad)
     torch.testing.assert_close(penalty(VGG.loss(model)).detach(), 3 * plain)
 
 
-@pytest.mark.parametrize("compute", [parametrizations.weight_norm, nn.utils.spectral_norm])
-@pytest.mark.parametrize("late", [False, True])
-def test_a_weight_that_is_computed_is_refused_by_name_at_any_time(compute: Any, late: bool) -> None:
-    model = gl.convert(VGG.make())
-    if late:
-        penalty = gl.GradL1(model, 1.0, 1.0)
-    compute(model.get_submodule("3"))
-    with pytest.raises(ValueError, match=r"GradL1: 3\.weight is not a parameter"):
-        penalty(VGG.loss(model)) if late else gl.GradL1(model, 1.0, 1.0)
-
-
 def test_a_convolution_is_a_whole_model() -> None:
     torch.manual_seed(2)
     plain, x = nn.Conv2d(3, 4, 3).double(), torch.randn(2, 3, 5, 5, dtype=torch.float64)
     model = gl.convert(plain)
-    penalty = gl.GradL1(model, 0.7, 0.0)
+    penalty = gl.GradL1(model, 0.7, 0.0, scale="none")
     loss = model(x).square().mean()
     found = torch.autograd.grad(loss + penalty(loss), list(model.parameters()))
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -84,6 +86,16 @@ class Case:
         """Names of those that have one for their input."""
         quantizers = {name: getattr(m, "input_quantizer", None) for name, m in self.converted.named_modules()}
         return [name for name, quantizer in quantizers.items() if quantizer is not None]
+
+    @functools.cached_property
+    def report(self) -> Any:
+        """What the library says of the converted model, after a pass with a penalty."""
+        return gl.report(self.converted)
+
+    @property
+    def used_by_function(self) -> set[str]:
+        """Names of the layers of which it says that their weight is used without calling them."""
+        return {name for name, kind in self.report.unquantized if kind.startswith("weight used by")}
 
 
 def gradients_of(module: nn.Module) -> Named:

@@ -104,15 +104,14 @@ def _odd_terms(ours: dict[str, float], theirs: dict[str, float]) -> str:
 
 def quantized(case: Case) -> Outcome:
     """Count the layers whose weight is quantized, by what the report says."""
-    by_function = {name for name, kind in gl.report(case.converted).unquantized if "weight used by" in kind}
-    left = [name for name in case.layers if name not in case.quantized or name in by_function]
+    left = [name for name in case.layers if name not in case.quantized or name in case.used_by_function]
     share = 1 - len(left) / len(case.layers)
     return Outcome(not left, share, f"in float: {_some(left)}" if left else "")
 
 
 def plans(case: Case) -> Outcome:
     """Count the layers that a plan runs; after a pass with a penalty."""
-    rows = gl.report(case.converted).plans
+    rows = case.report.plans
     planned = sum(count for _, count, reason in rows if not reason)
     share = planned / len(case.quantized)
     reasons = [f"{name or 'the model'}: {reason}" for name, count, reason in rows if reason]
@@ -138,8 +137,7 @@ def widths(case: Case) -> Outcome:
     case.reset(training=False)
     before = case.outputs(case.converted)
     gl.calibrate(case.converted, [case.batch])
-    named = {name for name, kind in gl.report(case.converted).unquantized if "weight used by" in kind}
-    layers = set(case.quantized) - named
+    layers = set(case.quantized) - case.used_by_function
     with gl.bits(case.converted, w=4, a=4), float_weights(case.converted, layers) as found:
         narrow = case.outputs(case.converted)
     table = gl.sweep(case.converted, lambda m: named_difference(case.outputs(m), before)[0], [(8, 8), (4, 4)])
@@ -159,11 +157,10 @@ def any_bit(case: Case) -> Outcome:
         gl.save_any_bit(case.converted, path)
         loaded = gl.load_any_bit(gl.convert(case.model), path, w=4)
     gl.set_bits(loaded, w=4, a=None)
-    with torch.no_grad():
-        weights = {id(w): w for w in (case.original.get_submodule(n).weight for n in case.quantized)}
-        for weight in weights.values():
-            weight.copy_(cut(weight, 4))
-    return _within(1e-8, named_difference(case.outputs(loaded), case.outputs(case.original)))
+    layers = case.quantized
+    with oracle.weights_replaced(case.original, case.batch, layers, lambda weight: cut(weight, 4)):
+        truth = case.outputs(case.original)
+    return _within(1e-8, named_difference(case.outputs(loaded), truth))
 
 
 def cut(weight: torch.Tensor, bits: int) -> torch.Tensor:
@@ -176,7 +173,7 @@ def cut(weight: torch.Tensor, bits: int) -> torch.Tensor:
 
 Check = Callable[[Case], Outcome]
 
-# In this order: plans are known after a pass with a penalty, and any-bit changes the original for good.
+# In this order: plans are known after a pass with a penalty, and any-bit changes weights of the original.
 CHECKS: dict[str, Check] = {
     check.__name__: check for check in (identity, outputs, penalty, quantized, plans, fold, widths, any_bit)
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
@@ -60,20 +60,29 @@ class Sites:
             self.taps[key] = (name, t, tap)
         return self.taps[key][2]
 
+    def note(self, layer: str, weight: Tensor) -> Tensor:
+        self.weights.append((layer, weight))
+        return weight
+
 
 class Weights(TorchFunctionMode):
-    """Notes the weights that layers compute: standardised, normalised or put together from others."""
+    """Hands a function the weights that layers compute: standardised, normalised, or put together."""
 
-    def __init__(self, sites: Sites) -> None:
+    def __init__(self, sites: Sites, see: Callable[[str, Tensor], Tensor]) -> None:
         super().__init__()
-        self.sites = sites
+        self.sites, self.see = sites, see
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in PRODUCTS and self.sites.calling:
-            weight = args[1] if len(args) > 1 else kwargs["weight"]
-            if not isinstance(weight, nn.Parameter) and weight.requires_grad:
-                self.sites.weights.append((self.sites.calling[-1], weight))
+            named = len(args) < 2
+            weight = kwargs["weight"] if named else args[1]
+            if not isinstance(weight, nn.Parameter):
+                weight = self.see(self.sites.calling[-1], weight)
+                if named:
+                    kwargs = kwargs | {"weight": weight}
+                else:
+                    args = (args[0], weight, *args[2:])
         return func(*args, **kwargs)
 
 
@@ -137,8 +146,17 @@ def _penalty(
 
 
 @contextlib.contextmanager
-def tapped(model: nn.Module, layers: Iterable[str], inputs: set[str], sites: Sites) -> Iterator[None]:
-    """Put a tap before each layer; what else reads the tensor reads the tensor itself."""
+def tapped(
+    model: nn.Module,
+    layers: Iterable[str],
+    inputs: set[str],
+    sites: Sites,
+    see: Callable[[str, Tensor], Tensor] | None = None,
+) -> Iterator[None]:
+    """Put a tap before each layer; what else reads the tensor reads the tensor itself.
+
+    Weights that layers compute are noted, or replaced by what ``see`` makes of them.
+    """
     handles = []
 
     def enter(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -157,7 +175,7 @@ def tapped(model: nn.Module, layers: Iterable[str], inputs: set[str], sites: Sit
             layer.register_forward_hook(lambda *_: sites.calling.pop() and None),
         ]
     try:
-        with Weights(sites):
+        with Weights(sites, see or sites.note):
             yield
     finally:
         for handle in handles:
@@ -172,4 +190,21 @@ def differentiable_twice() -> Iterator[None]:
         mock.patch.object(F, "hardsigmoid", lambda x, inplace=False: F.relu6(x + 3) / 6),
         mock.patch.object(F, "hardswish", lambda x, inplace=False: x * F.relu6(x + 3) / 6),
     ):
+        yield
+
+
+@contextlib.contextmanager
+def weights_replaced(
+    model: nn.Module, batch: Batch, layers: Sequence[str], replace: Callable[[Tensor], Tensor]
+) -> Iterator[None]:
+    """Let the layers use ``replace(weight)``: of parameters for good, of weights that they compute here."""
+    sites = Sites([])
+    with torch.no_grad(), tapped(model, layers, set(), sites):
+        run(model, batch)
+    computed = {name for name, _ in sites.weights}
+    weights = [model.get_submodule(name).weight for name in layers if name not in computed]
+    with torch.no_grad():
+        for weight in {id(w): w for w in weights}.values():
+            weight.copy_(replace(weight))
+    with tapped(model, layers, set(), sites, lambda _, weight: replace(weight)):
         yield

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from gradl1_fast._progress import track
+from gradl1_fast.nn.sharing import mark_input
 from gradl1_fast.quantization.bits import bits
 
-__all__ = ["evaluation", "first_input", "run"]
+__all__ = ["Forward", "call", "call_with", "evaluation", "moved", "run"]
+
+Forward = Callable[[nn.Module, Any], Any]
 
 
 @contextlib.contextmanager
@@ -21,32 +25,90 @@ def evaluation(model: nn.Module) -> Iterator[None]:
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with bits(model, w=None, a=None), torch.no_grad():
+        # Tensors made in inference mode have no version, by which a site recognises its tensor.
+        with bits(model, w=None, a=None), torch.inference_mode(False), torch.no_grad():
             yield
     finally:
         for module, training in modes.items():
             module.training = training
 
 
-def run(model: nn.Module, batches: Iterable[Any], what: str) -> None:
+def run(model: nn.Module, batches: Iterable[Any], what: str, forward: Forward | None = None) -> None:
     """Run the model on each batch, with a progress bar; ``what`` names the caller.
 
     Raises:
-        TypeError: ``batches`` is a single tensor, whose first dimension would be taken for the batches.
+        TypeError: ``batches`` is a single tensor, whose first dimension would be taken for the batches, or a
+            mapping, which is a batch.
         ValueError: there is no batch.
     """
     if isinstance(batches, Tensor):
         raise TypeError(f"{what}: batches is a tensor of shape {tuple(batches.shape)}; put it in a list: [x]")
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    if isinstance(batches, Mapping):
+        raise TypeError(f"{what}: batches is a mapping; put it in a list: [batch]")
     count = 0
     for batch in track(batches, what):
-        x = first_input(batch)
-        model(x.to(device) if isinstance(x, Tensor) else x)
+        call(model, batch, forward)
         count += 1
     if not count:
         raise ValueError(f"{what}: got no batches; an iterator that was used before is empty")
 
 
-def first_input(batch: Any) -> Any:
-    """Return the input of a batch as a data loader gives it: the first entry of a tuple or list."""
-    return batch[0] if isinstance(batch, tuple | list) else batch
+def call(model: nn.Module, batch: Any, forward: Forward | None = None) -> Any:
+    """Run the model on a batch as a data loader gives it, moved to the device of the model.
+
+    The first entry of a tuple or list is the input, and a mapping is the keyword arguments. ``forward(model,
+    batch)`` runs the model in any other way. Sites that are given a tensor of the batch, or an argument of
+    the model, get to know that it is the input of the network.
+    """
+    if forward is None and isinstance(batch, tuple | list):
+        batch = batch[0]
+    batch = moved(model, batch)
+    with _inputs_marked(model):
+        if forward is None:
+            return model(**batch) if isinstance(batch, Mapping) else model(batch)
+        for value in tree_leaves(batch):
+            _mark(value)
+        return forward(model, batch)
+
+
+def call_with(model: nn.Module, inputs: Any, forward: Forward | None = None) -> Any:
+    """Run the model on its inputs: one, a tuple of several in order, or a mapping of keyword arguments."""
+    inputs = moved(model, inputs)
+    if forward is not None:
+        return forward(model, inputs)
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+
+
+def moved(model: nn.Module, batch: Any) -> Any:
+    """Return a batch with its tensors on the device of the model's first parameter."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+
+    def move(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.clone().to(device) if value.is_inference() else value.to(device)
+        # Such as the batch of a tokenizer, which is a mapping, but none that PyTorch takes apart.
+        return value.to(device) if isinstance(value, Mapping) and hasattr(value, "to") else value
+
+    return tree_map(move, batch)
+
+
+@contextlib.contextmanager
+def _inputs_marked(model: nn.Module) -> Iterator[None]:
+    """Mark the tensors that the model is called with, whoever calls it."""
+
+    def mark(_module: nn.Module, args: Any, kwargs: Any) -> None:
+        for value in tree_leaves((args, kwargs)):
+            _mark(value)
+
+    hook = model.register_forward_pre_hook(mark, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _mark(value: Any) -> None:
+    if isinstance(value, Tensor):
+        mark_input(value)

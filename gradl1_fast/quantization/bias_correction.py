@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-from gradl1_fast.nn.layers import QLinear, QuantizedLayer
+from gradl1_fast.nn.layers import QEmbedding, QuantizedLayer
 from gradl1_fast.nn.sites import named_layers
 from gradl1_fast.nn.twins import copy_structure
-from gradl1_fast.quantization._modes import evaluation, run
+from gradl1_fast.quantization._modes import Forward, evaluation, run
 from gradl1_fast.quantization.bits import Widths, bits, widths_of
 from gradl1_fast.quantization.sliced import refuse_sliced
 
@@ -26,42 +27,46 @@ class _Shift:
         self.total: Tensor | None = None
         self.count = 0
 
-    def __call__(self, layer: Any, args: tuple[Tensor, ...], y: Tensor) -> None:
+    def __call__(self, layer: Any, args: tuple[Tensor, ...], kwargs: dict[str, Any], y: Tensor) -> None:
         quantizer = layer.weight_quantizer
         quantizer.bits = self.bits
         try:
-            difference = (layer.forward(*args) - y).double()
+            difference = (layer.forward(*args, **kwargs) - y).double()
         finally:
             quantizer.bits = None
-        if not isinstance(layer, QLinear):
+        if isinstance(layer, nn.modules.conv._ConvNd):
             channel = 1 if difference.dim() == layer.weight.dim() else 0
             difference = difference.movedim(channel, -1)
-        rows = difference.reshape(-1, len(layer.weight))
+        rows = difference.reshape(-1, difference.shape[-1])
         self.total = rows.sum(0) if self.total is None else self.total + rows.sum(0)
         self.count += len(rows)
 
-    def mean(self, name: str) -> Tensor:
+    def mean(self, name: str) -> Tensor | None:
         if self.total is None or not self.count:
-            raise RuntimeError(f"correct_bias: no value reached the layer {name!r}")
+            return None
         shift = self.total / self.count
         if not bool(shift.isfinite().all()):
             raise ValueError(f"correct_bias: the input or the weight of {name!r} holds NaN or infinity")
         return shift
 
 
-def correct_bias(model: nn.Module, batches: Iterable[Any], *, w: Widths) -> nn.Module:
+def correct_bias(
+    model: nn.Module, batches: Iterable[Any], *, w: Widths, forward: Forward | None = None
+) -> nn.Module:
     """Return a model whose biases make up for the quantization of its weights at given widths.
 
     Rounding a weight moves the mean of each output channel by ``E[(W_hat - W) x]``. That is measured layer
     by layer, on the inputs of the float network, in one pass over the data, and taken off the bias. The
     biases then fit these widths and no others; weights are shared with the model, which stays as it is. A
-    layer without a bias gets one.
+    layer without a bias gets one, except an embedding. A layer that no batch reaches keeps its bias; a
+    warning names it.
 
     Args:
         model: a converted model, usually with its batch norms folded, which would take a shift back in
             training, but not in evaluation.
         batches: as of :func:`gradl1_fast.calibrate`.
         w: bits of the weights, as of :func:`gradl1_fast.set_bits`. Layers at float keep their bias.
+        forward: as of :func:`gradl1_fast.calibrate`.
 
     Returns:
         A new model, with the widths of ``model``.
@@ -70,7 +75,6 @@ def correct_bias(model: nn.Module, batches: Iterable[Any], *, w: Widths) -> nn.M
         TypeError: a width is not an int or None, or ``batches`` is a single tensor.
         ValueError: there is no batch, a width or name is wrong, or the data hold NaN or infinity; the
             message names the layer.
-        RuntimeError: a layer was never reached.
 
     Source: Nagel et al. 2019, arXiv 1906.04721, section 4.2, with measured means.
     """
@@ -78,21 +82,35 @@ def correct_bias(model: nn.Module, batches: Iterable[Any], *, w: Widths) -> nn.M
     result = copy_structure(model)
     with bits(result, w=w, a={}):
         widths = widths_of(result)[0]
-    layers = {name: layer for name, layer in named_layers(result).items() if widths[name] is not None}
+    layers = {
+        name: layer
+        for name, layer in named_layers(result).items()
+        if widths[name] is not None and not isinstance(layer, QEmbedding)
+    }
     shifts = {name: _Shift(int(widths[name] or 0)) for name in layers}
     with _hooks(layers, shifts), evaluation(result):
-        run(result, batches, "correct_bias")
+        run(result, batches, "correct_bias", forward)
     means = {name: shift.mean(name) for name, shift in shifts.items()}
     for name, layer in layers.items():
-        before = layer.weight.new_zeros(()) if layer.bias is None else layer.bias.detach()
-        corrected = (before.double() - means[name]).to(layer.weight.dtype)
-        layer.bias = nn.Parameter(corrected, requires_grad=layer.weight.requires_grad)
+        _take_off(layer, means[name])
+    missing = [name for name, mean in means.items() if mean is None]
+    if missing:
+        warnings.warn(f"correct_bias: no value reached {', '.join(missing)}: the bias stays", stacklevel=2)
     return result
+
+
+def _take_off(layer: QuantizedLayer, shift: Tensor | None) -> None:
+    if shift is None:
+        return
+    weight = layer.weight
+    before = weight.new_zeros(()) if layer.bias is None else layer.bias.detach()
+    corrected = (before.double() - shift).to(weight.dtype)
+    layer.bias = nn.Parameter(corrected, requires_grad=weight.requires_grad)
 
 
 @contextlib.contextmanager
 def _hooks(layers: Mapping[str, QuantizedLayer], shifts: Mapping[str, _Shift]) -> Iterator[None]:
-    hooks = [layer.register_forward_hook(shifts[name]) for name, layer in layers.items()]
+    hooks = [layer.register_forward_hook(shifts[name], with_kwargs=True) for name, layer in layers.items()]
     try:
         yield
     finally:

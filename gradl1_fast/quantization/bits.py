@@ -10,26 +10,35 @@ from torch import nn
 from gradl1_fast import _checks as check
 from gradl1_fast.nn.quantizers import ActivationQuantizer, WeightQuantizer
 from gradl1_fast.nn.sites import named_layers, named_quantizers
+from gradl1_fast.quantization.freshness import warn_if_stale
 
-__all__ = ["Widths", "bits", "check_width", "set_bits", "widths_of"]
+__all__ = ["INPUT_BITS", "Widths", "bits", "check_width", "set_bits", "width_at", "widths_of"]
 
 Widths = int | None | Mapping[str, int | None]
+INPUT_BITS = 8
 
 
-def set_bits(model: nn.Module, *, w: Widths, a: Widths) -> None:
+def set_bits(model: nn.Module, *, w: Widths, a: Widths, input_bits: int | None = INPUT_BITS) -> None:
     """Set the width of every weight and every activation, or of those named; nothing is copied.
+
+    A warning says, once, that weights have changed since the ranges of activations were found.
 
     Args:
         model: a converted model.
-        w: bits of the weights, 1 to 16, or None for float. Or a mapping from names of layers to
-            bits: weights that are not in it keep their width.
-        a: bits of the activations, likewise, by names of quantizers; needs :func:`calibrate` before.
+        w: bits of the weights, embeddings included, 1 to 16, or None for float. Or a mapping from names of
+            layers to bits: weights that are not in it keep their width.
+        a: bits of the activations, likewise, by names of sites; needs :func:`calibrate` before. A site that
+            no value reached in calibration has no range, and raises when a value reaches it.
+        input_bits: least bits of the network's input where ``a`` is one width for all, for images of 8 bits
+            lose more at fewer than any activation; None keeps the input in float. ``a=None`` is float
+            throughout, and a mapping says of each site what it gets.
 
     Raises:
         TypeError: a width is not an int or None.
         ValueError: a width is out of range, or wider than what was read of an any-bit file, a name is
             unknown, or the model has no quantizers.
-        RuntimeError: an activation has no range yet. The model is then as it was.
+        RuntimeError: no activation has a range yet, or one that is named has none. The model is then as it
+            was.
 
     Examples:
         >>> import torch, gradl1_fast as gl
@@ -41,32 +50,33 @@ def set_bits(model: nn.Module, *, w: Widths, a: Widths) -> None:
         Traceback (most recent call last):
             ...
         RuntimeError: no activation range for ...: call gradl1_fast.calibrate(model, batches) first
+        >>> gl.calibrate(model, [torch.randn(8, 4)])
+        >>> gl.set_bits(model, w=4, a=4)
+        >>> model[0].input_quantizer.bits, model[2].input_quantizer.bits
+        (8, 4)
     """
     weights = {name: layer.weight_quantizer for name, layer in named_layers(model).items()}
     activations = named_quantizers(model)
     if not weights and not activations:
         raise ValueError("the model has no quantizers: call gradl1_fast.convert(model) first")
-    w, a = _by_name("w", w, weights), _by_name("a", a, activations)
-    uncalibrated = [name for name, width in a.items() if width is not None and activations[name].low is None]
-    if uncalibrated:
-        raise RuntimeError(
-            f"no activation range for {', '.join(uncalibrated)}: "
-            "call gradl1_fast.calibrate(model, batches) first"
-        )
-    for name, width in w.items():
-        widest = weights[name].widest
-        if width is not None and width > widest:
-            raise ValueError(
-                f"w = {width}: the weights were read from an any-bit file with {widest} bits; read it again"
-            )
-    for name, width in w.items():
+    check_width("input_bits", input_bits)
+    w_by_name, a_by_name = _by_name("w", w, weights), _by_name("a", a, activations)
+    if not isinstance(a, Mapping):
+        a_by_name = {name: width_at(q, a, input_bits) for name, q in activations.items()}
+    _check_ranges(a_by_name, activations, named=isinstance(a, Mapping))
+    _check_widest(w_by_name, weights)
+    if any(width is not None for width in a_by_name.values()):
+        warn_if_stale(model)
+    for name, width in w_by_name.items():
         weights[name].bits = width
-    for name, width in a.items():
+    for name, width in a_by_name.items():
         activations[name].bits = width
 
 
 @contextlib.contextmanager
-def bits(model: nn.Module, *, w: Widths, a: Widths) -> Iterator[nn.Module]:
+def bits(
+    model: nn.Module, *, w: Widths, a: Widths, input_bits: int | None = INPUT_BITS
+) -> Iterator[nn.Module]:
     """Set widths as :func:`set_bits` does, for the ``with`` block alone.
 
     Each quantizer then gets the width that it had, also after an exception.
@@ -83,7 +93,7 @@ def bits(model: nn.Module, *, w: Widths, a: Widths) -> Iterator[nn.Module]:
     """
     quantizers = [m for m in model.modules() if isinstance(m, WeightQuantizer | ActivationQuantizer)]
     before = [(quantizer, quantizer.bits) for quantizer in quantizers]
-    set_bits(model, w=w, a=a)
+    set_bits(model, w=w, a=a, input_bits=input_bits)
     try:
         yield model
     finally:
@@ -91,10 +101,23 @@ def bits(model: nn.Module, *, w: Widths, a: Widths) -> Iterator[nn.Module]:
             quantizer.bits = width
 
 
+def width_at(quantizer: ActivationQuantizer, a: int | None, input_bits: int | None) -> int | None:
+    """Return the bits of a site where ``a`` is the width of all; see :func:`set_bits`."""
+    if a is None or not quantizer.is_input:
+        return a
+    return None if input_bits is None else max(a, input_bits)
+
+
 def widths_of(model: nn.Module) -> tuple[dict[str, int | None], dict[str, int | None]]:
-    """Return the present widths of weights, by layer, and of activations, by quantizer."""
+    """Return the present widths of weights, by layer, and of activations, by site."""
     weights = {name: layer.weight_quantizer.bits for name, layer in named_layers(model).items()}
     return weights, {name: quantizer.bits for name, quantizer in named_quantizers(model).items()}
+
+
+def check_width(name: str, value: int | None) -> None:
+    """Check a width: an int from 1 to 16, or None for float."""
+    if value is not None:
+        check.bits(value, f"{name} (None for float)")
 
 
 def _by_name(kind: str, widths: Widths, known: Mapping[str, object]) -> Mapping[str, int | None]:
@@ -109,7 +132,22 @@ def _by_name(kind: str, widths: Widths, known: Mapping[str, object]) -> Mapping[
     return widths
 
 
-def check_width(name: str, value: int | None) -> None:
-    """Check a width: an int from 1 to 16, or None for float."""
-    if value is not None:
-        check.bits(value, f"{name} (None for float)")
+def _check_ranges(
+    widths: Mapping[str, int | None], quantizers: Mapping[str, ActivationQuantizer], *, named: bool
+) -> None:
+    """Refuse sites without a range: those that are named, or all of a model that was not calibrated."""
+    quantized = [name for name, width in widths.items() if width is not None]
+    missing = [name for name in quantized if quantizers[name].low is None]
+    if missing and (named or len(missing) == len(quantized)):
+        raise RuntimeError(
+            f"no activation range for {', '.join(missing)}: call gradl1_fast.calibrate(model, batches) first"
+        )
+
+
+def _check_widest(widths: Mapping[str, int | None], quantizers: Mapping[str, WeightQuantizer]) -> None:
+    for name, width in widths.items():
+        widest = quantizers[name].widest
+        if width is not None and width > widest:
+            raise ValueError(
+                f"w = {width}: the weights were read from an any-bit file with {widest} bits; read it again"
+            )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -11,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from gradl1_fast._progress import track
+from gradl1_fast.nn.foreign import used_weight
 from gradl1_fast.nn.quantizers import ActivationQuantizer, Observer, WeightQuantizer
 from gradl1_fast.nn.sites import named_layers, named_quantizers
-from gradl1_fast.quantization._modes import evaluation, run
+from gradl1_fast.quantization._modes import Forward, evaluation, run
+from gradl1_fast.quantization.freshness import remember_weights
 from gradl1_fast.quantization.ranges.base import MinMax, Range
 from gradl1_fast.quantization.ranges.batch_norm import BatchNormStatistics
 from gradl1_fast.quantization.ranges.choice import choose
@@ -29,6 +32,7 @@ def calibrate(
     batches: Iterable[Any] | None = None,
     *,
     ranges: str | Range | BatchNormStatistics = "min_max",
+    forward: Forward | None = None,
 ) -> None:
     """Set the range of every activation quantizer, by one pass over ``batches`` or from batch norms.
 
@@ -36,21 +40,26 @@ def calibrate(
     weights stay as they are, and the mode of each module is given back. Memory does not grow with the
     number of batches.
 
+    The pass also shows which layers are given the very same tensor, and which are given the network's input,
+    where tracing did not. A layer that no batch reaches, such as an auxiliary head that evaluation does not
+    use, gets no range; a warning names its site.
+
     Args:
         model: a converted model.
         batches: inputs of the model, or tuples or lists whose first entry is the input, such as a
-            data loader gives. Tensors are moved to the device of the model's first parameter. None
-            with ``ranges="batch_norm"``, which needs no data.
+            data loader gives. A mapping is passed as keyword arguments. Tensors are moved to the device of
+            the model's first parameter. None with ``ranges="batch_norm"``, which needs no data.
         ranges: how ranges are found: a name or an object, see :mod:`gradl1_fast.ranges`. With ``"mse"``
             there is one for each width, and :func:`gradl1_fast.bits` takes the right one.
+        forward: ``forward(model, batch)`` runs the model on a batch, for models that take several inputs, or
+            that are not simply called.
 
     Raises:
         ValueError: there is no batch, the model has no activation quantizers, a tensor holds NaN or
-            infinity, or nothing is known of it without data; the message names the quantizer. The ranges
+            infinity, or nothing is known of it without data; the message names the site. The ranges
             are then as they were.
         TypeError: ``ranges`` is neither a name nor an object of :mod:`gradl1_fast.ranges`, or ``batches`` is
-            a single tensor.
-        RuntimeError: a quantizer was never reached.
+            a single tensor or mapping.
 
     Examples:
         >>> import torch, gradl1_fast as gl
@@ -61,8 +70,10 @@ def calibrate(
         >>> with gl.bits(model, w=4, a=4):
         ...     y = model(batches[0])
         >>> gl.calibrate(model, batches, ranges="percentile")
+        >>> pairs = [{"left": x, "right": x} for x in batches]
+        >>> gl.calibrate(model, pairs, forward=lambda model, batch: model(batch["left"] - batch["right"]))
     """
-    quantizers = quantizers_of(model)
+    quantizers_of(model)
     method = choose("calibrate", ranges)
     if isinstance(method, BatchNormStatistics):
         if batches is not None:
@@ -71,8 +82,16 @@ def calibrate(
     elif batches is None:
         raise ValueError("calibrate: give batches, or ranges='batch_norm', which needs none")
     else:
-        found = _from_data(model, quantizers, batches, method)
-    _set_all(quantizers, found)
+        found = _from_data(model, batches, method, forward)
+    _set_all(quantizers_of(model), found)
+    remember_weights(named_layers(model).values())
+    missing = [name for name, ends in found.items() if ends is None]
+    if missing:
+        warnings.warn(
+            f"calibrate: no value reached {', '.join(missing)}, which has no range now. A layer that is "
+            "never called stays in float; it raises if it is called at a quantized width",
+            stacklevel=2,
+        )
 
 
 def calibrate_weights(model: nn.Module, *, ranges: str | Range = "mse") -> None:
@@ -107,7 +126,8 @@ def calibrate_weights(model: nn.Module, *, ranges: str | Range = "mse") -> None:
     if not isinstance(method, Range) or not method.for_weights:
         raise ValueError(f"calibrate_weights: {type(method).__name__} is for activations, not for weights")
     clips = {
-        name: _clip(name, layer.weight, layer.weight_quantizer, method) for name, layer in layers.items()
+        name: _clip(name, used_weight(layer), layer.weight_quantizer, method)
+        for name, layer in layers.items()
     }
     for name, layer in layers.items():
         layer.weight_quantizer.set_clip(None if isinstance(method, MinMax) else clips[name])
@@ -157,18 +177,20 @@ class _Watcher:
 
 
 def _from_data(
-    model: nn.Module, quantizers: Mapping[str, ActivationQuantizer], batches: Iterable[Any], method: Range
-) -> dict[str, Ends]:
-    watchers = {name: _Watcher(method) for name in quantizers}
-    with evaluation(model), observed(quantizers, watchers):
-        run(model, batches, "calibrate")
-    for name, watcher in watchers.items():
-        if watcher.range.low is None:
-            raise RuntimeError(f"calibrate: no value reached the quantizer {name!r}")
-    return {name: watchers[name].range.ends() for name in track(list(watchers), "ranges")}
+    model: nn.Module, batches: Iterable[Any], method: Range, forward: Forward | None
+) -> dict[str, Ends | None]:
+    """Return the ends of each site's range; None where no value reached it."""
+    quantizers = quantizers_of(model)
+    watchers = {id(quantizer): _Watcher(method) for quantizer in quantizers.values()}
+    with evaluation(model), observed(quantizers, {n: watchers[id(q)] for n, q in quantizers.items()}):
+        run(model, batches, "calibrate", forward)
+    seen = {n: watchers[id(q)].range for n, q in quantizers_of(model).items()}  # some were joined in the pass
+    reached = [name for name, values in seen.items() if values.low is not None]
+    ends: dict[str, Ends | None] = dict.fromkeys(seen)
+    return ends | {name: seen[name].ends() for name in track(reached, "ranges")}
 
 
-def _from_batch_norms(model: nn.Module, method: BatchNormStatistics) -> dict[str, Ends]:
+def _from_batch_norms(model: nn.Module, method: BatchNormStatistics) -> dict[str, Ends | None]:
     like = next(p for p in model.parameters())
     try:
         found = method.ranges(model)
@@ -177,12 +199,16 @@ def _from_batch_norms(model: nn.Module, method: BatchNormStatistics) -> dict[str
     return {name: (like.new_tensor(low), like.new_tensor(high)) for name, (low, high) in found.items()}
 
 
-def _set_all(quantizers: Mapping[str, ActivationQuantizer], found: Mapping[str, Ends]) -> None:
+def _set_all(quantizers: Mapping[str, ActivationQuantizer], found: Mapping[str, Ends | None]) -> None:
     """Set every range, or none."""
     before = {name: (quantizer.low, quantizer.high) for name, quantizer in quantizers.items()}
     try:
         for name, quantizer in quantizers.items():
-            set_range("calibrate", name, quantizer, found[name])
+            ends = found[name]
+            if ends is None:
+                quantizer.low = quantizer.high = None
+            else:
+                set_range("calibrate", name, quantizer, ends)
     except BaseException:
         for name, quantizer in quantizers.items():
             quantizer.low, quantizer.high = before[name]
@@ -191,7 +217,7 @@ def _set_all(quantizers: Mapping[str, ActivationQuantizer], found: Mapping[str, 
 
 @torch.no_grad()
 def _clip(name: str, weight: Tensor, quantizer: WeightQuantizer, method: Range) -> Tensor:
-    rows = weight.reshape(1, -1) if quantizer.axis is None else weight.flatten(1)
+    rows = weight.reshape(1, -1) if quantizer.axis is None else weight.movedim(quantizer.axis, 0).flatten(1)
     found = copy.deepcopy(method)
     found.update(rows)
     low, high = found.ends(symmetric=True)

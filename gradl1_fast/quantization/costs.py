@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from gradl1_fast.nn.layers import QuantizedLayer
+from gradl1_fast.nn.foreign import used_weight
+from gradl1_fast.nn.layers import QEmbedding, QuantizedLayer
 from gradl1_fast.nn.sites import named_layers, named_quantizers
-from gradl1_fast.quantization._modes import evaluation
+from gradl1_fast.quantization._modes import Forward, call, evaluation
 from gradl1_fast.quantization.sliced import refuse_sliced
 
 __all__ = ["Costs", "costs"]
@@ -24,8 +25,9 @@ class Costs:
 
     Attributes:
         weights: number of weights; where layers share a parameter, 0 at all but the first.
-        products: multiplications of a weight with an input, for one example; empty without an input.
-        inputs: the quantizer of the layer's input; None where the input stays in float.
+        products: multiplications of a weight with an input, for one example, none in an embedding; empty
+            without an input.
+        inputs: the site of the layer's input, which others may share; None of an embedding.
     """
 
     weights: dict[str, int]
@@ -47,12 +49,14 @@ class Costs:
         )
 
 
-def costs(model: nn.Module, example: Tensor | None = None) -> Costs:
+def costs(model: nn.Module, example: Any = None, *, forward: Forward | None = None) -> Costs:
     """Count the weights of a converted model and, by a pass over an example, its multiplications.
 
     Args:
         model: a converted model.
-        example: a batch of inputs, of which one example is counted; None counts no multiplications.
+        example: a batch, as of :func:`gradl1_fast.calibrate`, of which one example is counted; None counts no
+            multiplications.
+        forward: as of :func:`gradl1_fast.calibrate`.
 
     Raises:
         ValueError: the model has no layers of this library.
@@ -68,29 +72,50 @@ def costs(model: nn.Module, example: Tensor | None = None) -> Costs:
     if not layers:
         raise ValueError("the model has no layers of this library: call gradl1_fast.convert(model) first")
     refuse_sliced(model, "costs")
-    first = {id(layer.weight): name for name, layer in reversed(layers.items())}
+    first: dict[int, str] = {}
+    for name, layer in layers.items():
+        first.setdefault(_identity(layer), name)
     weights = {
-        name: layer.weight.numel() if first[id(layer.weight)] == name else 0 for name, layer in layers.items()
+        name: used_weight(layer).numel() if first[_identity(layer)] == name else 0
+        for name, layer in layers.items()
     }
-    products = {} if example is None else _products(model, layers, example)
+    products = {} if example is None else _products(model, layers, example, forward)
     return Costs(weights, products, _inputs(model, layers))
 
 
-def _products(model: nn.Module, layers: Mapping[str, QuantizedLayer], example: Tensor) -> dict[str, int]:
+def _identity(layer: QuantizedLayer) -> int:
+    """Return what is the same for layers that share a weight."""
+    return id(layer) if layer.is_computed else id(layer.weight)
+
+
+def _products(
+    model: nn.Module, layers: Mapping[str, QuantizedLayer], example: Any, forward: Forward | None
+) -> dict[str, int]:
     found = dict.fromkeys(layers, 0)
     names = {id(layer): name for name, layer in layers.items()}
 
-    def count(layer: Any, _args: Any, y: Tensor) -> None:
-        found[names[id(layer)]] += y[0].numel() * layer.weight[0].numel()
+    def count(layer: Any, args: Any, kwargs: Any, y: Any) -> None:
+        x = args[0] if args else next(iter(kwargs.values()))
+        found[names[id(layer)]] += _products_of(layer, x, y)
 
-    hooks = [layer.register_forward_hook(count) for layer in layers.values()]
+    hooks = [layer.register_forward_hook(count, with_kwargs=True) for layer in layers.values()]
     try:
         with evaluation(model):
-            model(example)
+            call(model, example, forward)
     finally:
         for hook in hooks:
             hook.remove()
     return found
+
+
+def _products_of(layer: QuantizedLayer, x: Any, y: Any) -> int:
+    """Return the multiplications for one example: each entry of one side meets the weights of its channel."""
+    if isinstance(layer, QEmbedding):
+        return 0
+    if isinstance(layer, nn.modules.conv._ConvTransposeNd):
+        return x[0].numel() * layer.weight[0].numel()
+    weight = layer.weight
+    return y[0].numel() * weight.numel() // weight.shape[layer.out_axis]
 
 
 def _inputs(model: nn.Module, layers: Mapping[str, QuantizedLayer]) -> dict[str, str | None]:

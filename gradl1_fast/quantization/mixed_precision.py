@@ -9,19 +9,21 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from gradl1_fast import _checks as check
 from gradl1_fast._plots import new_figure, save, tidy
 from gradl1_fast._progress import track
-from gradl1_fast.quantization.bits import bits, check_width, set_bits, widths_of
+from gradl1_fast.quantization._modes import Forward
+from gradl1_fast.quantization.bits import INPUT_BITS, bits, check_width, set_bits, widths_of
 from gradl1_fast.quantization.costs import Costs, costs
-from gradl1_fast.quantization.sensitivity import Sensitivity, sensitivity
+from gradl1_fast.quantization.sensitivity import Sensitivity, sensitivity, site_widths
 
 __all__ = ["Plan", "Point", "search"]
 
 Key = tuple[str, str]  # kind "w" or "a", and name
 State = dict[Key, int]
+Keys = dict[Key, list[int]]  # what may be chosen, from the widest to the narrowest
 _POINTS = 12
 
 
@@ -31,11 +33,11 @@ class Point:
 
     Attributes:
         w: bits of the weights, by layer.
-        a: bits of the activations, by quantizer; empty if they keep their widths.
+        a: bits of the activations, by site; empty if they keep their widths.
         cost: bytes, or operations on bits for one example.
         estimate: sum of the single losses, in units of ``value``.
         value: what ``evaluate`` returned.
-        uniform: whether all tensors have one width.
+        uniform: whether all tensors have one width, but for the network's input.
     """
 
     w: dict[str, int]
@@ -84,7 +86,7 @@ class Plan:
         front = set(map(id, self.pareto()))
         lines = [f"{self.unit:>16}  {'value':>9}  widths"]
         for point in self.points:
-            what = f"all {next(iter(point.w.values()))}" if point.uniform else "mixed"
+            what = f"all {min(point.w.values())}" if point.uniform else "mixed"
             marks = f"{' best within the budget' if point is self.best else ''}"
             marks = f"{' pareto' if id(point) in front else ''}{marks}"
             lines.append(f"{point.cost:>16,.0f}  {point.value:>9.4f}  {what}{marks}")
@@ -125,8 +127,10 @@ def search(
     *,
     size: float | None = None,
     bit_operations: float | None = None,
-    example: Tensor | None = None,
+    example: Any = None,
+    forward: Forward | None = None,
     choices: Sequence[int] = (8, 6, 5, 4, 3, 2),
+    input_bits: int | None = INPUT_BITS,
     higher_is_better: bool = True,
     progress: bool = True,
 ) -> Plan:
@@ -145,8 +149,11 @@ def search(
         size: budget for the bytes of the weights. Activations keep the widths that they have.
         bit_operations: budget for the sum over all products of weight bits times input bits, for one
             example; widths of weights and activations are chosen. Give this or ``size``.
-        example: a batch of inputs, needed with ``bit_operations``.
+        example: a batch, as of :func:`gradl1_fast.calibrate`, needed with ``bit_operations``.
+        forward: runs the model on the example, as of :func:`gradl1_fast.calibrate`.
         choices: widths to choose from.
+        input_bits: least bits of the network's input, None keeps it in float; see
+            :func:`gradl1_fast.set_bits`.
         higher_is_better: of what ``evaluate`` returns; False for a loss.
         progress: show progress bars where there is a terminal and rich is installed.
 
@@ -180,12 +187,14 @@ def search(
     widths = _widths(choices)
     budget = check.coefficient("search: budget", size if bit_operations is None else bit_operations)
     unit = "bytes" if bit_operations is None else "bit operations"
-    table = costs(model, example if bit_operations is not None else None)
+    check_width("search: input_bits", input_bits)
+    table = costs(model, example if bit_operations is not None else None, forward=forward)
     price = _price(table, unit)
-    keys = [("w", name) for name in table.weights]
+    keys: Keys = {("w", name): widths for name in table.weights}
     if bit_operations is not None:
-        keys += [("a", name) for name in dict.fromkeys(table.inputs.values()) if name is not None]
-    least = price(dict.fromkeys(keys, widths[-1]))
+        sites = site_widths(model, widths, input_bits)
+        keys |= {("a", name): tried for name, tried in sites.items() if tried}
+    least = price({key: tried[-1] for key, tried in keys.items()})
     if least > budget:
         raise ValueError(
             f"search: the narrowest choice costs {least:,.0f} {unit}, the budget is {budget:,.0f}"
@@ -199,16 +208,17 @@ def search(
             raise ValueError(f"search: evaluate returned NaN at w = {w}, a = {a}, all else in float")
         return value
 
-    found = sensitivity(model, number, w=widths, a=activations, progress=progress)
-    loss = _losses(found, keys, widths, 1 if higher_is_better else -1)
-    states = _to_evaluate(_path(keys, widths, loss, price), keys, widths, price, budget)
+    found = sensitivity(model, number, w=widths, a=activations, input_bits=input_bits, progress=progress)
+    loss = _losses(found, keys, 1 if higher_is_better else -1)
+    uniform = [_uniform(keys, width) for width in widths]
+    states = _to_evaluate(_path(keys, loss, price), uniform, price, budget)
     points = []
     for state in track(states, "verify", show=progress):
         w, a = ({name: b for (kind, name), b in state.items() if kind == k} for k in "wa")
         with bits(model, w=w, a=a):
             value = number(model)
         estimate = sum(loss[key][b] for key, b in state.items())
-        points.append(Point(w, a, price(state), estimate, value, len(set(state.values())) == 1))
+        points.append(Point(w, a, price(state), estimate, value, state in uniform))
     points.sort(key=lambda p: -p.cost)
     within = [p for p in reversed(points) if p.cost <= budget]  # of equal values the first, the cheapest
     best = max(within, key=lambda p: p.value if higher_is_better else -p.value)
@@ -235,12 +245,15 @@ def _price(table: Costs, unit: str) -> Callable[[State], float]:
     return price
 
 
-def _losses(
-    found: Sensitivity, keys: Sequence[Key], widths: Sequence[int], sign: int
-) -> dict[Key, dict[int, float]]:
+def _uniform(keys: Keys, width: int) -> State:
+    """Return one width for all, and for the network's input the least that it may have."""
+    return {key: width if width in tried else min(tried) for key, tried in keys.items()}
+
+
+def _losses(found: Sensitivity, keys: Keys, sign: int) -> dict[Key, dict[int, float]]:
     """Return what each tensor loses at each width, made to grow as widths fall: what shrinks is noise."""
     losses: dict[Key, dict[int, float]] = {}
-    for key in keys:
+    for key, widths in keys.items():
         worst = 0.0
         losses[key] = {}
         for width in widths:
@@ -250,41 +263,34 @@ def _losses(
 
 
 def _path(
-    keys: Sequence[Key],
-    widths: Sequence[int],
-    loss: Mapping[Key, Mapping[int, float]],
-    price: Callable[[State], float],
+    keys: Keys, loss: Mapping[Key, Mapping[int, float]], price: Callable[[State], float]
 ) -> list[State]:
     """Return the states from the widest to the narrowest, one step of one tensor apart."""
-    state = dict.fromkeys(keys, widths[0])
+    state = {key: tried[0] for key, tried in keys.items()}
     states = [state]
-    narrower = dict(itertools.pairwise(widths))
-    while any(width in narrower for width in state.values()):
+    narrower = {key: dict(itertools.pairwise(tried)) for key, tried in keys.items()}
+    while any(width in narrower[key] for key, width in state.items()):
         now = price(state)
         steps = []
         for key, width in state.items():
-            if width in narrower:
-                saved = now - price({**state, key: narrower[width]})
-                lost = loss[key][narrower[width]] - loss[key][width]
+            if width in narrower[key]:
+                saved = now - price({**state, key: narrower[key][width]})
+                lost = loss[key][narrower[key][width]] - loss[key][width]
                 # What saves nothing comes last; among equals, what saves most comes first.
                 steps.append(((lost / saved if saved else float("inf")), -saved, key))
         _, _, key = min(steps)
-        state = {**state, key: narrower[state[key]]}
+        state = {**state, key: narrower[key][state[key]]}
         states.append(state)
     return states
 
 
 def _to_evaluate(
-    path: list[State],
-    keys: Sequence[Key],
-    widths: Sequence[int],
-    price: Callable[[State], float],
-    budget: float,
+    path: list[State], uniform: list[State], price: Callable[[State], float], budget: float
 ) -> list[State]:
     """Return states spread over the path, the first within the budget, and those of one width for all."""
     count = min(_POINTS, len(path))
     chosen = [path[round(i * (len(path) - 1) / max(count - 1, 1))] for i in range(count)]
     chosen.append(next(state for state in path if price(state) <= budget))
-    chosen += [dict.fromkeys(keys, width) for width in widths]
+    chosen += uniform
     distinct = {tuple(state.items()): state for state in chosen}
     return list(distinct.values())

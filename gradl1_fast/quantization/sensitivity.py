@@ -14,9 +14,9 @@ from gradl1_fast import _checks as check
 from gradl1_fast._plots import new_figure, save, tidy
 from gradl1_fast._progress import track
 from gradl1_fast.nn.sites import named_layers, named_quantizers
-from gradl1_fast.quantization.bits import bits, check_width
+from gradl1_fast.quantization.bits import INPUT_BITS, bits, check_width, width_at
 
-__all__ = ["Sensitivity", "SensitivityRow", "sensitivity"]
+__all__ = ["Sensitivity", "SensitivityRow", "sensitivity", "site_widths"]
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class SensitivityRow:
 
     Attributes:
         kind: ``"w"`` for the weight of a layer, ``"a"`` for an activation.
-        name: of the layer, or of the quantizer.
+        name: of the layer, or of the site.
         bits: of this tensor.
         value: what ``evaluate`` returned.
     """
@@ -110,6 +110,7 @@ def sensitivity(
     *,
     w: Sequence[int] = (4,),
     a: Sequence[int] = (4,),
+    input_bits: int | None = INPUT_BITS,
     progress: bool = True,
 ) -> Sensitivity:
     """Evaluate a model with one tensor quantized and all others in float, for each tensor and width.
@@ -118,7 +119,10 @@ def sensitivity(
         model: a converted, calibrated model, in the mode in which it is to be evaluated.
         evaluate: takes the model and returns one number.
         w: widths of the weights to try; empty to leave weights out.
-        a: widths of the activations to try, likewise.
+        a: widths of the activations to try, likewise. Sites that no value reached in calibration are left
+            out.
+        input_bits: the network's input is tried at no fewer bits, None leaves it out; see
+            :func:`gradl1_fast.set_bits`.
         progress: show a progress bar where there is a terminal and rich is installed.
 
     Returns:
@@ -142,8 +146,9 @@ def sensitivity(
             if width is None:
                 raise TypeError(f"sensitivity: {kind}: float is always evaluated, give numbers of bits")
             check_width(f"sensitivity: {kind}", width)
+    check_width("sensitivity: input_bits", input_bits)
     trials = [("w", name, b) for name in named_layers(model) for b in w]
-    trials += [("a", name, b) for name in named_quantizers(model) for b in a]
+    trials += [("a", name, b) for name, tried in site_widths(model, a, input_bits).items() for b in tried]
 
     def found() -> float:
         return check.number("sensitivity: evaluate", evaluate(model))
@@ -156,3 +161,18 @@ def sensitivity(
             with bits(model, w=one if kind == "w" else {}, a=one if kind == "a" else {}):
                 rows.append(SensitivityRow(kind, name, width, found()))
     return Sensitivity(rows, value)
+
+
+def site_widths(model: nn.Module, a: Sequence[int], input_bits: int | None) -> dict[str, list[int]]:
+    """Return the widths that each site may have, in the order of ``a``.
+
+    A site that no value reached in calibration has none, unless no site has a range: then whoever quantizes
+    one is told so.
+    """
+    sites = named_quantizers(model)
+    some = any(quantizer.low is not None for quantizer in sites.values())
+    widths: dict[str, list[int]] = {}
+    for name, quantizer in sites.items():
+        allowed = [] if some and quantizer.low is None else [width_at(quantizer, b, input_bits) for b in a]
+        widths[name] = list(dict.fromkeys(b for b in allowed if b is not None))
+    return widths

@@ -17,7 +17,9 @@ from gradl1_fast import _checks as check
 from gradl1_fast import _json
 from gradl1_fast._plots import heat_map, new_figure, save, width_name
 from gradl1_fast._progress import track
-from gradl1_fast.quantization.bits import bits, check_width
+from gradl1_fast.quantization._modes import moved
+from gradl1_fast.quantization.bits import INPUT_BITS, bits, check_width
+from gradl1_fast.quantization.freshness import warn_if_stale
 from gradl1_fast.quantization.parallel import parallel_map
 
 __all__ = ["Row", "Table", "sweep"]
@@ -101,6 +103,7 @@ def sweep(
     widths: Sequence[Width],
     *,
     batches: Iterable[Any] | None = None,
+    input_bits: int | None = INPUT_BITS,
     workers: int = 1,
     progress: bool = True,
 ) -> Table:
@@ -116,7 +119,9 @@ def sweep(
             and returns two, a sum and a count, as of right answers and of images; the result at a width is
             the total sum over the total count.
         widths: pairs ``(w, a)``; None stands for float.
-        batches: data, gone through once for all widths: worthwhile where to read them takes time.
+        batches: data, gone through once for all widths: worthwhile where to read them takes time. Tensors are
+            moved to the device of the model.
+        input_bits: least bits of the network's input, see :func:`gradl1_fast.set_bits`; rows say ``(w, a)``.
         workers: how many widths are evaluated at once, by threads that share the weights and divide torch's
             threads among them. Worthwhile on many cores, for networks too small to use them all; ``evaluate``
             must then be safe to call from several threads, and the model in evaluation mode. Not with
@@ -148,8 +153,12 @@ def sweep(
         raise ValueError("sweep: widths is empty; give pairs such as [(8, 8), (4, 4)]")
     if not callable(evaluate):
         raise TypeError(f"sweep: evaluate must be a function of the model, got {evaluate!r:.100}")
+    check_width("sweep: input_bits", input_bits)
+    if any(a is not None for _, a in checked):
+        warn_if_stale(model)  # once, rather than in the replica of each worker
     before = [(name, buffer, buffer.clone()) for name, buffer in model.named_buffers()]
-    table = _table(model, evaluate, checked, batches, workers, progress)
+    run = _Run(model, evaluate, checked, input_bits)
+    table = run.table(batches, workers, progress)
     changed = [name for name, buffer, value in before if not torch.equal(buffer, value)]
     if changed:
         warnings.warn(
@@ -160,47 +169,58 @@ def sweep(
     return table
 
 
-def _table(
-    model: nn.Module,
-    evaluate: Callable[..., Any],
-    checked: Sequence[Width],
-    batches: Iterable[Any] | None,
-    workers: int,
-    progress: bool,
-) -> Table:
-    if check.count("sweep: workers", workers) > 1 and batches is not None:
-        raise ValueError(
-            "sweep: several workers cannot share batches; give evaluate its own data, or workers=1"
-        )
-    if batches is not None:
-        return _one_pass(model, evaluate, checked, track(batches, "sweep", show=progress))
+@dataclass(frozen=True)
+class _Run:
+    """A sweep.
 
-    def value(replica: nn.Module, width: Width) -> float:
-        with bits(replica, w=width[0], a=width[1]):
-            return check.number("sweep: evaluate", evaluate(replica))
+    Attributes:
+        model: what is evaluated.
+        evaluate: what evaluates it.
+        widths: at which.
+        input_bits: least bits of the network's input.
+    """
 
-    if workers == 1:
-        values: Iterable[float] = (value(model, width) for width in checked)
-    else:
-        values = parallel_map(model, value, checked, workers)
-    shown = track(values, "sweep", total=len(checked), show=progress)
-    return Table(Row(w, a, each) for (w, a), each in zip(checked, shown, strict=True))
+    model: nn.Module
+    evaluate: Callable[..., Any]
+    widths: Sequence[Width]
+    input_bits: int | None
+
+    def table(self, batches: Iterable[Any] | None, workers: int, progress: bool) -> Table:
+        if check.count("sweep: workers", workers) > 1 and batches is not None:
+            raise ValueError(
+                "sweep: several workers cannot share batches; give evaluate its own data, or workers=1"
+            )
+        if batches is not None:
+            return self._one_pass(track(batches, "sweep", show=progress))
+        if workers == 1:
+            values: Iterable[float] = (self._value(self.model, width) for width in self.widths)
+        else:
+            values = parallel_map(self.model, self._value, self.widths, workers)
+        shown = track(values, "sweep", total=len(self.widths), show=progress)
+        return Table(Row(w, a, each) for (w, a), each in zip(self.widths, shown, strict=True))
+
+    def _value(self, model: nn.Module, width: Width) -> float:
+        with bits(model, w=width[0], a=width[1], input_bits=self.input_bits):
+            return check.number("sweep: evaluate", self.evaluate(model))
+
+    def _one_pass(self, batches: Iterable[Any]) -> Table:
+        totals = [(0.0, 0.0)] * len(self.widths)
+        for batch in batches:
+            on_device = moved(self.model, batch)
+            for i, (w, a) in enumerate(self.widths):
+                with bits(self.model, w=w, a=a, input_bits=self.input_bits):
+                    result = _sum_and_count(self.evaluate(self.model, on_device))
+                totals[i] = totals[i][0] + result[0], totals[i][1] + result[1]
+        if not totals[0][1]:
+            raise ValueError("sweep: got no batches; an iterator that was used before is empty")
+        pairs = zip(self.widths, totals, strict=True)
+        return Table(Row(w, a, total / count) for (w, a), (total, count) in pairs)
 
 
-def _one_pass(
-    model: nn.Module, evaluate: Callable[..., Any], widths: Sequence[Width], batches: Iterable[Any]
-) -> Table:
-    totals = [(0.0, 0.0)] * len(widths)
-    for batch in batches:
-        for i, (w, a) in enumerate(widths):
-            with bits(model, w=w, a=a):
-                result = evaluate(model, batch)
-            if not isinstance(result, tuple | list) or len(result) != 2:
-                raise TypeError(f"sweep: with batches, evaluate returns a sum and a count, got {result!r}")
-            totals[i] = totals[i][0] + float(result[0]), totals[i][1] + float(result[1])
-    if not totals[0][1]:
-        raise ValueError("sweep: got no batches; an iterator that was used before is empty")
-    return Table(Row(w, a, total / count) for (w, a), (total, count) in zip(widths, totals, strict=True))
+def _sum_and_count(result: Any) -> tuple[float, float]:
+    if not isinstance(result, tuple | list) or len(result) != 2:
+        raise TypeError(f"sweep: with batches, evaluate returns a sum and a count, got {result!r}")
+    return float(result[0]), float(result[1])
 
 
 def _pair(width: Any) -> Width:

@@ -104,6 +104,41 @@ class Sparing(nn.Module):
         return self.used(x)
 
 
-def test_a_layer_that_no_value_reaches_is_named() -> None:
-    with pytest.raises(RuntimeError, match="correct_bias: no value reached the layer 'spare'"):
-        gl.correct_bias(Sparing(), [torch.ones(2, 3)], w=4)
+def test_a_layer_that_no_value_reaches_is_named_and_keeps_its_bias() -> None:
+    model = Sparing()
+    with pytest.warns(UserWarning, match="correct_bias: no value reached spare: the bias stays"):
+        corrected = gl.correct_bias(model, [torch.ones(2, 3)], w=4)
+    assert corrected.spare.bias is model.spare.bias
+    assert corrected.used.bias is not model.used.bias
+
+
+class Decoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.up = nn.Embedding(9, 4), nn.ConvTranspose2d(4, 6, 2, groups=2, bias=False)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, ids: Tensor, *, factor: float) -> Tensor:
+        y = self.words(ids).movedim(-1, 1) * factor
+        return self.head(self.up(y).movedim(1, -1))
+
+
+def test_transposed_convolutions_and_models_with_keyword_arguments() -> None:
+    model, ids = gl.convert(Decoder().double().eval()), torch.randint(9, (6, 3, 3))
+    exact: dict[str, Tensor] = {}
+    for name in ("up", "head"):
+        model.get_submodule(name).register_forward_hook(
+            lambda _, args, y, name=name: (
+                exact.update({name: y.detach()}) or exact.update({f"{name}.x": args[0]})
+            )
+        )
+    model(ids, factor=2.0)
+    corrected = gl.correct_bias(model, [ids], w=3, forward=lambda model, batch: model(batch, factor=2.0))
+    assert corrected.words.weight is model.words.weight
+    assert corrected.up.bias.shape == (6,)
+    for name, dims in (("up", (0, 2, 3)), ("head", (0, 1, 2))):
+        layer = corrected.get_submodule(name)
+        layer._forward_hooks.clear()
+        with gl.bits(corrected, w=3, a=None):
+            shift = (layer(exact[f"{name}.x"]) - exact[name]).detach().mean(dims)
+        torch.testing.assert_close(shift, torch.zeros_like(shift), rtol=0, atol=1e-12)

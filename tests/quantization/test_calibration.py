@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import gradl1_fast as gl
 from gradl1_fast.nn import ActivationQuantizer
-from tests.networks import RESNET, VGG, Network
+from tests.networks import RESNET, VGG, Network, layers
 
 
 def ranges(model: nn.Module) -> dict[str, tuple[Any, Any]]:
@@ -30,17 +30,19 @@ def test_ranges_are_the_extremes_over_all_batches(network: Network) -> None:
     plain = network.make().train()
     model = gl.convert(plain)
     gl.calibrate(model, batches(network))
-    seen: dict[str, list[Tensor]] = {name: [] for name in network.producers}
+    seen: dict[str, list[Tensor]] = {name: [] for name in layers(plain)}
     for name, values in seen.items():
-        hook = lambda _, args, out, values=values: values.append(out)  # noqa: E731
-        plain.get_submodule(name).register_forward_hook(hook)
+        hook = lambda _, args, values=values: values.append(args[0].detach())  # noqa: E731
+        plain.get_submodule(name).register_forward_pre_hook(hook)
     plain.eval()
     for x in batches(network):
         plain(x)
-    expected = [(float(torch.cat(v).min()), float(torch.cat(v).max())) for v in seen.values()]
-    expected.append((float(torch.cat(batches(network)).min()), float(torch.cat(batches(network)).max())))
-    actual = [(float(low), float(high)) for low, high in ranges(model).values()]
-    torch.testing.assert_close(sorted(actual), sorted(expected), rtol=1e-12, atol=0)
+    for name, inputs in seen.items():
+        quantizer = model.get_submodule(name).input_quantizer
+        expected = min(float(x.min()) for x in inputs), max(float(x.max()) for x in inputs)
+        assert (float(quantizer.low), float(quantizer.high)) == pytest.approx(expected, rel=1e-12)
+    first = model.get_submodule(layers(plain)[0]).input_quantizer
+    assert [q for q in model.modules() if getattr(q, "is_input", False)] == [first]
 
 
 def test_statistics_modes_and_widths_stay() -> None:
@@ -93,7 +95,7 @@ def test_a_layer_that_makes_nan_is_named() -> None:
     with torch.no_grad():
         model[4].weight[0] = float("nan")
     converted = gl.convert(model)
-    with pytest.raises(ValueError, match=re.escape("'activation_quantizers._6'")):
+    with pytest.raises(ValueError, match=re.escape("'7.input'")):
         gl.calibrate(converted, batches(VGG))
     assert set(ranges(converted).values()) == {(None, None)}
 
@@ -114,8 +116,8 @@ def test_every_method_names_the_quantizer_of_a_bad_value(name: str) -> None:
 def test_each_quantizer_gets_the_range_of_its_own_values(method: Any) -> None:
     model = gl.convert(VGG.make().eval())
     seen: list[Tensor] = []
-    quantizer = model.get_submodule("1.quantizer")
-    model.get_submodule("1").register_forward_hook(lambda _, args, y: seen.append(y.detach()))
+    quantizer = model.get_submodule("3.input_quantizer")
+    model.get_submodule("3").register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
     gl.calibrate(model, batches(VGG), ranges=method)
     expected = (
         gl.ranges.Percentile()
@@ -131,7 +133,7 @@ def test_each_quantizer_gets_the_range_of_its_own_values(method: Any) -> None:
 def test_the_best_range_depends_on_the_width_and_bits_takes_it() -> None:
     model = gl.convert(VGG.make().eval())
     gl.calibrate(model, batches(VGG), ranges="mse")
-    quantizer = model.get_submodule("1.quantizer")
+    quantizer = model.get_submodule("3.input_quantizer")
     assert quantizer.high.shape == (16,)
     assert quantizer.high[2] < quantizer.high[7]
     x = torch.linspace(0, 2 * float(quantizer.high.max()), 100, dtype=torch.float64)
@@ -175,12 +177,17 @@ def test_an_exception_while_running_leaves_everything_as_it_was() -> None:
     assert all(m.observer is None for m in model.modules() if isinstance(m, ActivationQuantizer))
 
 
-def test_a_quantizer_that_no_value_reaches_is_named() -> None:
+def test_sites_that_no_value_reaches_are_named_and_lose_their_range() -> None:
     model = nn.Module()
-    model.used, model.spare = gl.QLinear(3, 3), gl.QLinear(3, 3)
+    model.used, model.spare, model.other = (gl.QLinear(3, 3) for _ in range(3))
     model.forward = model.used.forward
-    with pytest.raises(RuntimeError, match=r"no value reached the quantizer 'spare\.input_quantizer'"):
+    model.spare.input_quantizer.set_range(torch.tensor(0.0), torch.tensor(1.0))
+    with pytest.warns(UserWarning, match=r"no value reached spare\.input, other\.input, which") as caught:
         gl.calibrate(model, [torch.ones(2, 3)])
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    assert model.spare.input_quantizer.low is None
+    assert model.used.input_quantizer.low is not None
 
 
 def test_a_model_without_quantizers_is_refused() -> None:
@@ -219,3 +226,65 @@ def test_zero_is_exact_in_every_range(case: str) -> None:
     assert not y[:2].any()
     assert y[4].isnan()
     assert y[[0, 1, 2, 3, 5]].isfinite().all()
+
+
+class Several(nn.Module):
+    """A forward pass that depends on its values, with inputs by name, that no trace can show."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.rest = nn.Linear(4, 3), nn.Linear(4, 3), nn.Linear(3, 2)
+
+    def forward(self, left: Tensor, right: Tensor | None = None, *, scale: float = 1.0) -> Tensor:
+        if left.sum() > 1e9:
+            left = left + 1
+        y = self.q(left) * self.k(left) * scale
+        return self.rest(y if right is None else y + self.q(right))
+
+
+LEFT, RIGHT = torch.randn(5, 4), torch.randn(5, 4)
+CALLS: dict[str, tuple[Any, Any]] = {
+    "mapping": ({"left": LEFT, "right": RIGHT, "scale": 2.0}, None),
+    "several in order": ((LEFT, RIGHT), lambda model, batch: model(*batch)),
+    "keyword arguments": (
+        {"x": LEFT, "y": [RIGHT]},
+        lambda model, batch: model(batch["x"], right=batch["y"][0], scale=2.0),
+    ),
+    "a method": ((LEFT, RIGHT), lambda model, batch: model.forward(*batch)),
+    "first entry": ((LEFT, "labels"), None),
+}
+
+
+@pytest.mark.parametrize("case", CALLS)
+def test_models_are_called_as_they_are_made(case: str) -> None:
+    batch, forward = CALLS[case]
+    model = gl.convert(Several().eval())
+    assert not model.q.input_quantizer.is_input
+    gl.calibrate(model, [batch], forward=forward)
+    values = torch.cat([LEFT, RIGHT] if case != "first entry" else [LEFT])
+    assert float(model.q.input_quantizer.low) == float(values.min())
+    assert float(model.q.input_quantizer.high) == float(values.max())
+    assert model.k.input_quantizer is model.q.input_quantizer
+    assert model.q.input_quantizer.is_input
+    assert not model.rest.input_quantizer.is_input
+    assert not model._forward_pre_hooks
+
+
+def test_bad_values_name_the_site_of_a_model_that_was_not_traced() -> None:
+    model = gl.convert(Several().eval())
+    with pytest.raises(ValueError, match=r"calibrate: the values at 'rest\.input' go from nan"):
+        gl.calibrate(model, [{"left": LEFT, "scale": float("nan")}])
+    assert set(ranges(model).values()) == {(None, None)}
+
+
+def test_a_mapping_is_no_sequence_of_batches() -> None:
+    with pytest.raises(TypeError, match=r"batches is a mapping; put it in a list: \[batch\]"):
+        gl.calibrate(gl.convert(Several()), {"left": LEFT})
+
+
+def test_batches_made_in_inference_mode() -> None:
+    model = gl.convert(Several().eval())
+    with torch.inference_mode():
+        gl.calibrate(model, [LEFT + 1])
+    assert model.q.input_quantizer.is_input
+    assert model.k.input_quantizer is model.q.input_quantizer

@@ -12,7 +12,7 @@ from torch import nn
 
 import gradl1_fast as gl
 from gradl1_fast.quantization.bits import widths_of
-from tests.networks import NO_NORM, VGG
+from tests.networks import NO_NORM, RESNET, VGG
 
 CHOICES = (8, 4, 2)
 FACTORS = {"0": 5.0, "3": 1.0, "7": 3.0, "12": 0.1, "14": 20.0}
@@ -64,7 +64,7 @@ def test_the_best_keeps_the_budget_and_beats_one_width_for_all(model: nn.Module,
     plan.apply(model)
     weights, activations = widths_of(model)
     assert weights == plan.best.w
-    assert set(activations.values()) == {6}
+    assert activations == {name: 8 if name == "0.input" else 6 for name in activations}
     assert loss(model) == plan.best.value
     counted = gl.costs(model)
     assert counted.size(weights) == plan.best.cost
@@ -82,7 +82,7 @@ def test_operations_on_bits_choose_activations_too() -> None:
     counted = gl.costs(model, x)
     w, a = widths_of(model)
     budget = counted.bit_operations(dict.fromkeys(w, 5), dict.fromkeys(a, 5))
-    plan = gl.search(model, accuracy, bit_operations=budget, example=x, choices=(8, 4, 2))
+    plan = gl.search(model, accuracy, bit_operations=budget, example=x, choices=(8, 4, 2), input_bits=1)
     assert plan.best.a.keys() == a.keys()
     assert counted.bit_operations(plan.best.w, plan.best.a) == plan.best.cost <= budget
     assert len(set(plan.best.w.values()) | set(plan.best.a.values())) > 1
@@ -167,3 +167,45 @@ def test_a_result_of_nan_is_named_and_not_taken_for_no_loss(model: nn.Module) ->
     with pytest.raises(ValueError, match=r"evaluate returned NaN at w = \{'3': 2\}, a = \{\}"):
         gl.search(model, broken, size=500, choices=CHOICES, higher_is_better=False)
     assert set(widths_of(model)[0].values()) == {None}
+
+
+def test_a_plan_leaves_the_network_input_its_bits_and_counts_a_shared_site_once() -> None:
+    model = gl.convert(RESNET.make(torch.float32).eval())
+    batch = RESNET.batch(torch.float32)
+    gl.calibrate(model, [batch])
+    counted = gl.costs(model, batch)
+    sites = set(counted.inputs.values())
+    shared = counted.inputs["blocks.2.conv1"]
+    assert shared == counted.inputs["blocks.2.shortcut.0"] == "blocks.2.conv1.input"
+    plan = gl.search(model, lambda m: 0.0, bit_operations=1e12, example=batch, choices=(4, 2))
+    assert set(plan.best.a) == sites
+    assert len(plan.best.a) == len(counted.inputs) - 3
+    assert {p.a["stem.0.input"] for p in plan.points} == {8}
+    uniform = [p for p in plan.points if p.uniform]
+    assert [set(p.w.values()) for p in uniform] == [{4}, {2}]
+    assert "all 4" in str(plan)
+    plan.apply(model)
+    assert model.stem[0].input_quantizer.bits == 8
+
+
+def test_a_model_with_keyword_arguments_is_searched() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 2)
+
+        def forward(self, *, x: torch.Tensor) -> torch.Tensor:
+            return self.b(self.a(x).relu())
+
+    model, x = gl.convert(Named().eval()), torch.randn(4, 3)
+    gl.calibrate(model, [{"x": x}])
+    plan = gl.search(model, lambda m: 0.0, bit_operations=1e6, example={"x": x}, choices=(4, 2))
+    other = gl.search(
+        model,
+        lambda m: 0.0,
+        bit_operations=1e6,
+        example=x,
+        forward=lambda model, x: model(x=x),
+        choices=(4, 2),
+    )
+    assert plan.best == other.best

@@ -31,14 +31,15 @@ def test_each_tensor_is_quantized_alone(model: nn.Module) -> None:
         seen.append([("w", n, b) for n, b in w.items() if b] + [("a", n, b) for n, b in a.items() if b])
         return float(len(seen))
 
-    found = gl.sensitivity(model, evaluate, w=(4, 2), a=(3,))
+    found = gl.sensitivity(model, evaluate, w=(4, 2), a=(3,), input_bits=1)
     w, a = widths_of(model)
     assert seen[0] == []
     assert [one for (one,) in seen[1:]] == [(r.kind, r.name, r.bits) for r in found.rows]
     assert len(found.rows) == 2 * len(w) + len(a)
     assert found.float_value == 1.0
     assert found["w", "3", 2] == 5.0
-    assert set(w.values()) == set(a.values()) == {7}
+    assert set(w.values()) == {7}
+    assert a == {name: 8 if name == "0.input" else 7 for name in a}
     with pytest.raises(KeyError, match="no row for"):
         found["w", "3", 8]
 
@@ -82,3 +83,21 @@ def test_wrong_widths_are_refused_before_the_work(
 ) -> None:
     with pytest.raises(error, match=r"sensitivity: [wa]"):
         gl.sensitivity(model, lambda m: pytest.fail("evaluated"), **wrong)
+
+
+def test_the_network_input_is_tried_at_no_fewer_bits_than_it_is_used_with(model: nn.Module) -> None:
+    rows = gl.sensitivity(model, lambda m: 0.5, w=(), a=(4, 2)).rows
+    assert [(r.name, r.bits) for r in rows if r.name == "0.input"] == [("0.input", 8)]
+    assert [r.bits for r in rows if r.name == "3.input"] == [4, 2]
+    assert "0.input" not in {r.name for r in gl.sensitivity(model, lambda m: 0.5, input_bits=None).rows}
+
+
+def test_sites_without_a_range_are_left_out_unless_none_has_one(model: nn.Module) -> None:
+    quantizers = [m.input_quantizer for m in model.modules() if isinstance(m, gl.nn.QuantizedLayer)]
+    quantizers[1].low = None
+    assert "3.input" not in {r.name for r in gl.sensitivity(model, lambda m: 0.5).rows}
+    for quantizer in quantizers:
+        quantizer.low = None
+    gl.set_bits(model, w=None, a=None)
+    with pytest.raises(RuntimeError, match=r"no activation range for 0\.input"):
+        gl.sensitivity(model, lambda m: 0.5)

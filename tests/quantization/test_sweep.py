@@ -29,7 +29,7 @@ def model() -> nn.Module:
 
 
 def of_widths(model: nn.Module) -> float:
-    layer, quantizer = model.get_submodule("0"), model.get_submodule("1.quantizer") or None
+    layer, quantizer = model.get_submodule("0"), model.get_submodule("3.input_quantizer") or None
     return 10 * (layer.weight_quantizer.bits or 0) + (quantizer.bits or 0)
 
 

@@ -99,11 +99,13 @@ def test_the_penalty_refuses_clamped_weights_by_name_and_is_exact_in_float() -> 
     penalty = gl.GradL1(model, 0.1, 0.0)
     torch.testing.assert_close(penalty(VGG.loss(model)).detach(), expected, rtol=0, atol=0)
     gl.set_bits(model, w=4, a=None)
-    with pytest.raises(RuntimeError, match=r"GradL1: 0 is quantized in a stored range.*calibrate_weights"):
+    with pytest.raises(
+        RuntimeError, match=r"GradL1: 0\.weight is quantized in a stored range.*calibrate_weights"
+    ):
         penalty(VGG.loss(model))
     loss = VGG.loss(model)
     gl.set_bits(model, w=None, a=None)
-    with pytest.raises(RuntimeError, match="GradL1: 0 is quantized in a stored range"):
+    with pytest.raises(RuntimeError, match=r"GradL1: 0\.weight is quantized in a stored range"):
         penalty(loss)  # in float again, but its forward pass was not
     gl.set_bits(model, w=4, a=None)
     gl.calibrate_weights(model, ranges="min_max")

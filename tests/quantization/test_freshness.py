@@ -1,0 +1,150 @@
+"""A warning where weights have changed since the ranges of activations were found, and none elsewhere."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import gradl1_fast as gl
+from tests.networks import VGG
+
+MESSAGE = r"the weights of .* have changed since the ranges of activations were found: call .*calibrate"
+
+
+def calibrated() -> nn.Module:
+    model = gl.convert(VGG.make(torch.float32).eval())
+    gl.calibrate(model, [VGG.batch(torch.float32)])
+    return model
+
+
+def train(model: nn.Module) -> nn.Module:
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    VGG.loss(model, torch.float32).backward()
+    optimizer.step()
+    return model
+
+
+def load_others(model: nn.Module) -> nn.Module:
+    torch.manual_seed(7)
+    state = {name: t + 0.01 for name, t in model.state_dict().items()}
+    model.load_state_dict(state)
+    return model
+
+
+def replace(model: nn.Module) -> nn.Module:
+    model[3].weight = nn.Parameter(model[3].weight.detach() * 1.01)
+    return model
+
+
+STALE: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "training": train,
+    "training a copy": lambda model: train(copy.deepcopy(model)),
+    "training what was pickled": lambda model: train(pickle.loads(pickle.dumps(model))),
+    "other weights": load_others,
+    "another parameter": replace,
+    "training a folded copy": lambda model: train(gl.fold_batch_norm(model).model),
+    "training an equalized copy": lambda model: train(
+        (lambda m: gl.calibrate(m, [VGG.batch(torch.float32)]) or m)(gl.equalize(model).model)
+    ),
+}
+
+
+@pytest.mark.parametrize("case", STALE)
+def test_a_warning_comes_once(case: str) -> None:
+    model = STALE[case](calibrated())
+    gl.set_bits(model, w=4, a=None)  # weights alone have no ranges to be stale
+    with pytest.warns(UserWarning, match=MESSAGE) as caught:
+        gl.set_bits(model, w=4, a=4)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    assert_silent(model)
+
+
+def assert_silent(model: nn.Module) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gl.set_bits(model, w=4, a=4)
+        with gl.bits(model, w=4, a=4):
+            pass
+        gl.sweep(model, lambda m: 1.0, [(4, 4), (8, 8)], workers=2)
+
+
+def saved_and_loaded(model: nn.Module) -> nn.Module:
+    model.load_state_dict({name: t.clone() for name, t in model.state_dict().items()})
+    return model
+
+
+def tracked(model: nn.Module) -> nn.Module:
+    train(model)
+    with gl.track_ranges(model.train()):
+        model(VGG.batch(torch.float32)[0])
+    return model.eval()
+
+
+FRESH: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "nothing": lambda model: model,
+    "copy": copy.deepcopy,
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+    "the same weights loaded": saved_and_loaded,
+    "half": lambda model: model.half(),
+    "half and back": lambda model: model.half().float(),
+    "bfloat16": lambda model: copy.deepcopy(model).bfloat16(),
+    "double": lambda model: model.double(),
+    "channels last": lambda model: model.to(memory_format=torch.channels_last),
+    "folded": lambda model: gl.fold_batch_norm(model).model,
+    "folded, in half": lambda model: gl.fold_batch_norm(model).model.half(),
+    "corrected": lambda model: gl.correct_bias(model, [VGG.batch(torch.float32)], w=4),
+    "tracked": tracked,
+    "calibrated again": lambda model: gl.calibrate(train(model), [VGG.batch(torch.float32)]) or model,
+    "statistics alone": lambda model: (model.train()(VGG.batch(torch.float32)[0]), model.eval())[1],
+}
+
+
+@pytest.mark.parametrize("case", FRESH)
+def test_what_changes_no_weight_is_no_reason_for_a_warning(case: str) -> None:
+    assert_silent(FRESH[case](calibrated()))
+
+
+def test_loaded_ranges_belong_to_the_weights_that_are_there(tmp_path: Path) -> None:
+    pytest.importorskip("safetensors", reason="files of ranges are safetensors")
+    model = calibrated()
+    gl.save_ranges(model, tmp_path / "r")
+    train(model)
+    gl.load_ranges(model, tmp_path / "r")
+    assert_silent(model)
+
+
+def test_training_with_followed_ranges_does_not_warn() -> None:
+    model = calibrated().train()
+    with warnings.catch_warnings(), gl.track_ranges(model):
+        warnings.simplefilter("error")
+        for _ in range(2):
+            with gl.bits(model, w=4, a=4):
+                train(model)
+
+
+def test_a_sweep_in_several_threads_warns_once() -> None:
+    model = train(calibrated())
+    with pytest.warns(UserWarning, match=MESSAGE) as caught:
+        gl.sweep(model, lambda m: 1.0, [(4, 4), (3, 3), (2, 2)], workers=2)
+    assert len(caught) == 1
+
+
+def test_embeddings_and_computed_weights_count() -> None:
+    norm = nn.utils.parametrizations.weight_norm
+    model = gl.convert(nn.Sequential(nn.Embedding(5, 4), norm(nn.Linear(4, 3)), nn.Linear(3, 2)).eval())
+    ids = torch.arange(5)
+    for parameter in (model[0].weight, model[1].parametrizations.weight.original1):
+        gl.calibrate(model, [ids])
+        assert_silent(model)
+        with torch.no_grad():
+            parameter.mul_(1.5)
+        with pytest.warns(UserWarning, match=MESSAGE):
+            gl.set_bits(model, w=4, a=4)

@@ -1,12 +1,14 @@
 """One file for every width: weights as bit planes, and all else that a converted model consists of.
 
-The file is safetensors. Its entries, where ``<layer>`` and ``<quantizer>`` are names in the model:
+The file is safetensors. Its entries, where ``<layer>`` and ``<site>`` are names in the model:
 
 - ``plane.0.<layer>`` to ``plane.7.<layer>``: uint8, one bit of each weight, most significant first, packed;
 - ``scale.<layer>``: step of the 8-bit grid, a scalar or one value for each output channel;
 - ``shape.<layer>``: int64, shape of the weight;
-- ``low.<quantizer>``, ``high.<quantizer>``: range of an activation, absent where it has none;
-- ``state.<key>``: every other entry of the state dict: biases, norms, what is not quantized.
+- ``low.<site>``, ``high.<site>``: range of the input of a layer, absent where it has none;
+- ``is_input.<site>``: uint8, 1 where that is the network's input;
+- ``state.<key>``: every other entry of the state dict: biases, norms, what is not quantized, and the
+  parameters that a weight is computed from.
 
 Planes come last and in order, so that what a reader of w bits needs is the beginning of the file.
 """
@@ -21,16 +23,18 @@ from torch import Tensor, nn
 from gradl1_fast import _files
 from gradl1_fast._dtypes import sum_dtype
 from gradl1_fast._extras import install
+from gradl1_fast.nn.foreign import used_weight
 from gradl1_fast.nn.layers import QuantizedLayer
 from gradl1_fast.nn.quantizers import ActivationQuantizer
-from gradl1_fast.nn.sites import named_layers, named_quantizers
+from gradl1_fast.nn.sites import named_layers
 from gradl1_fast.quantization import bit_planes
+from gradl1_fast.quantization._sites import Stored, by_quantizer, every_site, same_range
 from gradl1_fast.quantization.partial_file import Entry, PartialFile
-from gradl1_fast.quantization.sliced import SlicedWeight, refuse_sliced, slice_weight
+from gradl1_fast.quantization.sliced import SlicedWeight, has_own_weight, refuse_sliced, slice_weight
 
 __all__ = ["load_any_bit", "save_any_bit"]
 
-METADATA = {"format": "gradl1_fast.any_bit", "version": "1"}
+METADATA = {"format": "gradl1_fast.any_bit", "version": "2"}
 
 
 def save_any_bit(model: nn.Module, path: str | os.PathLike[str]) -> dict[int, int]:
@@ -72,7 +76,8 @@ def save_any_bit(model: nn.Module, path: str | os.PathLike[str]) -> dict[int, in
         raise ImportError(f"any-bit files need safetensors: {install('export')}") from error
     layers = _layers(model)
     entries = {f"state.{key}": value for key, value in _state(model, layers).items()}
-    for name, quantizer in named_quantizers(model).items():
+    for name, quantizer in every_site(model).items():
+        entries[f"is_input.{name}"] = torch.tensor(quantizer.is_input, dtype=torch.uint8)
         if quantizer.low is not None and quantizer.high is not None:
             entries |= {f"low.{name}": quantizer.low, f"high.{name}": quantizer.high}
     for name, layer in layers.items():
@@ -94,7 +99,8 @@ def load_any_bit(model: nn.Module, path: str | os.PathLike[str], *, w: int = 8) 
     model then hold one byte for each weight in the place of the float weight, and decode it in each forward
     pass. ``gl.set_bits(model, w=v, a=...)`` chooses any width v up to ``w``, again and again, and copies
     nothing; ``w=None`` is the widest. Such a model is for evaluation: it has no weights to train, fold or
-    export.
+    export. ``layer.weight`` has the shape, type and device that it had and takes no memory: it is NaN, so
+    that code which uses it without calling the layer does not go on with a wrong weight unnoticed.
 
     The file is read as data, nothing in it is executed, and every entry is checked before the model is
     changed.
@@ -128,8 +134,8 @@ def load_any_bit(model: nn.Module, path: str | os.PathLike[str], *, w: int = 8) 
         file.check_that_all_are_known([_plane(i, name) for name in layers for i in range(bit_planes.WIDTH)])
     for name, layer in layers.items():
         slice_weight(layer, sliced[name])
-    for name, quantizer in named_quantizers(model).items():
-        quantizer.low, quantizer.high = ranges[name]
+    for _, quantizer, (low, high, is_input) in by_quantizer(every_site(model), ranges):
+        quantizer.low, quantizer.high, quantizer.is_input = low, high, is_input
     model.load_state_dict(state, strict=False)
     return model
 
@@ -155,14 +161,14 @@ def _layers(model: nn.Module) -> dict[str, QuantizedLayer]:
         raise ValueError("save_any_bit: the model is not converted: call gradl1_fast.convert(model) first")
     refuse_sliced(model, "save_any_bit")
     for name, layer in layers.items():
-        if not layer.weight.isfinite().all():
+        if not used_weight(layer).isfinite().all():
             raise ValueError(f"save_any_bit: the weight of {name!r} holds NaN or infinity")
     return layers
 
 
 def _state(model: nn.Module, layers: dict[str, QuantizedLayer]) -> dict[str, Tensor]:
-    """Return the state dict without the weights of the layers, under any of their names."""
-    ours = {id(layer) for layer in layers.values()}
+    """Return the state dict without the weights that the file has as planes, under any of their names."""
+    ours = {id(layer) for layer in layers.values() if has_own_weight(layer)}
     weights = {
         f"{name}.weight".removeprefix(".")
         for name, module in model.named_modules(remove_duplicate=False)
@@ -172,43 +178,56 @@ def _state(model: nn.Module, layers: dict[str, QuantizedLayer]) -> dict[str, Ten
 
 
 def _encoded(name: str, layer: QuantizedLayer) -> dict[str, Tensor]:
-    weight = layer.weight.detach()
-    scale = layer.weight_quantizer.grid(weight, bit_planes.WIDTH)[0]
-    codes = bit_planes.encode(weight, scale)
+    weight, quantizer = used_weight(layer), layer.weight_quantizer
+    scale = quantizer.grid(weight, bit_planes.WIDTH)[0]
+    codes = bit_planes.encode(weight, scale, quantizer.axis)
     planes = {_plane(i, name): bit_planes.pack(codes, i) for i in range(bit_planes.WIDTH)}
     return {f"scale.{name}": scale, f"shape.{name}": torch.tensor(weight.shape), **planes}
 
 
 def _read_weight(file: PartialFile, name: str, layer: QuantizedLayer, w: int) -> SlicedWeight:
     old = layer.weight_quantizer
-    like = (old.codes, old.like) if isinstance(old, SlicedWeight) else (layer.weight, layer.weight)
-    shape, dtype, device = tuple(like[0].shape), like[1].dtype, like[0].device
+    weight = old.codes if isinstance(old, SlicedWeight) else used_weight(layer)
+    shape, device = tuple(weight.shape), weight.device
+    dtype = old.like.dtype if isinstance(old, SlicedWeight) else weight.dtype
     found = file.read(f"shape.{name}", Entry(torch.int64, (len(shape),)))
     if tuple(found.tolist()) != shape:
         raise file.error(f"shape.{name}", f"the weight of this model has shape {shape}", found.tolist())
-    scale = file.read(f"scale.{name}", Entry(sum_dtype(dtype), () if old.axis is None else shape[:1]))
+    channels = () if old.axis is None else (shape[old.axis],)
+    scale = file.read(f"scale.{name}", Entry(sum_dtype(dtype), channels))
     if not (scale > 0).all():
         raise file.error(f"scale.{name}", "a step must be above 0", scale.min().item())
     entry = Entry(torch.uint8, (bit_planes.plane_bytes(torch.Size(shape).numel()),))
     planes = [file.read(_plane(i, name), entry) for i in range(w)]
-    return SlicedWeight(bit_planes.unpack(planes, shape).to(device), scale.to(device), w, dtype)
+    codes = bit_planes.unpack(planes, shape).to(device)
+    return SlicedWeight(codes, scale.to(device), w, dtype, old.axis)
 
 
-def _read_ranges(file: PartialFile, model: nn.Module) -> dict[str, tuple[Tensor | None, Tensor | None]]:
-    """Return the checked ends of each range, on the model's device."""
+def _read_ranges(file: PartialFile, model: nn.Module) -> dict[str, Stored]:
+    """Return the checked ends of each range, on the model's device, and which are of the network's input."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    ranges: dict[str, tuple[Tensor | None, Tensor | None]] = {}
-    for name in named_quantizers(model):
-        ranges[name] = None, None
-        if f"low.{name}" not in file and f"high.{name}" not in file:
-            continue
-        scratch = ActivationQuantizer()
+    sites = every_site(model)
+    ranges = {name: _read_range(file, name, device) for name in sites}
+    for name, quantizer, first in by_quantizer(sites, ranges):
+        shared = [other for other, q in sites.items() if q is quantizer]
+        if any(not same_range(first, ranges[other]) for other in shared):
+            raise file.error(
+                f"low.{name}", f"{', '.join(shared)} are one tensor in this model", "different ranges"
+            )
+    return ranges
+
+
+def _read_range(file: PartialFile, name: str, device: torch.device) -> Stored:
+    flag = file.read(f"is_input.{name}", Entry(torch.uint8, ()))
+    if int(flag) > 1:
+        raise file.error(f"is_input.{name}", "must be 0 or 1", int(flag))
+    scratch = ActivationQuantizer()
+    if f"low.{name}" in file or f"high.{name}" in file:
         try:
             scratch.set_range(*(_read_end(file, f"{end}.{name}") for end in ("low", "high")))
         except ValueError as error:
             raise file.error(f"low.{name} and high.{name}", "they must be a range", error) from error
-        ranges[name] = scratch.to(device).low, scratch.high
-    return ranges
+    return scratch.to(device).low, scratch.high, bool(flag)
 
 
 def _read_end(file: PartialFile, key: str) -> Tensor:

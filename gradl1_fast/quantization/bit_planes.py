@@ -19,23 +19,24 @@ WIDTH = 8
 _HALF = 2 ** (WIDTH - 1)
 
 
-def encode(weight: Tensor, scale: Tensor) -> Tensor:
+def encode(weight: Tensor, scale: Tensor, axis: int | None = 0) -> Tensor:
     """Return the bytes ``c + 128`` of a weight, uint8 in its shape.
 
     Args:
         weight: of finite values.
-        scale: a step of the 8-bit grid: a scalar, or one value for each channel of axis 0.
+        scale: a step of the 8-bit grid: a scalar, or one value for each channel.
+        axis: of the channels, where there are several steps.
     """
-    codes = torch.round(weight.to(scale.dtype) / _along(scale, weight)).clamp(1 - _HALF, _HALF - 1)
+    codes = torch.round(weight.to(scale.dtype) / _along(scale, weight, axis)).clamp(1 - _HALF, _HALF - 1)
     return (codes + _HALF).to(torch.uint8)
 
 
-def decode(codes: Tensor, scale: Tensor, bits: int) -> Tensor:
+def decode(codes: Tensor, scale: Tensor, bits: int, axis: int | None = 0) -> Tensor:
     """Return the weight that the first ``bits`` bits of each byte stand for, in the type of ``scale``."""
     cut = WIDTH - bits
     kept = (codes >> cut) << cut
     middle = kept.to(scale.dtype) + ((2**cut - 1) / 2 - _HALF)
-    return middle.mul_(_along(scale, codes))
+    return middle.mul_(_along(scale, codes, axis))
 
 
 def plane_bytes(numel: int) -> int:
@@ -63,9 +64,9 @@ def unpack(planes: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
     return codes.reshape(tuple(shape))
 
 
-def _along(scale: Tensor, x: Tensor) -> Tensor:
-    """Return ``scale`` in a shape that broadcasts against ``x``, whose channels are on axis 0."""
-    return scale.reshape(-1, *[1] * (x.dim() - 1)) if scale.dim() else scale
+def _along(scale: Tensor, x: Tensor, axis: int | None) -> Tensor:
+    """Return ``scale`` in a shape that broadcasts against ``x``, whose channels are on ``axis``."""
+    return scale.reshape([-1 if i == axis else 1 for i in range(x.dim())]) if scale.dim() else scale
 
 
 def _shifts(like: Tensor) -> Tensor:

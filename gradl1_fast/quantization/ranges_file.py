@@ -12,21 +12,27 @@ from torch import Tensor, nn
 from gradl1_fast import _checks as check
 from gradl1_fast import _files
 from gradl1_fast._extras import install
+from gradl1_fast.nn.foreign import used_weight
+from gradl1_fast.nn.layers import QuantizedLayer
 from gradl1_fast.nn.quantizers import ActivationQuantizer, WeightQuantizer
 from gradl1_fast.nn.sites import named_layers
+from gradl1_fast.quantization._sites import Stored, by_quantizer, every_site, same_range
 from gradl1_fast.quantization.calibration import quantizers_of
+from gradl1_fast.quantization.freshness import remember_weights
 from gradl1_fast.quantization.sliced import refuse_sliced
 
 __all__ = ["load_ranges", "save_ranges"]
 
-METADATA = {"format": "gradl1_fast.ranges", "version": "1"}
+METADATA = {"format": "gradl1_fast.ranges", "version": "2"}
+_ENDS = ("low", "high")
 
 
 def save_ranges(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write the ranges of a model's activations, and the stored ones of its weights, into a file.
 
-    The file is safetensors. An activation quantizer has the entries ``<name>.low`` and ``<name>.high``,
-    each one value, or 16 for 1 to 16 bits; a weight with a stored range has
+    The file is safetensors. The site of each layer, shared or not, has the entries ``<name>.low`` and
+    ``<name>.high``, each one value, or 16 for 1 to 16 bits, and ``<name>.is_input``, 1 for the network's
+    input; a site without a range has the last alone. A weight with a stored range has
     ``<layer>.weight_quantizer.clip``, see :class:`gradl1_fast.nn.WeightQuantizer`. The file is replaced
     whole or not at all.
 
@@ -36,29 +42,32 @@ def save_ranges(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
     Raises:
         ImportError: safetensors is not installed.
-        RuntimeError: an activation has no range yet.
+        RuntimeError: no activation has a range yet.
         ValueError: the model has no activation quantizers.
         OSError: the file cannot be written.
     """
     save = _safetensors("torch").save
-    quantizers = quantizers_of(model)
+    quantizers_of(model)
     entries = {}
-    for name, quantizer in quantizers.items():
-        if quantizer.low is None or quantizer.high is None:
-            raise RuntimeError(f"save_ranges: no range for {name!r}: call gradl1_fast.calibrate first")
-        entries[f"{name}.low"], entries[f"{name}.high"] = quantizer.low, quantizer.high
+    for name, quantizer in every_site(model).items():
+        entries[f"{name}.is_input"] = torch.tensor(quantizer.is_input, dtype=torch.uint8)
+        if quantizer.low is not None and quantizer.high is not None:
+            entries |= {f"{name}.low": quantizer.low, f"{name}.high": quantizer.high}
+    if not any(key.endswith(".low") for key in entries):
+        raise RuntimeError("save_ranges: no activation has a range: call gradl1_fast.calibrate first")
     for name, weights in _weight_quantizers(model).items():
         if weights.clip is not None:
             entries[f"{name}.clip"] = weights.clip
-    data = save({key: value.cpu().contiguous() for key, value in entries.items()}, metadata=METADATA)
+    # a clone each: the format refuses tensors that share memory, as those of a shared site do
+    data = save({key: value.cpu().contiguous().clone() for key, value in entries.items()}, metadata=METADATA)
     _files.write_bytes(path, data)
 
 
 def load_ranges(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Give a model the ranges that :func:`save_ranges` wrote for one of the same structure.
 
-    A weight without an entry gets its own range. The file is read as data, nothing in it is executed,
-    and every entry is checked before the model is changed.
+    A weight without an entry gets its own range, and a site without one has none. The file is read as data,
+    nothing in it is executed, and every entry is checked before the model is changed.
 
     Args:
         model: a converted model; calibrated or not.
@@ -68,27 +77,29 @@ def load_ranges(model: nn.Module, path: str | os.PathLike[str]) -> None:
         ImportError: safetensors is not installed.
         OSError: the file cannot be read.
         ValueError: the file is no whole file of ranges, an entry is missing, unknown, of a wrong shape or
-            type, not finite or inverted, or the model has no activation quantizers, or, where the file has
-            ranges of weights, no float weights. The message names the file and the entry. The model is then
-            as it was.
+            type, not finite or inverted, layers that share a site have different entries, or the model has no
+            activation quantizers, or, where the file has ranges of weights, no float weights. The message
+            names the file and the entry. The model is then as it was.
     """
-    activations, weights = quantizers_of(model), _weight_quantizers(model)
+    quantizers_of(model)
+    sites, weights = every_site(model), _weight_quantizers(model)
     entries = _read(path)
-    _check_names(path, entries, activations, weights)
+    _check_names(path, entries, sites, weights)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     entries = {key: value.to(device) for key, value in entries.items()}
-    for name in activations:
-        _checked(path, name, ActivationQuantizer().set_range, entries[f"{name}.low"], entries[f"{name}.high"])
+    ranges = {name: _checked_range(path, name, entries) for name in sites}
+    _check_shared(path, sites, ranges)
     if any(f"{name}.clip" in entries for name in weights):
         refuse_sliced(model, f"load_ranges: {path} has ranges of weights")
-    layers = {f"{name}.weight_quantizer".removeprefix("."): m for name, m in named_layers(model).items()}
-    for name, quantizer in weights.items():
-        if f"{name}.clip" in entries:
-            _check_clip(path, name, quantizer, entries[f"{name}.clip"], layers[name].weight.shape[0])
-    for name, activation in activations.items():
-        activation.set_range(entries[f"{name}.low"], entries[f"{name}.high"])
-    for name, quantizer in weights.items():
-        quantizer.set_clip(entries.get(f"{name}.clip"))
+    for name, layer in named_layers(model).items():
+        key = f"{name}.weight_quantizer".removeprefix(".")
+        if f"{key}.clip" in entries:
+            _check_clip(path, key, layer, entries[f"{key}.clip"])
+    for _, quantizer, (low, high, is_input) in by_quantizer(sites, ranges):
+        quantizer.low, quantizer.high, quantizer.is_input = low, high, is_input
+    for name, weight in weights.items():
+        weight.set_clip(entries.get(f"{name}.clip"))
+    remember_weights(named_layers(model).values())
 
 
 def _read(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -113,24 +124,48 @@ def _read(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 def _check_names(
     path: str | os.PathLike[str],
     entries: Mapping[str, Tensor],
-    activations: Mapping[str, ActivationQuantizer],
+    sites: Mapping[str, ActivationQuantizer],
     weights: Mapping[str, WeightQuantizer],
 ) -> None:
-    needed = {f"{name}.{end}" for name in activations for end in ("low", "high")}
+    needed = {f"{name}.is_input" for name in sites}
+    for name in sites:
+        if any(f"{name}.{end}" in entries for end in _ENDS):
+            needed |= {f"{name}.{end}" for end in _ENDS}
     allowed = needed | {f"{name}.clip" for name in weights}
     for what, keys in (("missing", needed - entries.keys()), ("unknown", entries.keys() - allowed)):
         if keys:
             raise ValueError(f"{path}: {what} entries for this model: {check.some(keys)}")
     for key, value in entries.items():
-        if value.dtype not in (torch.float32, torch.float64):
+        if key.endswith(".is_input"):
+            if value.dtype != torch.uint8 or value.dim() or int(value) > 1:
+                raise ValueError(f"{path}: entry {key!r} must be a single uint8, 0 or 1")
+        elif value.dtype not in (torch.float32, torch.float64):
             raise ValueError(f"{path}: entry {key!r} must have type float32 or float64, got {value.dtype}")
 
 
-def _check_clip(
-    path: str | os.PathLike[str], name: str, quantizer: WeightQuantizer, clip: Tensor, channels: int
+def _checked_range(path: str | os.PathLike[str], name: str, entries: Mapping[str, Tensor]) -> Stored:
+    scratch = ActivationQuantizer(is_input=bool(entries[f"{name}.is_input"]))
+    if f"{name}.low" in entries:
+        _checked(path, name, scratch.set_range, entries[f"{name}.low"], entries[f"{name}.high"])
+    return scratch.low, scratch.high, scratch.is_input
+
+
+def _check_shared(
+    path: str | os.PathLike[str], sites: Mapping[str, ActivationQuantizer], ranges: Mapping[str, Stored]
 ) -> None:
-    scratch = WeightQuantizer(per_channel=quantizer.axis is not None)
+    first = {id(quantizer): name for name, quantizer, _ in by_quantizer(sites, ranges)}
+    for name, quantizer in sites.items():
+        other = first[id(quantizer)]
+        if not same_range(ranges[name], ranges[other]):
+            raise ValueError(
+                f"{path}: entry {name!r}: {name} and {other} are one tensor in this model and differ"
+            )
+
+
+def _check_clip(path: str | os.PathLike[str], name: str, layer: QuantizedLayer, clip: Tensor) -> None:
+    scratch = WeightQuantizer(per_channel=layer.weight_quantizer.axis is not None)
     _checked(path, f"{name}.clip", scratch.set_clip, clip)
+    channels = used_weight(layer).shape[layer.out_axis]
     if clip.shape[1] not in (1, channels):
         raise ValueError(f"{path}: entry {name}.clip is for {clip.shape[1]} channels, not {channels}")
 

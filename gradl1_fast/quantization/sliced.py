@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from gradl1_fast.nn.quantizers import WeightQuantizer
 from gradl1_fast.nn.sites import named_layers
 from gradl1_fast.quantization import bit_planes
 
-__all__ = ["SlicedWeight", "refuse_sliced", "slice_weight"]
+__all__ = ["SlicedWeight", "has_own_weight", "refuse_sliced", "slice_weight"]
 
 
 class SlicedWeight(WeightQuantizer):
@@ -26,17 +27,27 @@ class SlicedWeight(WeightQuantizer):
         scale: step of the 8-bit grid, a scalar or one value for each output channel.
         widest: how many of the first bits of each code were read, 1 to 8.
         dtype: of the weight that the layer computes with.
+        axis: of the output channels where each has a step, None for one step for the tensor.
+
+    Attributes:
+        stand_in: what the layer has in the place of its weight: NaN in the shape, type and place of the
+            weight, of which one value is stored. None where the layer computes its weight from parameters
+            that it keeps.
     """
 
+    stand_in: Tensor | None
     codes: Tensor
     scale: Tensor
     like: Tensor
     _ranges = ("scale", "clip")
 
-    def __init__(self, codes: Tensor, scale: Tensor, widest: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, codes: Tensor, scale: Tensor, widest: int, dtype: torch.dtype, axis: int | None = None
+    ) -> None:
         self.widest = widest
         self._bits = widest
-        super().__init__(per_channel=scale.dim() == 1)
+        super().__init__(per_channel=axis is not None, out_axis=axis or 0)
+        self.stand_in = None
         self.register_buffer("codes", codes, persistent=False)
         self.register_buffer("scale", scale, persistent=False)
         # An empty tensor that goes along with the layer to other types.
@@ -57,7 +68,17 @@ class SlicedWeight(WeightQuantizer):
 
     def forward(self, weight: object = None) -> Tensor:
         """Return the weight at the present width; the layer has no other."""
-        return bit_planes.decode(self.codes, self.scale, self.bits).to(self.like.dtype)
+        return bit_planes.decode(self.codes, self.scale, self.bits, self.axis).to(self.like.dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        if self.stand_in is not None:
+            moved = _stand_in(self.stand_in.shape, self.like)
+            if torch._has_compatible_shallow_copy_type(self.stand_in, moved):
+                self.stand_in.data = moved  # the very tensor that the layer has
+            else:
+                torch.utils.swap_tensors(self.stand_in, moved)
+        return self
 
     def grid(self, weight: Any, bits: int) -> tuple[Tensor, Tensor, int, int]:
         """Refuse: below 8 bits the values lie half a step beside the grid of any integers."""
@@ -78,11 +99,29 @@ class SlicedWeight(WeightQuantizer):
 
 
 def slice_weight(layer: QuantizedLayer, quantizer: SlicedWeight) -> None:
-    """Take the float weight of a layer away; from now on it computes with the sliced one."""
-    del layer.weight
-    # Not absent but None, as a bias can be: no state dict takes or gives it, and GradL1 refuses it by name.
-    layer.register_parameter("weight", None)
+    """Take the float weight of a layer away; from now on it computes with the sliced one.
+
+    A weight that is no parameter, but computed from some, goes on being computed, and is not used.
+    """
+    if has_own_weight(layer):
+        quantizer.stand_in = _stand_in(quantizer.codes.shape, quantizer.like)
+        vars(layer).pop("weight", None)
+        layer._parameters.pop("weight", None)
+        # None to state dicts, which neither take nor give it; code that asks for its shape, type or device
+        # gets an answer, and a product with it is NaN rather than something plausible.
+        layer.register_parameter("weight", None)
+        vars(layer)["weight"] = quantizer.stand_in
     layer.weight_quantizer = quantizer.train(layer.training)
+
+
+def has_own_weight(layer: QuantizedLayer) -> bool:
+    """Return whether a layer's weight is a parameter, or was until it was read from an any-bit file."""
+    quantizer = layer.weight_quantizer
+    return not layer.is_computed or (isinstance(quantizer, SlicedWeight) and quantizer.stand_in is not None)
+
+
+def _stand_in(shape: torch.Size, like: Tensor) -> Tensor:
+    return like.new_full((), torch.nan).expand(shape)
 
 
 def refuse_sliced(model: nn.Module, what: str) -> None:

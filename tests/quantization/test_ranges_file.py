@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import gradl1_fast as gl
+from gradl1_fast.nn.sites import named_quantizers
 from gradl1_fast.quantization.ranges_file import METADATA
 from tests.networks import RESNET, VGG, Network
 
@@ -24,8 +25,8 @@ def calibrated(network: Network = VGG) -> nn.Module:
     """Return a model with every kind of range: for all widths, for each width, stored for weights."""
     model = gl.convert(network.make().eval(), per_channel=True)
     gl.calibrate(model, [network.batch()])
-    first = next(m for m in model.modules() if isinstance(m, gl.nn.ActivationQuantizer))
-    first.set_range(-PER_WIDTH, 2 * PER_WIDTH)
+    sites = named_quantizers(model)
+    sites.get("3.input", next(iter(sites.values()))).set_range(-PER_WIDTH, 2 * PER_WIDTH)
     layer = next(m for m in model.modules() if isinstance(m, gl.QConv2d))
     layer.weight_quantizer.set_clip(0.1 * PER_WIDTH[:, None] * torch.ones(1, layer.weight.shape[0]))
     return model
@@ -62,15 +63,14 @@ def test_a_layer_alone_has_a_file_too(tmp_path: Path) -> None:
     layers[0].weight_quantizer.set_clip(torch.full((1, 1), 0.3))
     gl.save_ranges(layers[0], tmp_path / "r")
     gl.load_ranges(layers[1], tmp_path / "r")
-    assert list(state(layers[1])) == [
-        "weight_quantizer.clip",
-        "input_quantizer.low",
-        "input_quantizer.high",
-    ] or ({k.split(".", 1)[1] for k in state(layers[1])} == {"clip", "low", "high"})
+    assert set(state(layers[1])) == {"weight_quantizer.clip", "input_quantizer.low", "input_quantizer.high"}
+    assert layers[1].input_quantizer.is_input
 
 
 def test_without_ranges_nothing_is_written(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match=r"save_ranges: no range for '.*': call gradl1_fast\.calibrate"):
+    with pytest.raises(
+        RuntimeError, match=r"save_ranges: no activation has a range: call gradl1_fast\.calibrate"
+    ):
         gl.save_ranges(gl.convert(VGG.make()), tmp_path / "r")
     with pytest.raises(ValueError, match="no activation quantizers"):
         gl.save_ranges(VGG.make(), tmp_path / "r")
@@ -78,7 +78,7 @@ def test_without_ranges_nothing_is_written(tmp_path: Path) -> None:
 
 
 Entries = dict[str, Tensor]
-LOW, HIGH, CLIP = "1.quantizer.low", "1.quantizer.high", "0.weight_quantizer.clip"
+LOW, HIGH, CLIP = "3.input.low", "3.input.high", "0.weight_quantizer.clip"
 
 
 def without(key: str) -> Callable[[Entries], Entries]:
@@ -92,7 +92,7 @@ def with_entry(key: str, value: Tensor) -> Callable[[Entries], Entries]:
 TAMPERED: dict[str, tuple[Callable[[Entries], Entries], str]] = {
     "missing": (without(LOW), rf"missing entries for this model: {LOW}"),
     "unknown": (with_entry("evil", torch.ones(1)), "unknown entries for this model: evil"),
-    "NaN": (with_entry(LOW, torch.tensor(float("nan"))), r"entry '1\.quantizer': .*got \(\) and \(16,\)"),
+    "NaN": (with_entry(LOW, torch.tensor(float("nan"))), r"entry '3\.input': .*got \(\) and \(16,\)"),
     "NaN in one width": (
         with_entry(HIGH, PER_WIDTH.masked_fill(PER_WIDTH == 3, torch.nan)),
         "from -3.0 to nan",
@@ -101,7 +101,14 @@ TAMPERED: dict[str, tuple[Callable[[Entries], Entries], str]] = {
     "negative": (with_entry(CLIP, torch.full((1, 4), -1.0)), rf"entry '{CLIP}': .*negative"),
     "channels": (with_entry(CLIP, torch.ones(16, 5)), "0.weight_quantizer.clip is for 5 channels, not 4"),
     "rows": (with_entry(CLIP, torch.ones(3, 4)), r"clip has shape \(1 or 16, channels\), got \(3, 4\)"),
-    "shape": (with_entry("activation_quantizers._6.low", torch.zeros(2)), "two single ends, or 16 of each"),
+    "shape": (with_entry("7.input.low", torch.zeros(2)), "two single ends, or 16 of each"),
+    "missing flag": (without("3.input.is_input"), r"missing entries for this model: 3\.input\.is_input"),
+    "flag of two": (
+        with_entry("3.input.is_input", torch.tensor(2, dtype=torch.uint8)),
+        "a single uint8, 0 or 1",
+    ),
+    "flag of a float": (with_entry("3.input.is_input", torch.tensor(1.0)), "a single uint8, 0 or 1"),
+    "flags": (with_entry("3.input.is_input", torch.ones(1, dtype=torch.uint8)), "a single uint8, 0 or 1"),
     "type": (with_entry(LOW, torch.zeros(16, dtype=torch.int64)), f"entry '{LOW}' must have type float32"),
     "half": (with_entry(LOW, torch.zeros(16).half()), f"entry '{LOW}' must have type float32"),
 }
@@ -136,11 +143,11 @@ def test_ends_that_make_no_range_are_named(low: float, high: float, message: str
     gl.save_ranges(model, path)
     entries = safetensors.load_file(path)
     entries |= {
-        "activation_quantizers._6.low": torch.tensor(low),
-        "activation_quantizers._6.high": torch.tensor(high),
+        "7.input.low": torch.tensor(low),
+        "7.input.high": torch.tensor(high),
     }
     safetensors.save_file(entries, path, metadata=METADATA)
-    with pytest.raises(ValueError, match=rf"r: entry 'activation_quantizers\._6': .*{message}"):
+    with pytest.raises(ValueError, match=rf"r: entry '7\.input': .*{message}"):
         gl.load_ranges(model, path)
 
 
@@ -172,7 +179,10 @@ def test_a_file_that_is_broken_is_named(case: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("metadata", "message"),
-    [(None, "not a file of ranges"), ({"format": "gradl1_fast.ranges", "version": "2"}, "version is '2'")],
+    [
+        (None, "not a file of ranges"),
+        ({"format": "gradl1_fast.ranges", "version": "1"}, "version is '1', this library reads '2'"),
+    ],
 )
 def test_another_file_is_named(metadata: dict[str, str] | None, message: str, tmp_path: Path) -> None:
     safetensors.save_file({"a": torch.ones(1)}, tmp_path / "r", metadata=metadata)
@@ -193,7 +203,7 @@ def test_a_missing_file_and_a_missing_package(tmp_path: Path, monkeypatch: pytes
 def test_ranges_stay_wide_in_a_model_of_low_precision(dtype: torch.dtype) -> None:
     model = gl.convert(VGG.make(torch.float32).eval())
     gl.calibrate(model, [VGG.batch(torch.float32)])
-    quantizer = model.get_submodule("1.quantizer")
+    quantizer = model.get_submodule("3.input_quantizer")
     quantizer.set_range(torch.tensor(-1e6), torch.tensor(1e6))
     model.to(dtype)
     assert (float(quantizer.low), quantizer.high.dtype) == (-1e6, torch.float32)
@@ -210,3 +220,71 @@ def test_ranges_of_weights_do_not_go_into_codes_of_an_any_bit_file(tmp_path: Pat
     with pytest.raises(ValueError, match=r"ranges.safetensors has ranges of weights: '0' holds bits"):
         gl.load_ranges(sliced, tmp_path / "ranges.safetensors")
     assert all(torch.equal(value, before[name]) for name, value in state(sliced).items())
+
+
+class Shared(nn.Module):
+    """Two layers are given the same tensor, which a trace shows or hides; a third one is never called."""
+
+    def __init__(self, hidden: bool) -> None:
+        super().__init__()
+        self.q, self.k, self.rest = nn.Linear(4, 3), nn.Linear(4, 3), nn.Linear(3, 2)
+        self.spare, self.words, self.hidden = nn.Linear(3, 3), nn.Embedding(4, 3), hidden
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.hidden and x.sum() > 1e9:
+            x = x + 1
+        return self.rest(self.q(x) * self.k(x))
+
+
+@pytest.mark.parametrize("ran", [False, True])
+@pytest.mark.parametrize(("saved_hidden", "loaded_hidden"), [(False, True), (True, False), (True, True)])
+def test_a_file_fits_however_shared_sites_were_found(
+    saved_hidden: bool, loaded_hidden: bool, ran: bool, tmp_path: Path
+) -> None:
+    x = torch.randn(5, 4)
+    saved, loaded = (gl.convert(Shared(hidden).eval()) for hidden in (saved_hidden, loaded_hidden))
+    with pytest.warns(UserWarning, match=r"no value reached spare\.input"):
+        gl.calibrate(saved, [x])
+    if ran:
+        with pytest.warns(UserWarning, match=r"no value reached spare\.input"):
+            gl.calibrate(loaded, [2 * x])
+    gl.save_ranges(saved, tmp_path / "r")
+    gl.load_ranges(loaded, tmp_path / "r")
+    for name in ("q", "k"):
+        site = loaded.get_submodule(name).input_quantizer
+        assert (float(site.low), site.is_input) == (float(x.min()), True)
+    assert not loaded.rest.input_quantizer.is_input
+    assert loaded.spare.input_quantizer.low is None
+    loaded.load_state_dict(saved.state_dict())
+    with gl.bits(saved, w=4, a=4), gl.bits(loaded, w=4, a=4):
+        assert torch.equal(loaded(x), saved(x))
+
+
+def test_layers_that_share_a_site_need_one_range(tmp_path: Path) -> None:
+    model, path = gl.convert(Shared(False).eval()), tmp_path / "r"
+    with pytest.warns(UserWarning, match=r"no value reached spare\.input"):
+        gl.calibrate(model, [torch.randn(5, 4)])
+    gl.save_ranges(model, path)
+    entries = safetensors.load_file(path)
+    assert "k.input.low" in entries
+    safetensors.save_file({**entries, "k.input.low": torch.tensor(-9.0)}, path, metadata=METADATA)
+    with pytest.raises(
+        ValueError, match=r"entry 'k\.input': k\.input and q\.input are one tensor in this model"
+    ):
+        gl.load_ranges(model, path)
+
+
+def test_stored_ranges_of_weights_along_another_axis(tmp_path: Path) -> None:
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        layers = [nn.ConvTranspose2d(3, 5, 2), nn.Flatten(), nn.Linear(45, 2)]
+        return gl.convert(nn.Sequential(*layers).eval(), per_channel=True)
+
+    model, loaded, x = build(), build(), torch.randn(4, 3, 2, 2)
+    gl.calibrate(model, [x])
+    gl.calibrate_weights(model, ranges="mse")
+    assert model[0].weight_quantizer.clip.shape == (16, 5)
+    gl.save_ranges(model, tmp_path / "r")
+    gl.load_ranges(loaded, tmp_path / "r")
+    with gl.bits(model, w=3, a=4), gl.bits(loaded, w=3, a=4):
+        assert torch.equal(loaded(x), model(x))

@@ -99,7 +99,7 @@ def without(key: str) -> Callable[[Path], None]:
     return change
 
 
-RANGE = "1.quantizer"
+RANGE = "3.input"
 SCALE, PLANE, STATE = f"scale.{FIRST}", f"plane.0.{FIRST}", "state.1.running_var"
 HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
     "empty": (with_file(lambda data: b""), "cut off"),
@@ -116,8 +116,8 @@ HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
         "its format must be 'gradl1_fast.any_bit'",
     ),
     "another version": (
-        with_header("__metadata__", version="2"),
-        "its version must be '1', the file says '2'",
+        with_header("__metadata__", version="1"),
+        "its version must be '2', the file says '1'",
     ),
     "missing": (without(SCALE), f"entry '{SCALE}' is missing"),
     "missing state": (without(STATE), f"entry '{STATE}' is missing"),
@@ -144,6 +144,11 @@ HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
         with_values(f"low.{RANGE}", torch.tensor(1e9)),
         f"entry 'low.{RANGE} and high.{RANGE}'",
     ),
+    "flag of two": (
+        with_values(f"is_input.{RANGE}", torch.tensor(2, dtype=torch.uint8)),
+        f"entry 'is_input.{RANGE}': must be 0 or 1",
+    ),
+    "no flag": (without(f"is_input.{RANGE}"), f"entry 'is_input.{RANGE}' is missing"),
     "half a range": (without(f"low.{RANGE}"), f"entry 'low.{RANGE}' is missing"),
 }
 

@@ -46,8 +46,8 @@ class TestASlicedModel:
     def test_it_has_nothing_to_train_or_to_save(self, model: nn.Module, path: Path) -> None:
         with pytest.raises(ValueError, match="'0' holds bits of an any-bit file"):
             gl.save_any_bit(model, path)
-        with pytest.raises(ValueError, match=r"0\.weight is not a parameter"):
-            gl.GradL1(model, 0.1, 0.0)
+        with pytest.raises(RuntimeError, match="GradL1: every weight is frozen"):
+            gl.GradL1(model, 0.1, 0.0)(VGG.loss(model, torch.float32))
         with pytest.raises(RuntimeError, match="no grid of integers"):
             model.get_submodule(FIRST).weight_quantizer.step(None, 4)
 
@@ -73,4 +73,6 @@ class TestASlicedModel:
             model.load_state_dict(converted().state_dict())
 
     def test_report(self, model: nn.Module, capsys: pytest.CaptureFixture[str]) -> None:
+        assert gl.report(model).layers[0][2:4] == ("4x3x3x3", "4 when it is called, which it was not yet")
+        model(VGG.batch(torch.float32)[0])
         assert gl.report(model).layers[0][2:4] == ("4x3x3x3", "4")

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import warnings
-from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
-import torch
-from torch import Tensor, fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import Tensor, nn
 
-from gradl1_fast.conversion.graphs import module_of, operation_of
-from gradl1_fast.nn.layers import QConv1d, QConv2d, QConv3d, QuantizedLayer
-from gradl1_fast.nn.hooks import has_hooks
-from gradl1_fast.quantization._modes import evaluation
-from gradl1_fast.quantization.sliced import SlicedWeight
+from gradl1_fast.nn.layers import QuantizedLayer
+from gradl1_fast.nn.second_pass import RandomState
+from gradl1_fast.nn.sites import named_layers
+from gradl1_fast.nn.twins import copy_structure
+from gradl1_fast.quantization._modes import Forward, call_with, evaluation
+from gradl1_fast.quantization.absorption import Absorption, is_batch_norm
+from gradl1_fast.quantization.adjacency import Neighbours
+from gradl1_fast.quantization.freshness import is_fresh, remember_weights
+from gradl1_fast.quantization.watching import Watch, tensors_of
 
 __all__ = ["Folding", "fold_batch_norm"]
-
-_CONVOLUTIONS = (QConv1d, QConv2d, QConv3d)
 
 
 @dataclass
@@ -55,22 +54,28 @@ class Folding:
         return "\n".join(lines) or "no batch norm"
 
 
-def fold_batch_norm(model: nn.Module, inputs: Tensor | None = None) -> Folding:
-    """Fold each batch norm into the convolution before it, for evaluation and export.
+def fold_batch_norm(model: nn.Module, inputs: Any = None, *, forward: Forward | None = None) -> Folding:
+    """Fold each batch norm into the layer before it, for evaluation and export.
 
-    With ``f = gamma / sqrt(var + eps)``, the convolution's weight becomes ``f * W`` and its bias
-    ``beta + f * (b - mean)``, computed in float64. The model stays as it is; the result is a new one:
+    With ``f = gamma / sqrt(var + eps)``, the layer's weight becomes ``f * W`` and its bias
+    ``beta + f * (b - mean)``, computed in float64. The model stays as it is; the result is a copy of the same
+    class:
 
-    - a folded convolution stands under its name, with a weight and a bias of its own;
-    - a folded ``BatchNormAct2d`` is replaced, under its name, by a :class:`gradl1_fast.nn.Act2d`, which
-      adds the residual, activates and quantizes with the same quantizer, so that ranges fit as before;
-      another batch norm by an ``nn.Identity``;
+    - a folded convolution has a weight and a bias of its own;
+    - a folded ``nn.BatchNorm*`` is replaced, under its name, by an ``nn.Identity``; a subclass, or a frozen
+      batch norm made of buffers, keeps its class and gets a mean of 0 and a variance of 1, so that what else
+      it does, such as an activation, stays;
     - everything else shares its parameters with the model.
+
+    What feeds what is read off traced graphs. With ``inputs``, one forward pass is watched as well, so that
+    batch norms of a model that cannot be traced are folded too; what that pass does is taken for what every
+    pass does.
 
     A batch norm that cannot be folded stays, and a warning and :attr:`Folding.refused` say why. That is
     one in training mode or without running statistics, one whose input is not the output of a
     convolution (as in conv -> ReLU -> BN) or is read elsewhere too, one called or with a convolution
-    called in several places, with a weight that another layer shares, or with hooks.
+    called in several places, with a weight that another layer shares or that is computed (weight
+    standardisation), or with hooks. Behind a linear layer it takes ``inputs`` to see that channels match.
 
     The weights that are quantized are then those of the folded convolutions: with one range for a
     tensor, channels of very different ``f`` share it. A stored range is scaled where each channel has
@@ -78,144 +83,102 @@ def fold_batch_norm(model: nn.Module, inputs: Tensor | None = None) -> Folding:
 
     Args:
         model: a converted model, in evaluation mode.
-        inputs: a batch on which the outputs of both models, in float, are compared.
+        inputs: what the model is called with, a tuple being several inputs in order and a mapping keyword
+            arguments. The outputs of both models, in float, are compared on them: all tensors in containers,
+            dataclasses and other objects.
+        forward: ``forward(model, inputs)`` runs the model in any other way.
 
     Raises:
         ValueError: the model has no layers of this library.
-        TypeError: the output to be compared is not a tensor.
+        TypeError: the output to be compared holds no tensor.
 
     Examples:
         >>> import torch, gradl1_fast as gl
         >>> plain = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.BatchNorm2d(2), torch.nn.ReLU())
         >>> folding = gl.fold_batch_norm(gl.convert(plain).eval(), torch.randn(4, 1, 6, 6))
-        >>> folding.model.get_submodule("0").bias is not None
-        True
+        >>> folding.model
+        Sequential(
+          (0): QConv2d(...)
+          (1): Identity()
+          (2): ReLU()
+        )
     """
-    if not any(isinstance(m, QuantizedLayer | BatchNormAct2d) for m in model.modules()):
+    if not any(isinstance(m, QuantizedLayer) for m in model.modules()):
         raise ValueError("fold_batch_norm: the model is not converted: call gradl1_fast.convert(model) first")
-    result = Folding(copy_model(model))
-    names = {id(m): name for name, m in result.model.named_modules()}
-    pairs, result.refused = _pairs(result.model, names)
-    for norm, conv in pairs:
-        result.folded[names[id(norm)]] = names[id(conv)]
-        if not _fold(norm, conv):
-            result.without_range.append(names[id(conv)])
-        replace_module(result.model, norm, _remainder(norm))
+    result = Folding(copy_structure(model))
+    watch = None if inputs is None else _watched(result.model, inputs, forward)
+    neighbours = Neighbours(result.model, watch)
+    result.refused = neighbours.refused
+    _fold(result, neighbours)
     if result.refused:
         reasons = "; ".join(f"{name} {reason}" for name, reason in result.refused.items())
         warnings.warn(f"fold_batch_norm: not folded: {reasons}", stacklevel=2)
     if inputs is not None:
-        result.difference, result.scale = _compare(model, result.model, inputs)
+        result.difference, result.scale = _compare(model, result.model, inputs, forward)
     return result
 
 
-def _pairs(
-    model: nn.Module, names: dict[int, str]
-) -> tuple[list[tuple[_BatchNorm, QuantizedLayer]], dict[str, str]]:
-    """Return what can be folded, and why other batch norms cannot."""
-    calls = Counter[int]()
-    for graph_model in _graph_models(model):
-        calls += count_calls(graph_model, graph_model.graph)
-    owners = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
-    pairs: dict[int, tuple[_BatchNorm, QuantizedLayer]] = {}
-    refused: dict[str, str] = {}
-    for node, graph_model in [(n, m) for m in _graph_models(model) for n in m.graph.nodes]:
-        norm = module_of(graph_model, node)
-        if not isinstance(norm, _BatchNorm):
+def _watched(model: nn.Module, inputs: Any, forward: Forward | None) -> Watch:
+    norms = [m for m in model.modules() if is_batch_norm(m)]
+    watch = Watch(named_layers(model).values(), norms)
+    randomness = RandomState()
+    with evaluation(model):
+        watch.run(lambda: call_with(model, inputs, forward))
+    randomness.replay()
+    return watch
+
+
+def _fold(result: Folding, neighbours: Neighbours) -> None:
+    names = {id(m): name for name, m in result.model.named_modules()}
+    for norm, layer in neighbours.pairs:
+        name, name_of_layer = names[id(norm)], names[id(layer)]
+        absorption = Absorption(norm, layer)
+        reason = absorption.reason_against()
+        if reason is None and not layer.twin.__module__.startswith("torch.nn") and not absorption.applies():
+            reason = f"follows {name_of_layer}, which has no bias in its forward pass"
+        if reason is not None:
+            result.refused[name] = reason
             continue
-        source = node.all_input_nodes[0]
-        conv = module_of(graph_model, source)
-        reason = _own_reason(norm, calls) or _source_reason(source, conv, calls, owners, names)
-        if reason is None and isinstance(conv, QuantizedLayer):
-            pairs[id(norm)] = norm, conv
-        else:
-            refused[names[id(norm)]] = str(reason)
-    for norm in model.modules():
-        if isinstance(norm, _BatchNorm) and not calls[id(norm)]:
-            refused[names[id(norm)]] = "is not called in a traced graph, so that its input is unknown"
-    return list(pairs.values()), refused
+        fresh = is_fresh(layer)
+        if not absorption.apply():
+            result.without_range.append(name_of_layer)
+        if fresh:
+            remember_weights([layer])
+        _replace(result.model, norm, absorption.rest)
+        result.folded[name] = name_of_layer
 
 
-def _graph_models(model: nn.Module) -> Iterator[ConvertedModel]:
-    return (m for m in model.modules() if isinstance(m, ConvertedModel))
+def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put a module in the place of another, wherever that stands."""
+    for parent in model.modules():
+        for name, child in parent._modules.items():
+            if child is old:
+                parent._modules[name] = new
 
 
-def _own_reason(norm: _BatchNorm, calls: Counter[int]) -> str | None:
-    if norm.training:
-        return "is in training mode: call model.eval() first"
-    if norm.running_mean is None or norm.running_var is None:
-        return "has no running statistics"
-    if calls[id(norm)] > 1:
-        return "is called in several places"
-    return "has hooks" if has_hooks(norm) else None
-
-
-def _source_reason(
-    source: fx.Node, conv: nn.Module | None, calls: Counter[int], owners: Counter[int], names: dict[int, str]
-) -> str | None:
-    if not isinstance(conv, _CONVOLUTIONS):
-        what = source.name if conv is None else f"{names[id(conv)]} ({type(conv).__name__})"
-        operation = operation_of(source)
-        kind = getattr(operation, "__name__", operation)
-        return f"follows {what if operation is None else kind}, not a convolution"
-    name = names[id(conv)]
-    if isinstance(conv.weight_quantizer, SlicedWeight):
-        return f"follows {name}, which holds bits of an any-bit file and no float weight"
-    if calls[id(conv)] > 1:
-        return f"follows {name}, which is called in several places"
-    if len(source.users) > 1:
-        return f"follows {name}, whose output is read elsewhere too"
-    if any(owners[id(p)] > 1 for p in conv.parameters(recurse=False)):
-        return f"follows {name}, which shares a parameter with another layer"
-    return f"follows {name}, which has hooks" if has_hooks(conv) else None
-
-
-@torch.no_grad()
-def _fold(norm: _BatchNorm, conv: QuantizedLayer) -> bool:
-    """Fold; return False if a stored weight range had to be dropped."""
-    if norm.running_mean is None or norm.running_var is None:
-        raise RuntimeError("a batch norm without statistics cannot be folded")
-    mean, variance = norm.running_mean.double(), norm.running_var.double()
-    factor = (variance + norm.eps).rsqrt()
-    if norm.weight is not None:
-        factor = factor * norm.weight.double()
-    bias = -mean if conv.bias is None else conv.bias.double() - mean
-    bias = bias * factor
-    if norm.bias is not None:
-        bias = bias + norm.bias.double()
-    weight = conv.weight.double() * factor.reshape(-1, *[1] * (conv.weight.dim() - 1))
-    conv.weight = _parameter(weight, conv.weight)
-    conv.bias = _parameter(bias, conv.weight)
-    return _scale_range(conv, factor)
-
-
-def _parameter(value: Tensor, like: Tensor) -> nn.Parameter:
-    value = value.to(like.dtype)
-    if like.dim() == value.dim() == 4 and like.is_contiguous(memory_format=torch.channels_last):
-        value = value.contiguous(memory_format=torch.channels_last)
-    return nn.Parameter(value, requires_grad=like.requires_grad)
-
-
-def _scale_range(conv: QuantizedLayer, factor: Tensor) -> bool:
-    clip = conv.weight_quantizer.clip
-    if clip is None:
-        return True
-    fits = conv.weight_quantizer.axis == 0
-    conv.weight_quantizer.set_clip((clip * factor.abs()).to(clip.dtype) if fits else None)
-    return fits
-
-
-def _remainder(norm: _BatchNorm) -> nn.Module:
-    if isinstance(norm, BatchNormAct2d):
-        return Act2d.after_folding(norm)
-    return nn.Identity().train(norm.training)
-
-
-def _compare(before: nn.Module, after: nn.Module, inputs: Tensor) -> tuple[float, float]:
-    outputs = []
+def _compare(
+    before: nn.Module, after: nn.Module, inputs: Any, forward: Forward | None
+) -> tuple[float, float]:
+    """Return the largest difference of the outputs, and the largest output."""
+    randomness = RandomState()
+    outputs: list[list[Tensor]] = []
     for model in (before, after):
+        randomness.replay()
         with evaluation(model):
-            outputs.append(model(inputs))
-    if not all(isinstance(y, Tensor) for y in outputs):
-        raise TypeError(f"fold_batch_norm: outputs to be compared must be tensors, got {type(outputs[0])}")
-    return float((outputs[0] - outputs[1]).abs().max()), float(outputs[0].abs().max())
+            outputs.append(tensors_of(call_with(model, inputs, forward)))
+    if not outputs[0]:
+        raise TypeError("fold_batch_norm: the output to be compared holds no tensor")
+    if [y.shape for y in outputs[0]] != [y.shape for y in outputs[1]]:
+        return float("inf"), _largest(outputs[0])
+    differences = [_difference(a, b) for a, b in zip(*outputs, strict=True)]
+    return _largest(differences), _largest(outputs[0])
+
+
+def _difference(one: Tensor, other: Tensor) -> Tensor:
+    one, other = (y if y.is_complex() else y.double() for y in (one, other))
+    same = (one == other) | (one.isnan() & other.isnan())
+    return (one - other).masked_fill(same, 0)
+
+
+def _largest(tensors: list[Tensor]) -> float:
+    return max((float(y.abs().max()) for y in tensors if y.numel()), default=0.0)

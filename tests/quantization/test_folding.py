@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import gradl1_fast as gl
+from gradl1_fast.nn.sites import named_quantizers
 from tests.networks import MOBILENET, NO_NORM, RESNET, VGG, Network
 
 NORMED = [VGG, RESNET, MOBILENET]
@@ -35,7 +36,8 @@ def test_the_output_is_the_same_and_every_batch_norm_is_gone(network: Network) -
     assert set(folding.folded) == set(norms)
     assert not folding.refused
     assert not any(isinstance(m, nn.BatchNorm2d) for m in folding.model.modules())
-    assert all(isinstance(folding.model.get_submodule(name), gl.nn.Act2d) for name in norms)
+    assert all(isinstance(folding.model.get_submodule(name), nn.Identity) for name in norms)
+    assert type(folding.model) is type(model) is type(plain)
     assert folding.difference == float((after - model(x).detach()).abs().max()) < 1e-10
     assert folding.scale == float(model(x).detach().abs().max())
     assert "folded into" in str(folding)
@@ -99,14 +101,15 @@ def test_the_penalty_of_a_folded_model_is_that_of_its_plain_twin() -> None:
     assert str(gl.fold_batch_norm(folding.model)) == "no batch norm"
     _, folding = folded(VGG)
     model = folding.model
-    penalty = gl.GradL1(model, 0.1, 0.1)
+    penalty = gl.GradL1(model, 0.1, 0.1, scale="none")
     loss = VGG.loss(model)
     weights = [m.weight for m in model.modules() if isinstance(m, gl.nn.QuantizedLayer)]
+    sites = [q for q in named_quantizers(model).values() if not q.is_input]
     expected = [g.abs().sum() for g in torch.autograd.grad(loss, weights, create_graph=True)]
     penalty(loss).backward()
     actual = [v for name, v in penalty.terms.items() if name.endswith("weight")]
     torch.testing.assert_close(torch.stack(actual), torch.stack(expected).detach(), rtol=1e-12, atol=0)
-    assert len(penalty.terms) == len(weights) + len(VGG.producers)
+    assert len(penalty.terms) == len(weights) + len(sites)
 
 
 @pytest.mark.parametrize("per_channel", [False, True])
@@ -238,35 +241,20 @@ def test_training_mode_is_refused_by_name() -> None:
     assert set(folding.refused) == {"4"}
 
 
-def test_a_model_that_was_not_traced_keeps_its_batch_norms() -> None:
-    class Branching(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv, self.bn = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.bn(self.conv(x)) if x.sum() > 0 else x
-
-    with pytest.warns(UserWarning, match="cannot be traced"):
-        model = gl.convert(Branching().eval())
-    with pytest.warns(UserWarning, match="bn is not called in a traced graph"):
-        assert set(gl.fold_batch_norm(model).refused) == {"bn"}
-
-
-def test_a_plain_model_and_an_output_that_cannot_be_compared_are_refused() -> None:
+def test_a_plain_model_and_an_output_without_tensors_are_refused() -> None:
     with pytest.raises(ValueError, match="not converted"):
         gl.fold_batch_norm(VGG.make().eval())
 
-    class Pair(nn.Module):
+    class Number(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.conv = nn.Conv2d(3, 3, 1)
 
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            return self.conv(x), x
+        def forward(self, x: Tensor) -> float:
+            return float(self.conv(x).sum())
 
-    with pytest.raises(TypeError, match="outputs to be compared must be tensors"):
-        gl.fold_batch_norm(gl.convert(Pair().eval()), torch.ones(1, 3, 4, 4))
+    with pytest.raises(TypeError, match="the output to be compared holds no tensor"):
+        gl.fold_batch_norm(gl.convert(Number().eval()), torch.ones(1, 3, 4, 4))
 
 
 def test_one_dimensional_batch_norm_behind_its_convolution() -> None:

@@ -1,0 +1,158 @@
+"""One forward pass, watched: which layer's output each batch norm is given, and who else reads it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+
+from gradl1_fast.nn.layers import QuantizedLayer
+
+__all__ = ["Watch", "tensors_of"]
+
+# What tells of a tensor without reading its values.
+_METADATA = {
+    *("size", "dim", "ndimension", "numel", "nelement", "stride", "element_size", "get_device", "__len__"),
+    *("is_contiguous", "is_floating_point", "is_complex", "is_inference", "__hash__", "type"),
+}
+
+
+class Watch:
+    """What one forward pass has shown.
+
+    Attributes:
+        calls: how often each layer and batch norm was called, by identity.
+        fed: the layers whose very output each batch norm was given, call by call; None for another tensor.
+        read_elsewhere: layers whose output something else than a batch norm has read.
+        weight_read_elsewhere: layers of which a parameter was read while they did not run.
+        dimensions: of each layer's output.
+    """
+
+    def __init__(self, layers: Iterable[QuantizedLayer], norms: Iterable[nn.Module]) -> None:
+        self.calls = Counter[int]()
+        self.fed: dict[int, list[QuantizedLayer | None]] = {}
+        self.read_elsewhere: set[int] = set()
+        self.weight_read_elsewhere: set[int] = set()
+        self.dimensions: dict[int, int] = {}
+        self._layers, self._norms = list(layers), list(norms)
+        self._outputs: Any = WeakIdKeyDictionary()
+        self._owners: Any = WeakIdKeyDictionary()
+        for layer in self._layers:
+            for parameter in layer.parameters(recurse=False):
+                self._owners[parameter] = layer
+        self._running: list[QuantizedLayer | None] = []
+
+    def run(self, forward: Callable[[], Any]) -> Any:
+        """Run a forward pass and return its result."""
+        hooks = [layer.register_forward_pre_hook(self._layer_starts) for layer in self._layers]
+        hooks += [layer.register_forward_hook(self._layer_ends) for layer in self._layers]
+        hooks += [norm.register_forward_pre_hook(self._norm_starts, with_kwargs=True) for norm in self._norms]
+        hooks += [norm.register_forward_hook(lambda *_: self._end()) for norm in self._norms]
+        try:
+            with _Functions(self.see), _Operations(self.see):
+                result = forward()
+        finally:
+            for hook in hooks:
+                hook.remove()
+        self.see(tensors_of(result))
+        return result
+
+    def see(self, values: Iterable[Any]) -> None:
+        """Take note of tensors that something reads now."""
+        for value in values:
+            if not isinstance(value, Tensor):
+                continue
+            producer, owner = self._outputs.get(value), self._owners.get(value)
+            if producer is not None and not self._is_running(producer):
+                self.read_elsewhere.add(id(producer))
+            if owner is not None and not self._is_running(owner):
+                self.weight_read_elsewhere.add(id(owner))
+
+    def _is_running(self, layer: QuantizedLayer) -> bool:
+        return any(running is layer for running in self._running)
+
+    def _layer_starts(self, layer: Any, _args: Any) -> None:
+        self.calls[id(layer)] += 1
+        self._running.append(layer)
+
+    def _layer_ends(self, layer: Any, _args: Any, y: Any) -> None:
+        self._end()
+        if isinstance(y, Tensor):
+            self._outputs[y] = layer
+            self.dimensions[id(layer)] = y.dim()
+
+    def _norm_starts(self, norm: nn.Module, args: Any, kwargs: Any) -> None:
+        x = next(iter((*args, *kwargs.values())), None)
+        layer = self._outputs.get(x) if isinstance(x, Tensor) else None
+        self.calls[id(norm)] += 1
+        self.fed.setdefault(id(norm), []).append(layer)
+        self._running.append(layer)  # while the batch norm runs, the output is read as it should be
+
+    def _end(self) -> None:
+        self._running.pop()
+
+
+class _Functions(TorchFunctionMode):
+    """Sees calls of PyTorch's functions, such as reading ``.data``, that no operator shows."""
+
+    def __init__(self, see: Callable[[Iterable[Any]], None]) -> None:
+        super().__init__()
+        self._see = see
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = getattr(func, "__name__", "")
+        is_metadata = name in _METADATA or (name == "__get__" and not isinstance(result, Tensor))
+        if not is_metadata:
+            self._see(tree_leaves((args, kwargs)))
+        return result
+
+
+class _Operations(TorchDispatchMode):
+    """Sees operators, also those that are called from C++."""
+
+    def __init__(self, see: Callable[[Iterable[Any]], None]) -> None:
+        super().__init__()
+        self._see = see
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._see(tree_leaves((args, kwargs)))
+        return func(*args, **(kwargs or {}))
+
+
+def tensors_of(value: Any) -> list[Tensor]:
+    """Return the tensors in a model's output: in containers, dataclasses and other objects."""
+    found: list[Tensor] = []
+    _collect(value, found, set())
+    return found
+
+
+def _collect(value: Any, found: list[Tensor], seen: set[int]) -> None:
+    if isinstance(value, Tensor):
+        found.append(value)
+        return
+    if (
+        value is None
+        or isinstance(value, str | bytes | int | float | torch.dtype | nn.Module)
+        or id(value) in seen
+    ):
+        return
+    seen.add(id(value))
+    if isinstance(value, tuple | list | set | frozenset):
+        items: Iterable[Any] = value
+    else:
+        items = value.values() if hasattr(value, "keys") and hasattr(value, "values") else _attributes(value)
+    for item in items:
+        _collect(item, found, seen)
+
+
+def _attributes(value: Any) -> list[Any]:
+    slots = getattr(type(value), "__slots__", ())
+    return [*vars(value).values()] if hasattr(value, "__dict__") else [getattr(value, s, None) for s in slots]

@@ -10,14 +10,19 @@ import torch
 from torch import Tensor, fx, nn
 
 from gradl1_fast.conversion.graphs import module_of, operation_of
-from gradl1_fast.nn.layers import QLinear, QuantizedLayer
+from gradl1_fast.conversion.tracing import parts_of
+from gradl1_fast.nn.hooks import has_hooks, has_own_forward
+from gradl1_fast.nn.layers import QConv1d, QConv2d, QConv3d, QLinear, QuantizedLayer
 from gradl1_fast.nn.quantizers import ActivationQuantizer
-from gradl1_fast.nn.hooks import has_hooks
+from gradl1_fast.nn.sites import named_layers, named_quantizers
+from gradl1_fast.nn.twins import copy_structure
+from gradl1_fast.quantization.freshness import is_fresh, remember_weights
 from gradl1_fast.quantization.sliced import refuse_sliced
 
 __all__ = ["Equalization", "equalize"]
 
 _ROUNDS, _CLOSE = 100, 1e-3
+_LAYERS = (QConv1d, QConv2d, QConv3d, QLinear)
 
 # Each of these gives s * y for s * x, channel by channel, for every s > 0.
 _HOMOGENEOUS = (
@@ -25,7 +30,15 @@ _HOMOGENEOUS = (
     *(nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AvgPoolNd),
     *(nn.modules.pooling._AdaptiveAvgPoolNd, nn.modules.pooling._AdaptiveMaxPoolNd),
 )
-_HOMOGENEOUS_NAMES = ("relu", "flatten", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "dropout")
+_HOMOGENEOUS_NAMES = (
+    "relu",
+    "relu_",
+    "flatten",
+    "max_pool2d",
+    "avg_pool2d",
+    "adaptive_avg_pool2d",
+    "dropout",
+)
 
 
 @dataclass
@@ -35,7 +48,7 @@ class Equalization:
     Attributes:
         model: the equalized model.
         pairs: names of the layers between which scale was moved.
-        uncalibrated: quantizers between them, whose ranges no longer fit and were dropped.
+        uncalibrated: sites between them, whose ranges no longer fit and were dropped.
         without_range: layers whose stored weight range was dropped.
     """
 
@@ -62,11 +75,12 @@ class _Pair:
 def equalize(model: nn.Module) -> Equalization:
     """Give each channel between two layers the same range in both, without changing the float function.
 
-    Where a layer feeds another through nothing but ReLU, pooling, dropout, flattening and quantizers,
+    Where a layer feeds another through nothing but ReLU, pooling, dropout and flattening,
     channel i of the first is divided by ``s_i = sqrt(r1_i / r2_i)``, with r the largest weight of the
     channel on either side, and multiplied by it in the second; again and again until nothing moves. With one
     range for a tensor no channel is then much smaller than the others. Fold batch norms first: they
-    stand between layers. Sums, ReLU6 and grouped (but not depthwise) convolutions end a chain.
+    stand between layers. Sums, ReLU6, transposed and grouped (but not depthwise) convolutions end a chain.
+    Chains are found in what can be traced of the model: all of it, or parts.
 
     The model stays as it is; the result is a new one that shares what was not equalized. Ranges of the
     activations in between are dropped: calibrate it.
@@ -75,17 +89,19 @@ def equalize(model: nn.Module) -> Equalization:
         model: a converted model, usually :attr:`gradl1_fast.Folding.model`.
 
     Raises:
-        ValueError: the model was not traced.
+        ValueError: the model is not converted, or no part of it can be traced.
 
     Source: Nagel et al. 2019, arXiv 1906.04721, section 4.1.
     """
-    if not isinstance(model, ConvertedModel):
-        raise ValueError("equalize: needs a model that gradl1_fast.convert could trace")
     refuse_sliced(model, "equalize")
-    result = Equalization(copy_model(model))
-    pairs = list(_pairs(result.model))  # type: ignore[arg-type]
+    result = Equalization(copy_structure(model))
+    pairs = _pairs(result.model)
+    layers = {id(layer): layer for pair in pairs for layer in pair.layers}
+    fresh = [layer for layer in layers.values() if is_fresh(layer)]
     _balance(pairs)
-    names = {id(m): name for name, m in result.model.named_modules()}
+    remember_weights(fresh)
+    names = {id(q): name for name, q in named_quantizers(result.model).items()}
+    names |= {id(layer): name for name, layer in named_layers(result.model).items()}
     for pair in pairs:
         result.pairs.append(pair.names)
         for quantizer in pair.quantizers:
@@ -98,52 +114,76 @@ def equalize(model: nn.Module) -> Equalization:
     return result
 
 
-def _pairs(model: ConvertedModel) -> Iterator[_Pair]:
-    calls = count_calls(model, model.graph)
-    owners = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
-    for node in model.graph.nodes:
-        first = module_of(model, node)
-        if not isinstance(first, QuantizedLayer) or not _alone(first, calls, owners):
-            continue
-        quantizers: list[ActivationQuantizer] = []
-        end = _follow(model, node, calls, quantizers)
-        second = None if end is None else module_of(model, end)
-        if end is not None and isinstance(second, QuantizedLayer) and _alone(second, calls, owners):
-            if second.input_quantizer is not None:
-                quantizers.append(second.input_quantizer)
+def _pairs(model: nn.Module) -> list[_Pair]:
+    graphs = [(p.name, p.container, p.traced.graph) for p in parts_of(model) if p.traced is not None]
+    if not graphs:
+        raise ValueError("equalize: needs a converted model of which at least a part can be traced")
+    chains = _Chains(model, graphs)
+    return [pair for name, root, graph in graphs for pair in chains.pairs(name, root, graph)]
+
+
+class _Chains:
+    """Finds layers that feed another, and what is between them, in the graphs of a model."""
+
+    def __init__(self, model: nn.Module, graphs: list[tuple[str, nn.Module, fx.Graph]]) -> None:
+        modules = [module_of(root, node) for _, root, graph in graphs for node in graph.nodes]
+        self._calls = Counter(map(id, modules))
+        self._owners = Counter(
+            id(p) for m in model.modules() for p in m._parameters.values() if p is not None
+        )
+        self._sites = Counter(id(layer.input_quantizer) for layer in named_layers(model).values())
+        self._read = {id(v) for _, root, graph in graphs for v in _attributes(root, graph)}
+
+    def pairs(self, part: str, root: nn.Module, graph: fx.Graph) -> Iterator[_Pair]:
+        for node in graph.nodes:
+            first = module_of(root, node)
+            if not isinstance(first, _LAYERS) or not self._alone(first):
+                continue
+            quantizers: list[ActivationQuantizer] = []
+            end = self._follow(root, node, quantizers)
+            second = None if end is None else module_of(root, end)
+            if end is None or not isinstance(second, _LAYERS) or not self._alone(second):
+                continue
+            if second.input_quantizer is None or self._sites[id(second.input_quantizer)] > 1:
+                continue  # another layer is given the same tensor: its weights would have to follow
             if _input_range(second, len(first.weight)) is not None:
-                yield _Pair((str(node.target), str(end.target)), (first, second), quantizers)
+                names = tuple(f"{part}.{n.target}".removeprefix(".") for n in (node, end))
+                yield _Pair(names, (first, second), [*quantizers, second.input_quantizer])  # type: ignore[arg-type]
+
+    def _alone(self, layer: QuantizedLayer) -> bool:
+        parameters = list(layer.parameters(recurse=False))
+        shared = any(self._owners[id(p)] > 1 or id(p) in self._read for p in parameters)
+        own_code = has_hooks(layer) or has_own_forward(layer) or layer.is_computed
+        return self._calls[id(layer)] == 1 and not shared and not own_code
+
+    def _follow(
+        self, root: nn.Module, node: fx.Node, quantizers: list[ActivationQuantizer]
+    ) -> fx.Node | None:
+        """Return the layer that ``node`` feeds and nothing else, collecting quantizers on the way."""
+        while len(node.users) == 1:
+            node = next(iter(node.users))
+            module = module_of(root, node)
+            if isinstance(module, QuantizedLayer):
+                return node
+            if module is not None and (self._calls[id(module)] > 1 or has_hooks(module)):
+                return None
+            if not _is_homogeneous(node, module):
+                return None
+            if isinstance(module, ActivationQuantizer):
+                quantizers.append(module)
+        return None
 
 
-def _alone(layer: QuantizedLayer, calls: Counter[int], owners: Counter[int]) -> bool:
-    shared = any(owners[id(p)] > 1 for p in layer.parameters(recurse=False))
-    return calls[id(layer)] == 1 and not shared and not has_hooks(layer)
-
-
-def _follow(
-    model: nn.Module, node: fx.Node, calls: Counter[int], quantizers: list[ActivationQuantizer]
-) -> fx.Node | None:
-    """Return the layer that ``node`` feeds and nothing else, collecting quantizers on the way."""
-    while len(node.users) == 1:
-        node = next(iter(node.users))
-        module = module_of(model, node)
-        if isinstance(module, QuantizedLayer):
-            return node
-        if module is not None and (calls[id(module)] > 1 or has_hooks(module)):
-            return None
-        if not _is_homogeneous(node, module):
-            return None
-        quantizer = module.quantizer if isinstance(module, Act2d) else module
-        if isinstance(quantizer, ActivationQuantizer):
-            quantizers.append(quantizer)
-    return None
+def _attributes(root: nn.Module, graph: fx.Graph) -> Iterator[object]:
+    for node in graph.nodes:
+        if node.op == "get_attr" and node.users:
+            owner, _, name = str(node.target).rpartition(".")
+            yield getattr(root.get_submodule(owner), name, None)
 
 
 def _is_homogeneous(node: fx.Node, module: nn.Module | None) -> bool:
     if len(node.all_input_nodes) != 1:
         return False
-    if isinstance(module, Act2d):
-        return module.activation in ("none", "relu")
     operation = operation_of(node)
     return isinstance(module, _HOMOGENEOUS) or getattr(operation, "__name__", operation) in _HOMOGENEOUS_NAMES
 

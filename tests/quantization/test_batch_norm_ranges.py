@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gradl1_fast as gl
+from gradl1_fast.nn.sites import named_quantizers
 from gradl1_fast.quantization.ranges.batch_norm import Gaussian
 from tests.networks import MOBILENET, RESNET, VGG, conv_norm
 
@@ -19,15 +20,15 @@ INPUT = (-3.0, 3.0)
 
 def calibrated(model: nn.Module, sigmas: float = 6.0) -> nn.Module:
     model = gl.convert(model.eval())
-    known = {name: INPUT for name, m in model.named_modules() if getattr(m, "probe", 0) is None}
-    if hasattr(model, "activation_quantizers") and hasattr(model.activation_quantizers, "_13"):
-        known["activation_quantizers._13"] = (0.0, 5.0)  # between two linear layers of VGG
+    known = {name: INPUT for name, q in named_quantizers(model).items() if q.is_input}
+    if "14.input" in named_quantizers(model):
+        known["14.input"] = (0.0, 5.0)  # between two linear layers of VGG
     gl.calibrate(model, ranges=gl.ranges.BatchNormStatistics(sigmas, known))
     return model
 
 
 def ends(model: nn.Module, name: str) -> tuple[float, float]:
-    quantizer = model.get_submodule(name)
+    quantizer = named_quantizers(model)[name]
     return float(quantizer.low), float(quantizer.high)
 
 
@@ -37,9 +38,9 @@ def test_behind_a_batch_norm_it_is_beta_plus_six_gamma_and_relu_clips() -> None:
         plain[1].weight[0] = -3.0
     model = calibrated(plain)
     expected = float((plain[1].bias + 6 * plain[1].weight.abs()).max())
-    assert ends(model, "1.quantizer") == (0.0, pytest.approx(expected, rel=1e-6))
+    assert ends(model, "3.input") == (0.0, pytest.approx(expected, rel=1e-6))
     pooled = float((plain[4].bias + 6 * plain[4].weight.abs()).max())
-    assert ends(model, "activation_quantizers._6") == (0.0, pytest.approx(pooled, rel=1e-6))
+    assert ends(model, "7.input") == (0.0, pytest.approx(pooled, rel=1e-6))
 
 
 @pytest.mark.parametrize(
@@ -75,7 +76,7 @@ def test_a_sum_of_branches_has_the_deviation_of_independent_draws() -> None:
         nn.init.uniform_(norm.weight, 0.5, 2)
         nn.init.uniform_(norm.bias, -1, 1)
     sigmas = 2.0
-    low, high = ends(calibrated(plain, sigmas), "b.1.quantizer")
+    low, high = ends(calibrated(plain, sigmas), "last.input")
     generator = torch.Generator().manual_seed(5)
     draws = [
         norm.bias + norm.weight * torch.randn(400_000, 5, generator=generator, dtype=torch.float64)
@@ -95,8 +96,9 @@ def test_whole_networks_need_no_more_than_the_range_of_their_input(network: obje
     model = calibrated(plain)
     with torch.no_grad(), gl.bits(model, w=None, a=8):
         assert model(network.batch()[0]).isfinite().all()
-    six = [m for m in model.modules() if isinstance(m, gl.BatchNormAct2d) and m.activation == "relu6"]
-    assert all(0 <= float(m.quantizer.low) <= float(m.quantizer.high) <= 6 for m in six if m.quantizer)
+    if network is MOBILENET:
+        for name in ("blocks.0.depthwise.0.input", "blocks.0.project.0.input", "fc.input"):
+            assert 0 <= ends(model, name)[0] < ends(model, name)[1] <= 6
 
 
 def test_the_statistics_cover_data_that_follow_them() -> None:
@@ -110,7 +112,7 @@ def test_the_statistics_cover_data_that_follow_them() -> None:
     free = calibrated(plain)
     seen = gl.convert(plain.eval())
     gl.calibrate(seen, [x])
-    for name in ("1.quantizer", "activation_quantizers._6"):
+    for name in ("3.input", "7.input"):
         assert 0.5 < ends(free, name)[1] / ends(seen, name)[1] < 3
 
 
@@ -118,8 +120,8 @@ def test_what_is_not_behind_a_batch_norm_is_named() -> None:
     model = gl.convert(VGG.make().eval())
     with pytest.raises(ValueError, match=r"calibrate: no batch norm says what reaches .*input.*known=\{"):
         gl.calibrate(model, ranges="batch_norm")
-    assert model.get_submodule("1.quantizer").low is None
-    with pytest.raises(ValueError, match="known: no quantizer is called wrong; there are"):
+    assert model.get_submodule("3.input_quantizer").low is None
+    with pytest.raises(ValueError, match="known: no site is called wrong; there are"):
         gl.calibrate(model, ranges=gl.ranges.BatchNormStatistics(known={"wrong": INPUT}))
 
 
@@ -158,10 +160,59 @@ def test_channels_that_are_joined_keep_their_ranges() -> None:
     plain = Joined()
     nn.init.constant_(plain.b[1].bias, 10.0)
     model = calibrated(plain)
-    assert ends(model, "activation_quantizers.cat") == (-6.0, 16.0)
+    assert ends(model, "last.input") == (-6.0, 16.0)
 
 
-def test_a_model_that_was_not_traced_is_refused() -> None:
+def test_of_a_layer_alone_nothing_is_known() -> None:
     layer = gl.convert(nn.Linear(3, 2))
-    with pytest.raises(ValueError, match="need a model that convert could trace; use data"):
+    with pytest.raises(ValueError, match="no batch norm says what reaches input"):
         gl.calibrate(layer, ranges="batch_norm")
+
+
+class Parts(nn.Module):
+    """Cannot be traced as a whole: of its parts the inputs are unknown."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Sequential(*conv_norm(3, 4), nn.ReLU(), nn.Conv2d(4, 4, 1))
+        self.b = nn.Sequential(*conv_norm(4, 4), nn.ReLU6(), nn.Conv2d(4, 2, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x if x.sum() < 1e9 else x + 1))
+
+
+def test_parts_are_followed_and_their_inputs_have_to_be_given() -> None:
+    model = gl.convert(Parts().eval())
+    with pytest.raises(ValueError, match=r"what reaches a\.0\.input, b\.0\.input; give"):
+        gl.calibrate(model, ranges="batch_norm")
+    known = {"a.0.input": INPUT, "b.0.input": (-1.0, 1.0)}
+    gl.calibrate(model, ranges=gl.ranges.BatchNormStatistics(known=known))
+    assert ends(model, "a.3.input") == (0.0, 6.0)
+    assert ends(model, "b.0.input") == (-1.0, 1.0)
+    with gl.bits(model, w=4, a=4):
+        assert model(torch.randn(2, 3, 4, 4)).isfinite().all()
+
+
+class InPlace(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.relu, self.last = (
+            nn.Sequential(*conv_norm(3, 4)),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(4, 2, 1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        if self.add:
+            y.add_(5)
+            return self.last(y)
+        return self.last(self.relu(y))
+
+
+def test_what_is_changed_in_place_is_not_taken_for_what_it_was() -> None:
+    InPlace.add = False
+    assert ends(calibrated(InPlace()), "last.input")[0] == 0.0
+    InPlace.add = True
+    with pytest.raises(ValueError, match=r"what reaches last\.input"):
+        calibrated(InPlace())

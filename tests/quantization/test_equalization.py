@@ -72,13 +72,15 @@ def test_ranges_in_between_are_dropped_and_others_stay() -> None:
     model = unbalanced(RESNET)
     gl.calibrate_weights(model)
     result = gl.equalize(model)
-    assert result.uncalibrated == [f"blocks.{i}.bn1.quantizer" for i in range(8)]
+    assert result.uncalibrated == [f"blocks.{i}.conv2.input" for i in range(8)]
     assert set(result.without_range) == {name for pair in result.pairs for name in pair}
-    kept = result.model.get_submodule("stem.1.quantizer")
-    assert kept.low is not None
-    assert model.get_submodule("blocks.0.bn1.quantizer").low is not None
-    with pytest.raises(RuntimeError, match="no activation range for blocks"):
-        gl.set_bits(result.model, w=4, a=4)
+    assert result.model.get_submodule("blocks.0.conv1").input_quantizer.low is not None
+    assert model.get_submodule("blocks.0.conv2").input_quantizer.low is not None
+    with (
+        gl.bits(result.model, w=4, a=4),
+        pytest.raises(RuntimeError, match=r"no activation range for blocks\.0\.conv2"),
+    ):
+        result.model(RESNET.batch()[0])
     gl.calibrate(result.model, [RESNET.batch()])
     with gl.bits(result.model, w=8, a=8):
         assert result.model(RESNET.batch()[0]).isfinite().all()
@@ -130,11 +132,35 @@ class Chain(nn.Module):
         return self.b(self.between(self.a(x)))
 
 
+class Fork(nn.Module):
+    """Two layers read what the first makes: scale would have to move into both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1), nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x).relu()
+        return self.b(y) + self.c(y)
+
+
+class ByFunction(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x).relu()) + F.conv2d(x, self.a.weight).mean()
+
+
 LEFT: dict[str, Callable[[], nn.Module]] = {
     "ReLU6": lambda: Chain(F.relu6),
     "sigmoid": lambda: Chain(torch.sigmoid),
     "sum": lambda: Chain(lambda y: F.relu(y) + y),
     "batch norm": lambda: nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1)),
+    "another layer": lambda: Fork(),
+    "a weight by function": lambda: ByFunction(),
+    "transposed": lambda: Chain(F.relu, nn.ConvTranspose2d(4, 2, 1)),
     "groups": lambda: Chain(F.relu, nn.Conv2d(4, 2, 1, groups=2)),
     "one layer": lambda: nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()),
 }
@@ -151,6 +177,24 @@ def test_mobilenet_has_relu6_everywhere() -> None:
     assert gl.equalize(unbalanced(MOBILENET)).pairs == []
 
 
-def test_a_model_that_was_not_traced_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"equalize: needs a model that gradl1_fast\.convert could trace"):
+class Parts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(inplace=True), nn.Conv2d(4, 2, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x if x.sum() < 1e9 else x + 1)
+
+
+def test_parts_of_a_model_are_equalized() -> None:
+    model, x = gl.convert(Parts().double().eval()), torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    result = gl.equalize(model)
+    assert result.pairs == [("body.0", "body.2")]
+    assert type(result.model) is Parts
+    assert not torch.equal(result.model.body[0].weight, model.body[0].weight)
+    torch.testing.assert_close(result.model(x), model(x), rtol=1e-10, atol=1e-12)
+
+
+def test_a_model_of_which_nothing_is_traced_is_refused() -> None:
+    with pytest.raises(ValueError, match="equalize: needs a converted model of which at least a part"):
         gl.equalize(gl.convert(nn.Linear(3, 2)))

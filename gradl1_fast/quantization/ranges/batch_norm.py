@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import math
-import operator
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from gradl1_fast import _checks as check
-from gradl1_fast.conversion.graphs import module_of, operation_of
+from gradl1_fast.conversion.graphs import (
+    ADDITIONS,
+    activation_of,
+    changes_in_place,
+    layer_of,
+    module_of,
+    operation_of,
+)
+from gradl1_fast.conversion.tracing import parts_of
 from gradl1_fast.nn.quantizers import ActivationQuantizer
 from gradl1_fast.nn.sites import named_quantizers
 
 __all__ = ["BatchNormStatistics", "Gaussian"]
 
-_CLIPS = {"none": (-math.inf, math.inf), "relu": (0.0, math.inf), "relu6": (0.0, 6.0)}
-_functional = nn.functional
-_RELU = {torch.relu, _functional.relu, "relu"}
-_ADD = {operator.add, torch.add, "add"}
+_CLIPS = {"relu": (0.0, math.inf), "relu6": (0.0, 6.0)}
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 # What hands values on, or takes the largest or the mean of some: no value lies beyond those before.
 _WITHIN_MODULES = (
@@ -36,7 +40,7 @@ _WITHIN_NAMES = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Gaussian:
     """Independent Gaussians, one for each channel, clipped to ``[low, high]``.
 
@@ -93,12 +97,13 @@ class BatchNormStatistics:
     A batch norm's output is taken as a Gaussian with mean beta and standard deviation gamma in each
     channel; the lower end is the smallest ``beta - sigmas * |gamma|``. A ReLU clips below at 0, ReLU6 also
     above at 6. A sum of branches is the sum of independent Gaussians, with the moments of the clipped
-    ones where a branch was activated. Pooling and reshaping keep the range. What is not behind a batch
-    norm, such as the network's input, has to be given.
+    ones where a branch was activated. Pooling and reshaping keep the range. What follows a batch norm is read
+    off traced graphs, of the model or of parts of it. What is not behind a batch norm, such as the network's
+    input, has to be given; so has what lies behind a subclass of a batch norm, which may do more.
 
     Args:
         sigmas: standard deviations to each side, more than 0.
-        known: ends of the ranges that are given, by the name of the quantizer.
+        known: ends of the ranges that are given, by the name of the site.
 
     Source: Nagel et al. 2019, arXiv 1906.04721, and section 5 of arXiv 2002.07520.
     """
@@ -115,16 +120,14 @@ class BatchNormStatistics:
         """Return the ends of the range of every activation quantizer of a converted model, by name.
 
         Raises:
-            ValueError: the model was not traced, a known name is none of its quantizers, or nothing is
-                known of what reaches a quantizer; all such are named.
+            ValueError: a known name is none of its sites, or nothing is known of what reaches a site; all
+                such are named.
         """
-        if not isinstance(model, ConvertedModel):
-            raise ValueError("ranges from batch norms need a model that convert could trace; use data")
         names = named_quantizers(model)
         unknown = self.known.keys() - names.keys()
         if unknown:
             raise ValueError(
-                f"known: no quantizer is called {', '.join(sorted(unknown))}; there are {list(names)}"
+                f"known: no site is called {', '.join(sorted(unknown))}; there are {list(names)}"
             )
         found = {name: g.ends(self.sigmas) for name, g in _follow(model).items()} | self.known
         missing = [name for name in names if name not in found]
@@ -136,55 +139,62 @@ class BatchNormStatistics:
         return {name: tuple(found[name]) for name in names}  # type: ignore[misc]
 
 
-def _follow(model: ConvertedModel) -> dict[str, Gaussian]:
-    """Return what reaches each quantizer, as far as it is known, by following the graph."""
-    values: dict[fx.Node, Gaussian | None] = {}
-    found: dict[str, Gaussian] = {}
+def _follow(model: nn.Module) -> dict[str, Gaussian]:
+    """Return what reaches each site, as far as it is known, by following the graphs."""
     names = {id(q): name for name, q in named_quantizers(model).items()}
-    seen_twice: set[str] = set()
-    for node in model.graph.nodes:
-        value = values[node] = _result(model, node, values)
-        module = module_of(model, node)
-        quantizer = module.quantizer if isinstance(module, BatchNormAct2d) else module
-        if isinstance(quantizer, ActivationQuantizer):
-            name = names[id(quantizer)]
-            if value is None or name in found:
-                seen_twice.add(name)
-            else:
-                found[name] = value
-    return {name: value for name, value in found.items() if name not in seen_twice}
+    found: dict[str, set[Gaussian | None]] = {}
+    for part in parts_of(model):
+        if part.traced is not None:
+            for quantizer, value in _reaching(part.container, part.traced.graph):
+                found.setdefault(names[id(quantizer)], set()).add(value)
+    alone = {name: values.pop() for name, values in found.items() if len(values) == 1}
+    return {name: value for name, value in alone.items() if value is not None}
 
 
-def _result(model: nn.Module, node: fx.Node, values: Mapping[fx.Node, Gaussian | None]) -> Gaussian | None:
+def _reaching(root: nn.Module, graph: fx.Graph) -> Iterator[tuple[ActivationQuantizer, Gaussian | None]]:
+    """Yield the quantizer of each call of a layer, and each that stands alone, with what it is given."""
+    values: dict[fx.Node, Gaussian | None] = {}
+    changed = {node.all_input_nodes[0] for node in graph.nodes if _changes_for_others(root, node)}
+    for node in graph.nodes:
+        value = _result(root, node, values)
+        values[node] = None if node in changed else value
+        layer, module = layer_of(root, node), module_of(root, node)
+        quantizer = module if layer is None else layer.input_quantizer
+        if isinstance(quantizer, ActivationQuantizer) and node.all_input_nodes:
+            yield quantizer, values[node.all_input_nodes[0]]
+
+
+def _changes_for_others(root: nn.Module, node: fx.Node) -> bool:
+    """Return whether a node changes, or might change, a tensor that others read too."""
+    shared = bool(node.all_input_nodes) and len(node.all_input_nodes[0].users) > 1
+    return shared and changes_in_place(root, node)
+
+
+def _result(root: nn.Module, node: fx.Node, values: Mapping[fx.Node, Gaussian | None]) -> Gaussian | None:
     inputs = [values.get(n) for n in node.all_input_nodes]
-    module, operation = module_of(model, node), operation_of(node)
-    if isinstance(module, _BatchNorm):
-        return _normalised(module, inputs[1:])
-    if operation in _ADD:
+    module, operation = module_of(root, node), operation_of(node)
+    if type(module) in _NORMS:
+        return _normalised(module)  # type: ignore[arg-type]
+    if operation in ADDITIONS:
         return _sum(inputs) if len(inputs) == len(node.args) == 2 else None
     if operation is torch.cat:
         return _joined(inputs, node)
     if not inputs or inputs[0] is None:
         return None
-    clip = _clip(module, operation)
-    if clip is not None:
-        return inputs[0].clip(*clip)
+    activation = activation_of(root, node)
+    if activation is not None:
+        return inputs[0].clip(*_CLIPS[activation])
     name = getattr(operation, "__name__", operation)
     same = isinstance(module, (*_WITHIN_MODULES, ActivationQuantizer)) or name in _WITHIN_NAMES
     return inputs[0] if same else None
 
 
-def _normalised(norm: _BatchNorm, residuals: list[Gaussian | None]) -> Gaussian | None:
+def _normalised(norm: _BatchNorm) -> Gaussian:
     device = next((t.device for t in (*norm.parameters(), *norm.buffers())), None)
     channels = norm.num_features
     beta = torch.zeros(channels, device=device) if norm.bias is None else norm.bias.detach()
     gamma = torch.ones(channels, device=device) if norm.weight is None else norm.weight.detach()
-    value: Gaussian | None = Gaussian(beta.double(), gamma.double().square())
-    for residual in residuals:
-        value = _sum([value, residual])
-    if not isinstance(norm, BatchNormAct2d) or value is None:
-        return value
-    return value.clip(*_CLIPS[norm.activation])
+    return Gaussian(beta.double(), gamma.double().square())
 
 
 def _sum(terms: list[Gaussian | None]) -> Gaussian | None:
@@ -201,12 +211,6 @@ def _joined(parts: list[Gaussian | None], node: fx.Node) -> Gaussian | None:
         return None
     means, variances = (torch.cat([getattr(p, key) for p in present]) for key in ("mean", "variance"))
     return Gaussian(means, variances, present[0].low, present[0].high)
-
-
-def _clip(module: nn.Module | None, operation: Any) -> tuple[float, float] | None:
-    if isinstance(module, nn.ReLU) or operation in _RELU:
-        return _CLIPS["relu"]
-    return _CLIPS["relu6"] if isinstance(module, nn.ReLU6) or operation is _functional.relu6 else None
 
 
 def _cdf(x: Tensor) -> Tensor:

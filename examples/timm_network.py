@@ -9,10 +9,10 @@ epoch or two of this loop are all that changes. Takes about half a minute on one
 is after more epochs than the first: it shows what fine-tuning gives, and compares no methods, as
 `gradl1 experiment` does.
 
-Networks whose forward pass `torch.fx` can trace (ResNet and its kin) have batch norm and activation
-fused and one quantizer for each activation. Of others (EfficientNet, RegNet, ...) a warning says that every
-layer quantizes its own input. Those with an operation that PyTorch differentiates only once (hard sigmoid
-in MobileNetV3, fused attention) raise an error that names it.
+torchvision, which timm needs, must be of the build of torch that is installed.
+
+The network stays of its class: timm's methods, parameter groups and hooks work on it as before. What stays in
+float, such as products of attention, is named by the report that is printed first.
 """
 
 from __future__ import annotations

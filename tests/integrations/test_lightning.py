@@ -15,9 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import gradl1_fast as gl
 from tests.networks import conv_norm
-from tests.vision import make_importable
 
-make_importable()  # lightning imports torchvision where it is there
 L = pytest.importorskip("lightning.pytorch", reason="lightning is not installed")
 integration = pytest.importorskip("gradl1_fast.integrations.lightning")
 

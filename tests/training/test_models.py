@@ -7,7 +7,6 @@ import torch
 
 import gradl1_fast as gl
 from gradl1_fast.training import models
-from tests.vision import make_importable
 
 CASES = {
     "resnet18-cifar": (lambda: models.resnet18(4), (2, 3, 32, 32)),
@@ -98,13 +97,3 @@ def test_where_timm_cannot_be_imported_says_why(monkeypatch, tmp_path):
     monkeypatch.delitem(sys.modules, "timm", raising=False)
     with pytest.raises(ImportError, match=f"timm:resnet18 needs timm.*{reason}.*of one build"):
         models.build("timm:resnet18")
-
-
-def test_a_model_of_timm():
-    make_importable()
-    timm = pytest.importorskip("timm", reason="timm is not installed")
-    model = models.build("timm:resnet18", classes=5, channels=1)
-    assert model(torch.randn(2, 1, 32, 32)).shape == (2, 5)
-    with pytest.raises(ValueError, match="no model 'nothing'"):
-        models.build("timm:nothing")
-    assert timm.__version__

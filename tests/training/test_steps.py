@@ -254,7 +254,7 @@ def test_a_model_without_a_graph_cannot_be_cut():
             return self.conv(x) if x.sum() > 0 else self.conv(x) * 2
 
     with pytest.raises(
-        ValueError, match="checkpointing needs a model whose forward pass can be traced.*control flow"
+        ValueError, match=r"checkpointing needs a model whose forward pass can be traced.*control flow"
     ):
         recomputing(gl.convert(Untraceable()))
 
@@ -283,7 +283,8 @@ def test_a_compiled_step_equals_the_eager_one(method):
     assert_gradients([terms.loss, terms.penalty], [eager.loss, eager.penalty], 1e-12)
     assert terms.parts.keys() == eager.parts.keys()
     assert_gradients(list(terms.parts.values()), list(eager.parts.values()), 1e-10)
-    assert all(torch.equal(a, b) for a, b in zip(buffers, others, strict=True))
+    for one, other in zip(buffers, others, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=0)
 
 
 REFUSED = {
@@ -340,6 +341,60 @@ def test_a_rising_coefficient_is_no_graph_that_is_the_same_each_time():
     settings = Config(training=Training(2, 30, compile=True), penalty=Penalty("gradl1", 2, 1, GRADL1))
     with pytest.raises(ValueError, match="would need a new graph each step"):
         trainer(settings)
+
+
+# Armed steps
+
+
+def armed_in_each_forward_pass(made):
+    """Return, for each layer and each pass of an epoch, whether a penalty was waiting for the pass."""
+    seen = {name: [] for name in named_layers(made.model)}
+    handles = [
+        layer.register_forward_pre_hook(lambda layer, _, name=name: seen[name].append(layer.arming.armed))
+        for name, layer in named_layers(made.model).items()
+    ]
+    made.run_epoch()
+    made.next_epoch()
+    for handle in handles:
+        handle.remove()
+    return list(seen.values())
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_layers_are_armed_in_the_steps_that_are_due_alone(checkpointing):
+    settings = Config(
+        training=Training(3, 30, checkpointing=checkpointing),
+        penalty=Penalty("gradl1", 2, 0, {**GRADL1, "every": 2}),
+    )
+    made = trainer(settings)
+    passes = 2 if checkpointing else 1  # of an ordinary step
+    plain = armed_in_each_forward_pass(made)
+    assert all(armed == 4 * passes * [False] for armed in plain)
+    for armed in (armed_in_each_forward_pass(made), armed_in_each_forward_pass(made)):
+        assert all(set(layer[:passes]) == {False} for layer in armed)
+        assert all(layer.count(False) == 2 * passes for layer in armed)
+        assert all(layer.count(True) >= 2 * passes for layer in armed)
+        assert all(layer[passes] for layer in armed)
+
+
+def test_a_training_without_a_penalty_never_arms():
+    made = trainer(config("plain", {}))
+    assert all(armed == 4 * [False] for armed in armed_in_each_forward_pass(made))
+
+
+def test_lambdas_of_zero_disarm_between_two_due_steps():
+    model = gl.convert(small_net())
+    objective = make("gradl1", model, lambda_w=0.1, lambda_a=0.1, every=2)
+    x, y = DATA[0].double(), DATA[1]
+    seen = []
+
+    def closure():
+        seen.append({layer.arming.armed for layer in named_layers(model).values()})
+        return F.cross_entropy(model(x), y)
+
+    for _ in range(4):
+        objective.backward(closure)
+    assert seen == [{False}, {True}, {False}, {True}]
 
 
 # The order of things

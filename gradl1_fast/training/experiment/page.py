@@ -21,9 +21,9 @@ linearly over the first $warmup of these. QAT trains at its one width in these e
 is trained: weights get one symmetric grid a tensor, up to their largest absolute value; activations and the
 image get one affine grid a tensor, between the extremes that the first $calibration training images show
 in float. The image has 8 bits at least. All of this holds for the QAT networks too. Settings of the
-gradient-l1 methods were chosen on the last 5,000 training images, with networks that had not seen these; those
-of other methods follow their papers, or the first-order relation between the methods, and were not tuned. The
-test images chose nothing.</p>
+gradient-l1 methods were chosen on the last 5,000 training images, with networks that had not seen these;
+those of other methods follow their papers, or the first-order relation between the methods, and were not
+tuned. The test images chose nothing.</p>
 $methods
 
 <h2>Accuracy at every width</h2>

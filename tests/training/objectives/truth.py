@@ -100,7 +100,7 @@ def _defensive(network: Network, model: nn.Module, beta: float) -> Gradients:
 
 
 def _qat(network: Network, model: nn.Module, w: int, a: int) -> Gradients:
-    """Layers called by hand, weights and what layers are given on the grid of their own range, images at 8 bits."""
+    """Layers called by hand, weights and inputs of layers on grids of their own ranges, images at 8 bits."""
     x, y = network.batch()
     bits = max(a, 8)
     for module in model:

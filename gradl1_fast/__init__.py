@@ -7,8 +7,17 @@ arXiv 2002.07520.
 from gradl1_fast import functional, nn
 from gradl1_fast._version import __version__ as __version__
 from gradl1_fast.backends import UnavailableError, backend
-from gradl1_fast.nn import QConv1d, QConv2d, QConv3d, QConvTranspose1d, QConvTranspose2d, QConvTranspose3d, QEmbedding, QLinear
 from gradl1_fast.conversion import convert, report
+from gradl1_fast.nn import (
+    QConv1d,
+    QConv2d,
+    QConv3d,
+    QConvTranspose1d,
+    QConvTranspose2d,
+    QConvTranspose3d,
+    QEmbedding,
+    QLinear,
+)
 from gradl1_fast.penalty import GradL1
 from gradl1_fast.quantization import (
     Costs,
@@ -37,7 +46,6 @@ from gradl1_fast.quantization import (
 )
 
 __all__ = [
-    "BatchNormAct2d",
     "Costs",
     "Equalization",
     "Folding",
@@ -46,6 +54,10 @@ __all__ = [
     "QConv1d",
     "QConv2d",
     "QConv3d",
+    "QConvTranspose1d",
+    "QConvTranspose2d",
+    "QConvTranspose3d",
+    "QEmbedding",
     "QLinear",
     "Sensitivity",
     "Table",

@@ -1,4 +1,4 @@
-"""Quantization on demand: ranges, widths, batch-norm folding, sweeps, any-bit files."""
+"""Quantization on demand: ranges, widths, batch-norm folding, equalization, sweeps, any-bit files."""
 
 from gradl1_fast.quantization import ranges
 from gradl1_fast.quantization.any_bit import load_any_bit, save_any_bit

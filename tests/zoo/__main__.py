@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import signal
 import sys
 import time
 from pathlib import Path
@@ -21,6 +22,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "compatibility.md"
 def main() -> int:
     """Run what the arguments ask for; fail if a model does."""
     arguments = _parser().parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # ends the processes that were started
     names = _chosen(arguments)
     if arguments.list:
         print("\n".join(f"{MODELS[name].family:20} {name}" for name in names))
@@ -76,7 +78,7 @@ def _run(names: list[str], results: dict[str, Any], arguments: argparse.Namespac
 def _result(task: Task) -> dict[str, Any]:
     return {
         "family": MODELS[task.name].family,
-        "seconds": round(task.seconds, 1),
+        "seconds": round(sum(record.get("seconds", 0) for record in task.records), 1),
         "date": time.strftime("%Y-%m-%d"),
         "records": task.records,
     }

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.nn.models import Base, model
+from tests.conversion.models import Base, model
 
 
 class WithState(Base):
@@ -193,25 +193,27 @@ def changed_view(view: Callable[[Tensor], Tensor]) -> Callable[[], nn.Module]:
     return lambda: model(features)
 
 
-# With the reason that is given.
-CHANGING: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "BufferChangedInPlace": (BufferChangedInPlace, "changes average"),
-    "BufferGivenAnotherValue": (BufferGivenAnotherValue, "changes _buffers"),
-    "BufferChangedByTheInput": (BufferChangedByTheInput, "may change average"),
-    "ParameterClamped": (ParameterClamped, "may change conv1.weight"),
-    "ParameterPointedElsewhere": (ParameterPointedElsewhere, "assigns to the data of a tensor"),
-    "CallsCounted": (CallsCounted, "changes calls"),
-    "OutputsListed": (OutputsListed, "changes seen"),
-    "OutputCached": (OutputCached, "changes cache"),
-    "BufferPointedElsewhere": (BufferPointedElsewhere, "changes average"),
-    "BuffersChangedTogether": (BuffersChangedTogether, "changes average"),
-    "OutputsInTheDepth": (OutputsInTheDepth, "changes kept"),
-    "OutputsByName": (OutputsByName, "changes by_name"),
-    "TensorMade": (TensorMade, "makes a tensor that does not depend on its input"),
-    "TrainOverridden": (TrainOverridden, "has a train() of its own"),
-    "MaskOptional": (MaskOptional, "depends on which of mask are given"),
-    "FlagOptional": (FlagOptional, "depends on which of shape are given"),
-    "DefaultNotTraceable": (DefaultNotTraceable, "control flow"),
-    "gradients_asked_for": (lambda: model(gradients_asked_for), "differs where gradients are switched off"),
-    **{f"view by {name}": (changed_view(view), "changes conv1 in place") for name, view in VIEWS.items()},
+_CLASSES = (
+    BufferChangedInPlace,
+    BufferGivenAnotherValue,
+    BufferChangedByTheInput,
+    ParameterClamped,
+    ParameterPointedElsewhere,
+    CallsCounted,
+    OutputsListed,
+    OutputCached,
+    BufferPointedElsewhere,
+    BuffersChangedTogether,
+    OutputsInTheDepth,
+    OutputsByName,
+    TensorMade,
+    TrainOverridden,
+    MaskOptional,
+    FlagOptional,
+    DefaultNotTraceable,
+)
+CHANGING: dict[str, Callable[[], nn.Module]] = {
+    **{cls.__name__: cls for cls in _CLASSES},
+    "gradients_asked_for": lambda: model(gradients_asked_for),
 }
+CHANGED_VIEWS = {f"view by {name}": changed_view(view) for name, view in VIEWS.items()}

@@ -156,7 +156,7 @@ def identities(m: Base, x: Tensor) -> Tensor:
     return m.relu(m.between(m.bn2(m.conv2(y))) + m.between(y))
 
 
-TRACEABLE: dict[str, Callable[[], nn.Module]] = {
+PLANNED: dict[str, Callable[[], nn.Module]] = {
     f.__name__: lambda f=f: model(f)
     for f in (
         functional_relu,
@@ -184,9 +184,9 @@ TRACEABLE: dict[str, Callable[[], nn.Module]] = {
         detached_branch,
     )
 }
-TRACEABLE["squeeze"] = lambda: model(convolution_called_squeeze, squeeze=nn.Conv2d(4, 4, 1))
-TRACEABLE["identities"] = lambda: model(identities, between=nn.Identity())
-TRACEABLE["flattened_and_plain"] = lambda: model(flattened_and_plain, wide=nn.Linear(100, 4))
+PLANNED["squeeze"] = lambda: model(convolution_called_squeeze, squeeze=nn.Conv2d(4, 4, 1))
+PLANNED["identities"] = lambda: model(identities, between=nn.Identity())
+PLANNED["flattened_and_plain"] = lambda: model(flattened_and_plain, wide=nn.Linear(100, 4))
 
 
 def changed_under_another_name(m: Base, x: Tensor) -> Tensor:
@@ -248,7 +248,7 @@ def functional_dropout(m: Base, x: Tensor) -> Tensor:
     return m.conv2(F.dropout(m.relu(m.bn1(m.conv1(x))), training=m.training))
 
 
-UNTRACEABLE: dict[str, Callable[[], nn.Module]] = {
+NOT_PLANNED: dict[str, Callable[[], nn.Module]] = {
     f.__name__: lambda f=f: model(f)
     for f in (
         changed_under_another_name,
@@ -263,3 +263,4 @@ UNTRACEABLE: dict[str, Callable[[], nn.Module]] = {
         functional_dropout,
     )
 }
+MODELS = {**PLANNED, **NOT_PLANNED}

@@ -1,0 +1,282 @@
+"""Plans: when they run, when not and why, and that they are dropped as soon as their container changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import gradl1_fast as gl
+from gradl1_fast.conversion import planned
+from gradl1_fast.conversion.planned import Planned
+from tests.conversion.models import NOT_PLANNED, PLANNED, Base, functional_relu, model
+from tests.conversion.runs import assert_equal_steps, assert_same, built, images, loss_of, penalised, truth
+from tests.networks import NETWORKS, RESNET, VGG, Network
+
+
+def armed(converted: nn.Module, x: Tensor) -> None:
+    gl.GradL1(converted, 0.1, 0.1)(loss_of(x)(converted))
+
+
+def reason(converted: nn.Module, x: Tensor | None = None) -> str:
+    """Return why the last armed pass of the model did not run its plan; empty if it did."""
+    armed(converted, images() if x is None else x)
+    plan = converted._compiled_call_impl
+    assert isinstance(plan, Planned)
+    assert plan.has_run
+    return plan.reason
+
+
+@pytest.mark.parametrize("name", PLANNED)
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_a_model_of_plain_operations_runs_its_plan(name: str, training: bool) -> None:
+    assert reason(gl.convert(built(PLANNED[name], training))) == ""
+
+
+REASONS = {
+    "assigned": "assigns to parts of a tensor",
+    "written_into": "gradients off",
+    "without_gradient": "switches gradients off for a part",
+    "data_dependent": "control flow",
+    "under_autocast": "autocast is on in it",
+}
+
+
+@pytest.mark.parametrize("name", REASONS)
+def test_a_model_without_a_plan_says_why(name: str) -> None:
+    converted = gl.convert(built(NOT_PLANNED[name]))
+    assert REASONS[name] in reason(converted)
+    ((container, _, state),) = gl.report(converted).plans
+    assert container == ""
+    assert state.startswith("not planned: ")
+    assert REASONS[name] in state
+
+
+@pytest.mark.parametrize("network", NETWORKS, ids=lambda n: n.id)
+def test_plans_hold_at_least_85_percent_of_the_layers(network: Network) -> None:
+    converted = gl.convert(network.make())
+    armed(converted, network.batch()[0])
+    result = gl.report(converted)
+    inside = sum(count for _, count, state in result.plans if not state)
+    assert inside >= 0.85 * len(result.layers)
+
+
+def test_plans_run_where_they_say_so_and_only_while_armed(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    original = planned.executable
+
+    def counted(container: nn.Module, graph: Any) -> Callable[..., Any]:
+        run = original(container, graph)
+        return lambda *args: (calls.append("plan"), run(*args))[1]
+
+    monkeypatch.setattr(planned, "executable", counted)
+    converted, x = gl.convert(VGG.make()), VGG.batch()[0]
+    converted(x)
+    armed(converted, x)
+    assert calls == ["plan", "plan"]  # once to compare, once to compute
+    armed(converted, x)
+    assert len(calls) == 3
+    converted(x)
+    with torch.no_grad():
+        penalty = gl.GradL1(converted, 0.1, 0.1)
+        converted(x)
+    del penalty
+    converted(x)
+    assert len(calls) == 3
+
+
+def test_a_small_model_inside_one_without_a_plan_has_its_own() -> None:
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.fc = model(functional_relu), nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.inner(x)
+            return self.fc(x if x.sum() > -1e9 else 2 * x)
+
+    converted = gl.convert(built(Outer))
+    assert "control flow" in reason(converted)
+    assert converted.inner._compiled_call_impl.reason == ""
+    assert {name: count for name, count, state in gl.report(converted).plans if not state} == {"inner": 3}
+    assert_equal_steps(built(Outer), gl.convert(built(Outer)), loss_of(images()))
+
+
+def drawn(m: Base, x: Tensor) -> Tensor:
+    return m.conv2(m.inside(m.relu(m.bn1(m.conv1(x)))))
+
+
+class Drawing(nn.Module):
+    """Draws random numbers, counts its calls and has a branch: it is kept whole inside a plan."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x * (2 if torch.rand([]) < 0.5 else 3) + self.calls
+
+
+def test_what_is_not_understood_does_not_stop_its_parents() -> None:
+    def make() -> nn.Module:
+        return model(drawn, inside=Drawing())
+
+    converted = gl.convert(built(make))
+    assert reason(converted) == ""
+    assert converted.inside.calls == 1  # the comparison does not count
+    assert_equal_steps(built(make), gl.convert(built(make)), loss_of(images()), steps=4)
+
+
+class Switched(Base):
+    """Its forward pass reads attributes of its own, of a block inside and of a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor, self.mode, self.steps, self.options = 2.0, "sum", [1, 2], {"relu": True}
+        self.block = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU())
+
+    def features(self, x: Tensor) -> Tensor:
+        y = self.block(self.conv1(x)) * self.factor
+        y = y + x if self.mode == "sum" else y - x
+        for step in self.steps:
+            y = y * step
+        return self.conv2(y.relu() if self.options["relu"] else y)
+
+
+def _replace(name: str, make: Callable[[], nn.Module]) -> Callable[[nn.Module], None]:
+    def change(m: nn.Module) -> None:
+        torch.manual_seed(13)
+        owner, _, child = name.rpartition(".")
+        setattr(m.get_submodule(owner), child, make().double())
+
+    return change
+
+
+CHANGES: dict[str, Callable[[nn.Module], object]] = {
+    "a number": lambda m: setattr(m, "factor", 3.0),
+    "a text": lambda m: setattr(m, "mode", "difference"),
+    "an item of a list": lambda m: m.steps.append(3),
+    "an item of a dictionary": lambda m: m.options.update(relu=False),
+    "a module replaced": _replace("block.2", lambda: nn.Tanh()),
+    "a layer replaced": _replace("conv2", lambda: nn.Conv2d(4, 4, 1)),
+    "a module added": lambda m: m.block.append(nn.Tanh()),
+    "a module removed": lambda m: m.block.pop(2),
+    "a parameter replaced": lambda m: setattr(m.block[0], "weight", nn.Parameter(2 * m.block[0].weight.data)),
+    "evaluation": lambda m: m.eval(),
+    "one norm in evaluation": lambda m: m.block[1].eval(),
+    "momentum": lambda m: setattr(m.block[1], "momentum", 0.7),
+    "epsilon": lambda m: setattr(m.block[1], "eps", 0.5),
+    "stride": lambda m: setattr(m.conv2, "stride", (2, 2)),
+    "class": lambda m: setattr(m.block[2], "__class__", nn.Tanh),
+    "norm without statistics": lambda m: setattr(m.block[1], "track_running_stats", False),
+    "frozen": lambda m: m.block.requires_grad_(False),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_between_steps_counts(change: str) -> None:
+    x = images()
+    plain, converted = built(Switched), gl.convert(built(Switched))
+    assert_equal_steps(plain, converted, loss_of(x))
+    assert reason(converted) == ""
+    plain(x)  # as that pass, for its statistics
+    for one in (plain, converted):
+        CHANGES[change](one)
+    assert_equal_steps(plain, gl.convert(converted), loss_of(x))
+
+
+def test_a_plan_is_kept_for_each_mode_and_taken_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[bool] = []
+    original = planned._make
+
+    def counted(module: nn.Module) -> Any:
+        made.append(module.training)
+        return original(module)
+
+    monkeypatch.setattr(planned, "_make", counted)
+    converted, x = gl.convert(built(Switched)), images()
+    for training in (True, True, False, True, False):
+        armed(converted.train(training), x)
+    assert made == [True, False]
+    converted.factor = 3.0
+    armed(converted, x)
+    armed(converted, x)
+    assert made == [True, False, False]
+
+
+CALLS: dict[str, tuple[Callable[[nn.Module, Tensor], Tensor], str]] = {
+    "keyword": (lambda m, x: m(x=x), "other arguments than tensors"),
+    "number": (lambda m, x: m(x, 2.0), "other arguments than tensors"),
+    "functional transform": (
+        lambda m, x: torch.func.functional_call(m, dict(m.named_parameters()), (x,)),
+        "",
+    ),
+}
+
+
+class Scaled(Base):
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        return self.fc(self.conv1(x).mean((2, 3)) * scale)
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_call_that_no_plan_is_for_runs_the_modules(call: str) -> None:
+    run, wanted = CALLS[call]
+    plain, converted = built(Scaled), gl.convert(built(Scaled))
+
+    def loss(m: nn.Module) -> Tensor:
+        return run(m, images()).sin().sum()
+
+    penalty = gl.GradL1(converted, 0.1, 0.1)
+    torch.testing.assert_close(loss(converted), loss(plain))
+    assert wanted in converted._compiled_call_impl.reason
+    assert bool(wanted) == bool(converted._compiled_call_impl.reason)
+    del penalty
+
+
+def test_another_dtype_or_shape_is_compared_anew() -> None:
+    converted = gl.convert(built(PLANNED["functional_relu"]))
+    for size in (5, 7, 5):
+        x = torch.randn(2, 4, size, size).double()
+        assert_same(penalised(converted, loss_of(x), "none"), _fresh(converted, x))
+
+
+def _fresh(converted: nn.Module, x: Tensor) -> Any:
+    plain = built(PLANNED["functional_relu"])
+    plain.load_state_dict(converted.state_dict())
+    return truth(plain, loss_of(x))
+
+
+def test_a_model_of_several_inputs_has_a_plan() -> None:
+    class Two(Base):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return self.fc((self.relu(self.bn1(self.conv1(x)) + self.conv2(y))).mean((2, 3)))
+
+    x, y = images(), images().flip(0)
+
+    def loss(m: nn.Module) -> Tensor:
+        return m(x, y).sin().sum()
+
+    plain, converted = built(Two), gl.convert(built(Two))
+    for _ in range(2):
+        ours = penalised(converted, loss)
+        assert converted._compiled_call_impl.reason == ""
+        assert {n for n in ours.terms if "weight" not in n} == {"fc"}  # both images are inputs
+        torch.testing.assert_close(ours.loss, loss(plain))
+
+
+def test_state_dicts_and_attributes_know_nothing_of_plans() -> None:
+    converted = gl.convert(RESNET.make())
+    before = attributes(converted)
+    armed(converted, RESNET.batch()[0])
+    assert attributes(converted) == before
+    assert list(converted.state_dict()) == list(RESNET.make().state_dict())
+
+
+def attributes(model: nn.Module) -> dict[str, set[str]]:
+    """Return the names of attributes, but for the one in which PyTorch keeps what is called instead."""
+    return {name: set(vars(m)) - {"_compiled_call_impl"} for name, m in model.named_modules()}

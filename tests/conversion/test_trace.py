@@ -1,0 +1,267 @@
+"""Tracing a container: what it records, what it keeps whole, and that it leaves nothing behind."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import gradl1_fast as gl
+from gradl1_fast.conversion.trace import is_holder, is_leaf, trace
+from gradl1_fast.conversion.unchanged import NotTraceableError
+from tests.conversion import changing, models
+from tests.conversion.changing import CHANGING, OutputsListed, ScaleOptional
+from tests.conversion.models import MODELS, Base
+from tests.conversion.runs import assert_equal_steps, built, images, loss_of
+
+# Why a model has no graph.
+REASONS = {
+    "assigned": "assigns to parts of a tensor",
+    "written_into": "gradients off",
+    "without_gradient": "switches gradients off for a part",
+    "data_dependent": "control flow",
+    "under_autocast": "autocast is on in it",
+    "BufferGivenAnotherValue": "control flow",
+    "ParameterPointedElsewhere": "assigns to the data of a tensor",
+    "CallsCounted": "changes calls",
+    "OutputsListed": "changes seen",
+    "OutputCached": "control flow",
+    "BufferPointedElsewhere": "assigns to the data of a tensor",
+    "OutputsInTheDepth": "changes kept",
+    "OutputsByName": "changes by_name",
+    "TensorMade": "computes randn whatever its input is",
+    "DefaultNotTraceable": "control flow",
+}
+
+
+@pytest.mark.parametrize("name", REASONS)
+def test_what_a_graph_would_get_wrong_is_refused(name: str) -> None:
+    converted = gl.convert(built({**MODELS, **CHANGING}[name]))
+    with pytest.raises(NotTraceableError, match=REASONS[name]):
+        trace(converted)
+
+
+@pytest.mark.parametrize("name", {**MODELS, **CHANGING})
+def test_an_attempt_changes_nothing(name: str) -> None:
+    model = gl.convert(built({**MODELS, **CHANGING}[name]))
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    attributes, shown, state = list(vars(model)), str(vars(model)), torch.get_rng_state()
+    try:
+        trace(model)
+    except NotTraceableError:
+        assert name in REASONS or name in CHANGING
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert (list(vars(model)), str(vars(model))) == (attributes, shown)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_nothing_is_left_of_an_attempt() -> None:
+    model = built(OutputsListed)
+    converted = gl.convert(model)
+    with pytest.raises(NotTraceableError):
+        trace(converted)
+    assert model.seen == converted.seen == []
+    assert not [name for name in vars(converted) if name.startswith("_tensor_constant")]
+
+
+class Branching(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x if x.sum() > -1e9 else 2 * x
+
+
+class PythonRandom(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (1 if random.random() < 0.5 else 2)
+
+
+INNER: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "a branch": (Branching, "control flow"),
+    "any number of arguments": (lambda: _Any(), ""),
+    "hooks on a block": (lambda: _hooked(nn.Sequential(nn.ReLU())), "has hooks"),
+    "its own forward": (lambda: _own(nn.Sequential(nn.ReLU())), "was replaced"),
+}
+
+
+class _Any(nn.Module):
+    def forward(self, *args: Tensor) -> Tensor:
+        return args[0].relu()
+
+
+def _hooked(module: nn.Module) -> nn.Module:
+    module.register_forward_hook(lambda *_: None)
+    return module
+
+
+def _own(module: nn.Module) -> nn.Module:
+    module.forward = lambda x: x * 2
+    return module
+
+
+@pytest.mark.parametrize("kind", INNER)
+def test_a_container_that_cannot_be_traced_is_one_call_in_its_parents(kind: str) -> None:
+    make, reason = INNER[kind]
+    model = gl.convert(nn.Sequential(nn.Conv2d(4, 4, 1), make(), nn.Conv2d(4, 2, 1)))
+    traced = trace(model)
+    assert bool(traced.kept_whole) == bool(reason)
+    if reason:
+        assert reason in traced.kept_whole["1"]
+        assert [node.target for node in traced.graph.nodes if node.op == "call_module"] == ["0", "1", "2"]
+
+
+def test_random_numbers_of_python_are_not_drawn_once() -> None:
+    model = gl.convert(nn.Sequential(nn.Conv2d(4, 4, 1), PythonRandom()))
+    state = random.getstate()
+    with pytest.raises(NotTraceableError, match="random numbers"):
+        trace(model)
+    assert random.getstate() == state
+
+
+def in_place(m: Base, x: Tensor) -> Tensor:
+    y = m.conv1(x)
+    y += 1
+    y *= 2
+    y -= x
+    y /= 3
+    return m.conv2(y)
+
+
+def test_operators_in_place_are_recorded_as_such() -> None:
+    graph = trace(gl.convert(models.model(in_place))).graph
+    names = [node.target.__name__ for node in graph.nodes if node.op == "call_function"]
+    assert [n for n in names if n.startswith("i")] == ["iadd", "imul", "isub", "itruediv"]
+    x = images()
+    assert_equal_steps(
+        built(lambda: models.model(in_place)), gl.convert(built(lambda: models.model(in_place))), loss_of(x)
+    )
+
+
+def by_type(m: Base, x: Tensor) -> Tensor:
+    y = m.conv1(x)
+    y = y.relu() if isinstance(y, torch.Tensor) else y[-1].relu()
+    y = y * 2 if type(x) is Tensor or isinstance(x, (list, torch.Tensor)) else y
+    return m.conv2(torch.cat([y] if isinstance(y, Tensor) else y))
+
+
+def by_duck(m: Base, x: Tensor) -> Tensor:
+    y = m.conv1(x)
+    if isinstance(y, (tuple, list)):
+        y = y[0]
+    elif torch.is_tensor(y):
+        y = y.tanh()
+    return m.conv2(y if not isinstance(y, dict) else y["out"])
+
+
+def by_parameter(m: Base, x: Tensor) -> Tensor:
+    y = m.conv1(x)
+    return m.conv2(y.sigmoid() if isinstance(y, nn.Parameter) else y.relu())
+
+
+@pytest.mark.parametrize("features", [by_type, by_duck, by_parameter])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_branch_on_the_type_of_a_value_goes_the_originals_way(features: Callable, training: bool) -> None:
+    x = images()
+    plain, converted = (built(lambda: models.model(features), training) for _ in range(2))
+    assert_equal_steps(plain, gl.convert(converted), loss_of(x))
+
+
+SIZED: dict[str, Callable[[Tensor], Tensor]] = {
+    "arange": lambda y: torch.arange(y.shape[3]).to(y),
+    "zeros": lambda y: torch.zeros(y.shape[0], 1, 1, 1).to(y),
+    "full": lambda y: torch.full((y.size(0), 1, 1, 1), 2.0).to(y),
+    "linspace": lambda y: torch.linspace(0, 1, y.shape[-1]).to(y),
+    "new_ones": lambda y: y.new_ones(y.shape[-1]),
+    "eye": lambda y: torch.eye(y.shape[-1]).to(y),
+    "tensor": lambda y: torch.tensor(y.shape[-1]).to(y),
+    "ones_like": lambda y: torch.ones_like(y),
+    "Size": lambda y: torch.ones(torch.Size([y.shape[3]])).to(y),
+    "tril": lambda y: torch.ones(y.shape[2], y.shape[3]).tril().to(y),
+}
+
+
+@pytest.mark.parametrize("maker", SIZED)
+def test_a_tensor_made_by_the_size_of_another(maker: str) -> None:
+    """A proxy must not reach PyTorch's C++ code as a tensor, which would read memory that is none."""
+
+    def features(m: Base, x: Tensor) -> Tensor:
+        y = m.conv1(x)
+        return m.conv2(y + SIZED[maker](y))
+
+    x = images()
+    plain, converted = (built(lambda: models.model(features)) for _ in range(2))
+    assert_equal_steps(plain, gl.convert(converted), loss_of(x))
+
+
+class Scaled(Base):
+    """Reads numbers out of buffers and parameters."""
+
+    def __init__(self, read: Callable[[Scaled], float]) -> None:
+        super().__init__()
+        self.read = read
+        self.register_buffer("scale", torch.tensor(1.5))
+        self.register_buffer("sizes", torch.tensor([2, 3]))
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.conv2(self.relu(self.conv1(x) * self.read(self)))
+
+
+READERS: dict[str, Callable[[Scaled], float]] = {
+    "item": lambda m: m.scale.item(),
+    "float": lambda m: float(m.scale),
+    "tolist": lambda m: m.sizes.tolist()[0],
+    "comparison": lambda m: 2.0 if m.scale > 2 else 1.0,
+    "a tensor": lambda m: m.scale,
+    "a method": lambda m: m.scale.clamp(max=1.7),
+    "of a parameter": lambda m: m.conv1.bias.abs().sum().item(),
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_a_number_read_from_a_buffer_is_the_present_one(reader: str) -> None:
+    x = images()
+    plain, converted = (built(lambda: Scaled(READERS[reader])) for _ in range(2))
+    converted = gl.convert(converted)
+    assert_equal_steps(plain, converted, loss_of(x))
+    state = {**plain.state_dict(), "scale": torch.tensor(4.0).double(), "sizes": torch.tensor([5, 6])}
+    state["conv1.bias"] = state["conv1.bias"] + 1
+    for model in (plain, converted):
+        model.load_state_dict(state, strict=True)
+    assert torch.equal(plain(x), converted(x))
+    assert_equal_steps(plain, converted, loss_of(x))
+
+
+def test_the_order_of_a_set_is_no_obstacle() -> None:
+    model = built(lambda: models.model(models.batch_norm_alone))
+    model.numbers = set(range(1000))
+    for number in {*range(1000)} - {9, 16}:
+        model.numbers.discard(number)
+    assert list(model.numbers) != list(model.numbers.copy()), "another set is needed to show it"
+    trace(gl.convert(model))
+
+
+def test_a_sparse_buffer_is_no_obstacle() -> None:
+    model = built(lambda: models.model(models.batch_norm_alone))
+    model.register_buffer("sparse", torch.eye(3).to_sparse())
+    trace(gl.convert(model))
+
+
+def test_an_argument_with_a_default_has_it_in_the_graph() -> None:
+    model = built(ScaleOptional)
+    converted = gl.convert(model)
+    assert [n.name for n in trace(converted).graph.nodes if n.op == "placeholder"] == ["x"]
+    penalty = gl.GradL1(converted, 0.1, 0.1)
+    for arguments in ((), (3.0,), ()):
+        torch.testing.assert_close(converted(images(), *arguments), model(images(), *arguments))
+    del penalty
+
+
+def test_leaves_and_holders() -> None:
+    assert is_leaf(nn.ReLU())
+    assert is_leaf(nn.MultiheadAttention(4, 2))
+    assert is_leaf(changing.Base().bn1)
+    assert not is_leaf(changing.Base())
+    for holder in (nn.Module(), nn.Sequential(), nn.ModuleList(), nn.ModuleDict()):
+        assert is_holder(holder)
+        assert not is_leaf(holder)

@@ -33,9 +33,7 @@ def true_gradients(
     """
     model = make().to(x.device).double()
     layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
-    inputs: dict[
-        int, tuple[Tensor, Tensor]
-    ] = {}  # what layers are given, and their own
+    inputs: dict[int, tuple[Tensor, Tensor]] = {}  # what layers are given, and their own
 
     def give(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         if not args[0].requires_grad:

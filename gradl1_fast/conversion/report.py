@@ -69,6 +69,7 @@ def report(model: nn.Module) -> Report:
     result.sites.extend(_site_row(name, quantizer) for name, quantizer in named_quantizers(model).items())
     result.unquantized.extend(dict.fromkeys(_unquantized(model, parts)))
     result.unquantized.extend((name, f"weight used by {what}") for name, what in _names(model, used))
+    result.unquantized.extend(_never_called(model, used))
     result.plans.extend(map(_plan_row, parts))
     return result
 
@@ -88,6 +89,15 @@ def _used_by_function(model: nn.Module, parts: list[Part]) -> dict[int, str]:
 
 def _names(model: nn.Module, used: dict[int, str]) -> Iterator[tuple[str, str]]:
     return ((name, used[id(layer)]) for name, layer in named_layers(model).items() if id(layer) in used)
+
+
+def _never_called(model: nn.Module, used: dict[int, str]) -> Iterator[tuple[str, str]]:
+    """Yield the layers that no forward pass has called, once one has called others."""
+    layers = named_layers(model)
+    if any(layer.was_called for layer in layers.values()):
+        for name, layer in layers.items():
+            if not layer.was_called and id(layer) not in used:
+                yield name, "not called so far: a function that uses its weight uses it in float"
 
 
 def _attribute(root: nn.Module, path: str) -> object:

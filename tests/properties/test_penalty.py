@@ -122,16 +122,20 @@ def usable(setting: Setting, found: walk.Layout) -> bool:
     if setting.lambda_a and not found.penalised:
         return False
     quantized = setting.a is not None or setting.scale == "step"
-    return not quantized or all(
-        float(torch.maximum(-low, high)) > SMALLEST for low, high in found.ends.values()
-    )
+    ends = [site.ends for site in found.sites.values()]
+    return not quantized or all(float(torch.maximum(-low, high)) > SMALLEST for low, high in ends)
+
+
+def has_no_ties(network: Network, setting: Setting) -> bool:
+    """Say whether no maximum is taken where values are on coarse grids, of which several may be largest."""
+    return (setting.w is None and setting.a is None) or "kind='max'" not in repr(network)
 
 
 @examples(60)
 @given(networks(), SETTINGS)
 def test_penalty_and_gradient_equal_the_oracle(network: Network, setting: Setting) -> None:
     found = found_in(network)
-    assume(usable(setting, found))
+    assume(usable(setting, found) and has_no_ties(network, setting))
     expected = truth(network, setting, found)
     for backend in BACKENDS:
         actual = ours(network, setting, backend)
@@ -142,9 +146,13 @@ def test_penalty_and_gradient_equal_the_oracle(network: Network, setting: Settin
 
 
 def assert_same_terms(actual: oracle.Penalised, expected: oracle.Penalised, setting: Setting) -> None:
-    assert len(actual.terms) == len(expected.terms)
+    sites: dict[str, Tensor] = {}
+    for name, term in expected.terms.items():  # a site has one term for all of its tensors
+        site = name.split(", tensor")[0]
+        sites[site] = sites.get(site, torch.zeros_like(term)) + term
+    assert len(actual.terms) == len(sites)
     if setting.scale == "none":  # the oracle's are without the step
-        found, wanted = (torch.stack([*r.terms.values()]).sort().values for r in (actual, expected))
+        found, wanted = (torch.stack([*terms.values()]).sort().values for terms in (actual.terms, sites))
         torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-15)
 
 

@@ -1,7 +1,7 @@
-"""A network of the grammar computed part by part, for the oracle: which tensors feed layers, and their grids.
+"""A network of the grammar computed part by part, for the oracle: what layers are given, and its grids.
 
-Nothing of gradl1_fast is used. A tensor that is only reshaped, or passed through an identity, stays the same
-activation; it is counted, and quantized, where its values were computed.
+Nothing of gradl1_fast is used. A site belongs to the layers that are given the very same tensor, and a layer
+that is called several times has one site. What goes past the layers is neither quantized nor measured.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from tests.properties.grammar import Act, Concat, Conv, Network, Norm, Part, Poo
 
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 INPUT = 0
+INPUT_BITS = 8
 NOISE = 1e-10  # of the largest gradient of a tensor
 
 
 @dataclass(frozen=True)
 class Value:
-    """A tensor and the number of the activation that it is."""
+    """A tensor and its number: a reshaped tensor is another one, that behind an identity is the same."""
 
     tensor: Tensor
     number: int
@@ -36,11 +37,12 @@ class Walk:
     Args:
         network: as data.
         model: made of it; its modules compute, its own forward pass is not used.
-        alter: gets number and tensor of each activation, and returns what takes its place.
+        seen: gets layer, number and tensor where a layer is given a tensor for the first time, and returns
+            what the layers see.
 
     Attributes:
-        activations: the tensors by number; the input is the first.
-        feeding: the numbers of those that a convolution or linear layer reads.
+        readers: the layers that each tensor is given to, by its number; the input is the first tensor.
+        given: those tensors.
         normalised: what went into a batch norm.
         pooled: what a maximum was taken of.
         activated: what went into an activation.
@@ -48,29 +50,35 @@ class Walk:
     """
 
     def __init__(
-        self, network: Network, model: nn.Module, alter: Callable[[int, Tensor], Tensor] = lambda _, t: t
+        self,
+        network: Network,
+        model: nn.Module,
+        seen: Callable[[nn.Module, int, Tensor], Tensor] = lambda _, __, t: t,
     ) -> None:
-        self.network, self.model, self.alter = network, model, alter
-        self.activations: list[Tensor] = []
-        self.feeding: list[int] = []
+        self.network, self.model, self.seen = network, model, seen
+        self.readers: dict[int, list[nn.Module]] = {}
+        self.given: dict[int, Tensor] = {}
         self.normalised: list[Tensor] = []
         self.pooled: list[Tensor] = []
         self.activated: list[Tensor] = []
         self.rounded: list[Tensor] = []
+        self._count = 0
+        self._seen: dict[int, Tensor] = {}
 
     def __call__(self, x: Tensor) -> Tensor:
         value = self._chain(self.network.parts, self.model.body, self._made(x))
         return self._top(self.model.top, value).tensor
 
     def _made(self, tensor: Tensor) -> Value:
-        number = len(self.activations)
-        self.activations.append(self.alter(number, tensor))
-        return Value(self.activations[-1], number)
+        self._count += 1
+        return Value(tensor, self._count - 1)
 
-    def _read(self, value: Value) -> Tensor:
-        if value.number not in self.feeding:
-            self.feeding.append(value.number)
-        return value.tensor
+    def _layer(self, layer: nn.Module, value: Value) -> Value:
+        if value.number not in self._seen:
+            self.given[value.number] = value.tensor
+            self._seen[value.number] = self.seen(layer, value.number, value.tensor)
+        self.readers.setdefault(value.number, []).append(layer)
+        return self._made(layer(self._seen[value.number]))
 
     def _chain(self, parts: tuple[Part, ...], modules: nn.Sequential, value: Value) -> Value:
         for part, module in zip(parts, modules, strict=True):
@@ -82,7 +90,7 @@ class Walk:
             case Same():
                 return value
             case Conv():
-                return self._made(module(self._read(value)))
+                return self._layer(module, value)
             case Norm():
                 self.normalised.append(value.tensor)
                 return self._made(module(value.tensor))
@@ -106,13 +114,32 @@ class Walk:
         elif form in ("pool", "mean"):
             value = self._made(value.tensor.flatten(2).mean(2))
         else:
-            value = Value(value.tensor.flatten(1), value.number)
+            value = self._made(value.tensor.flatten(1))
         for layer in top.layers:
-            self.activated += [value.tensor] * isinstance(layer, nn.ReLU)
-            value = self._made(
-                layer(self._read(value)) if isinstance(layer, nn.Linear) else layer(value.tensor)
-            )
+            if isinstance(layer, nn.Linear):
+                value = self._layer(layer, value)
+                continue
+            self.activated.append(value.tensor)
+            value = self._made(layer(value.tensor))
         return self._made(value.tensor.mean(1)) if form == "tokens" else value
+
+
+@dataclass(frozen=True)
+class Site:
+    """What some layers are given.
+
+    Attributes:
+        numbers: of the tensors.
+        ends: smallest and largest value of them all.
+    """
+
+    numbers: tuple[int, ...]
+    ends: tuple[Tensor, Tensor]
+
+    @property
+    def is_input(self) -> bool:
+        """Whether its layers are given the data."""
+        return INPUT in self.numbers
 
 
 @dataclass(frozen=True)
@@ -121,16 +148,16 @@ class Layout:
 
     Attributes:
         weights: names.
-        ends: smallest and largest value of each activation that is quantized, by number.
+        sites: by the number of each tensor that layers are given.
     """
 
     weights: tuple[str, ...]
-    ends: dict[int, tuple[Tensor, Tensor]]
+    sites: dict[int, Site]
 
     @property
     def penalised(self) -> list[int]:
-        """The numbers of the activations that a penalty counts: all but the data."""
-        return [number for number in self.ends if number != INPUT]
+        """The numbers of the tensors that a penalty counts; not those of layers that are given the data."""
+        return [number for number, site in self.sites.items() if not site.is_input]
 
 
 def layout(network: Network, model: nn.Module, x: Tensor) -> Layout:
@@ -141,9 +168,24 @@ def layout(network: Network, model: nn.Module, x: Tensor) -> Layout:
         walk(x)
     for module, training in modes.items():
         module.training = training
-    kept = {number: walk.activations[number] for number in sorted(walk.feeding)}
     weights = tuple(f"{name}.weight" for name, m in model.named_modules() if isinstance(m, LAYERS))
-    return Layout(weights, {number: (t.min(), t.max()) for number, t in kept.items()})
+    sites = {}
+    for numbers in _together(walk.readers):
+        low, high = (torch.stack([f(walk.given[n]) for n in numbers]) for f in (torch.min, torch.max))
+        site = Site(tuple(numbers), (low.min(), high.max()))
+        sites.update(dict.fromkeys(numbers, site))
+    return Layout(weights, sites)
+
+
+def _together(readers: dict[int, list[nn.Module]]) -> list[list[int]]:
+    """Return the numbers of tensors in groups: two are in one if a layer is given both."""
+    groups: list[tuple[list[int], set[nn.Module]]] = []
+    for number, layers in readers.items():
+        touched = [group for group in groups if group[1] & set(layers)]
+        groups = [group for group in groups if group not in touched]
+        numbers = [n for group in touched for n in group[0]]
+        groups.append(([*numbers, number], set(layers).union(*(group[1] for group in touched))))
+    return [numbers for numbers, _ in groups]
 
 
 def measure(
@@ -156,20 +198,20 @@ def measure(
     """Run the plain model with quantized activations; return what a penalty measures, and the pass."""
     kept: dict[str, Tensor] = {}
 
-    def alter(number: int, t: Tensor) -> Tensor:
-        if number not in found.ends:
-            return t
+    def seen(_: nn.Module, number: int, t: Tensor) -> Tensor:
+        site, given = found.sites[number], t
         if activation_bits is not None:
-            grid = oracle.affine_grid(*found.ends[number], activation_bits)
-            walk.rounded += [t.detach() / grid[0], -found.ends[number][0] / grid[0]]
-            t, unquantized = oracle.fake_quantize(t, *grid), t
-            t.unquantized = unquantized
-        if number != INPUT:
-            kept[f"activation {number}"] = t if t.requires_grad else t.requires_grad_()
+            grid = oracle.affine_grid(*site.ends, INPUT_BITS if site.is_input else activation_bits)
+            walk.rounded += [t.detach() / grid[0], -site.ends[0] / grid[0]]
+            t = oracle.fake_quantize(t, *grid)
+        if not site.is_input:
+            t = oracle.tap(t) if t.requires_grad else t.detach().requires_grad_()
+            t.unquantized = given
+            kept[f"site {site.numbers[0]}, tensor {number}"] = t
         return t
 
     with parametrize.cached():
-        walk = Walk(network, model, alter)
+        walk = Walk(network, model, seen)
         value = loss(walk, data)
         return oracle.Measured(value, {name: _find(model, name) for name in found.weights}, kept), walk
 

@@ -1,0 +1,114 @@
+"""A second conversion converts what is new, and keeps what is there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import gradl1_fast as gl
+from gradl1_fast.nn import QuantizedLayer
+from tests.conversion.runs import assert_equal_steps, loss_of
+from tests.conversion.small import TWO_BLOCKS
+from tests.networks import VGG
+
+
+def new_head(model: nn.Module) -> None:
+    model.fc = nn.Linear(model.fc.in_features, 3).double()
+
+
+def new_block(model: nn.Module) -> None:
+    model.blocks.append(nn.Sequential(nn.Conv2d(6, 6, 1), nn.BatchNorm2d(6), nn.ReLU()).double())
+
+
+def wrapped_head(model: nn.Module) -> None:
+    model.fc = nn.Sequential(model.fc, nn.ReLU(), nn.Linear(5, 2).double())
+
+
+CHANGES: dict[str, Callable[[nn.Module], None]] = {f.__name__: f for f in (new_head, new_block, wrapped_head)}
+each_change = pytest.mark.parametrize("change", CHANGES)
+
+
+def changed(change: str, model: nn.Module) -> nn.Module:
+    torch.manual_seed(11)
+    CHANGES[change](model)
+    return model
+
+
+def plain_layers(model: nn.Module) -> list[str]:
+    return [n for n, m in model.named_modules() if type(m) in (nn.Conv2d, nn.Linear)]
+
+
+@each_change
+def test_what_is_new_is_converted_and_penalised(change: str) -> None:
+    model = changed(change, gl.convert(TWO_BLOCKS.make()))
+    assert plain_layers(model)
+    again = gl.convert(model)
+    assert not plain_layers(again)
+    x = TWO_BLOCKS.batch()[0]
+    assert_equal_steps(changed(change, TWO_BLOCKS.make()), again, loss_of(x))
+
+
+@each_change
+def test_what_is_there_keeps_its_quantizers_ranges_and_widths(change: str) -> None:
+    model = gl.convert(TWO_BLOCKS.make())
+    gl.calibrate(model, [TWO_BLOCKS.batch()[0]])
+    gl.set_bits(model, w=4, a=6)
+    changed(change, model)
+    again = gl.convert(model)
+    for name, layer in model.named_modules():
+        if isinstance(layer, QuantizedLayer):
+            kept = again.get_submodule(name)
+            assert kept.weight_quantizer.bits == layer.weight_quantizer.bits == 4
+            assert kept.input_quantizer.bits == layer.input_quantizer.bits
+            assert kept.input_quantizer.low is layer.input_quantizer.low
+            assert kept.input_quantizer.is_input == layer.input_quantizer.is_input
+    assert again.stem[0].input_quantizer.low is not None
+
+
+@each_change
+def test_one_penalty_arms_old_and_new_layers(change: str) -> None:
+    again = gl.convert(changed(change, gl.convert(TWO_BLOCKS.make())))
+    assert len({id(m.arming) for m in again.modules() if isinstance(m, QuantizedLayer)}) == 1
+
+
+def test_a_new_layer_may_be_per_channel() -> None:
+    model = gl.convert(VGG.make())
+    model.append(nn.Linear(5, 2).double())
+    again = gl.convert(model, per_channel=True)
+    assert again[0].weight_quantizer.axis is None
+    assert again[-1].weight_quantizer.axis == 0
+
+
+def test_parts_that_were_converted_apart_become_one_model() -> None:
+    def body() -> nn.Module:
+        torch.manual_seed(4)
+        return nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3)).double()
+
+    def head() -> nn.Module:
+        torch.manual_seed(6)
+        return nn.Linear(3, 2).double()
+
+    whole = gl.convert(nn.Sequential(gl.convert(body()), head()))
+    assert not plain_layers(whole)
+    x = torch.randn(4, 3).double()
+    assert_equal_steps(nn.Sequential(body(), head()), whole, loss_of(x))
+
+
+def test_the_first_conversion_is_not_disturbed() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x)
+
+    model = gl.convert(Model())
+    model.fc2 = nn.Linear(3, 3)
+    again = gl.convert(model)
+    assert type(model.fc2) is nn.Linear
+    assert type(again.fc2) is gl.QLinear
+    assert again.fc2.weight is model.fc2.weight

@@ -254,6 +254,7 @@ class GradL1:
             grads = list(gradients(loss, inputs, functions))
         if not torch.compiler.is_compiling():
             refuse_shards(self.model.named_parameters())
+            refuse_shards((term.name, term.tensor) for term in weights)
         require_some(weights, grads[: len(weights)], "weight")
         require_some(sites, grads[len(weights) :], "activation")
         if not any(grad is not None and grad.requires_grad for grad in grads):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable
 
-from torch import Tensor, distributed, nn
+from torch import _C, Tensor, distributed, nn, strided
 
 __all__ = ["refuse_shards", "refuse_wrappers"]
 
@@ -38,18 +38,27 @@ def refuse_wrappers(model: nn.Module) -> None:
 
 
 def refuse_shards(named: Iterable[tuple[str, Tensor]]) -> None:
-    """Raise if a parameter of ``fully_shard`` is not whole between the two backward passes.
+    """Raise if a weight is not whole between the two backward passes.
 
     Raises:
-        RuntimeError: names the parameter, and the settings that keep it whole.
+        RuntimeError: names the weight, and the settings that keep it whole.
     """
     sharding = sys.modules.get("torch.distributed.tensor")
-    if sharding is None:
-        return
-    for name, parameter in named:
-        if isinstance(parameter, sharding.DTensor):
+    for name, weight in named:
+        if sharding is not None and isinstance(weight, sharding.DTensor):
             raise RuntimeError(
                 f"GradL1: {name} is sharded before both backward passes are done; keep it whole: "
                 "fully_shard(..., reshard_after_forward=False), and set_reshard_after_backward(False) until "
                 "the penalty is computed"
             )
+        if _is_freed(weight):  # reading it would end the process
+            raise RuntimeError(
+                f"GradL1: the memory of {name} was freed before both backward passes are done, as "
+                "FullyShardedDataParallel does; use DistributedDataParallel or fully_shard"
+            )
+
+
+def _is_freed(weight: Tensor) -> bool:
+    if weight.layout != strided or _C._functorch.is_functorch_wrapped_tensor(weight):
+        return False
+    return weight.numel() > 0 and weight.untyped_storage().size() == 0

@@ -45,7 +45,7 @@ def test_a_penalty_on_a_forward_pass_under_vmap() -> None:
     results = []
     for vectorised in (False, True):
         model, x = network().eval(), batches()
-        penalty = gl.GradL1(model, *LAMBDAS)
+        penalty = gl.GradL1(model, *LAMBDAS, "none")
         y = torch.vmap(model)(x) if vectorised else torch.stack([model(part) for part in x])
         extra = penalty(y.sin().mean())
         results.append(list(torch.autograd.grad(extra, list(model.parameters()), allow_unused=True)))
@@ -57,7 +57,7 @@ def test_a_penalty_by_the_step_on_a_pass_under_vmap_is_refused_by_name() -> None
     model = network().eval()
     penalty = gl.GradL1(model, *LAMBDAS, "step")
     y = torch.vmap(model)(batches())
-    with pytest.raises(RuntimeError, match=r"no gradient reached .*activation_quantizers"):
+    with pytest.raises(RuntimeError, match=r"no gradient reached any activation: 3\.input"):
         penalty(y.sin().mean())
 
 
@@ -110,7 +110,7 @@ def test_functional_call_with_other_tensors_and_a_penalty_outside() -> None:
     model = network()
     parameters = {name: leaf(p) for name, p in model.named_parameters()}
     penalty = gl.GradL1(model, *LAMBDAS)
-    with pytest.raises(RuntimeError, match=r"no gradient reached 0\.weight.*functional_call"):
+    with pytest.raises(RuntimeError, match=r"no gradient reached any weight: 0\.weight"):
         penalty(called(model, parameters))
     activations = gl.GradL1(model, 0, LAMBDAS[1])  # whose probes belong to the modules
     loss = called(model, parameters)
@@ -152,7 +152,7 @@ def test_functional_derivatives_are_refused_by_name(function: str, transform: st
         TRANSFORMS[transform](lambda x: FUNCTIONS[function](x).sum())(torch.randn(3, 3).double())
 
 
-@pytest.mark.parametrize("lambdas", [LAMBDAS, (LAMBDAS[0], 0), (0, LAMBDAS[1]), (0, 0)], ids=str)
+@pytest.mark.parametrize("lambdas", [LAMBDAS, (LAMBDAS[0], 0), (0, LAMBDAS[1])], ids=str)
 def test_a_functional_gradient_of_a_penalised_loss_is_refused(lambdas: tuple[float, float]) -> None:
     model = network()
     penalty = gl.GradL1(model, *lambdas)

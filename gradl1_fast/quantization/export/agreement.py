@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from gradl1_fast.quantization.export.arguments import Arguments
+from gradl1_fast.quantization.export.filling import occurrence
 from gradl1_fast.quantization.export.integers import session
 from gradl1_fast.quantization.export.packages import onnx
 
@@ -126,22 +128,25 @@ def feed_of(exported: Exported, arguments: Arguments) -> dict[str, Any]:
 
 def _compare_batch(exported: Exported, file: Any, watched: Any, part: Arguments, tally: _Tally) -> None:
     feed, program, grids = feed_of(exported, part), exported.program, exported.grids
-    keys = program.activations
     end = [torch.from_numpy(value) for value in file.run(exported.outputs, feed)]
     found = watched.run(None, feed)
     outputs = [torch.from_numpy(value) for value in found[: len(end)]]
-    codes = dict(zip(map(keys.__getitem__, exported.quantized), found[len(end) :], strict=True))
+    codes = dict(zip(exported.quantized, found[len(end) :], strict=True))
+    calls = Counter[int]()
 
     def alone(key: int, x: Tensor) -> Tensor:
         grid = grids[key]
         return x if grid is None else grid.quantize(x)
 
     def behind_the_file(key: int, x: Tensor) -> Tensor:
-        grid = grids[key]
-        if grid is None or key not in codes:
+        calls[key] += 1
+        mark, grid = program.marks[key], grids[key]
+        name = occurrence(mark.name, calls[key])
+        is_known = name in codes and (mark.same_as is None or occurrence(mark.name, 2) not in codes)
+        if grid is None or mark.kind == "weight" or not is_known:
             return alone(key, x)
-        theirs = torch.from_numpy(codes[key].astype("int32"))
-        tally.code(program.marks[key].name, theirs, _codes(x, grid))
+        theirs = torch.from_numpy(codes[name].astype("int32"))
+        tally.code(name, theirs, _codes(x, grid))
         return (theirs - grid.zero_point) * grid.scale
 
     tally.decide(end, _tensors(program.run(part, alone)), part.size)
@@ -212,7 +217,7 @@ def _with_outputs(exported: Exported) -> bytes:
     proto = onnx().load_from_string(exported.data)
     keys = exported.program.activations
     for name, codes in exported.quantized.items():
-        grid = exported.grids[keys[name]]
+        grid = exported.grids[keys[name.partition(" (")[0]]]
         if grid is not None and grid.bits < 8:  # numpy has no such type
             proto.graph.node.append(helper.make_node("Cast", [codes], [f"{codes}.wide"], to=types.UINT8))
             codes = f"{codes}.wide"

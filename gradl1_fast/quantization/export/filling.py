@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from gradl1_fast.quantization.export.marks import Grid, Mark
 from gradl1_fast.quantization.export.onnx_graph import OPSET, numbered_pairs
 from gradl1_fast.quantization.export.packages import onnx, onnx_ir
 
-__all__ = ["Filling"]
+__all__ = ["Filling", "occurrence"]
 
 _WITH_BIAS = {"Conv", "ConvTranspose", "Gemm"}
 
@@ -32,7 +33,8 @@ class Filling:
 
     Attributes:
         model: the model in ``onnx_ir``.
-        quantized: names of the codes of each quantized activation, by the name of its mark.
+        quantized: names of the codes of each quantized activation, by the name of its mark; of the
+            second and further calls of a layer with a number.
         remarks: sentences on what could not be written as asked for.
         opset: the version of the operators.
     """
@@ -53,7 +55,8 @@ class Filling:
         self._layers = named_layers(model)
         self._before_float = _sites_before_float(model)
         self._constants: dict[str, Any] = {}
-        self._seen: set[int] = set()
+        self._counts = Counter[int]()
+        self._results: dict[tuple[int, str], Any] = {}
         for key, quantize, dequantizes in numbered_pairs(self.model):
             self._write(key, quantize, dequantizes)
         self._finish()
@@ -67,7 +70,11 @@ class Filling:
             elif mark.kind == "weight":
                 result = self._weight(mark.name, grid, dequantize)
             else:
-                result = self._activation(mark, grid, dequantize, source, key)
+                place = id(source), mark.name
+                if place not in self._results:
+                    first = key if mark.same_as is None else mark.same_as
+                    self._results[place] = self._activation(first, grid, dequantize, source)
+                result = self._results[place]
             dequantize.outputs[0].replace_all_uses_with(result)
             if grid is not None and mark.kind == "weight":
                 self._tidy(result, grid, self._is_rounded(mark.name))
@@ -86,19 +93,20 @@ class Filling:
         )
         return self._put(at, node, f"{name}.weight.value", at.outputs[0])
 
-    def _activation(self, mark: Mark, grid: Grid, at: Any, source: Any, key: int) -> Any:
-        name, type_ = mark.name, self._type(grid.bits, signed=False)
+    def _activation(self, key: int, grid: Grid, at: Any, source: Any) -> Any:
+        mark, type_ = self._marks[key], self._type(grid.bits, signed=False)
+        name = mark.name
         scale = self._floats(f"{name}.scale", grid.scale)
         zero_point = self._integers(f"{name}.zero_point", type_, grid.zero_point)
-        suffix = f".{key}.{at.outputs[0].name}" if key in self._seen else ""
-        self._seen.add(key)
+        self._counts[key] += 1
+        suffix = "" if self._counts[key] == 1 else f".{self._counts[key]}"
         node = onnx_ir().node("QuantizeLinear", [source, scale, zero_point])
         value = self._put(at, node, f"{name}.codes{suffix}")
         if type_.bits > grid.bits:
             ends = [self._integers(f"{name}.{end}", type_, torch.tensor(float(value_))) for end, value_ in
                     (("q_min", grid.q_min), ("q_max", grid.q_max))]  # fmt: skip
             value = self._put(at, onnx_ir().node("Clip", [value, *ends]), f"{name}.clipped{suffix}")
-        self.quantized.setdefault(name, value.name)
+        self.quantized[occurrence(name, self._counts[key])] = value.name
         result = f"{name}{suffix}" if mark.kind == "site" else f"{name}.value{suffix}"
         if name in self._before_float:
             return self._spelled_out(at, value, grid, name, result)
@@ -206,6 +214,11 @@ class Filling:
         self.model.opset_imports[""] = self.opset
         opsets = [onnx().helper.make_opsetid("", self.opset)]
         self.model.ir_version = max(onnx().helper.find_min_ir_version_for(opsets), 8)
+
+
+def occurrence(name: str, count: int) -> str:
+    """Return what distinguishes the tensors of a layer that is called several times."""
+    return name if count == 1 else f"{name} ({count})"
 
 
 def _sites_before_float(model: nn.Module) -> set[str]:

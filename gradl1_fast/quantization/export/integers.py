@@ -92,7 +92,7 @@ def _runs(type_: IntegerType) -> bool:
 def codes(
     x: Tensor, scale: Tensor, zero_point: Tensor, ends: tuple[int, int], axis: int | None = None
 ) -> Tensor:
-    """Return the codes of a tensor, whole numbers in float: what fake quantization multiplies by the scale."""
+    """Return the codes of a tensor, whole numbers in float, rounded and clamped as by fake quantization."""
     if axis is not None:
         shape = [-1 if i == axis else 1 for i in range(x.dim())]
         scale, zero_point = scale.reshape(shape), zero_point.reshape(shape)
@@ -104,7 +104,7 @@ def prevent_overflow(model: nn.Module) -> dict[str, int]:
     """Raise scales of weights where a bias would not fit int32; return how many, by layer.
 
     Runtimes hold a bias in multiples of the product of the scales of weight and input. A channel with
-    vanishing weights and a bias, as a dead batch norm leaves behind, would overflow. That is at 8 bits: at
+    vanishing weights and a bias, which a dead batch norm leaves, would overflow. That is at 8 bits: at
     other widths the file adds biases in float.
     """
     layers = named_layers(model).items()

@@ -1,4 +1,4 @@
-"""Marks between layers: operands of sums, concatenations and average pools, so that these run in integers too.
+"""Marks between layers: at operands of sums, concatenations and average pools, which then run in integers.
 
 Without a quantizer behind a convolution, onnxruntime computes it in float.
 """
@@ -32,10 +32,11 @@ def add_joints(exported: torch.export.ExportedProgram, marks: list[Mark]) -> Non
         operands = _operands(node)
         if not operands or not _is_pure(node):
             continue
-        needed = [_needed(operand) for operand in operands]
+        needed = [_needed(operand, marks) for operand in operands]
         if all(keys is not None for keys in needed):
-            for operand, keys in zip(operands, needed, strict=True):
-                _mark(graph, node, operand, keys or [], marks)
+            all_keys = [key for keys in needed for key in keys or ()]
+            for operand in operands:
+                _mark(graph, node, operand, all_keys, marks)
     graph.lint()
     exported.graph_module.recompile()
 
@@ -64,14 +65,11 @@ def _is_pure(node: fx.Node) -> bool:
     return True
 
 
-def _needed(node: fx.Node) -> list[int] | None:
+def _needed(node: fx.Node, marks: list[Mark]) -> list[int] | None:
     """Return the marks that must have 8 bits for a tensor to be one of codes; None if it cannot be."""
-    if any(str(user.target).partition(".")[2].partition(".")[0].endswith("_") for user in node.users):
-        site = None
-    else:
-        site = _site_of(node)
+    site = _site_of(node, marks)
     if site is not None:
-        return [int(site.args[1])]  # type: ignore[arg-type]
+        return [site]
     while node.target in _TRANSPARENT:
         node = node.args[0]  # type: ignore[assignment]
     if node.target in _PRODUCTS:
@@ -86,22 +84,27 @@ def _marks_among(operands: list[fx.Node]) -> list[int] | None:
     return keys if keys and len(keys) == len(operands) else None
 
 
-def _site_of(node: fx.Node) -> fx.Node | None:
-    """Return the mark that a tensor passes on its way to layers."""
-    return next((user for user in node.users if user.target is MARK), None)
+def _site_of(node: fx.Node, marks: list[Mark]) -> int | None:
+    """Return the number of the site that a tensor passes on its way to layers."""
+    if any(_changes_in_place(user) for user in node.users):
+        return None  # it is changed in place before or after that
+    keys = [int(user.args[1]) for user in node.users if user.target is MARK]  # type: ignore[arg-type]
+    return next((key for key in keys if marks[key].kind == "site"), None)
+
+
+def _changes_in_place(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def _mark(graph: fx.Graph, node: fx.Node, operand: fx.Node, keys: list[int], marks: list[Mark]) -> None:
-    """Let ``node`` read an operand by way of its mark, which is made if there is none."""
+    """Let ``node`` read an operand by way of a mark."""
     if operand.target is MARK:
         return
-    mark = _site_of(operand)
-    if mark is None:
-        with graph.inserting_after(operand):
-            mark = graph.call_function(MARK, (operand, len(marks)))
-        mark.meta = {"val": operand.meta["val"], **_source(operand)}
-        marks.append(Mark("joint", operand.name, keys))
-    operand.append(mark)
+    site = _site_of(operand, marks)
+    with graph.inserting_after(operand):
+        mark = graph.call_function(MARK, (operand, len(marks)))
+    mark.meta = {"val": operand.meta["val"], **_source(operand)}
+    marks.append(Mark("joint", operand.name if site is None else marks[site].name, keys, site))
     node.replace_input_with(operand, mark)
 
 

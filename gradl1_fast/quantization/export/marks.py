@@ -1,4 +1,4 @@
-"""Marks in a model: an operator that stands for the quantizer of each site and of each weight while it is traced."""
+"""Marks in a model: an operator that stands for the quantizer of a site or a weight while it is traced."""
 
 from __future__ import annotations
 
@@ -63,13 +63,15 @@ class Mark:
     Attributes:
         kind: ``"site"``, ``"weight"``, or ``"joint"`` for an operand of an operation between layers.
         name: of the site, of the layer that has the weight, or of the operand.
-        layers: of a joint, the keys of weights and sites that must have 8 bits for it to be quantized.
+        layers: of a joint, the numbers of weights and sites that must have 8 bits for it to be quantized.
+        same_as: of a joint whose tensor passes a site too, the number of that.
         range: of a joint, its smallest and largest value.
     """
 
     kind: str
     name: str
     layers: list[int] = field(default_factory=list)
+    same_as: int | None = None
     range: tuple[Tensor, Tensor] | None = None
 
 

@@ -83,10 +83,10 @@ def export_onnx(
     """Write a converted model as ONNX, batch norms folded, with weights and activations quantized.
 
     PyTorch's exporter writes the operations: whatever ``torch.export`` takes can be exported. A weight is a
-    constant of integers behind a ``DequantizeLinear``; the input of a layer goes through ``QuantizeLinear`` and
-    ``DequantizeLinear``. Types are int8 and uint8; int4 and uint4 at 4 bits; int2 and uint2 at 2 bits (opset
-    25) where the installed packages run them; int16 and uint16 at 16 bits. Other widths are codes of int8 and
-    uint8, clipped to the width.
+    constant of integers behind a ``DequantizeLinear``; the input of a layer goes through ``QuantizeLinear``
+    and ``DequantizeLinear``. Types are int8 and uint8; int4 and uint4 at 4 bits; int2 and uint2 at 2 bits
+    (opset 25) where the installed packages run them; int16 and uint16 at 16 bits. Other widths are codes of
+    int8 and uint8, clipped to the width.
 
     Args:
         model: a converted model in evaluation mode, in float32, calibrated if ``a`` is given. It stays as
@@ -96,11 +96,11 @@ def export_onnx(
             both None, the widths that are set on the model.
         a: bits of the activations, likewise, by site.
         runtime: ``"onnxruntime"`` to quantize, at 8 bits, operands of sums, concatenations and average pools
-            too, in ranges found on ``inputs``: onnxruntime then computes the layers around them in integers.
+            too, in ranges found on ``inputs``: onnxruntime then computes layers around them in integers.
             ``"none"`` to quantize the inputs of layers alone.
         input_bits: bits of the network's input where ``a`` is a smaller number; None to give it ``a``.
-        dynamic_batch: leave the size of the batch free. Where the model does not allow it, it is fixed, with a
-            remark.
+        dynamic_batch: leave the size of the batch free. Where the model does not allow it, it is fixed, with
+            a remark.
         dynamic_size: leave height and width free.
 
     Raises:

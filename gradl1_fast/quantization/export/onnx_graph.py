@@ -20,7 +20,7 @@ OPSET = 21  # the first with int4, int16 and their unsigned kinds
 
 
 def to_onnx(program: Program) -> Any:
-    """Return the ``onnx_ir`` model of a program, with a pair of Q and DQ for each mark, whose scale is its number.
+    """Return the ``onnx_ir`` model of a program: a pair of Q and DQ whose scale is a number for each mark.
 
     Raises:
         ImportError: onnxscript is not installed.

@@ -92,9 +92,10 @@ def _set_widths(model: nn.Module, w: Widths, a: Widths, input_bits: int | None) 
             if not isinstance(width, Mapping):
                 check_width(name, width)
         set_bits(model, w=w, a=a)
-        for quantizer in named_quantizers(model).values() if isinstance(a, int) and input_bits else ():
-            if quantizer.is_input:
-                quantizer.bits = max(input_bits or 0, quantizer.bits or 0)
+        if isinstance(a, int):
+            for quantizer in named_quantizers(model).values():
+                if quantizer.is_input:
+                    quantizer.bits = max(a, input_bits or a)
     for kind, widths in zip("wa", widths_of(model), strict=True):
         for name, width in widths.items():
             if width is not None and 8 < width < 16:
@@ -115,7 +116,6 @@ def _find_sites(model: nn.Module, arguments: Arguments) -> None:
         NotExportableError: the model does not take the arguments.
     """
     quantizers = named_quantizers(model)
-    set_bits(model, w={}, a={})
     try:
         with observed(quantizers, dict.fromkeys(quantizers, _Nobody())), torch.no_grad():
             arguments.call(model)

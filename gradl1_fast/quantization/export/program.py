@@ -67,7 +67,8 @@ class Program:
             else:
                 needed = [grids[key] for key in mark.layers]
                 is_quantized = all(grid is not None and grid.bits == 8 for grid in needed)
-                grids.append(_joint_grid(mark) if is_quantized else None)
+                same = _joint_grid(mark) if mark.same_as is None else grids[mark.same_as]
+                grids.append(same if is_quantized else None)
         return grids
 
     @property
@@ -78,7 +79,8 @@ class Program:
     @property
     def activations(self) -> dict[str, int]:
         """The numbers of the marks of activations, by name."""
-        return {mark.name: key for key, mark in enumerate(self.marks) if mark.kind != "weight"}
+        marks = enumerate(self.marks)
+        return {mark.name: key for key, mark in marks if mark.kind != "weight" and mark.same_as is None}
 
     def has_joints(self) -> bool:
         """Return whether operands of operations between layers are marked."""
@@ -91,7 +93,7 @@ class Program:
 
         def at(key: int, x: Tensor) -> Tensor:
             mark, grid = self.marks[key], grids[key]
-            if mark.kind == "joint":
+            if mark.kind == "joint" and mark.same_as is None:
                 ends = F.value_range(x)
                 before = mark.range or ends
                 mark.range = torch.minimum(ends[0], before[0]), torch.maximum(ends[1], before[1])

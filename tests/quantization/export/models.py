@@ -1,0 +1,172 @@
+"""Networks, calibrated and traced once each: tracing takes seconds, filling in does not."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import gradl1_fast as gl
+from gradl1_fast.nn.sites import named_quantizers
+from gradl1_fast.quantization.export import Exported, prepare
+from gradl1_fast.quantization.export.arguments import Arguments
+from gradl1_fast.quantization.export.onnx_file import write_onnx
+from gradl1_fast.quantization.export.onnx_graph import to_onnx
+from gradl1_fast.quantization.export.program import Program, trace
+from tests.networks import MOBILENET, NO_NORM, VGG, BasicBlock, Network, conv_norm
+
+
+def inputs(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+def calibrated(plain: nn.Module, x: Any, *, per_channel: bool = False) -> nn.Module:
+    """Convert a network and give each site the range of what it sees."""
+    model = gl.convert(plain.eval(), per_channel=per_channel)
+    for quantizer in named_quantizers(model).values():
+        quantizer.observer = _MinMax()
+    with torch.no_grad():
+        Arguments.of(x).call(model)
+    for quantizer in named_quantizers(model).values():
+        seen, quantizer.observer = quantizer.observer, None
+        quantizer.set_range(seen.low, seen.high)  # type: ignore[union-attr]
+    return model
+
+
+class _MinMax:
+    def __init__(self) -> None:
+        self.low = self.high = torch.zeros(())
+
+    def update(self, x: Tensor) -> None:
+        self.low, self.high = torch.minimum(self.low, x.min()), torch.maximum(self.high, x.max())
+
+
+def residual() -> nn.Module:
+    """A residual network with both kinds of shortcut."""
+    stem = nn.Sequential(*conv_norm(3, 4), nn.ReLU())
+    pool = nn.AdaptiveAvgPool2d(1)
+    return nn.Sequential(stem, BasicBlock(4, 4, 1), BasicBlock(4, 8, 2), pool, nn.Flatten(), nn.Linear(8, 5))
+
+
+RESIDUAL = Network(id="residual", build=residual, shape=(6, 3, 8, 8))
+SMALL = [VGG, RESIDUAL, MOBILENET, NO_NORM]
+
+
+@functools.cache
+def network(which: Network) -> tuple[nn.Module, Tensor]:
+    x = inputs(37, *which.shape[1:])
+    return calibrated(which.make(torch.float32), x, per_channel=which is not VGG), x
+
+
+@functools.cache
+def _traced(which: Network, joints: bool) -> tuple[Program, Any]:
+    model, x = network(which)
+    program = trace(prepare(model, x), x, batch=True, sizes=False, joints=joints)
+    return program, to_onnx(program)
+
+
+def exported(which: Network, w: Any, a: Any, *, joints: bool = True, **options: Any) -> Exported:
+    """Do what ``export_onnx`` does, on a trace that is shared."""
+    model, x = network(which)
+    prepared = prepare(model, x, w=w, a=a, **options)
+    program, template = _traced(which, joints)
+    program.find_ranges(Arguments.of(x), program.grids(prepared))
+    return write_onnx(prepared, program, template)
+
+
+class Attention(nn.Module):
+    """Token embedding, a transformer block of functions, keyword arguments in and a dictionary out."""
+
+    def __init__(self, size: int = 16) -> None:
+        super().__init__()
+        self.tokens, self.norm = nn.Embedding(20, size), nn.LayerNorm(size)
+        self.q, self.k, self.v, self.out = (nn.Linear(size, size) for _ in range(4))
+        self.head = nn.Linear(size, 5)
+
+    def forward(self, ids: Tensor, weights: Tensor | None = None) -> dict[str, Tensor]:
+        x = self.tokens(ids)
+        n = self.norm(x)
+        q, k, v = (layer(n).unflatten(-1, (2, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        x = x + self.out(F.gelu(y))
+        if weights is not None:
+            x = x * weights[..., None]
+        return {"logits": self.head(x.mean(1)), "hidden": x}
+
+
+class TwoInTwoOut(nn.Module):
+    """Two tensors in, a concatenation and an average pool, two tensors out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(2, 4, 3, padding=1)
+        self.last = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        z = torch.cat([self.one(x).relu(), self.other(y).relu()], 1)
+        return self.last(F.avg_pool2d(z, 2).mean((2, 3))), z
+
+
+class OfDict(nn.Module):
+    """One argument, a dictionary."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.last = nn.Linear(4, 3), nn.Linear(4, 3), nn.Linear(3, 2)
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        return self.last(torch.sigmoid(self.a(batch["a"]) * self.b(batch["b"])))
+
+
+class Odd(nn.Module):
+    """Reflecting padding, a transposed convolution with groups and a hard swish."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 3, 2, 1, padding_mode="reflect")
+        self.up = nn.ConvTranspose2d(6, 4, 4, 2, 1, groups=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(F.hardswish(self.conv(x)))
+
+
+class Branching(nn.Module):
+    """A branch on a value, inside of a part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = _Branch()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.part(x)
+
+
+class _Branch(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x)
+        return y + 1 if y.sum() > 0 else y
+
+
+def with_dead_channels(bias: float) -> nn.Module:
+    """A batch norm of which four channels are dead: gamma 1e-8 and a bias."""
+    torch.manual_seed(0)
+    layers = [
+        *conv_norm(3, 16),
+        nn.ReLU(),
+        nn.Conv2d(16, 8, 3),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(8 * 36, 10),
+    ]
+    norm = layers[1]
+    with torch.no_grad():
+        norm.weight[:4] = 1e-8  # type: ignore[index]
+        norm.bias[:4] = torch.linspace(0.2, bias, 4)  # type: ignore[index]
+    return nn.Sequential(*layers)

@@ -110,6 +110,8 @@ def test_a_step_never_looks_at_a_value(bits: int | None, scale: str) -> None:
     gl.calibrate(model, [x])
     penalty = gl.GradL1(model, 1e-3, 1e-3, scale=scale)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9)
+    with gl.bits(model, w=bits, a=bits):
+        model(x)  # the first pass compares plans with modules
     with gl.bits(model, w=bits, a=bits), Waiting() as mode:
         loss = F.cross_entropy(model(x), y)
         (loss + penalty(loss)).backward()
@@ -152,7 +154,7 @@ def test_reentrant_checkpointing_is_refused() -> None:
     model, penalty = checkpointed(True)
     x, y = VGG.batch()
     loss = F.cross_entropy(model(x.requires_grad_()), y)
-    with pytest.raises(RuntimeError, match=r"no gradient reached body\.0\.weight.*reentrant"):
+    with pytest.raises(RuntimeError, match="checkpointed with use_reentrant=True"):
         penalty(loss)
 
 

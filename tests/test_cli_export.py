@@ -45,7 +45,14 @@ def test_onnx(run: Path) -> None:
     result = gradl1(run, "--w", 4, "--a", 8)
     assert result.exit_code == 0, result.output
     assert (run / "model-w4-a8.onnx").stat().st_size > 1000
-    for words in ("largest code difference", "top-1 agreement", "100.00 %", "500 test images", "9 of 9", "ms for one image"):
+    for words in (
+        "largest code difference",
+        "top-1 agreement",
+        "100.00 %",
+        "500 test images",
+        "9 of 9",
+        "ms for one image",
+    ):
         assert words in result.output
 
 

@@ -168,7 +168,6 @@ def _is_ordinary(args: tuple[Any, ...]) -> bool:
     first = _first_tensor(args)
     return (
         not torch.compiler.is_compiling()
-        and torch._C._get_tracing_state() is None  # torch.jit.trace
         and type(first) in (Tensor, torch.nn.Parameter)
         and not torch._C._len_torch_dispatch_stack()
         and torch._C._get_tracing_state() is None  # torch.jit.trace records what the dispatcher calls

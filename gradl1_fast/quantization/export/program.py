@@ -190,17 +190,19 @@ def _weight_grid(layer: Any) -> Grid | None:
     quantizer = layer.weight_quantizer
     if quantizer.bits is None:
         return None
-    grid = quantizer.grid(used_weight(layer), quantizer.bits)
-    return Grid(*grid, quantizer.bits, quantizer.axis)
+    scale, zero_point, q_min, q_max = quantizer.grid(used_weight(layer), quantizer.bits)
+    return Grid(scale, zero_point, q_min, q_max, quantizer.bits, quantizer.axis)
 
 
 def _site_grid(quantizer: Any) -> Grid | None:
     if quantizer.bits is None:
         return None
-    return Grid(*quantizer.grid(torch.float32, quantizer.bits), quantizer.bits)
+    scale, zero_point, q_min, q_max = quantizer.grid(torch.float32, quantizer.bits)
+    return Grid(scale, zero_point, q_min, q_max, quantizer.bits)
 
 
 def _joint_grid(mark: Mark) -> Grid | None:
     if mark.range is None:
         return None
-    return Grid(*F.quantization_grid(*mark.range, 8, symmetric=False), 8)
+    scale, zero_point, q_min, q_max = F.quantization_grid(*mark.range, 8, symmetric=False)
+    return Grid(scale, zero_point, q_min, q_max, 8)

@@ -47,8 +47,11 @@ def kinds(data: bytes) -> Counter[str]:
 WIDTHS = [(8, 8), (4, 8), (4, 4), (2, 2), (3, 5), (1, 1), (16, 16), (8, None), (None, 8), (None, None)]
 
 
-@pytest.mark.parametrize("widths", WIDTHS)
-@pytest.mark.parametrize("which", SMALL, ids=lambda n: n.id)
+CASES = [(RESIDUAL, widths) for widths in WIDTHS]
+CASES += [(which, widths) for which in (VGG, MOBILENET, NO_NORM) for widths in ((8, 8), (4, 4), (None, 8))]
+
+
+@pytest.mark.parametrize(("which", "widths"), CASES, ids=lambda v: getattr(v, "id", None))
 def test_a_plain_session_computes_what_the_simulation_says(which: Network, widths: tuple[Any, Any]) -> None:
     file = exported(which, *widths)
     found = compare(file, network(which)[1])

@@ -21,7 +21,7 @@ def test_torch_jit_trace_is_right(bits: Any, grad: bool) -> None:
     model, x = network(RESIDUAL)
     with warnings.catch_warnings(), torch.set_grad_enabled(grad), gl.bits(model, w=bits, a=bits):
         warnings.simplefilter("ignore")
-        # The check traces again, where sites share results of other graphs; what it computes is compared here.
+        # PyTorch's own check traces again, and sites share results by then; values are compared here.
         traced = torch.jit.trace(model, x[:4], check_trace=False)
         torch.testing.assert_close(traced(x[4:9]), model(x[4:9]))
 

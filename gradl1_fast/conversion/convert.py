@@ -93,7 +93,7 @@ def convert(model: nn.Module, *, per_channel: bool = False) -> nn.Module:
     converted = _replaced(copy_structure(model), per_channel, arming)
     for module in converted.modules():
         if isinstance(module, QuantizedLayer):
-            module.arming = arming
+            module.use(arming)
     share_sites(converted)
     name_sites(converted)
     _warn_of_rest(converted)

@@ -8,33 +8,56 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["Arming", "armings_of", "is_armed"]
+__all__ = ["Arming", "armings_of", "is_armed", "is_recomputing"]
 
 Planner = Callable[[nn.Module], None]
 
 
 class Arming:
-    """A switch that the layers of a converted model share.
+    """A switch that the layers and sites of a converted model share.
 
     While it is off, a layer at float width runs the code of its torch twin and nothing else. While it is
     on, layers use operators with a fast second derivative, and planned containers run their plans. A
     forward pass that was made while it was off is still exact for weights, whose ordinary operators are
     twice differentiable.
 
+    A penalty changes it for the next forward pass as soon as it was called. What a checkpointed region
+    computes again in the backward pass after that is computed as it was the first time.
+
     Attributes:
-        armed: whether any penalty is waiting for the next forward pass.
         planner: called with the model when a penalty is made for it; installs plans. None without plans.
     """
 
     def __init__(self, planner: Planner | None = None) -> None:
-        self.armed = False
         self.planner = planner
-        self._penalties: set[int] = set()
+        self._wanted: dict[int, tuple[bool, bool]] = {}
+        self._now = self._before = (False, False)
 
-    def set(self, penalty: int, armed: bool) -> None:
-        """Arm or disarm on behalf of one penalty, which is known by a number of its own."""
-        (self._penalties.add if armed else self._penalties.discard)(penalty)
-        self.armed = bool(self._penalties)
+    def set(self, penalty: int, armed: bool, measuring: bool) -> None:
+        """Say what one penalty, which is known by a number of its own, wants of the next forward pass."""
+        self._wanted[penalty] = armed, measuring
+        if not armed:
+            del self._wanted[penalty]
+        wanted = self._wanted.values()
+        self._before = self._now
+        self._now = any(a for a, _ in wanted), any(m for _, m in wanted)
+
+    @property
+    def armed(self) -> bool:
+        """Whether any penalty is waiting for the present forward pass."""
+        return self._state()[0]
+
+    @property
+    def measuring(self) -> bool:
+        """Whether any penalty measures activations in the present forward pass."""
+        return self._state()[1]
+
+    def _state(self) -> tuple[bool, bool]:
+        if self._now != self._before and not torch.compiler.is_compiling():
+            if is_recomputing():
+                return self._before
+            self._before = self._now  # a forward pass has begun
+        return self._now
 
     def __reduce__(self) -> Any:
         """Copy and pickle as a switch that is off: no penalty waits for the copy."""
@@ -49,6 +72,12 @@ def armings_of(modules: Iterable[nn.Module]) -> Iterator[Arming]:
         if isinstance(arming, Arming) and id(arming) not in seen:
             seen.add(id(arming))
             yield arming
+
+
+def is_recomputing() -> bool:
+    """Return whether a checkpointed region is being computed again."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None and "_recomputation_hook" in getattr(hooks[0], "__qualname__", "")
 
 
 def is_armed(arming: Arming) -> bool:

@@ -60,12 +60,18 @@ class QuantizedLayer(nn.Module):
         self.input_quantizer = None
         if self.has_site:
             self.input_quantizer = ActivationQuantizer().to(next(self.parameters()))
-        self.arming = Arming() if arming is None else arming
+        self.use(Arming() if arming is None else arming)
         self.was_called = False
         self.used_weights = []
         self.weight_quantizer.train(self.training)
         if self.input_quantizer is not None:
             self.input_quantizer.train(self.training)
+
+    def use(self, arming: Arming) -> None:
+        """Take the switch of a model as that of this layer and its site."""
+        self.arming = arming
+        if self.input_quantizer is not None:
+            self.input_quantizer.arming = arming
 
     @classmethod
     def from_float(

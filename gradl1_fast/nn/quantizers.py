@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from gradl1_fast import functional as F
 from gradl1_fast._checks import MAX_BITS
 from gradl1_fast._dtypes import sum_dtype
+from gradl1_fast.nn.arming import Arming
 from gradl1_fast.nn.hooks import has_hooks, has_own_forward
 from gradl1_fast.ops.tap import alias
 
@@ -143,6 +144,7 @@ class ActivationQuantizer(_Quantizer):
         is_input: see above; a forward pass may find it out.
         is_known: whether a forward pass in eager mode, or a trace, has shown which layers share the site.
         name: of the site, for messages; ``<first layer>.input``.
+        arming: the switch of the model; measures while it is on.
         probe: the scalar leaf whose gradient is ``sum |dL/dy|`` once it requires one, which a penalty
             on activations asks for.
         step_bits: when set, the probe's gradient is multiplied by the step at this width.
@@ -166,10 +168,11 @@ class ActivationQuantizer(_Quantizer):
         self.register_buffer("low", None, persistent=False)
         self.register_buffer("high", None, persistent=False)
         self.probe = _new_probe(torch.zeros(()))
+        self.arming = Arming()
         self._penalties: set[int] = set()
 
     def measure_for(self, penalty: int, wanted: bool) -> None:
-        """Measure, or measure no more, on behalf of one penalty, which is known by a number of its own."""
+        """Measure in armed passes, or no more, for one penalty, which is known by a number of its own."""
         (self._penalties.add if wanted else self._penalties.discard)(penalty)
         self.probe.requires_grad_(bool(self._penalties))
 
@@ -181,7 +184,9 @@ class ActivationQuantizer(_Quantizer):
     @property
     def is_measured(self) -> bool:
         """Whether a penalty counts the tensor of the present forward pass."""
-        return self.probe.requires_grad and not self.is_input and torch.is_grad_enabled()
+        if not self.probe.requires_grad or self.is_input or not torch.is_grad_enabled():
+            return False
+        return self.arming.measuring
 
     @property
     def is_idle(self) -> bool:

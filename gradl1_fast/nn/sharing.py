@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from gradl1_fast.nn.arming import is_recomputing
+
 if TYPE_CHECKING:
     from gradl1_fast.nn.layers import QuantizedLayer
     from gradl1_fast.nn.quantizers import ActivationQuantizer
 
 __all__ = ["join", "leave_note", "mark_input", "pass_through"]
-
-_RECOMPUTATION = "_recomputation_hook"
 
 
 @dataclass(eq=False)
@@ -156,7 +156,7 @@ def _is_in_reach(note: _Note) -> bool:
     here = _top_hooks()
     if here is not None and here() is note.hooks():
         return True
-    if here is not None and _RECOMPUTATION in getattr(here(), "__qualname__", ""):
+    if is_recomputing():
         return False
     if note.quantizer.is_measured:
         raise RuntimeError(

@@ -115,7 +115,6 @@ class GradL1:
         self._calls = 0
         self._number = next(_numbers)
         self._armings = list(armings_of(model.modules()))
-        self._armed = (False, False)
         self._lambda_w, self._lambda_a = _coefficients(self.share, lambda_w, lambda_a, self.sites)
         check_model(self)
         self._start()
@@ -138,6 +137,7 @@ class GradL1:
     @lambda_a.setter
     def lambda_a(self, value: float) -> None:
         self._lambda_a = check.coefficient("GradL1: lambda_a", value)
+        self._measure()
         self._arm()
 
     def __call__(self, loss: Tensor) -> Tensor:
@@ -227,21 +227,23 @@ class GradL1:
         for site in self.sites:
             site.quantizer.step_bits = self._step_bits
         weakref.finalize(self, _disarm, self._number, self._armings, self.sites)
+        self._measure()
         self._arm()
+
+    def _measure(self) -> None:
+        """Let sites measure in armed passes if activations have a coefficient."""
+        if self.method == "exact":
+            for site in self.sites:
+                site.quantizer.measure_for(self._number, bool(self.lambda_a))
 
     def _arm(self) -> None:
         """Arm the model, and let its sites measure, if the next call is due; disarm it otherwise."""
         if torch.compiler.is_compiling() or self.method != "exact":
             return
         due = (self._calls + 1) % self.every == 0
-        wanted = due and bool(self.lambda_w or self.lambda_a), due and bool(self.lambda_a)
-        if wanted == self._armed:
-            return
-        self._armed = wanted
+        armed, measuring = due and bool(self.lambda_w or self.lambda_a), due and bool(self.lambda_a)
         for arming in self._armings:
-            arming.set(self._number, wanted[0])
-        for site in self.sites:
-            site.quantizer.measure_for(self._number, wanted[1])
+            arming.set(self._number, armed, measuring)
 
     def _differentiate(
         self, loss: Tensor, weights: Sequence[WeightTerm], sites: Sequence[Site], functions: list[Any]
@@ -335,7 +337,7 @@ def _names(weights: Sequence[WeightTerm], sites: Sequence[Site]) -> list[str]:
 
 def _disarm(number: int, armings: Sequence[Arming], sites: Sequence[Site]) -> None:
     for arming in armings:
-        arming.set(number, False)
+        arming.set(number, False, False)
     for site in sites:
         site.quantizer.measure_for(number, False)
 

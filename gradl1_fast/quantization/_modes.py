@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,8 +34,16 @@ def evaluation(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def run(model: nn.Module, batches: Iterable[Any], what: str, forward: Forward | None = None) -> None:
+def run(
+    model: nn.Module,
+    batches: Iterable[Any],
+    what: str,
+    forward: Forward | None = None,
+    first: Callable[[nn.Module, Callable[[], Any]], Any] | None = None,
+) -> None:
     """Run the model on each batch, with a progress bar; ``what`` names the caller.
+
+    ``first(model, run)`` runs the first batch, if given, to look at it.
 
     Raises:
         TypeError: ``batches`` is a single tensor, whose first dimension would be taken for the batches, or a
@@ -47,7 +56,10 @@ def run(model: nn.Module, batches: Iterable[Any], what: str, forward: Forward | 
         raise TypeError(f"{what}: batches is a mapping; put it in a list: [batch]")
     count = 0
     for batch in track(batches, what):
-        call(model, batch, forward)
+        if first is not None and not count:
+            first(model, partial(call, model, batch, forward))
+        else:
+            call(model, batch, forward)
         count += 1
     if not count:
         raise ValueError(f"{what}: got no batches; an iterator that was used before is empty")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from gradl1_fast._progress import track
 from gradl1_fast.nn.foreign import used_weight
+from gradl1_fast.conversion.products import warn_of_float_products
 from gradl1_fast.nn.quantizers import ActivationQuantizer, Observer, WeightQuantizer
 from gradl1_fast.nn.sites import named_layers, named_quantizers
 from gradl1_fast.quantization._modes import Forward, evaluation, run
@@ -183,7 +184,7 @@ def _from_data(
     quantizers = quantizers_of(model)
     watchers = {id(quantizer): _Watcher(method) for quantizer in quantizers.values()}
     with evaluation(model), observed(quantizers, {n: watchers[id(q)] for n, q in quantizers.items()}):
-        run(model, batches, "calibrate", forward)
+        run(model, batches, "calibrate", forward, first=warn_of_float_products)
     seen = {n: watchers[id(q)].range for n, q in quantizers_of(model).items()}  # some were joined in the pass
     reached = [name for name, values in seen.items() if values.low is not None]
     ends: dict[str, Ends | None] = dict.fromkeys(seen)

@@ -30,6 +30,12 @@ def check_model(penalty: GradL1) -> None:
             "GradL1: lambda_a needs activations that feed a layer, and the model has none besides its input; "
             "call gradl1_fast.convert first, or set lambda_a=0"
         )
+    for name, layer in penalty.layers.items() if penalty.lambda_w else ():
+        if layer.is_computed and not any(p.dim() > 1 for p in layer.parameters()):
+            raise ValueError(
+                f"GradL1: {name or 'the layer'} has no weight that could be trained, such as one that was read "
+                "from an any-bit file; train the model that was saved"
+            )
 
 
 def check_loss(loss: Tensor) -> None:

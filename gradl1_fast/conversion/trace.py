@@ -162,6 +162,13 @@ class _Proxy(fx.Proxy):
 
     _is_param = False  # what isinstance(value, nn.Parameter) asks
 
+    def __getattr__(self, name: str) -> Any:
+        tracer: Any = self.tracer
+        kept_whole = self.node.op == "call_module" and self.node.target in tracer.kept_whole
+        if not kept_whole and not hasattr(Tensor, name):  # what is kept whole may return anything
+            raise AttributeError(f"'Tensor' object has no attribute {name!r}")
+        return super().__getattr__(name)
+
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in ("tracer", "node"):
             raise NotTraceableError(f"it assigns to the {name} of a tensor")
@@ -211,7 +218,7 @@ def _proxies_are_tensors() -> Iterator[None]:
     def is_instance(value: Any, classes: Any) -> bool:
         return original(value, classes) or (type(value) is _Proxy and issubclass(Tensor, classes))
 
-    builtins.isinstance = is_instance  # type: ignore[assignment]
+    builtins.isinstance = is_instance
     try:
         yield
     finally:

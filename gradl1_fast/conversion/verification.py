@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import TreeSpec, tree_flatten
 
 from gradl1_fast.conversion.unchanged import attributes_restored
 from gradl1_fast.nn.second_pass import RandomState, buffers_kept
@@ -27,17 +27,26 @@ def computes_the_same(
     Args:
         module: whose buffers and attributes the functions may change.
         one: a function of ``args``.
-        other: another.
+        other: another; if it raises, the two are not the same.
         args: tensors, of which each function is given copies, for it may change them.
     """
-    randomness = RandomState()
-    results = []
-    for function in (one, other):
-        with buffers_kept(module), attributes_restored(module):
-            results.append(tree_flatten(function(*(x.clone() for x in args))))
-        randomness.replay()
-    (first, first_spec), (second, second_spec) = results
+    first, first_spec = _results(module, one, args)
+    try:
+        second, second_spec = _results(module, other, args)
+    except Exception:  # the other is a guess at the one: it may raise anything
+        return False
     return first_spec == second_spec and all(map(_is_same, first, second))
+
+
+def _results(
+    module: nn.Module, function: Callable[..., Any], args: tuple[Any, ...]
+) -> tuple[list[Any], TreeSpec]:
+    randomness = RandomState()
+    try:
+        with buffers_kept(module), attributes_restored(module):
+            return tree_flatten(function(*(x.clone() for x in args)))
+    finally:
+        randomness.replay()
 
 
 def _is_same(one: Any, other: Any) -> bool:

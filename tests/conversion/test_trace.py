@@ -24,11 +24,11 @@ REASONS = {
     "without_gradient": "switches gradients off for a part",
     "data_dependent": "control flow",
     "under_autocast": "autocast is on in it",
-    "BufferGivenAnotherValue": "control flow",
+    "BufferGivenAnotherValue": "changes _buffers",
     "ParameterPointedElsewhere": "assigns to the data of a tensor",
     "CallsCounted": "changes calls",
     "OutputsListed": "changes seen",
-    "OutputCached": "control flow",
+    "OutputCached": "changes cache",
     "BufferPointedElsewhere": "assigns to the data of a tensor",
     "OutputsInTheDepth": "changes kept",
     "OutputsByName": "changes by_name",
@@ -159,7 +159,45 @@ def by_parameter(m: Base, x: Tensor) -> Tensor:
     return m.conv2(y.sigmoid() if isinstance(y, nn.Parameter) else y.relu())
 
 
-@pytest.mark.parametrize("features", [by_type, by_duck, by_parameter])
+def by_attribute(m: Base, x: Tensor) -> Tensor:
+    y = m.conv1(x)
+    if hasattr(y, "last_hidden_state"):
+        y = y.last_hidden_state * 2
+    y = getattr(y, "logits", y)
+    return m.conv2(y.relu() if hasattr(y, "shape") else y)
+
+
+def by_trial(m: Base, x: Tensor) -> Tensor:
+    y = m.conv1(x)
+    try:
+        y = y.decompose()
+    except AttributeError:
+        y = y.tanh()
+    return m.conv2(y)
+
+
+def by_call(m: Base, x: Tensor) -> Tensor:
+    y = m.conv1(x)
+    return m.conv2(y() if callable(y) else y)
+
+
+def by_match(m: Base, x: Tensor) -> Tensor:
+    match m.conv1(x):
+        case torch.Tensor() as y:
+            return m.conv2(y.tanh())
+        case y:
+            return m.conv2(y[0])
+
+
+def by_exact_type(m: Base, x: Tensor) -> Tensor:
+    y = m.conv1(x)
+    return m.conv2(y.tanh() if type(y) is Tensor else y.relu())
+
+
+BY_TYPE = (by_type, by_duck, by_parameter, by_attribute, by_trial, by_call, by_match, by_exact_type)
+
+
+@pytest.mark.parametrize("features", BY_TYPE)
 @pytest.mark.parametrize("training", [True, False])
 def test_a_branch_on_the_type_of_a_value_goes_the_originals_way(features: Callable, training: bool) -> None:
     x = images()

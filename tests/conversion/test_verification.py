@@ -23,6 +23,7 @@ WRONG: dict[str, Callable[[Any], Any]] = {
     "structure": lambda y: [y],
     "a number": lambda y: 3.0,
     "not a number": lambda y: y * float("nan"),
+    "an error": lambda y: y.logits,
 }
 
 

@@ -224,6 +224,14 @@ def test_an_encoder_that_reads_weights_itself_is_left_whole() -> None:
     assert_equal_runs(model, converted, torch.randn(2, 3, 4).double())
 
 
+def distributed() -> nn.Module:
+    """Return a wrapper as it is behind a process group, without one."""
+    wrapper = nn.parallel.DistributedDataParallel.__new__(nn.parallel.DistributedDataParallel)
+    nn.Module.__init__(wrapper)
+    wrapper.module = nn.Linear(3, 3)
+    return wrapper
+
+
 REFUSED: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "lazy": (
         lambda: nn.Sequential(nn.Linear(3, 3), nn.LazyLinear(3)),
@@ -240,6 +248,7 @@ REFUSED: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         ValueError,
         "convert the model first, then wrap",
     ),
+    "distributed": (distributed, ValueError, "convert the model first, then wrap"),
     "a class": (lambda: nn.Linear, TypeError, r"the model must be a torch\.nn\.Module, got "),
     "a state dict": (
         lambda: {"weight": torch.ones(1)},

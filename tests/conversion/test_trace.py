@@ -303,3 +303,11 @@ def test_leaves_and_holders() -> None:
     for holder in (nn.Module(), nn.Sequential(), nn.ModuleList(), nn.ModuleDict()):
         assert is_holder(holder)
         assert not is_leaf(holder)
+
+
+@pytest.mark.parametrize("features", [by_type, by_duck, by_parameter, by_attribute, by_trial])
+def test_a_traced_value_looks_like_a_tensor(features: Callable) -> None:
+    converted = gl.convert(built(lambda: models.model(features)))
+    penalty = gl.GradL1(converted, 0.1, 0.1)
+    penalty(loss_of(images())(converted))
+    assert converted._compiled_call_impl.reason == ""

@@ -89,13 +89,14 @@ class Case:
 
     @functools.cached_property
     def report(self) -> Any:
-        """What the library says of the converted model, after a pass with a penalty."""
-        return gl.report(self.converted)
+        """What the library says of the converted model with 4-bit weights, after a pass with a penalty."""
+        with gl.bits(self.converted, w=4, a=None):
+            return gl.report(self.converted)
 
     @property
-    def used_by_function(self) -> set[str]:
-        """Names of the layers of which it says that their weight is used without calling them."""
-        return {name for name, kind in self.report.unquantized if kind.startswith("weight used by")}
+    def left_in_float(self) -> set[str]:
+        """Names of the layers of which it says that their weight is used by function, or was never used."""
+        return {n for n, kind in self.report.unquantized if kind.startswith(("weight used by", "not called"))}
 
 
 def gradients_of(module: nn.Module) -> Named:

@@ -104,7 +104,7 @@ def _odd_terms(ours: dict[str, float], theirs: dict[str, float]) -> str:
 
 def quantized(case: Case) -> Outcome:
     """Count the layers whose weight is quantized, by what the report says."""
-    left = [name for name in case.layers if name not in case.quantized or name in case.used_by_function]
+    left = [name for name in case.layers if name not in case.quantized or name in case.left_in_float]
     share = 1 - len(left) / len(case.layers)
     return Outcome(not left, share, f"in float: {_some(left)}" if left else "")
 
@@ -137,7 +137,7 @@ def widths(case: Case) -> Outcome:
     case.reset(training=False)
     before = case.outputs(case.converted)
     gl.calibrate(case.converted, [case.batch])
-    layers = set(case.quantized) - case.used_by_function
+    layers = set(case.quantized) - case.left_in_float
     with gl.bits(case.converted, w=4, a=4), float_weights(case.converted, layers) as found:
         narrow = case.outputs(case.converted)
     table = gl.sweep(case.converted, lambda m: named_difference(case.outputs(m), before)[0], [(8, 8), (4, 4)])

@@ -24,7 +24,7 @@ def named_difference(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> tuple[
     odd = [n for n in a.keys() | b.keys() if n not in a or n not in b or not _alike(a[n], b[n])]
     if odd:
         return float("inf"), min(odd)
-    sizes = {name: _largest(t) for name, t in b.items()}
+    sizes = {name: _largest(t) if t.is_floating_point() else 1.0 for name, t in b.items()}
     least = NOISE * max(sizes.values(), default=0.0)
     apart = {name: _apart(a[name], t) / (max(sizes[name], least) or 1.0) for name, t in b.items()}
     worst = max(apart, key=apart.__getitem__, default="")

@@ -22,7 +22,7 @@ DEBERTA: Config = BERT | {
     "max_relative_positions": 16,
 }
 MOBILEBERT: Config = BERT | {"embedding_size": 16, "true_hidden_size": 24, "intra_bottleneck_size": 24}
-XLNET: Config = WORDS | {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48}
+XLNET: Config = {"vocab_size": 99, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48}
 FUNNEL: Config = XLNET | {"block_sizes": [1, 1, 1], "d_head": 8, "num_decoder_layers": 1}
 
 LLM: Config = BERT | {"num_key_value_heads": 2, "head_dim": 8, "use_cache": False}

@@ -16,7 +16,8 @@ PRODUCTS = ("aten::convolution", "aten::mm", "aten::addmm", "aten::bmm", "aten::
 @contextlib.contextmanager
 def float_weights(model: nn.Module, layers: Collection[str]) -> Iterator[set[str]]:
     """Yield a set that fills with the layers, of those named, whose parameter goes into a product."""
-    owners = {model.get_submodule(n).weight.untyped_storage().data_ptr(): n for n in layers}
+    weights = {name: model.get_submodule(name)._parameters.get("weight") for name in layers}
+    owners = {w.untyped_storage().data_ptr(): name for name, w in weights.items() if w is not None}
     found: set[str] = set()
 
     class Watch(TorchDispatchMode):

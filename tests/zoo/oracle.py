@@ -197,14 +197,14 @@ def differentiable_twice() -> Iterator[None]:
 def weights_replaced(
     model: nn.Module, batch: Batch, layers: Sequence[str], replace: Callable[[Tensor], Tensor]
 ) -> Iterator[None]:
-    """Let the layers use ``replace(weight)``: of parameters for good, of weights that they compute here."""
+    """Let the layers use ``replace(weight)``: parameters of their own for good, weights they compute here."""
     sites = Sites([])
     with torch.no_grad(), tapped(model, layers, set(), sites):
         run(model, batch)
     computed = {name for name, _ in sites.weights}
-    weights = [model.get_submodule(name).weight for name in layers if name not in computed]
-    with torch.no_grad():
-        for weight in {id(w): w for w in weights}.values():
-            weight.copy_(replace(weight))
+    for name in layers:
+        if name not in computed:
+            layer = model.get_submodule(name)
+            layer.weight = nn.Parameter(replace(layer.weight.detach()))
     with tapped(model, layers, set(), sites, lambda _, weight: replace(weight)):
         yield

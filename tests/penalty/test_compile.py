@@ -34,9 +34,10 @@ def data() -> tuple[Tensor, Tensor]:
 @pytest.mark.usefixtures("trace_autograd")
 def test_a_compiled_step_equals_the_eager_one(scale: str, bits: int | None) -> None:
     models = [network() for _ in range(2)]
-    x, y = data()
+    given, y = data()
     results = []
     for model, compiled in zip(models, (False, True), strict=True):
+        x = given.clone()  # each model has a tensor of its own
         gl.calibrate(model, [x])
         gl.set_bits(model, w=bits, a=bits)
         penalty = gl.GradL1(model, 0.3, 0.2, scale)
@@ -93,9 +94,52 @@ def test_a_compiled_step_refuses_clamped_weights_and_another_scale() -> None:
 
     run = torch.compile(step, backend="aot_eager", fullgraph=True)
     gl.set_bits(model, w=1, a=None)
-    with pytest.raises(Exception, match="not 0 at 1 bit"):
+    with pytest.raises(Exception, match="cannot penalise 0 at 1 bit"):
         run()
     gl.set_bits(model, w=None, a=None)
-    gl.GradL1(model, 0.3, 0.2, scale="step")
+    other = gl.GradL1(model, 0.3, 0.2, scale="none")
+    assert other.sites
     with pytest.raises(Exception, match="another penalty with a different scale"):
         run()
+
+
+class Branches(nn.Module):
+    """Three layers and a residual branch read one tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(4)
+        self.stem, self.head = nn.Linear(3, 4), nn.Linear(4, 2)
+        self.q, self.k, self.v = (nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.stem(x))
+        return self.head(x + (self.q(x) @ self.k(x).mT).softmax(-1) @ self.v(x))
+
+
+@pytest.mark.parametrize("scale", ["none", "step"])
+@pytest.mark.usefixtures("trace_autograd")
+def test_layers_that_share_a_site_do_so_in_a_compiled_step(scale: str) -> None:
+    model, x = gl.convert(Branches().double()), torch.randn(5, 3).double()
+    penalty = gl.GradL1(model, 0.3, 0.2, scale)
+
+    def step(x: Tensor) -> list[Tensor]:
+        loss = model(x).square().mean()
+        extra = penalty(loss)
+        return [extra.detach(), *torch.autograd.grad(loss + extra, list(model.parameters()))]
+
+    expected = step(x)
+    assert len(penalty.sites) == 2
+    assert_gradients(torch.compile(step, backend="aot_eager", fullgraph=True)(x), expected, 1e-12)
+
+
+@pytest.mark.usefixtures("trace_autograd")
+def test_a_computed_weight_in_a_compiled_step_is_refused_by_name() -> None:
+    model = gl.convert(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double())
+    nn.utils.parametrizations.weight_norm(model[2])
+    penalty, x = gl.GradL1(model, 0.3, 0.2), torch.randn(5, 3).double()
+    step = torch.compile(lambda x: penalty(model(x).square().mean()), backend="aot_eager", fullgraph=True)
+    with pytest.raises(
+        Exception, match=r"the weight of 2 is computed, which cannot be penalised in torch\.compile"
+    ):
+        step(x)

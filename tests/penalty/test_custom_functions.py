@@ -19,8 +19,6 @@ from tests.gradients import assert_gradients
 
 Formula = Callable[..., Any]
 
-pytestmark = pytest.mark.filterwarnings("ignore:gradl1_fast.convert. Net cannot be traced")
-
 
 def function(formula: Formula, value: Callable[[Tensor], Tensor] = lambda x: x**3) -> Any:
     """Return a function whose gradient is computed by ``formula(ctx, dy)``."""

@@ -47,7 +47,7 @@ def convolutions(device: str, dtype: str, layout: str, smoke: bool) -> list[Swee
     found: list[Sweep] = []
     for place, shape in enumerate(shapes):
         found += _convolution(shape, batch, device, dtype, layout, orders=(0, 1, 2) if place == 1 else (2,))
-    return found
+    return [*found, *_transposed(device, dtype, layout, smoke)]
 
 
 def _convolution(
@@ -70,11 +70,31 @@ def _convolution(
     words = (
         f"{name}: {batch} × {c_in} × {size} × {size} to {c_out}, {kernel} × {kernel}, stride {stride}{kind}"
     )
-    make = partial(Sweep, "conv", size=words, passes=0)
     cases: list[tuple[str, tuple[Any, ...], str]] = [
         ("conv_forward", (x, weight, None, *geometry), "forward"),
         ("conv_backward", (dy, x, weight, *geometry, [True, True]), "backward"),
         ("conv_double_backward", (v, w, dy, x, weight, *geometry, [True] * 3), "double backward"),
     ]
+    make = partial(Sweep, "conv", size=words, passes=0)
     for order in orders:
         yield make(*cases[order], plain=partial(bilinear, forward, x, weight, dy, v, w, order))
+
+
+def _transposed(device: str, dtype: str, layout: str, smoke: bool) -> Iterator[Sweep]:
+    """Yield each sweep of a transposed convolution of a decoder: twice the size, half the channels."""
+    batch, c_in, size = (2, 4, 8) if smoke else (2 if device == "cpu" else 64, 256, 28)
+    c_out = c_in // 2
+    x, v = (random((batch, c_in, size, size), device, dtype, layout) for _ in range(2))
+    weight, w = (random((c_in, c_out, 2, 2), device, dtype, layout) / c_in**0.5 for _ in range(2))
+    geometry = ([2, 2], [0, 0], [1, 1], [0, 0], 1)
+    forward = partial(F.conv_transpose2d, stride=2)
+    dy = torch.randn_like(forward(x, weight))
+    words = f"decoder: {batch} × {c_in} × {size} × {size} to {c_out}, 2 × 2, stride 2"
+    cases: list[tuple[str, tuple[Any, ...], str]] = [
+        ("conv_transpose_forward", (x, weight, None, *geometry), "forward"),
+        ("conv_transpose_backward", (dy, x, weight, *geometry, [True, True]), "backward"),
+        ("conv_transpose_double_backward", (v, w, dy, x, weight, *geometry, [True] * 3), "double backward"),
+    ]
+    make = partial(Sweep, "conv_transpose", size=words, passes=0)
+    for order, case in enumerate(cases):
+        yield make(*case, plain=partial(bilinear, forward, x, weight, dy, v, w, order))

@@ -99,7 +99,7 @@ def _providers(sweep: Sweep, compiler: str | None) -> dict[str, Callable[[], Run
         return lambda: compute(*sweep.args)
 
     # Convolution and linear are the same code in every backend: cuDNN and oneDNN, through the reference.
-    names: tuple[str, ...] = ("reference",) if sweep.operation in ("conv", "linear") else BACKENDS
+    names: tuple[str, ...] = ("reference",) if sweep.operation in backends.PRODUCTS else BACKENDS
     makers: dict[str, Callable[[], Run]] = {name: partial(by_backend, name) for name in names}
     if sweep.plain is not None:
         makers["plain PyTorch"] = sweep.plain

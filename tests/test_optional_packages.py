@@ -37,7 +37,8 @@ def test_what_is_missing_is_named(feature: str, tmp_path: Path, monkeypatch: pyt
 # Tests that need one of these are skipped without it.
 EXTRAS = (
     *("PIL", "expecttest", "hypothesis", "jax", "lightning", "matplotlib", "onnx", "onnxruntime"),
-    *("pybind11", "rich", "safetensors", "sklearn", "tensorboard", "timm", "triton", "typer"),
+    "onnxscript",
+    *("pybind11", "rich", "safetensors", "sklearn", "tensorboard", "triton", "typer"),
 )
 
 

@@ -56,7 +56,8 @@ def _warn(total: float, inside: int, operations: dict[Any, int]) -> None:
     if share > _WORTH_A_WARNING:
         names = ", ".join(sorted(str(operation) for operation in operations))
         warnings.warn(
-            f"calibrate: {share:.0%} of the multiply-adds stay in float at any width: products of activations, "
-            f"or weights used by function (the model computes {names}); see gradl1_fast.report(model)",
+            f"calibrate: {share:.0%} of the multiply-adds stay in float at any width: products of "
+            f"activations, or weights used by function (the model computes {names}); see "
+            "gradl1_fast.report(model)",
             stacklevel=4,
         )

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from gradl1_fast._progress import track
-from gradl1_fast.nn.foreign import used_weight
 from gradl1_fast.conversion.products import warn_of_float_products
+from gradl1_fast.nn.foreign import used_weight
 from gradl1_fast.nn.quantizers import ActivationQuantizer, Observer, WeightQuantizer
 from gradl1_fast.nn.sites import named_layers, named_quantizers
 from gradl1_fast.quantization._modes import Forward, evaluation, run

@@ -33,8 +33,8 @@ def check_model(penalty: GradL1) -> None:
     for name, layer in penalty.layers.items() if penalty.lambda_w else ():
         if layer.is_computed and not any(p.dim() > 1 for p in layer.parameters()):
             raise ValueError(
-                f"GradL1: {name or 'the layer'} has no weight that could be trained, such as one that was read "
-                "from an any-bit file; train the model that was saved"
+                f"GradL1: {name or 'the layer'} has no weight that could be trained, such as one that was "
+                "read from an any-bit file; train the model that was saved"
             )
 
 

@@ -59,7 +59,7 @@ def random(shape: tuple[int, ...]) -> Tensor:
 
 
 def armed(layer: QuantizedLayer) -> QuantizedLayer:
-    layer.arming.set(0, True)
+    layer.arming.set(0, True, True)
     return layer
 
 

@@ -118,7 +118,8 @@ class _Conv1D(QuantizedLayer):
         if is_armed(self.arming):
             return F.linear(x, weight.t(), self.bias)
         size = *x.shape[:-1], weight.shape[1]
-        return torch.addmm(self._parameters["bias"], x.view(-1, x.size(-1)), weight).view(size)
+        own: Any = self
+        return torch.addmm(own.bias, x.view(-1, x.size(-1)), weight).view(size)
 
 
 def is_conv1d_of_transformers(module: nn.Module) -> bool:

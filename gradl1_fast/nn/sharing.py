@@ -95,7 +95,7 @@ def _while_compiling(quantizer: ActivationQuantizer, x: Tensor) -> Tensor:
         if not (quantizer.is_known and note[0].is_known):
             raise RuntimeError(
                 f"{quantizer.name} is given the tensor of another site while it is compiled, and the model "
-                "has not run yet: pass one batch through it in eager mode first, such as gradl1_fast.calibrate"
+                "has not run yet: pass one batch through it in eager mode first, as calibrate does"
             )
     result = quantizer(x)
     of_tensor._gradl1_note = quantizer, result

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -29,11 +30,13 @@ class Outcome:
         ok: whether the model passed.
         value: a difference, or a share.
         reason: why it did not pass, or what stayed as it was.
+        details: counts by reason, where there are several.
     """
 
     ok: bool
     value: float | None = None
     reason: str = ""
+    details: dict[str, int] = field(default_factory=dict)
 
 
 def identity(case: Case) -> Outcome:
@@ -106,16 +109,19 @@ def quantized(case: Case) -> Outcome:
     """Count the layers whose weight is quantized, by what the report says."""
     left = [name for name in case.layers if name not in case.quantized or name in case.left_in_float]
     share = 1 - len(left) / len(case.layers)
-    return Outcome(not left, share, f"in float: {_some(left)}" if left else "")
+    return Outcome(not left, share, _some(left) if left else "")
 
 
 def plans(case: Case) -> Outcome:
     """Count the layers that a plan runs; after a pass with a penalty."""
     rows = case.report.plans
     planned = sum(count for _, count, reason in rows if not reason)
-    share = planned / len(case.quantized)
-    reasons = [f"{name or 'the model'}: {reason}" for name, count, reason in rows if reason]
-    return Outcome(share == 1, share, reasons[0] if reasons and share < 1 else "")
+    share = min(1.0, planned / len(case.quantized))  # a layer that is called twice counts twice
+    left = Counter[str]()
+    for _, count, reason in rows:
+        if reason:
+            left[reason.removeprefix("not planned: ")] += count
+    return Outcome(share == 1, share, left.most_common(1)[0][0] if left and share < 1 else "", dict(left))
 
 
 def fold(case: Case) -> Outcome:
@@ -182,7 +188,8 @@ OF_RECIPE = ("outputs", "penalty", "plans")
 
 def _within(tolerance: float, *found: tuple[float, str]) -> Outcome:
     value, where = max(found)
-    return Outcome(value <= tolerance, value, "" if value <= tolerance else f"{value:.2g}, {where}")
+    much = "not finite, or of another shape" if value == float("inf") else f"{value:.2g}"
+    return Outcome(value <= tolerance, value, "" if value <= tolerance else f"{much}: {where}")
 
 
 def _some(names: list[str]) -> str:

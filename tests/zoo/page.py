@@ -35,6 +35,12 @@ LINES = {
     "widths": ("widths",),
     "any-bit": ("any_bit",),
 }
+REMARKS = {
+    "quantized": "not quantized",
+    "plans": "not planned",
+    "plans with recipe": "not planned with dropout",
+    "fold": "not folded",
+}
 HEADER = ("identical", "penalty", "quantized", "planned", "folded", "widths", "any-bit")
 NOT_APPLICABLE = "-"
 PACKAGES = ("torch", "torchvision", "timm", "transformers")
@@ -82,10 +88,10 @@ def _row(item: tuple[str, Result]) -> tuple[str, ...]:
 
 def _remark(result: Result) -> str:
     """Return why something is not whole, where nothing failed."""
-    for check in ("quantized", "plans", "plans with recipe", "fold"):
+    for check in REMARKS:
         record = record_of(result, check)
         if record is not None and not record["ok"]:
-            return f"{check}: {record['reason']}"
+            return f"{REMARKS[check]}: {record['reason']}"
     return ""
 
 

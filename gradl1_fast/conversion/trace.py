@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import contextlib
 import inspect
 import operator
@@ -73,7 +72,7 @@ def trace(container: nn.Module) -> Traced:
         NotTraceableError: the container itself cannot be traced; the message says why.
     """
     tracer = _Tracer()
-    with torch.enable_grad(), _without_autocast(), _same_random_state(), _proxies_are_tensors():
+    with torch.enable_grad(), _without_autocast(), _same_random_state():
         graph = tracer.guarded(container, unchanged, lambda: tracer.trace(container, _defaults(container)))
     _remove_assertions(graph)
     return Traced(graph, tracer.kept_whole)
@@ -144,6 +143,8 @@ class _Tracer(fx.Tracer):
             raise NotTraceableError("it switches gradients off for a part")
         if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
             raise NotTraceableError("autocast is on in it")
+        if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+            raise NotTraceableError("it checkpoints activations, or handles saved tensors otherwise")
         return super().create_node(*args, **kwargs)
 
     def _forget_after(self, before: fx.Node) -> None:
@@ -204,25 +205,6 @@ def _remove_assertions(graph: fx.Graph) -> None:
         unused = not node.users and node.op != "output"
         if unused and (node.op == "placeholder" or getattr(node.target, "__name__", "") in named | {"eq"}):
             graph.erase_node(node)
-
-
-@contextlib.contextmanager
-def _proxies_are_tensors() -> Iterator[None]:
-    """Let ``isinstance`` say that a proxy is a tensor, to Python code alone.
-
-    A proxy whose ``__class__`` says so deceives PyTorch's C++ code as well, which then reads memory that is
-    not a tensor's: ``torch.arange(x.shape[1])``.
-    """
-    original = builtins.isinstance
-
-    def is_instance(value: Any, classes: Any) -> bool:
-        return original(value, classes) or (type(value) is _Proxy and issubclass(Tensor, classes))
-
-    builtins.isinstance = is_instance
-    try:
-        yield
-    finally:
-        builtins.isinstance = original
 
 
 @contextlib.contextmanager

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import fx, nn
 
-from gradl1_fast.conversion.graphs import changes_in_place, layer_of
+from gradl1_fast.conversion.graphs import changes_in_place, layer_of, module_of, operation_of
 from gradl1_fast.conversion.trace import Traced, is_holder, is_leaf, trace
 from gradl1_fast.conversion.unchanged import NotTraceableError
 from gradl1_fast.nn.layers import QuantizedLayer
 from gradl1_fast.nn.sharing import join
+
+_OTHER_SHAPE = {"contiguous", "flatten", "permute", "reshape", "squeeze", "transpose", "unsqueeze", "view"}
 
 __all__ = ["Part", "parts_of", "share_sites"]
 
@@ -67,6 +70,7 @@ def share_sites(model: nn.Module) -> None:
 def _share(root: nn.Module, graph: fx.Graph, *, is_root: bool) -> None:
     changed = {node.all_input_nodes[0] for node in graph.nodes if _changes_its_input(root, node)}
     first: dict[fx.Node, QuantizedLayer] = {}
+    given: defaultdict[int, set[bool]] = defaultdict(set)  # whether a site is given the network's input
     for node in graph.nodes:
         layer = layer_of(root, node)
         if layer is None or layer.input_quantizer is None or not node.all_input_nodes:
@@ -76,8 +80,20 @@ def _share(root: nn.Module, graph: fx.Graph, *, is_root: bool) -> None:
         if leader is not layer and source not in changed and leader.input_quantizer is not None:
             join(layer, leader.input_quantizer)
         layer.input_quantizer.is_known = True
-        if is_root and source.op == "placeholder":
-            layer.input_quantizer.is_input = True
+        given[id(layer.input_quantizer)].add(is_root and _origin(root, source).op == "placeholder")
+        layer.input_quantizer.is_input = given[id(layer.input_quantizer)] == {True}
+        layer.input_quantizer.is_mixed = len(given[id(layer.input_quantizer)]) == 2
+
+
+def _origin(root: nn.Module, node: fx.Node) -> fx.Node:
+    """Return the node whose values a node hands on in another shape."""
+    while node.all_input_nodes:
+        module, operation = module_of(root, node), operation_of(node)
+        name = getattr(operation, "__name__", operation)
+        if not isinstance(module, nn.Flatten | nn.Identity) and name not in _OTHER_SHAPE:
+            break
+        node = node.all_input_nodes[0]
+    return node
 
 
 def _changes_its_input(root: nn.Module, node: fx.Node) -> bool:

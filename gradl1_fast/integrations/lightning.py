@@ -83,6 +83,10 @@ class GradL1Callback(Callback):  # type: ignore[misc, unused-ignore]  # untyped 
         # Of this one module, not of its class; tools that copy a module copy a plain function as it is.
         vars(pl_module)["backward"] = backward
 
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let the steps of epochs before the first one with the penalty be ordinary ones."""
+        self.penalty.enabled = trainer.current_epoch >= self.first_epoch
+
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Forget the last value, so that a missing one is seen."""
         self._value = None

@@ -26,10 +26,14 @@ class Arming:
 
     Attributes:
         planner: called with the model when a penalty is made for it; installs plans. None without plans.
+        has_run: whether a layer has run while armed since a penalty was called.
+        passes: number of armed forward passes so far; those before one call of a penalty count as one.
     """
 
     def __init__(self, planner: Planner | None = None) -> None:
         self.planner = planner
+        self.has_run = False
+        self.passes = 0
         self._wanted: dict[int, tuple[bool, bool]] = {}
         self._now = self._before = (False, False)
 
@@ -41,6 +45,13 @@ class Arming:
         wanted = self._wanted.values()
         self._before = self._now
         self._now = any(a for a, _ in wanted), any(m for _, m in wanted)
+
+    def note_run(self) -> int:
+        """Take note that a layer runs while armed; return the number of the forward pass."""
+        if not self.has_run and not is_recomputing():
+            self.has_run = True
+            self.passes += 1
+        return self.passes
 
     @property
     def armed(self) -> bool:

@@ -40,8 +40,7 @@ class QuantizedLayer(nn.Module):
         arming: whether a penalty will differentiate the present forward pass.
         was_called: whether the forward pass of the layer has run since it was made. A weight that others use
             by function stays in float.
-        used_weights: weak references to the weights that armed forward passes have used, where the weight is
-            no parameter but computed from some, by a hook, a parametrization or the layer itself.
+
     """
 
     twin: ClassVar[type[nn.Module]]
@@ -53,7 +52,7 @@ class QuantizedLayer(nn.Module):
     input_quantizer: ActivationQuantizer | None
     arming: Arming
     was_called: bool
-    used_weights: list[weakref.ref[Tensor]]
+    _used_weights: tuple[int, list[weakref.ref[Tensor]]]
 
     def _add_quantizers(self, per_channel: bool, arming: Arming | None = None) -> None:
         self.weight_quantizer = WeightQuantizer(per_channel=per_channel, out_axis=self.out_axis)
@@ -62,7 +61,7 @@ class QuantizedLayer(nn.Module):
             self.input_quantizer = ActivationQuantizer().to(next(self.parameters()))
         self.use(Arming() if arming is None else arming)
         self.was_called = False
-        self.used_weights = []
+        self._used_weights = (0, [])
         self.weight_quantizer.train(self.training)
         if self.input_quantizer is not None:
             self.input_quantizer.train(self.training)
@@ -102,7 +101,7 @@ class QuantizedLayer(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to a forward pass."""
-        return {**super().__getstate__(), "used_weights": []}
+        return {**super().__getstate__(), "_used_weights": (0, [])}
 
     def _operands(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return pass_through(self, x), self._quantized(self.weight)
@@ -112,18 +111,25 @@ class QuantizedLayer(nn.Module):
         if not torch.compiler.is_compiling():
             if not self.was_called:
                 self.was_called = True
-            if self.arming.armed and weight is not self._parameters.get("weight"):
-                self._take_note(weight)
+            if self.arming.armed:
+                self._take_note(weight, self.arming.note_run())
         return weight if self.weight_quantizer.bits is None else self.weight_quantizer(weight)
 
-    def _take_note(self, weight: Tensor) -> None:
-        """Remember a computed weight for as long as the graph of a forward pass holds it."""
+    def weights_in_use(self) -> list[Tensor]:
+        """Return the weights that the last armed forward pass has used, as far as its graph is alive."""
+        number, references = self._used_weights
+        weights = [reference() for reference in references] if number == self.arming.passes else []
+        return [weight for weight in weights if weight is not None]
+
+    def _take_note(self, weight: Tensor, number: int) -> None:
+        """Remember the weight in use, which may be computed or put there by ``functional_call``."""
         if weight.requires_grad and torch.is_grad_enabled():
-            alive = [ref for ref in self.used_weights if ref() is not None and ref() is not weight]
-            self.used_weights = [*alive, weakref.ref(weight)]
+            references = self._used_weights[1] if self._used_weights[0] == number else []
+            others = [r for r in references if r() is not None and r() is not weight]
+            self._used_weights = number, [*others, weakref.ref(weight)]
 
 
-_OWN_ATTRIBUTES = ("weight_quantizer", "input_quantizer", "arming", "was_called", "used_weights")
+_OWN_ATTRIBUTES = ("weight_quantizer", "input_quantizer", "arming", "was_called", "_used_weights")
 
 
 class _QConv(QuantizedLayer):

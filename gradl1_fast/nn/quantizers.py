@@ -142,6 +142,8 @@ class ActivationQuantizer(_Quantizer):
             calibration. :meth:`range_at` reads it, :meth:`set_range` sets it.
         high: upper end of the range, likewise.
         is_input: see above; a forward pass may find it out.
+        is_mixed: whether a layer of the site is given the network's input in one call and an activation in
+            another. The site is then one of an activation, and no penalty measures the call with the input.
         is_known: whether a forward pass in eager mode, or a trace, has shown which layers share the site.
         name: of the site, for messages; ``<first layer>.input``.
         arming: the switch of the model; measures while it is on.
@@ -160,6 +162,7 @@ class ActivationQuantizer(_Quantizer):
         super().__init__()
         self.bits = None
         self.is_input = is_input
+        self.is_mixed = False
         self.is_known = False
         self.name = "input"
         self.step_bits: int | None = None
@@ -218,15 +221,15 @@ class ActivationQuantizer(_Quantizer):
         looks = self.observer is not None or self.move is not None
         return not own and not looks and not (self.step_bits and self.is_measured)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the activation as it is seen at the present width."""
+    def forward(self, x: Tensor, measured: bool = True) -> Tensor:
+        """Return the activation as it is seen at the present width; without ``measured`` no penalty counts it."""
         if self.observer is not None:
             self.observer.update(x.detach())
-        return self.quantize(x if self.move is None else self.move(x))
+        return self.quantize(x if self.move is None or not measured else self.move(x), measured)
 
-    def quantize(self, x: Tensor) -> Tensor:
+    def quantize(self, x: Tensor, measured: bool = True) -> Tensor:
         """Return the activation at the present width, without showing it to the observer."""
-        probe = self._scaled_probe(x)
+        probe = self._scaled_probe(x) if measured else None
         if self.bits is None:
             # No view: only layers read it, and none of them changes it in place.
             return x if probe is None else alias(x, probe)

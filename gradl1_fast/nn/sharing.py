@@ -65,18 +65,27 @@ def pass_through(layer: QuantizedLayer, x: Tensor) -> Tensor:
     if x.is_inference():  # it has no version, so that nothing tells whether it has changed
         return quantizer(x)
     quantizer.is_known = True
-    if _is_input(x):
-        quantizer.is_input = True
-    note = _note_on(x, id(layer))
+    given_input = _look_for_input(quantizer, x)
+    note = _note_on(x, id(layer), quantizer)
     if note is None:
-        result = quantizer(x)
+        result = quantizer(x, measured=not given_input)
         leave_note(x, quantizer, result, id(layer))
         return result
     if note.quantizer is not quantizer:
         join(layer, note.quantizer)
     if note.is_itself:
         return x
-    return note.quantizer.quantize(x) if note.result is None else note.result
+    return note.quantizer.quantize(x, not given_input) if note.result is None else note.result
+
+
+def _look_for_input(quantizer: ActivationQuantizer, x: Tensor) -> bool:
+    """Return whether ``x`` is the network's input; note of a site whether it is given that, or other tensors."""
+    if _is_input(x):
+        quantizer.is_input = not quantizer.is_mixed
+        return True
+    if quantizer.is_input and x.requires_grad:  # what depends on parameters is no data
+        quantizer.is_input, quantizer.is_mixed = False, True
+    return False
 
 
 def join(layer: QuantizedLayer, quantizer: ActivationQuantizer) -> None:
@@ -87,6 +96,11 @@ def join(layer: QuantizedLayer, quantizer: ActivationQuantizer) -> None:
 
 def _while_compiling(quantizer: ActivationQuantizer, x: Tensor) -> Tensor:
     """Share a result where layers share their quantizer: a compiled region sees no versions of tensors."""
+    if quantizer.is_mixed and quantizer.is_measured:
+        raise RuntimeError(
+            f"{quantizer.name} is given the network's input in one call and an activation in another, which a "
+            "compiled step cannot tell apart; run the penalised step in eager mode"
+        )
     of_tensor: Any = x
     note = getattr(of_tensor, "_gradl1_note", None)
     if note is not None:
@@ -109,11 +123,14 @@ def mark_input(x: Tensor) -> None:
 
 
 def _is_input(x: Tensor) -> bool:
-    """Return whether a tensor was marked as the input of a network and has not changed since."""
-    return bool(_inputs) and _inputs.get(x) == x._version
+    """Return whether a tensor, or what it is a view of, was marked as an input and has not changed since."""
+    if not _inputs or x.is_inference():
+        return False
+    whole = x._base if x._is_view() else x
+    return x._version in (_inputs.get(x), _inputs.get(whole))
 
 
-def _note_on(x: Tensor, layer: int) -> _Note | None:
+def _note_on(x: Tensor, layer: int, quantizer: ActivationQuantizer) -> _Note | None:
     """Return the note on a tensor that a layer is given, if it holds in this forward pass.
 
     Raises:
@@ -121,6 +138,8 @@ def _note_on(x: Tensor, layer: int) -> _Note | None:
     """
     note = _notes.get(x)
     if note is None or note.version != x._version or note.state != note.quantizer.state:
+        return None
+    if note.quantizer.arming is not quantizer.arming:  # of another model, which is given the same batch
         return None
     if x.is_leaf and layer in note.layers:
         return None  # the tensor outlives a forward pass: this is the next one
@@ -147,21 +166,17 @@ def leave_note(
 
 
 def _is_in_reach(note: _Note) -> bool:
-    """Return whether what was made under other saved-tensor hooks may be used here.
+    """Return whether a note was left under the same saved-tensor hooks, as in one checkpointed region.
 
-    What is made inside a checkpointed region is made again when the region is recomputed.
+    What is inside of a region is computed again, when notes of what came later would be there as well.
     """
-    if note.hooks is None:
+    here, there = _top_hooks(), note.hooks
+    if here is there is None or (here is not None and there is not None and here() is there()):
         return True
-    here = _top_hooks()
-    if here is not None and here() is note.hooks():
-        return True
-    if is_recomputing():
-        return False
-    if note.quantizer.is_measured:
+    if not is_recomputing() and note.quantizer.is_measured:
         raise RuntimeError(
             f"GradL1: the tensor at {note.quantizer.name} is read by a layer inside a checkpointed region "
-            "and by one outside of it; checkpoint both, or neither"
+            "and by one outside of it, or in another; checkpoint both together, or neither"
         )
     return False
 

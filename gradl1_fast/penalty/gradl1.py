@@ -21,7 +21,7 @@ from gradl1_fast.penalty.checks.distributed import refuse_shards
 from gradl1_fast.penalty.checks.forward_pass import check_forward_pass, require_some
 from gradl1_fast.penalty.checks.settings import check_loss, check_model, refuse_for_finite_difference
 from gradl1_fast.penalty.finite_difference import add_gradients, autocast_refused, measured_by
-from gradl1_fast.penalty.measured import Site, WeightTerm, activation_sites, weight_terms
+from gradl1_fast.penalty.measured import Site, WeightTerm, sites_of, weight_terms
 from gradl1_fast.penalty.share import Share
 
 __all__ = ["GradL1"]
@@ -70,6 +70,7 @@ class GradL1:
     Attributes:
         terms: after a call, the norm (times the step, with ``scale="step"``) of each weight and
             activation by name, detached; a call that ``every`` skips leaves it as it was.
+        enabled: set it to False, and back to True, to switch the penalty off and on between steps.
         lambda_w: may be changed between calls.
         lambda_a: likewise, except from or to 0 under ``torch.compile``, which compiles again.
 
@@ -110,9 +111,10 @@ class GradL1:
         self.share = _share(share, lambda_w, lambda_a, method)
         self.model = model
         self.layers = named_layers(model)
-        self.sites = activation_sites(model)
+        self._sites = sites_of(model)
         self.terms: dict[str, Tensor] = {}
         self._calls = 0
+        self._enabled = True
         self._number = next(_numbers)
         self._armings = list(armings_of(model.modules()))
         self._lambda_w, self._lambda_a = _coefficients(self.share, lambda_w, lambda_a, self.sites)
@@ -138,6 +140,21 @@ class GradL1:
     def lambda_a(self, value: float) -> None:
         self._lambda_a = check.coefficient("GradL1: lambda_a", value)
         self._measure()
+        self._arm()
+
+    @property
+    def sites(self) -> list[Site]:
+        """The sites that have a term. A forward pass may show that one is given the network's input."""
+        return [site for site in self._sites if not site.quantizer.is_input]
+
+    @property
+    def enabled(self) -> bool:
+        """Whether calls compute the penalty. While they do not, they return 0 and steps are ordinary ones."""
+        return self._enabled
+
+    @enabled.setter
+    def enabled(self, value: bool) -> None:
+        self._enabled = bool(value)
         self._arm()
 
     def __call__(self, loss: Tensor) -> Tensor:
@@ -213,6 +230,8 @@ class GradL1:
 
     def _is_due(self) -> bool:
         """Count a call; return whether the penalty applies to it."""
+        if not self._enabled:
+            return False
         self._calls += self.every > 1
         return self._calls % self.every == 0 and bool(self.lambda_w or self.lambda_a)
 
@@ -224,26 +243,27 @@ class GradL1:
         for arming in self._armings:
             if arming.planner is not None:
                 arming.planner(self.model)
-        for site in self.sites:
+        for site in self._sites:
             site.quantizer.step_bits = self._step_bits
-        weakref.finalize(self, _disarm, self._number, self._armings, self.sites)
+        weakref.finalize(self, _disarm, self._number, self._armings, self._sites)
         self._measure()
         self._arm()
 
     def _measure(self) -> None:
         """Let sites measure in armed passes if activations have a coefficient."""
         if self.method == "exact":
-            for site in self.sites:
+            for site in self._sites:
                 site.quantizer.measure_for(self._number, bool(self.lambda_a))
 
     def _arm(self) -> None:
         """Arm the model, and let its sites measure, if the next call is due; disarm it otherwise."""
         if torch.compiler.is_compiling() or self.method != "exact":
             return
-        due = (self._calls + 1) % self.every == 0
+        due = self._enabled and (self._calls + 1) % self.every == 0
         armed, measuring = due and bool(self.lambda_w or self.lambda_a), due and bool(self.lambda_a)
         for arming in self._armings:
             arming.set(self._number, armed, measuring)
+            arming.has_run = False
 
     def _differentiate(
         self, loss: Tensor, weights: Sequence[WeightTerm], sites: Sequence[Site], functions: list[Any]
@@ -258,7 +278,10 @@ class GradL1:
             refuse_shards(self.model.named_parameters())
             refuse_shards((term.name, term.tensor) for term in weights)
         require_some(weights, grads[: len(weights)], "weight")
-        require_some(sites, grads[len(weights) :], "activation")
+        if not any(
+            arming.has_run for arming in self._armings
+        ):  # a step may have used no penalised activation
+            require_some(sites, grads[len(weights) :], "activation")
         if not any(grad is not None and grad.requires_grad for grad in grads):
             raise RuntimeError("GradL1: the penalty is constant: no gradient depends on a parameter")
         return grads
@@ -272,8 +295,9 @@ class GradL1:
         activation_terms: Sequence[Tensor | None],
     ) -> Tensor:
         if any(norm is None for norm in activation_terms):  # layers may have joined another's site
-            self.sites = activation_sites(self.model)
-        self.terms = {name: loss.new_zeros(()) for name in _names(weights, self.sites if sites else [])}
+            self._sites = sites_of(self.model)
+        present = self.sites if sites else []
+        self.terms = {name: loss.new_zeros(()) for name in _names(weights, present)}
         of_weights = self._norms_of_weights(weights, weight_grads)
         of_sites = self._norms_at_sites(sites, activation_terms)
         if self.share is not None and not self.share.is_found:

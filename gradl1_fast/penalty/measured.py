@@ -12,7 +12,7 @@ from gradl1_fast.nn.layers import QuantizedLayer
 from gradl1_fast.nn.quantizers import ActivationQuantizer
 from gradl1_fast.nn.sites import named_quantizers
 
-__all__ = ["Site", "WeightTerm", "activation_sites", "name_of_weight", "weight_terms"]
+__all__ = ["Site", "WeightTerm", "activation_sites", "name_of_weight", "sites_of", "weight_terms"]
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,14 @@ class WeightTerm:
     tensor: Tensor
 
 
+def sites_of(model: nn.Module) -> list[Site]:
+    """Return all sites, those of the network's input among them."""
+    return [Site(name, quantizer) for name, quantizer in named_quantizers(model).items()]
+
+
 def activation_sites(model: nn.Module) -> list[Site]:
     """Return the sites that a penalty counts: all but those of the network's input."""
-    return [Site(name, q) for name, q in named_quantizers(model).items() if not q.is_input]
+    return [site for site in sites_of(model) if not site.quantizer.is_input]
 
 
 def weight_terms(layers: Mapping[str, QuantizedLayer]) -> list[WeightTerm]:
@@ -70,7 +75,7 @@ def weight_terms(layers: Mapping[str, QuantizedLayer]) -> list[WeightTerm]:
 def _weights_of(layer: QuantizedLayer) -> Sequence[Tensor]:
     if torch.compiler.is_compiling():  # which takes no note of weights; computed ones are refused
         return [] if layer.is_computed else [layer.weight]
-    used = [weight for ref in layer.used_weights if (weight := ref()) is not None]
+    used = layer.weights_in_use()
     return used if layer.is_computed else [layer.weight, *used]
 
 

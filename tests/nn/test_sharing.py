@@ -74,9 +74,6 @@ READS: dict[Callable[..., list[Tensor]], set[str]] = {
     changed_between: {"q", "k", "v", "out"},
     branching: {"q", "out"},
 }
-OTHER_MODEL = pytest.mark.xfail(
-    reason="a layer joins the site of another model that is given the same tensor"
-)
 each_read = pytest.mark.parametrize("read", READS, ids=lambda f: f.__name__)
 # A tensor that a layer has read cannot be changed where gradients are needed.
 READS_WITH_GRADIENT = [read for read in READS if read is not changed_between]
@@ -244,7 +241,6 @@ def two_models() -> list[nn.Module]:
     return [gl.convert(built(lambda: nn.Sequential(nn.Linear(6, 6), Body()))) for _ in range(2)]
 
 
-@OTHER_MODEL
 def test_two_models_may_read_one_activation() -> None:
     """A teacher and a student on the same features: each has a site of its own."""
     models, x = two_models(), tokens()
@@ -260,7 +256,6 @@ def test_two_models_may_read_one_activation() -> None:
     assert values[0] == pytest.approx(values[1])
 
 
-@OTHER_MODEL
 def test_two_models_may_be_given_one_batch() -> None:
     models, x = two_models(), tokens()
     for model in models:

@@ -14,10 +14,6 @@ from gradl1_fast.nn.sites import named_quantizers
 from tests.conversion.runs import assert_equal_steps, assert_same, built, loss_of, penalised, truth
 from tests.gradients import assert_gradients, relative_error
 
-RECOMPUTED = pytest.mark.xfail(
-    reason="recomputation takes what a later reader outside of the region has left"
-)
-
 
 def tokens() -> Tensor:
     return torch.randn(3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(8))
@@ -134,7 +130,7 @@ def test_a_tensor_read_inside_and_outside_is_right_or_refused_by_name(order: str
         assert ".input" in error
 
 
-@pytest.mark.parametrize("order", [pytest.param("inside first", marks=RECOMPUTED), "outside first"])
+@pytest.mark.parametrize("order", ["inside first", "outside first"])
 def test_that_is_no_matter_without_a_penalty(order: str) -> None:
     plain, converted = built(lambda: Across(order)), gl.convert(built(lambda: Across(order)))
     gl.calibrate(converted, [tokens()])

@@ -10,10 +10,12 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import gradl1_fast as gl
 from gradl1_fast.nn.arming import armings_of
 from gradl1_fast.penalty.checks.graph import nodes_of
+from tests.gradients import assert_gradients
 from tests.networks import VGG
 from tests.penalty.small import assert_same, curved, data, linears, ours, truth
 
@@ -23,7 +25,7 @@ def is_armed(model: nn.Module) -> bool:
 
 
 def measures(model: nn.Module) -> bool:
-    return any(m.probe.requires_grad for m in model.modules() if isinstance(m, gl.nn.ActivationQuantizer))
+    return any(m.is_measured for m in model.modules() if isinstance(m, gl.nn.ActivationQuantizer))
 
 
 def functions_of(loss: Tensor) -> set[str]:
@@ -187,3 +189,40 @@ def test_a_pass_without_gradients_between_forward_pass_and_penalty_changes_nothi
     with torch.no_grad():
         model(2 * data())
     assert torch.equal(penalty(loss), expected)
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, checkpointed: bool) -> None:
+        super().__init__()
+        self.checkpointed, self.stem = checkpointed, nn.Linear(4, 4)
+        self.block = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.stem(x)
+        return checkpoint(self.block, y, use_reentrant=False) if self.checkpointed else self.block(y)
+
+
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_what_is_computed_again_is_computed_as_it_was(every: int) -> None:
+    results = []
+    for checkpointed in (True, False):
+        torch.manual_seed(0)
+        model = gl.convert(Checkpointed(checkpointed).double())
+        penalty = gl.GradL1(model, 0.3, 0.2, every=every)
+        for x in torch.randn(5, 3, 4, dtype=torch.float64).unbind():
+            loss = model(x).square().mean()
+            (loss + penalty(loss)).backward()
+        results.append([parameter.grad for parameter in model.parameters()])
+    assert_gradients(*results, 1e-12)
+
+
+def test_a_disabled_penalty_is_zero_and_its_steps_are_ordinary() -> None:
+    model = gl.convert(Checkpointed(False))
+    penalty = gl.GradL1(model, 0.3, 0.2)
+    penalty.enabled = False
+    loss = model(torch.randn(3, 4)).square().mean()
+    assert penalty(loss) == 0
+    assert not model.stem.arming.armed
+    penalty.enabled = True
+    loss = model(torch.randn(3, 4)).square().mean()
+    assert penalty(loss) > 0

@@ -76,9 +76,6 @@ def test_a_layer_made_by_hand_counts_each_call_with_its_input() -> None:
     torch.testing.assert_close(value.detach(), expected, rtol=1e-12, atol=0)
 
 
-@pytest.mark.xfail(
-    reason="the site of a layer that is also given the network's input has no term", strict=True
-)
 def test_a_layer_that_is_given_the_networks_input_counts_its_other_calls() -> None:
     layer = nn.Linear(3, 3)
     plain = nn.Sequential(layer, nn.Softplus(), layer, nn.Softplus()).double()

@@ -139,14 +139,21 @@ def test_when_no_weight_is_reached_all_are_named() -> None:
         penalty(loss)
 
 
-def test_when_no_activation_is_reached_all_are_named() -> None:
+def test_a_step_that_uses_no_penalised_activation_counts_its_weights() -> None:
     model = gl.convert(Detached().double())
-    penalty = gl.GradL1(model, 1.0, 1.0)
+    penalty, weights = gl.GradL1(model, 1.0, 1.0), gl.GradL1(model, 1.0, 0.0)
     loss = model.first(data()).square().mean()
-    with pytest.raises(
-        RuntimeError, match=r"no gradient reached any activation: second\.input, third\.input"
-    ):
-        penalty(loss)
+    value = penalty(loss)
+    assert value > 0
+    assert penalty.terms["second.input"] == penalty.terms["third.input"] == 0
+    torch.testing.assert_close(value, weights(model.first(data()).square().mean()))
+
+
+def test_a_pass_from_before_the_penalty_names_the_activations() -> None:
+    model = gl.convert(Detached().double())
+    loss = model.first(data()).square().mean()
+    with pytest.raises(RuntimeError, match=r"reached any activation: second\.input, third\.input"):
+        gl.GradL1(model, 1.0, 1.0)(loss)
 
 
 def test_many_names_are_cut_short() -> None:

@@ -222,7 +222,7 @@ class ActivationQuantizer(_Quantizer):
         return not own and not looks and not (self.step_bits and self.is_measured)
 
     def forward(self, x: Tensor, measured: bool = True) -> Tensor:
-        """Return the activation as it is seen at the present width; without ``measured`` no penalty counts it."""
+        """Return the activation at the present width; without ``measured`` no penalty counts it."""
         if self.observer is not None:
             self.observer.update(x.detach())
         return self.quantize(x if self.move is None or not measured else self.move(x), measured)

@@ -79,7 +79,7 @@ def pass_through(layer: QuantizedLayer, x: Tensor) -> Tensor:
 
 
 def _look_for_input(quantizer: ActivationQuantizer, x: Tensor) -> bool:
-    """Return whether ``x`` is the network's input; note of a site whether it is given that, or other tensors."""
+    """Return whether ``x`` is the network's input; take note of what the site is given."""
     if _is_input(x):
         quantizer.is_input = not quantizer.is_mixed
         return True
@@ -98,8 +98,8 @@ def _while_compiling(quantizer: ActivationQuantizer, x: Tensor) -> Tensor:
     """Share a result where layers share their quantizer: a compiled region sees no versions of tensors."""
     if quantizer.is_mixed and quantizer.is_measured:
         raise RuntimeError(
-            f"{quantizer.name} is given the network's input in one call and an activation in another, which a "
-            "compiled step cannot tell apart; run the penalised step in eager mode"
+            f"{quantizer.name} is given the network's input in one call and an activation in another, which "
+            "a compiled step cannot tell apart; run the penalised step in eager mode"
         )
     of_tensor: Any = x
     note = getattr(of_tensor, "_gradl1_note", None)

@@ -305,7 +305,15 @@ def test_leaves_and_holders() -> None:
         assert not is_leaf(holder)
 
 
-@pytest.mark.parametrize("features", [by_type, by_duck, by_parameter, by_attribute, by_trial])
+@pytest.mark.parametrize("features", [by_type, by_duck])
+def test_a_branch_on_the_type_of_a_tensor_is_not_planned_and_computes_what_it_did(features: Callable) -> None:
+    plain, converted = (built(lambda: models.model(features)) for _ in range(2))
+    converted = gl.convert(converted)
+    assert_equal_steps(plain, converted, loss_of(images()))
+    assert converted._compiled_call_impl.reason == "it computes something else than its modules"
+
+
+@pytest.mark.parametrize("features", [by_parameter, by_attribute, by_trial])
 def test_a_traced_value_looks_like_a_tensor(features: Callable) -> None:
     converted = gl.convert(built(lambda: models.model(features)))
     penalty = gl.GradL1(converted, 0.1, 0.1)

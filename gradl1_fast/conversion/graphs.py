@@ -16,6 +16,7 @@ __all__ = [
     "RELU6",
     "activation_of",
     "changes_in_place",
+    "kind_of",
     "layer_of",
     "module_of",
     "operation_of",
@@ -41,6 +42,12 @@ def layer_of(root: nn.Module, node: fx.Node) -> QuantizedLayer | None:
 def operation_of(node: fx.Node) -> object:
     """Return the function, or the name of the method, that a node calls, or None."""
     return node.target if node.op in ("call_function", "call_method") else None
+
+
+def kind_of(root: nn.Module, node: fx.Node) -> str:
+    """Return the name of the class or function that a node calls."""
+    module, operation = module_of(root, node), operation_of(node)
+    return type(module).__name__ if module is not None else str(getattr(operation, "__name__", operation))
 
 
 def activation_of(root: nn.Module, node: fx.Node) -> str | None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradl1_fast.nn.layers import QEmbedding, QuantizedLayer
 
@@ -29,8 +30,6 @@ def warn_of_float_products(model: nn.Module, run: Callable[[], Any]) -> Any:
     Returns:
         What ``run`` returns.
     """
-    from torch.utils.flop_counter import FlopCounterMode  # which takes as long to import as this library
-
     inside = 0
 
     def count(layer: Any, args: Any, y: Tensor) -> None:
@@ -42,22 +41,45 @@ def warn_of_float_products(model: nn.Module, run: Callable[[], Any]) -> Any:
     layers = [m for m in model.modules() if isinstance(m, QuantizedLayer) and not isinstance(m, QEmbedding)]
     handles = [layer.register_forward_hook(count) for layer in layers]
     try:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        with torch.no_grad(), _Products() as products:
             result = run()
     finally:
         for handle in handles:
             handle.remove()
-    _warn(counter.get_total_flops() / 2, inside, counter.get_flop_counts().get("Global", {}))
+    _warn(products.total, inside, products.operations)
     return result
 
 
-def _warn(total: float, inside: int, operations: dict[Any, int]) -> None:
+class _Products(TorchDispatchMode):
+    """Counts multiply-adds by PyTorch's own formulas.
+
+    Attributes:
+        total: of all operations.
+        operations: names of those that have any.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        from torch.utils.flop_counter import flop_registry  # which takes as long to import as this library
+
+        self.total, self.operations = 0, set[str]()
+        self._formulas = flop_registry
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        formula = self._formulas.get(func._overloadpacket)
+        if formula is not None:
+            self.total += formula(*args, **(kwargs or {}), out_val=result) // 2
+            self.operations.add(func._overloadpacket.__name__)
+        return result
+
+
+def _warn(total: int, inside: int, operations: set[str]) -> None:
     share = 1 - inside / total if total else 0.0
     if share > _WORTH_A_WARNING:
-        names = ", ".join(sorted(str(operation) for operation in operations))
         warnings.warn(
             f"calibrate: {share:.0%} of the multiply-adds stay in float at any width: products of "
-            f"activations, or weights used by function (the model computes {names}); see "
-            "gradl1_fast.report(model)",
+            f"activations, or weights used by function (the model computes {', '.join(sorted(operations))}); "
+            "see gradl1_fast.report(model)",
             stacklevel=4,
         )

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from torch import fx, nn
 
 from gradl1_fast._checks import MAX_BITS
-from gradl1_fast.conversion.graphs import layer_of, module_of, operation_of
+from gradl1_fast.conversion.by_function import used_by_function
+from gradl1_fast.conversion.graphs import kind_of, layer_of, module_of
 from gradl1_fast.conversion.left import left_in_float
 from gradl1_fast.conversion.planned import Planned
 from gradl1_fast.conversion.trace import is_leaf
@@ -62,7 +63,7 @@ def report(model: nn.Module) -> Report:
         model: a converted model, or one that contains layers of this library.
     """
     parts = list(parts_of(model))
-    used = _used_by_function(model, parts)
+    used = used_by_function(model, parts)
     result = Report()
     for name, layer in named_layers(model).items():
         result.layers.append(_layer_row(name, layer, used.get(id(layer), "")))
@@ -72,19 +73,6 @@ def report(model: nn.Module) -> Report:
     result.unquantized.extend(_never_called(model, used))
     result.plans.extend(map(_plan_row, parts))
     return result
-
-
-def _used_by_function(model: nn.Module, parts: list[Part]) -> dict[int, str]:
-    """Return what reads the weight of a layer without calling the layer, by the identity of the layer."""
-    owners = {id(layer.weight): layer for layer in named_layers(model).values() if layer.weight is not None}
-    used: dict[int, str] = {}
-    for part in parts:
-        for node in [] if part.traced is None else part.traced.graph.nodes:
-            value = _attribute(part.container, str(node.target)) if node.op == "get_attr" else None
-            owner = owners.get(id(value))
-            if owner is not None and node.users:
-                used[id(owner)] = _kind(part.container, next(iter(node.users)))
-    return used
 
 
 def _names(model: nn.Module, used: dict[int, str]) -> Iterator[tuple[str, str]]:
@@ -100,11 +88,6 @@ def _never_called(model: nn.Module, used: dict[int, str]) -> Iterator[tuple[str,
                 yield name, "not called so far: a function that uses its weight uses it in float"
 
 
-def _attribute(root: nn.Module, path: str) -> object:
-    owner, _, name = path.rpartition(".")
-    return getattr(root.get_submodule(owner), name, None)
-
-
 def _unquantized(model: nn.Module, parts: list[Part]) -> Iterator[tuple[str, ...]]:
     for left in left_in_float(model):
         name, _, kind = left.rpartition(" (")
@@ -115,7 +98,7 @@ def _unquantized(model: nn.Module, parts: list[Part]) -> Iterator[tuple[str, ...
             continue
         for node in part.traced.graph.nodes:
             if _computes_in_float(part.container, node):
-                yield f"{part.name}.{_name(node)}".removeprefix("."), _kind(part.container, node)
+                yield f"{part.name}.{_name(node)}".removeprefix("."), kind_of(part.container, node)
     for name, module in model.named_modules():
         inside = is_leaf(module) and not isinstance(module, _OURS)
         if inside and not list(module.children()) and not _is_traced(name, parts):
@@ -161,12 +144,6 @@ def _plan_row(part: Part) -> tuple[str, int, str]:
 
 def _name(node: fx.Node) -> str:
     return str(node.target) if node.op == "call_module" else node.name
-
-
-def _kind(root: nn.Module, node: fx.Node) -> str:
-    module = module_of(root, node)
-    operation = operation_of(node)
-    return type(module).__name__ if module is not None else str(getattr(operation, "__name__", operation))
 
 
 def _layer_row(name: str, layer: QuantizedLayer, used: str) -> tuple[str, ...]:

@@ -133,6 +133,8 @@ class _Tracer(fx.Tracer):
         """Return an argument as the graph keeps it; a tensor that is not the model's is refused."""
         if isinstance(a, fx.Proxy):
             return a.node
+        if isinstance(a, dict) and type(a) is not dict:  # which fx would make a plain one
+            raise NotTraceableError(f"it makes a {type(a).__name__}")
         if isinstance(a, Tensor) and not isinstance(a, nn.Parameter):
             raise NotTraceableError("it makes a tensor that does not depend on its input")
         return super().create_arg(a)

@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from gradl1_fast import _files
 from gradl1_fast._dtypes import sum_dtype
 from gradl1_fast._extras import install
+from gradl1_fast.conversion.by_function import used_by_function
+from gradl1_fast.conversion.tracing import parts_of
 from gradl1_fast.nn.foreign import used_weight
 from gradl1_fast.nn.layers import QuantizedLayer
 from gradl1_fast.nn.quantizers import ActivationQuantizer
@@ -100,7 +102,8 @@ def load_any_bit(model: nn.Module, path: str | os.PathLike[str], *, w: int = 8) 
     pass. ``gl.set_bits(model, w=v, a=...)`` chooses any width v up to ``w``, again and again, and copies
     nothing; ``w=None`` is the widest. Such a model is for evaluation: it has no weights to train, fold or
     export. ``layer.weight`` has the shape, type and device that it had and takes no memory: it is NaN, so
-    that code which uses it without calling the layer does not go on with a wrong weight unnoticed.
+    that code which uses it without calling the layer does not go on with a wrong weight unnoticed. Where
+    tracing shows such a use, as in ``F.linear(x, self.qkv.weight)``, it holds the values in float.
 
     The file is read as data, nothing in it is executed, and every entry is checked before the model is
     changed.
@@ -132,8 +135,10 @@ def load_any_bit(model: nn.Module, path: str | os.PathLike[str], *, w: int = 8) 
             for key, value in _state(model, layers).items()
         }
         file.check_that_all_are_known([_plane(i, name) for name in layers for i in range(bit_planes.WIDTH)])
+    by_function = used_by_function(model, parts_of(model))
     for name, layer in layers.items():
-        slice_weight(layer, sliced[name])
+        known = isinstance(layer.weight_quantizer, SlicedWeight) and layer.weight_quantizer.is_dense
+        slice_weight(layer, sliced[name], dense=known or id(layer) in by_function)
     for _, quantizer, (low, high, is_input) in by_quantizer(every_site(model), ranges):
         quantizer.low, quantizer.high, quantizer.is_input = low, high, is_input
     model.load_state_dict(state, strict=False)

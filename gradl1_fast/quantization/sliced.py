@@ -33,9 +33,11 @@ class SlicedWeight(WeightQuantizer):
         stand_in: what the layer has in the place of its weight: NaN in the shape, type and place of the
             weight, of which one value is stored. None where the layer computes its weight from parameters
             that it keeps.
+        is_dense: whether the stand-in holds the values at the present width, for functions that use it.
     """
 
     stand_in: Tensor | None
+    is_dense: bool
     codes: Tensor
     scale: Tensor
     like: Tensor
@@ -46,8 +48,8 @@ class SlicedWeight(WeightQuantizer):
     ) -> None:
         self.widest = widest
         self._bits = widest
+        self.stand_in, self.is_dense = None, False
         super().__init__(per_channel=axis is not None, out_axis=axis or 0)
-        self.stand_in = None
         self.register_buffer("codes", codes, persistent=False)
         self.register_buffer("scale", scale, persistent=False)
         # An empty tensor that goes along with the layer to other types.
@@ -65,6 +67,12 @@ class SlicedWeight(WeightQuantizer):
                 f"a weight read with {self.widest} bits has widths of 1 to {self.widest}, got {value}"
             )
         self._bits = self.widest if value is None else value
+        if self.is_dense and self.stand_in is not None:
+            self.stand_in.copy_(self())
+
+    def stand_in_now(self) -> Tensor:
+        """Return a new tensor to stand in for the weight."""
+        return self().clone() if self.is_dense else self.like.new_full((), torch.nan).expand(self.codes.shape)
 
     def forward(self, weight: object = None) -> Tensor:
         """Return the weight at the present width; the layer has no other."""
@@ -73,7 +81,7 @@ class SlicedWeight(WeightQuantizer):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
         if self.stand_in is not None:
-            moved = _stand_in(self.stand_in.shape, self.like)
+            moved = self.stand_in_now()
             if torch._has_compatible_shallow_copy_type(self.stand_in, moved):
                 self.stand_in.data = moved  # the very tensor that the layer has
             else:
@@ -98,13 +106,19 @@ class SlicedWeight(WeightQuantizer):
             raise ValueError("a weight from an any-bit file has the range of the file, and takes no other")
 
 
-def slice_weight(layer: QuantizedLayer, quantizer: SlicedWeight) -> None:
+def slice_weight(layer: QuantizedLayer, quantizer: SlicedWeight, *, dense: bool = False) -> None:
     """Take the float weight of a layer away; from now on it computes with the sliced one.
 
     A weight that is no parameter, but computed from some, goes on being computed, and is not used.
+
+    Args:
+        layer: to be changed.
+        quantizer: the sliced weight.
+        dense: keep a tensor with the values as well, for functions that use the weight without the layer.
     """
     if has_own_weight(layer):
-        quantizer.stand_in = _stand_in(quantizer.codes.shape, quantizer.like)
+        quantizer.is_dense = dense
+        quantizer.stand_in = quantizer.stand_in_now()
         vars(layer).pop("weight", None)
         layer._parameters.pop("weight", None)
         # None to state dicts, which neither take nor give it; code that asks for its shape, type or device
@@ -118,10 +132,6 @@ def has_own_weight(layer: QuantizedLayer) -> bool:
     """Return whether a layer's weight is a parameter, or was until it was read from an any-bit file."""
     quantizer = layer.weight_quantizer
     return not layer.is_computed or (isinstance(quantizer, SlicedWeight) and quantizer.stand_in is not None)
-
-
-def _stand_in(shape: torch.Size, like: Tensor) -> Tensor:
-    return like.new_full((), torch.nan).expand(shape)
 
 
 def refuse_sliced(model: nn.Module, what: str) -> None:

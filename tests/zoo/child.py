@@ -8,7 +8,7 @@ import resource
 import time
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator, Iterable, Iterator
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -34,19 +34,20 @@ def work(name: str, results: Connection, memory: int) -> None:
 
 def records(entry: Entry) -> Iterator[Record]:
     """Check a model as it is, then with dropout and drop path if its factory has them."""
-    yield from _records(entry, list(CHECKS), with_recipe=False)
-    if entry.recipe and recipe_of(entry):
+    converted = yield from _records(entry, list(CHECKS), with_recipe=False)
+    if converted and entry.recipe and recipe_of(entry):
         yield from _records(entry, OF_RECIPE, with_recipe=True)
 
 
-def _records(entry: Entry, names: Iterator[str], *, with_recipe: bool) -> Iterator[Record]:
+def _records(entry: Entry, names: Iterable[str], *, with_recipe: bool) -> Generator[Record, None, bool]:
+    """Make the checks; return whether there was a converted model to check."""
     suffix = " with recipe" if with_recipe else ""
     begin = time.process_time()
     try:
         case = _quiet(Case, entry, with_recipe=with_recipe)
     except Exception as error:
         yield _record(f"convert{suffix}", Outcome(False, None, _reason(error)), begin)
-        return
+        return False
     yield _record(f"convert{suffix}", Outcome(True), begin)
     for name in names:
         begin = time.process_time()
@@ -55,6 +56,7 @@ def _records(entry: Entry, names: Iterator[str], *, with_recipe: bool) -> Iterat
         except Exception as error:
             outcome = Outcome(False, None, _reason(error))
         yield _record(name + suffix, outcome, begin)
+    return True
 
 
 def _quiet(function: Any, *args: Any, **kwargs: Any) -> Any:

@@ -63,7 +63,7 @@ MOBILE: list[Entry] = [
     *timm("efficientvit", "efficientvit_b0 efficientvit_m0 shvit_s1 swiftformer_xs"),
     *timm("fastvit", "fastvit_t8 fastvit_sa12"),
     *timm("levit", "levit_128s levit_conv_128s", size=224),
-    *timm("tinyvit", "tiny_vit_5m_224", size=64, img_size=64),
+    *timm("tinyvit", "tiny_vit_5m_224"),
     *timm("visformer", "visformer_tiny", size=64, img_size=64),
 ]
 

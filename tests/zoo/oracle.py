@@ -187,10 +187,17 @@ def differentiable_twice() -> Iterator[None]:
     """Compute attention and hard sigmoids in forms that have a second derivative."""
     with (
         sdpa_kernel(SDPBackend.MATH),
-        mock.patch.object(F, "hardsigmoid", lambda x, inplace=False: F.relu6(x + 3) / 6),
+        mock.patch.object(F, "hardsigmoid", lambda x, inplace=False: hard_sigmoid(x)),
         mock.patch.object(F, "hardswish", lambda x, inplace=False: x * F.relu6(x + 3) / 6),
     ):
         yield
+
+
+def hard_sigmoid(x: Tensor) -> Tensor:
+    """Return the hard sigmoid, with the gradient of PyTorch: its factor 1/6 is rounded to float32."""
+    exact = F.relu6(x + 3) / 6
+    rounded = exact * 6 * float(torch.tensor(1 / 6, dtype=torch.float32))
+    return rounded + (exact - rounded).detach()
 
 
 @contextlib.contextmanager

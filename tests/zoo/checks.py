@@ -116,7 +116,8 @@ def plans(case: Case) -> Outcome:
     """Count the layers that a plan runs; after a pass with a penalty."""
     rows = case.report.plans
     planned = sum(count for _, count, reason in rows if not reason)
-    share = min(1.0, planned / len(case.quantized))  # a layer that is called twice counts twice
+    called = len(set(case.quantized) - case.left_in_float)
+    share = min(1.0, planned / called)  # a layer that is called twice counts twice
     left = Counter[str]()
     for _, count, reason in rows:
         if reason:

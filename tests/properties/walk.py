@@ -62,6 +62,7 @@ class Walk:
         self.pooled: list[Tensor] = []
         self.activated: list[Tensor] = []
         self.rounded: list[Tensor] = []
+        self.data = {INPUT}
         self._count = 0
         self._seen: dict[int, Tensor] = {}
 
@@ -108,13 +109,15 @@ class Walk:
                 return self._made(left + right if isinstance(part, Sum) else torch.cat([left, right], 1))
 
     def _top(self, top: nn.Module, value: Value) -> Value:
-        form = self.network.head.form
+        form, before = self.network.head.form, value.number
         if form == "tokens":
             value = self._made(value.tensor.flatten(2).transpose(1, 2))
         elif form in ("pool", "mean"):
             value = self._made(value.tensor.flatten(2).mean(2))
         else:
             value = self._made(value.tensor.flatten(1))
+        if before in self.data and form not in ("pool", "mean"):
+            self.data.add(value.number)
         for layer in top.layers:
             if isinstance(layer, nn.Linear):
                 value = self._layer(layer, value)
@@ -131,15 +134,12 @@ class Site:
     Attributes:
         numbers: of the tensors.
         ends: smallest and largest value of them all.
+        is_input: whether its layers are given the data, and nothing else.
     """
 
     numbers: tuple[int, ...]
     ends: tuple[Tensor, Tensor]
-
-    @property
-    def is_input(self) -> bool:
-        """Whether its layers are given the data."""
-        return INPUT in self.numbers
+    is_input: bool
 
 
 @dataclass(frozen=True)
@@ -149,15 +149,17 @@ class Layout:
     Attributes:
         weights: names.
         sites: by the number of each tensor that layers are given.
+        data: the numbers of the input, and of the input in another shape.
     """
 
     weights: tuple[str, ...]
     sites: dict[int, Site]
+    data: set[int]
 
     @property
     def penalised(self) -> list[int]:
-        """The numbers of the tensors that a penalty counts; not those of layers that are given the data."""
-        return [number for number, site in self.sites.items() if not site.is_input]
+        """The numbers of the tensors that a penalty counts: not the data."""
+        return [number for number in self.sites if number not in self.data]
 
 
 def layout(network: Network, model: nn.Module, x: Tensor) -> Layout:
@@ -172,9 +174,9 @@ def layout(network: Network, model: nn.Module, x: Tensor) -> Layout:
     sites = {}
     for numbers in _together(walk.readers):
         low, high = (torch.stack([f(walk.given[n]) for n in numbers]) for f in (torch.min, torch.max))
-        site = Site(tuple(numbers), (low.min(), high.max()))
+        site = Site(tuple(numbers), (low.min(), high.max()), walk.data.issuperset(numbers))
         sites.update(dict.fromkeys(numbers, site))
-    return Layout(weights, sites)
+    return Layout(weights, sites, walk.data)
 
 
 def _together(readers: dict[int, list[nn.Module]]) -> list[list[int]]:
@@ -204,7 +206,7 @@ def measure(
             grid = oracle.affine_grid(*site.ends, INPUT_BITS if site.is_input else activation_bits)
             walk.rounded += [t.detach() / grid[0], -site.ends[0] / grid[0]]
             t = oracle.fake_quantize(t, *grid)
-        if not site.is_input:
+        if number not in found.data:
             t = oracle.tap(t) if t.requires_grad else t.detach().requires_grad_()
             t.unquantized = given
             kept[f"site {site.numbers[0]}, tensor {number}"] = t

@@ -22,36 +22,35 @@ VIT14 = VIT | {"img_size": 56}
 SHALLOW = {"depths": (1, 1, 2, 1)}
 
 CONVOLUTIONAL: list[Entry] = [
-    *timm("resnet", "resnet10t resnet18 resnet18d resnet26 resnet50_gn resnetblur18 resnetrs50 test_resnet"),
+    *timm("resnet", "resnet10t resnet18 resnet18d resnet50_gn resnetblur18 test_resnet"),
     *timm("resnext", "resnext50_32x4d resnext26ts"),
     *timm("seresnet", "seresnet18 legacy_seresnet18 seresnext26ts gcresnet33ts"),
     *timm("ecaresnet", "ecaresnet26t ecaresnext26t_32x4d"),
     *timm("skresnet", "skresnet18 resnest14d"),
-    *timm("bat_resnet", "bat_resnext26ts", size=128),
     *timm("res2net", "res2net50_48w_2s res2next50"),
     *timm("regnet", "regnetx_002 regnety_002 regnetz_005 regnetv_040"),
     *timm("densenet", "densenet121 rdnet_tiny"),
     *timm("dla", "dla34 dla46_c dla60_res2net dpn48b"),
     *timm("hrnet", "hrnet_w18_small"),
-    *timm("inception", "inception_v3 inception_v4 inception_resnet_v2", size=96),
-    *timm("xception", "legacy_xception xception41 xception41p"),
-    *timm("cspnet", "cspresnet50 cs3darknet_s cspdarknet53 darknet17 cspnext_tiny"),
-    *timm("vovnet", "ese_vovnet19b_dw eca_vovnet39b vovnet39a selecsls42 tresnet_m"),
+    *timm("inception", "inception_v3", size=96),
+    *timm("xception", "legacy_xception xception41p"),
+    *timm("cspnet", "cspresnet50 cs3darknet_s darknet17 cspnext_tiny"),
+    *timm("vovnet", "ese_vovnet19b_dw eca_vovnet39b selecsls42 tresnet_m"),
     *timm("weight standardised", "nf_regnet_b0 nf_resnet26 eca_nfnet_l0 test_nfnet"),
     *timm("resnetv2", "resnetv2_18 resnetv2_50x1_bit resnetv2_50d_evos resnetv2_50d_frn"),
     *timm("repvgg", "repvgg_a0 mobileone_s0 gernet_s repghostnet_050 repvit_m0_9"),
     *timm("hgnet", "hgnetv2_b0 hgnet_tiny"),
     *timm("convnext", "convnext_atto convnext_atto_ols convnextv2_atto convnext_zepto_rms test_convnext"),
     *timm("convmixer", "convmixer_768_32 inception_next_atto"),
-    *timm("metaformer", "poolformer_s12 poolformerv2_s12 convformer_s18 caformer_s18 focalnet_tiny_srf"),
+    *timm("metaformer", "poolformer_s12 poolformerv2_s12 caformer_s18 focalnet_tiny_srf"),
     *timm("starnet", "starnet_s050 fasternet_t0 lcnetv2_small test_mambaout"),
 ]
 
 MOBILE: list[Entry] = [
     *timm("efficientnet", "efficientnet_b0 efficientnet_lite0 efficientnet_es efficientnet_blur_b0 mixnet_s"),
     *timm("efficientnet", "efficientnet_b0_gn efficientnet_cc_b0_4e test_efficientnet"),
-    *timm("efficientnet", "efficientnet_b0_g16_evos efficientnetv2_rw_t gc_efficientnetv2_rw_t"),
-    *timm("same padding", "tf_efficientnet_b0 tf_efficientnet_lite0 tf_efficientnetv2_b0 tf_mixnet_s"),
+    *timm("efficientnet", "efficientnet_b0_g16_evos gc_efficientnetv2_rw_t"),
+    *timm("same padding", "tf_efficientnet_b0 tf_efficientnet_lite0 tf_mixnet_s"),
     *timm("same padding", "tf_mobilenetv3_small_075 tf_mobilenetv3_small_minimal_100"),
     *timm("mobilenet", "mobilenetv1_100 mobilenetv2_050 mobilenetv3_small_050 mobilenetv3_rw"),
     *timm("mobilenet", "mobilenetv4_conv_small_035 mobilenetv4_hybrid_medium_075 mobilenet_edgetpu_100"),
@@ -93,7 +92,7 @@ ATTENTION: list[Entry] = [
     *timm("hiera", "hiera_tiny_224", size=224, stages=(1, 1, 2, 1)),
     *timm("nextvit", "nextvit_small"),
     *timm("sequencer", "sequencer2d_s", img_size=64, layers=(1, 1, 2, 1)),
-    *timm("halonet", "halonet26t botnet26t_256 lambda_resnet26rpt_256", size=256),
+    *timm("halonet", "halonet26t botnet26t_256", size=256),
     *timm("mixer", "mixer_s32_224 gmixer_12_224 resmlp_12_224 gmlp_ti16_224", img_size=64),
 ]
 
@@ -109,7 +108,7 @@ SEGMENTATION = "fcn_resnet50 deeplabv3_resnet50 lraspp_mobilenet_v3_large"
 TORCHVISION: list[Entry] = [
     *torchvision("tv resnet", "resnet18 resnext50_32x4d regnet_x_400mf regnet_y_400mf", **CLASSES),
     *torchvision("tv mobile", "mobilenet_v2 mobilenet_v3_small mnasnet0_5 shufflenet_v2_x0_5", **CLASSES),
-    *torchvision("tv mobile", "efficientnet_b0 efficientnet_v2_s squeezenet1_1", **CLASSES),
+    *torchvision("tv mobile", "efficientnet_b0 squeezenet1_1", **CLASSES),
     *torchvision("tv plain", "alexnet", linear=ALEXNET, **CLASSES),
     *torchvision("tv plain", "vgg11 vgg11_bn", linear=VGG, **CLASSES),
     *torchvision("tv inception", "googlenet", 2, 3, 96, 96, init_weights=False, **CLASSES),

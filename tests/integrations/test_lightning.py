@@ -73,12 +73,11 @@ def by_hand(epochs: int = 1, first_epoch: int = 0, parts: int = 1, autocast: boo
     penalty = gl.GradL1(model, **SETTINGS)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     for epoch in range(epochs):
+        penalty.enabled = epoch >= first_epoch
         for place, (x, y) in enumerate(loader()):
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
                 loss = F.cross_entropy(model(x), y) / parts
-            if epoch >= first_epoch:
-                loss = loss + penalty(loss)
-            loss.backward()
+            (loss + penalty(loss)).backward()
             if place % parts == parts - 1:
                 optimizer.step()
                 optimizer.zero_grad()

@@ -196,6 +196,7 @@ def measure(
     *,
     weights: Iterable[str] = (),
     inputs_of: Iterable[str] = (),
+    data: object = None,
 ) -> Measured:
     """Run ``loss_fn(module)`` and keep the named tensors.
 
@@ -205,10 +206,13 @@ def measure(
         weights: names such as ``"features.0.weight"``; of a parametrized one, the tensor in use.
         inputs_of: layers whose first input is a penalised activation: the gradient is what comes back from
             the layers that are given the very tensor, and from nothing else that reads it.
+        data: the network's input, which is no activation, in whatever shape a layer is given it.
     """
     kept: dict[str, Tensor] = {}
 
     def keep(name: str, t: Tensor) -> Tensor:
+        if t is data or (t._base is not None and t._base is data and t.numel() == data.numel()):
+            return t
         own = tap(t) if t.requires_grad else t.detach().requires_grad_()  # behind frozen layers alone
         kept[f"{name} #{len(kept)}" if name in kept else name] = own
         own.unquantized = _unquantized(t)

@@ -222,7 +222,12 @@ class ActivationQuantizer(_Quantizer):
         return not own and not looks and not (self.step_bits and self.is_measured)
 
     def forward(self, x: Tensor, measured: bool = True) -> Tensor:
-        """Return the activation at the present width; without ``measured`` no penalty counts it."""
+        """Return the activation at the present width; without ``measured`` no penalty counts it.
+
+        Raises:
+            RuntimeError: the width is quantized and there is no range yet, or a penalty measures the tensor
+                by its step under ``torch.vmap``.
+        """
         if self.observer is not None:
             self.observer.update(x.detach())
         return self.quantize(x if self.move is None or not measured else self.move(x), measured)
@@ -289,6 +294,11 @@ class ActivationQuantizer(_Quantizer):
             return None
         if self.step_bits is None:
             return self.probe
+        if not torch.compiler.is_compiling() and torch._C._functorch.is_batchedtensor(x):
+            raise RuntimeError(
+                f"GradL1: {self.name} is measured by its step under torch.vmap, where its gradient "
+                "is lost: use scale='none', or call the model on one batch after another"
+            )
         scaled = F.scale_probe(self.probe, self.step(x, self.step_bits))
         _note(scaled, "step_bits", self.step_bits)
         return scaled

@@ -123,11 +123,13 @@ def mark_input(x: Tensor) -> None:
 
 
 def _is_input(x: Tensor) -> bool:
-    """Return whether a tensor, or what it is a view of, was marked as an input and has not changed since."""
+    """Return whether a tensor is what was marked as an input, in whatever shape, and has not changed."""
     if not _inputs or x.is_inference():
         return False
     whole = x._base if x._is_view() else x
-    return x._version in (_inputs.get(x), _inputs.get(whole))
+    if whole is None or whole.numel() != x.numel():  # a part of the input is another tensor
+        whole = x
+    return _inputs.get(whole) == x._version
 
 
 def _note_on(x: Tensor, layer: int, quantizer: ActivationQuantizer) -> _Note | None:

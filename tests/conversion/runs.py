@@ -74,19 +74,15 @@ class loss_of:  # noqa: N801  # called as a function
         return model(self.batch).sin().sum()
 
 
-def _called(model: nn.Module, loss: Loss, batch: object) -> tuple[list[str], list[str]]:
-    """Return the weights that a pass through a plain model uses, and the layers given no network input.
+def _called(model: nn.Module, loss: Loss) -> tuple[list[str], list[str]]:
+    """Return the weights that a pass through a plain model uses, and the layers whose input is quantized.
 
     A weight counts if it gets a gradient; a tied one has the name of the first layer in the tree.
     """
-    model, read = copied(model), {}
-
-    def note(name: str, given: Tensor) -> None:
-        read[name] = read.get(name, False) or given is batch
-
+    model, read = copied(model), set[str]()
     for name, module in model.named_modules():
         if isinstance(module, (*_LAYERS, nn.Embedding)) or is_conv1d_of_transformers(module):
-            module.register_forward_pre_hook(lambda _, args, name=name: note(name, args[0]))
+            module.register_forward_pre_hook(lambda *_, name=name: read.add(name))
     with parametrize.cached():
         value = loss(model)
         weights: dict[int, tuple[str, Tensor]] = {}
@@ -97,15 +93,16 @@ def _called(model: nn.Module, loss: Loss, batch: object) -> tuple[list[str], lis
         tensors = [weight for _, weight in weights.values()]
         gradients = torch.autograd.grad(value, tensors, allow_unused=True)
     used = [n for (n, _), g in zip(weights.values(), gradients, strict=True) if g is not None]
-    sites = [n for n, is_input in read.items() if not is_input]
-    return used, [n for n in sites if not isinstance(model.get_submodule(n), nn.Embedding)]
+    modules = [(name, m) for name, m in model.named_modules() if name in read]
+    return used, [name for name, m in modules if not isinstance(m, nn.Embedding)]
 
 
 def truth(model: nn.Module, loss: Loss, scale: str = "none") -> oracle.Penalised:
     """Return what ordinary double backprop says of a penalised step of a plain model."""
-    weights, inner = _called(model, loss, getattr(loss, "batch", None))
+    weights, layers = _called(model, loss)
+    data = getattr(loss, "batch", None)
     return oracle.penalised_gradients(
-        lambda: oracle.measure(model, loss, weights=weights, inputs_of=inner),
+        lambda: oracle.measure(model, loss, weights=weights, inputs_of=layers, data=data),
         _trainable(model),
         lambda_w=LAMBDAS[0],
         lambda_a=LAMBDAS[1],

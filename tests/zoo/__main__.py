@@ -22,7 +22,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "compatibility.md"
 def main() -> int:
     """Run what the arguments ask for; fail if a model does."""
     arguments = _parser().parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # ends the processes that were started
+    signal.signal(signal.SIGTERM, _terminate)
     names = _chosen(arguments)
     if arguments.list:
         print("\n".join(f"{MODELS[name].family:20} {name}" for name in names))
@@ -35,6 +35,12 @@ def main() -> int:
         PAGE.write_text(page.text(shown))
         print(f"written: {PAGE.name}")
     return 0 if all(summary.passed(result) for result in shown.values()) else 1
+
+
+def _terminate(*_: Any) -> None:
+    """End as after Ctrl-C, and with it the processes that were started."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit("terminated")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -50,7 +50,7 @@ class Sites:
     calling: list[str] = field(default_factory=list)
 
     def tap(self, name: str, t: Tensor) -> Tensor:
-        if not t.is_floating_point() or any(t is x for x in self.inputs):
+        if not t.is_floating_point() or any(_is_same_data(t, x) for x in self.inputs):
             return t
         key = (id(t), t._version)
         if key not in self.taps:
@@ -63,6 +63,11 @@ class Sites:
     def note(self, layer: str, weight: Tensor) -> Tensor:
         self.weights.append((layer, weight))
         return weight
+
+
+def _is_same_data(t: Tensor, x: Tensor) -> bool:
+    """Return whether two tensors are one, if in different shapes."""
+    return t.untyped_storage().data_ptr() == x.untyped_storage().data_ptr() and t.numel() == x.numel()
 
 
 class Weights(TorchFunctionMode):

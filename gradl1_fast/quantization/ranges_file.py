@@ -141,6 +141,8 @@ def _check_names(
                 raise ValueError(f"{path}: entry {key!r} must be a single uint8, 0 or 1")
         elif value.dtype not in (torch.float32, torch.float64):
             raise ValueError(f"{path}: entry {key!r} must have type float32 or float64, got {value.dtype}")
+        elif value.dim() > (2 if key.endswith(".clip") else 1):  # a shape of thousands makes no message
+            raise ValueError(f"{path}: entry {key!r} has too many dimensions: {value.dim()}")
 
 
 def _checked_range(path: str | os.PathLike[str], name: str, entries: Mapping[str, Tensor]) -> Stored:

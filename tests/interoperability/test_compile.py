@@ -127,7 +127,9 @@ def test_autocast_inside_a_compiled_step() -> None:
     for run in (step, compiled(step, fullgraph=True)):
         model = network(torch.float32)
         results.append(run(model, gl.GradL1(model, *LAMBDAS), *data(torch.float32)))
-    assert_gradients(results[1], results[0], 1e-5)
+    # The eager step runs plans, the compiled one the modules, so that bfloat16 is rounded at other places.
+    assert_gradients(results[1], results[0], torch.finfo(torch.bfloat16).eps / 2)  # the error of one rounding
+    assert_penalty_counts(results[1], gradients(network(torch.float32), 0, 0))
 
 
 @pytest.mark.usefixtures("trace_autograd")

@@ -28,7 +28,7 @@ REFUSED = {
     "after the first backward pass": f"GradL1: 0.weight {KEEP}",
     "activations alone": f"GradL1: 0.weight {KEEP}",
     # Wrapped when the penalty was made already: nobody asked this library, and its operators cannot run.
-    "FSDP1 afterwards": "no gradient reached any weight: 0.weight",
+    "FSDP1 afterwards": "GradL1: the memory of 0.weight was freed before both backward passes",
     "FSDP1 afterwards, activations": "data is not allocated yet",
     "FSDP1 afterwards, flat": "GradL1: the memory of 0.weight was freed before both backward passes",
     "FSDP1 afterwards, flat, activations": "data is not allocated yet",

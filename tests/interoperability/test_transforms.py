@@ -53,12 +53,26 @@ def test_a_penalty_on_a_forward_pass_under_vmap() -> None:
     assert results[1][0].abs().max() > 1e-3
 
 
-def test_a_penalty_by_the_step_on_a_pass_under_vmap_is_refused_by_name() -> None:
+@pytest.mark.parametrize("lambdas", [LAMBDAS, (0, LAMBDAS[1])], ids=str)
+def test_a_penalty_by_the_step_on_a_pass_under_vmap_is_refused_by_name(lambdas: tuple[float, float]) -> None:
     model = network().eval()
-    penalty = gl.GradL1(model, *LAMBDAS, "step")
-    y = torch.vmap(model)(batches())
-    with pytest.raises(RuntimeError, match=r"no gradient reached any activation: 3\.input"):
-        penalty(y.sin().mean())
+    penalty = gl.GradL1(model, *lambdas, "step")
+    with pytest.raises(RuntimeError, match=r"GradL1: 3\.input is measured by its step under torch\.vmap"):
+        torch.vmap(model)(batches())
+    del penalty
+    assert torch.vmap(model)(batches()).shape == (3, 5, 3)  # nobody measures it any more
+
+
+def test_a_penalty_by_the_step_on_weights_of_a_pass_under_vmap() -> None:
+    results = []
+    for vectorised in (False, True):
+        model, x = network().eval(), batches()
+        penalty = gl.GradL1(model, LAMBDAS[0], 0, "step")
+        y = torch.vmap(model)(x) if vectorised else torch.stack([model(part) for part in x])
+        extra = penalty(y.sin().mean())
+        results.append(list(torch.autograd.grad(extra, list(model.parameters()), allow_unused=True)))
+    assert_gradients(results[1], results[0])
+    assert results[1][0].abs().max() > 1e-3
 
 
 def test_vmap_over_training_is_an_error() -> None:
@@ -74,12 +88,21 @@ def test_gradients_in_batches() -> None:
     assert_gradients(together, [torch.stack(rows) for rows in zip(*each, strict=True)])
 
 
-def test_functional_call_beside_an_ordinary_call_leaves_the_models_own_weights_to_the_penalty() -> None:
-    model = network().eval()
-    penalty = gl.GradL1(model, 0.3, 0.0)
+def test_functional_call_beside_an_ordinary_call_has_the_weights_of_both_measured() -> None:
+    def both(model: nn.Module, parameters: dict[str, Tensor]) -> Tensor:
+        other = functional_call(model, parameters, (data()[0],)).square().mean()
+        return loss_of(model) + other * loss_of(model).detach()
+
+    model, plain = network().eval(), plain_network().eval()
+    penalty = gl.GradL1(model, LAMBDAS[0], 0, "none")
     copies = {name: leaf(p) for name, p in model.named_parameters()}
-    both = loss_of(model) + functional_call(model, copies, (data()[0],)).square().mean()
-    assert torch.equal(penalty(both), penalty(loss_of(model)))
+    found = penalty(both(model, copies))
+    expected = weights_norm(both(plain, copies), [*plain.parameters(), *copies.values()])
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+    assert_gradients(
+        torch.autograd.grad(found, [*model.parameters(), *copies.values()], allow_unused=True),
+        torch.autograd.grad(expected, [*plain.parameters(), *copies.values()], allow_unused=True),
+    )
 
 
 @pytest.mark.parametrize("copies", [False, True], ids=["the model's own", "copies"])
@@ -106,16 +129,32 @@ def called(model: nn.Module, parameters: dict[str, Tensor]) -> Tensor:
     return loss_of(lambda x: functional_call(model, parameters, (x,)))
 
 
-def test_functional_call_with_other_tensors_and_a_penalty_outside() -> None:
-    model = network()
-    parameters = {name: leaf(p) for name, p in model.named_parameters()}
-    penalty = gl.GradL1(model, *LAMBDAS)
-    with pytest.raises(RuntimeError, match=r"no gradient reached any weight: 0\.weight"):
-        penalty(called(model, parameters))
-    activations = gl.GradL1(model, 0, LAMBDAS[1])  # whose probes belong to the modules
-    loss = called(model, parameters)
-    found = torch.autograd.grad(loss + activations(loss), list(parameters.values()))
-    assert_gradients(found, gradients(network(), 0, LAMBDAS[1]))
+def weights_norm(loss: Tensor, parameters: list[Tensor]) -> Tensor:
+    """Return the weights' term by PyTorch's own double backprop."""
+    weights = [p for p in parameters if p.dim() > 1]
+    grads = torch.autograd.grad(loss, weights, create_graph=True)
+    return LAMBDAS[0] * torch.stack([grad.abs().sum() for grad in grads]).sum()
+
+
+@pytest.mark.parametrize("replaced", ["all", "0.weight"])
+def test_functional_call_with_other_tensors_and_a_penalty_outside(replaced: str) -> None:
+    model, plain = network(), plain_network()
+    used = [dict(m.named_parameters()) for m in (model, plain)]
+    copies = {name: leaf(p) for name, p in used[0].items() if replaced in ("all", name)}
+    for parameters in used:
+        parameters |= copies
+    penalty = gl.GradL1(model, LAMBDAS[0], 0, "none")
+    found, expected = penalty(called(model, copies)), weights_norm(called(plain, copies), [*used[1].values()])
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+    assert_gradients(
+        torch.autograd.grad(found, [*used[0].values()], allow_unused=True),
+        torch.autograd.grad(expected, [*used[1].values()], allow_unused=True),
+    )
+    for lambdas in (LAMBDAS, (0, LAMBDAS[1])):  # the probes of activations belong to the modules
+        penalty = gl.GradL1(model, *lambdas)
+        loss = called(model, copies)
+        both = torch.autograd.grad(loss + penalty(loss), [*used[0].values()])
+        assert_gradients(both, gradients(network(), *lambdas))
 
 
 TRANSFORMS: dict[str, Callable[..., object]] = {

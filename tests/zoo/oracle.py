@@ -215,8 +215,8 @@ def weights_replaced(
         run(model, batch)
     computed = {name for name, _ in sites.weights}
     for name in layers:
-        if name not in computed:
-            layer = model.get_submodule(name)
+        layer = model.get_submodule(name)
+        if name not in computed and "weight" in layer._parameters:
             layer.weight = nn.Parameter(replace(layer.weight.detach()))
     with tapped(model, layers, set(), sites, lambda _, weight: replace(weight)):
         yield

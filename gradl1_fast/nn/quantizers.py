@@ -177,7 +177,10 @@ class ActivationQuantizer(_Quantizer):
     def measure_for(self, penalty: int, wanted: bool) -> None:
         """Measure in armed passes, or no more, for one penalty, which is known by a number of its own."""
         (self._penalties.add if wanted else self._penalties.discard)(penalty)
-        self.probe.requires_grad_(bool(self._penalties))
+        if not self._penalties:  # a fresh one: functional transforms forbid to change the old one
+            self.probe = _new_probe(self.probe)
+        elif not self.probe.requires_grad:
+            self.probe.requires_grad_(True)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copy and pickle as a quantizer that nobody measures or watches."""

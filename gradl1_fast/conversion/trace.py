@@ -93,6 +93,7 @@ class _Tracer(fx.Tracer):
     def __init__(self) -> None:
         super().__init__()
         self.kept_whole: dict[str, str] = {}
+        self._hooks = _saved_tensor_hooks()
 
     def guarded(self, module: nn.Module, watch: Callable[[nn.Module], Any], run: Callable[[], Any]) -> Any:
         """Run code of a model; whatever goes wrong is a NotTraceableError, and the model stays as it is."""
@@ -145,7 +146,7 @@ class _Tracer(fx.Tracer):
             raise NotTraceableError("it switches gradients off for a part")
         if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
             raise NotTraceableError("autocast is on in it")
-        if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        if _saved_tensor_hooks() != self._hooks:
             raise NotTraceableError("it checkpoints activations, or handles saved tensors otherwise")
         return super().create_node(*args, **kwargs)
 
@@ -207,6 +208,10 @@ def _remove_assertions(graph: fx.Graph) -> None:
         unused = not node.users and node.op != "output"
         if unused and (node.op == "placeholder" or getattr(node.target, "__name__", "") in named | {"eq"}):
             graph.erase_node(node)
+
+
+def _saved_tensor_hooks() -> Any:
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 __all__ = ["Arming", "armings_of", "is_armed", "is_recomputing"]
 
@@ -28,12 +29,16 @@ class Arming:
         planner: called with the model when a penalty is made for it; installs plans. None without plans.
         has_run: whether a layer has run while armed since a penalty was called.
         passes: number of armed forward passes so far; those before one call of a penalty count as one.
+        notes: what is known of tensors that passed through a site, see :mod:`gradl1_fast.nn.sharing`. A
+            result may lead back to its tensor through a graph that nobody differentiates, so that notes are
+            dropped as soon as a forward pass is over.
     """
 
     def __init__(self, planner: Planner | None = None) -> None:
         self.planner = planner
         self.has_run = False
         self.passes = 0
+        self.notes: Any = WeakIdKeyDictionary()
         self._wanted: dict[int, tuple[bool, bool]] = {}
         self._now = self._before = (False, False)
 
@@ -43,6 +48,7 @@ class Arming:
         if not armed:
             del self._wanted[penalty]
         wanted = self._wanted.values()
+        self.notes.clear()
         self._before = self._now
         self._now = any(a for a, _ in wanted), any(m for _, m in wanted)
 
@@ -51,6 +57,7 @@ class Arming:
         if not self.has_run and not is_recomputing():
             self.has_run = True
             self.passes += 1
+            self.notes.clear()
         return self.passes
 
     @property

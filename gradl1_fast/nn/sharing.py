@@ -47,7 +47,6 @@ class _Note:
     hooks: weakref.ref[Any] | None
 
 
-_notes: Any = WeakIdKeyDictionary()
 _inputs: Any = WeakIdKeyDictionary()
 
 
@@ -64,6 +63,7 @@ def pass_through(layer: QuantizedLayer, x: Tensor) -> Tensor:
         return _while_compiling(quantizer, x)
     if x.is_inference():  # it has no version, so that nothing tells whether it has changed
         return quantizer(x)
+    _begin_pass(quantizer)
     quantizer.is_known = True
     given_input = _look_for_input(quantizer, x)
     note = _note_on(x, id(layer), quantizer)
@@ -76,6 +76,12 @@ def pass_through(layer: QuantizedLayer, x: Tensor) -> Tensor:
     if note.is_itself:
         return x
     return note.quantizer.quantize(x, not given_input) if note.result is None else note.result
+
+
+def _begin_pass(quantizer: ActivationQuantizer) -> None:
+    """Drop the notes of the forward pass before, if this is the first that is heard of a new one."""
+    if quantizer.arming.armed:
+        quantizer.arming.note_run()
 
 
 def _look_for_input(quantizer: ActivationQuantizer, x: Tensor) -> bool:
@@ -138,10 +144,8 @@ def _note_on(x: Tensor, layer: int, quantizer: ActivationQuantizer) -> _Note | N
     Raises:
         RuntimeError: the site was made in a checkpointed region, and this layer is outside of it.
     """
-    note = _notes.get(x)
+    note = quantizer.arming.notes.get(x)  # of another model that is given the same batch there is none
     if note is None or note.version != x._version or note.state != note.quantizer.state:
-        return None
-    if note.quantizer.arming is not quantizer.arming:  # of another model, which is given the same batch
         return None
     if x.is_leaf and layer in note.layers:
         return None  # the tensor outlives a forward pass: this is the next one
@@ -160,11 +164,14 @@ def leave_note(
     is_itself: bool = False,
 ) -> None:
     """Write down what a site made of a tensor."""
+    _begin_pass(quantizer)
     kept = None
     if result is not None and result is not x and (result.requires_grad or quantizer.move is not None):
         kept = result  # what has no gradient is as easily made again
     layers = set() if layer is None else {layer}
-    _notes[x] = _Note(quantizer, quantizer.state, x._version, kept, is_itself, layers, _top_hooks())
+    quantizer.arming.notes[x] = _Note(
+        quantizer, quantizer.state, x._version, kept, is_itself, layers, _top_hooks()
+    )
 
 
 def _is_in_reach(note: _Note) -> bool:

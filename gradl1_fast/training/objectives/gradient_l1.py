@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from gradl1_fast import _checks as check
 from gradl1_fast.penalty import GradL1
-from gradl1_fast.penalty.measured import activation_sites
+from gradl1_fast.penalty.measured import sites_of
 from gradl1_fast.training.objectives.interface import Closure, Objective, Scale, Terms, factor_of, identity
 
 __all__ = ["GradientL1"]
@@ -52,7 +52,7 @@ class GradientL1(Objective):
                 "GradientL1: lambda_w and lambda_a are both 0, so nothing would be penalised; "
                 "set one of them (--lambda), or train plainly (--penalty-epochs 0)"
             )
-        self._before = [(site.quantizer, site.quantizer.step_bits) for site in activation_sites(model)]
+        self._before = [(site.quantizer, site.quantizer.step_bits) for site in sites_of(model)]
         self.penalty = GradL1(
             model, lambda_w, lambda_a, scale, method=method, step_bits=step_bits, epsilon=epsilon
         )

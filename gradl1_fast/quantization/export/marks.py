@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -124,8 +123,8 @@ class _MarkedSite(ActivationQuantizer):
         """Return False: the mark must appear in the graph."""
         return False
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, measured: bool = True) -> Tensor:
         return MARK(x, self.key)
 
-    def quantize(self, x: Tensor) -> Any:
+    def quantize(self, x: Tensor, measured: bool = True) -> Tensor:
         return self.forward(x)

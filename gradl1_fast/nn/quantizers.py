@@ -147,8 +147,7 @@ class ActivationQuantizer(_Quantizer):
         is_known: whether a forward pass in eager mode, or a trace, has shown which layers share the site.
         name: of the site, for messages; ``<first layer>.input``.
         arming: the switch of the model; measures while it is on.
-        probe: the scalar leaf whose gradient is ``sum |dL/dy|`` once it requires one, which a penalty
-            on activations asks for.
+        probe: the scalar leaf whose gradient is ``sum |dL/dy|`` where a penalty on activations measures.
         step_bits: when set, the probe's gradient is multiplied by the step at this width.
         observer: watches what arrives, while ranges are found.
         move: replaces what arrives by another tensor, for finite differences.
@@ -177,10 +176,6 @@ class ActivationQuantizer(_Quantizer):
     def measure_for(self, penalty: int, wanted: bool) -> None:
         """Measure in armed passes, or no more, for one penalty, which is known by a number of its own."""
         (self._penalties.add if wanted else self._penalties.discard)(penalty)
-        if not self._penalties:  # a fresh one: functional transforms forbid to change the old one
-            self.probe = _new_probe(self.probe)
-        elif not self.probe.requires_grad:
-            self.probe.requires_grad_(True)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copy and pickle as a quantizer that nobody measures or watches."""
@@ -190,7 +185,7 @@ class ActivationQuantizer(_Quantizer):
     @property
     def is_measured(self) -> bool:
         """Whether a penalty counts the tensor of the present forward pass."""
-        if not self.probe.requires_grad or self.is_input or not torch.is_grad_enabled():
+        if not self._penalties or self.is_input or not torch.is_grad_enabled():
             return False
         return self.arming.measuring
 
@@ -308,7 +303,7 @@ class ActivationQuantizer(_Quantizer):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
-        self.probe = _new_probe(fn(self.probe.detach())).requires_grad_(self.probe.requires_grad)
+        self.probe = _new_probe(fn(self.probe.detach()))
         return self
 
     def extra_repr(self) -> str:
@@ -337,4 +332,4 @@ def _row(values: Tensor, bits: int) -> Tensor:
 def _new_probe(like: Tensor) -> Tensor:
     """Return a fresh leaf on the device of ``like``, in float32 at least: it receives a sum."""
     with torch.inference_mode(False):  # made inside, it could never require a gradient
-        return torch.zeros((), dtype=sum_dtype(like.dtype), device=like.device)
+        return torch.zeros((), dtype=sum_dtype(like.dtype), device=like.device, requires_grad=True)

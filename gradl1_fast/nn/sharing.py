@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from gradl1_fast.nn.arming import is_recomputing
 
@@ -47,7 +46,8 @@ class _Note:
     hooks: weakref.ref[Any] | None
 
 
-_inputs: Any = WeakIdKeyDictionary()
+# What is marked, and its version, by the values; while a tensor lives, so does the one that it is a view of.
+_inputs: dict[tuple[int, int, int], tuple[weakref.ref[Tensor], int]] = {}
 
 
 def pass_through(layer: QuantizedLayer, x: Tensor) -> Tensor:
@@ -125,17 +125,27 @@ def _while_compiling(quantizer: ActivationQuantizer, x: Tensor) -> Tensor:
 def mark_input(x: Tensor) -> None:
     """Note that a tensor is the input of a network: its site is no activation's."""
     if not x.is_inference():
-        _inputs[x] = x._version
+        values = _values_of(x)
+        _inputs[values] = weakref.ref(x, lambda reference: _forget_input(values, reference)), x._version
+
+
+def _forget_input(values: tuple[int, int, int], reference: weakref.ref[Tensor]) -> None:
+    if values in _inputs and _inputs[values][0] is reference:
+        del _inputs[values]
 
 
 def _is_input(x: Tensor) -> bool:
     """Return whether a tensor is what was marked as an input, in whatever shape, and has not changed."""
     if not _inputs or x.is_inference():
         return False
+    marked = _inputs.get(_values_of(x))
+    return marked is not None and marked[0]() is not None and marked[1] == x._version
+
+
+def _values_of(x: Tensor) -> tuple[int, int, int]:
+    """Return what is the same for a tensor and a view of all of it, in another shape or order of axes."""
     whole = x._base if x._is_view() else x
-    if whole is None or whole.numel() != x.numel():  # a part of the input is another tensor
-        whole = x
-    return _inputs.get(whole) == x._version
+    return id(whole), x.storage_offset(), x.numel()
 
 
 def _note_on(x: Tensor, layer: int, quantizer: ActivationQuantizer) -> _Note | None:

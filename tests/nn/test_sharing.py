@@ -287,3 +287,37 @@ def test_two_models_may_be_given_one_batch() -> None:
     with torch.no_grad():
         models[0](x)
         torch.testing.assert_close(models[1](x), expected)
+
+
+class Branching(nn.Module):
+    """Looks at its values, so that only a forward pass can tell what its layers are given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(16, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x.flatten(1))
+        return self.second(y if y.sum() > 0 else -y)
+
+
+BATCHES: dict[str, Callable[[Tensor], Tensor]] = {
+    "whole": lambda data: data,
+    "slice": lambda data: data[2:5],
+    "view of a slice": lambda data: data[1:].flatten(1)[:2].unflatten(1, (4, 4)),
+}
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+def test_the_input_is_known_in_whatever_shape_it_comes(batch: str) -> None:
+    x = BATCHES[batch](torch.randn(6, 4, 4))
+    model = gl.convert(Branching())
+    penalised(model, lambda m: m(x).square().mean())
+    assert sites(model) == {"second"}
+
+
+def test_marks_of_inputs_do_not_outlive_them() -> None:
+    data, before = torch.randn(64, 4), len(sharing._inputs)
+    for i in range(64):
+        sharing.mark_input(data[i : i + 1])
+    assert len(sharing._inputs) == before

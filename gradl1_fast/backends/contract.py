@@ -1,0 +1,263 @@
+"""Raw operations prepared once for tensors of one shape, layout, type and device.
+
+A planned region calls the same few passes in every step. What does not change from one call to the next,
+sizes, layout, options, is settled when the pass is prepared; a call then takes tensors alone. The tensors of
+a call have the shapes, strides, types and devices of preparation, which whoever calls vouches for.
+
+``None`` stands for a gradient that did not arrive and for a result that nobody asked for. No argument is
+changed or returned, and the results have the bits of the sweeps of the same name.
+
+``ends`` are four numbers in the type of sums: the smallest and the largest value of a tensor, and how many
+values are equal to each. ``d_ends`` are the gradients with respect to the first two, which equal values
+share evenly, as those of ``torch.amin`` and ``torch.amax``.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from gradl1_fast._dtypes import sum_dtype
+
+__all__ = [
+    "BatchNormAct",
+    "FakeQuantize",
+    "Tap",
+    "prepare_batch_norm_act",
+    "prepare_fake_quantize",
+    "prepare_tap",
+]
+
+
+class BatchNormAct(Protocol):
+    """``y = q(act(norm(x) * weight + bias + residual))`` and its derivatives.
+
+    ``activated`` is what gives the mask: what q was given with a grid and a residual, ``y`` without a grid.
+    """
+
+    def forward(
+        self,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        residual: Tensor | None,
+        scale: Tensor | None,
+        zero_point: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None]:
+        """Return ``y, activated, mean, rstd, ends``; the ends of ``y`` if prepared with them."""
+
+    def backward(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        activated: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor,
+        rstd: Tensor,
+        scale: Tensor | None,
+        zero_point: Tensor | None,
+        with_l1: bool,
+        ends: Tensor | None,
+        d_ends: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Return ``dx, dweight, dbias, dresidual, l1`` of ``dy`` plus what ``d_ends`` gives to ``y``.
+
+        ``dresidual`` is None where it is that sum itself, with neither activation nor grid.
+        """
+
+    def double_backward(
+        self,
+        d_dx: Tensor | None,
+        d_dweight: Tensor | None,
+        d_dbias: Tensor | None,
+        d_dresidual: Tensor | None,
+        d_l1: Tensor | None,
+        dy: Tensor,
+        x: Tensor,
+        activated: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor,
+        rstd: Tensor,
+        scale: Tensor | None,
+        zero_point: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return ``d_dy, d_x, d_weight``."""
+
+
+class Tap(Protocol):
+    """The identity whose gradient is measured, and the ends of what passes."""
+
+    def ends(self, x: Tensor) -> Tensor:
+        """Return the ends of ``x``."""
+
+    def backward(self, dy: Tensor) -> Tensor:
+        """Return ``l1 = sum |dy|``."""
+
+    def double_backward(self, d_dx: Tensor | None, d_l1: Tensor | None, dy: Tensor) -> Tensor:
+        """Return ``d_dy = d_dx + d_l1 * sign(dy)``."""
+
+    def add_ends_gradient(self, dy: Tensor | None, x: Tensor, ends: Tensor, d_ends: Tensor) -> Tensor:
+        """Return ``dy`` plus what ``d_ends`` gives to ``x``."""
+
+
+class FakeQuantize(Protocol):
+    """Fake quantization to one grid for the tensor."""
+
+    def forward(self, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+        """Return ``x`` on the grid."""
+
+    def backward(
+        self, dy: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, with_l1: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return ``dx, l1``."""
+
+    def double_backward(
+        self,
+        d_dx: Tensor | None,
+        d_l1: Tensor | None,
+        dy: Tensor,
+        x: Tensor,
+        scale: Tensor,
+        zero_point: Tensor,
+    ) -> Tensor:
+        """Return ``d_dy``."""
+
+
+def prepare_batch_norm_act(
+    backend: ModuleType,
+    x: Tensor,
+    *,
+    training: bool,
+    eps: float,
+    activation: str,
+    with_residual: bool,
+    codes: tuple[int, int] | None,
+    with_ends: bool,
+) -> BatchNormAct:
+    """Prepare batch norm, residual, activation and quantizer.
+
+    Args:
+        backend: who computes.
+        x: a tensor as each call will give it, ``(N, C, *size)``.
+        training: normalise by the statistics of the batch.
+        eps: added to the variance.
+        activation: ``"none"``, ``"relu"`` or ``"relu6"``.
+        with_residual: whether there is a residual, in the shape, layout and type of ``x``.
+        codes: the smallest and the largest code of the grid; None without one.
+        with_ends: whether the ends of ``y`` are wanted, which excludes a grid.
+    """
+    own = getattr(backend, "prepare_batch_norm_act", None)
+    options = (training, eps, activation, with_residual, codes, with_ends)
+    return _BatchNormAct(backend, *options) if own is None or not x.numel() else own(x, *options)
+
+
+def prepare_tap(backend: ModuleType, x: Tensor) -> Tap:
+    """Prepare the tap of tensors like ``x``."""
+    own = getattr(backend, "prepare_tap", None)
+    return _Tap(backend) if own is None or not x.numel() else own(x)
+
+
+def prepare_fake_quantize(backend: ModuleType, x: Tensor, codes: tuple[int, int]) -> FakeQuantize:
+    """Prepare fake quantization of tensors like ``x``, with the smallest and the largest code."""
+    own = getattr(backend, "prepare_fake_quantize", None)
+    return _FakeQuantize(backend, codes) if own is None or not x.numel() else own(x, codes)
+
+
+class _BatchNormAct:
+    """Calls the sweeps of a backend that prepares nothing."""
+
+    def __init__(
+        self,
+        backend: ModuleType,
+        training: bool,
+        eps: float,
+        activation: str,
+        with_residual: bool,
+        codes: tuple[int, int] | None,
+        with_ends: bool,
+    ) -> None:
+        self._backend, self._codes = backend, codes or (0, 0)
+        self._training, self._eps, self._activation = training, eps, activation
+        self._with_residual, self._with_ends = with_residual, with_ends
+
+    def forward(self, x, weight, bias, running_mean, running_var, residual, scale, zero_point):  # type: ignore[no-untyped-def]
+        y, activated, mean, rstd = self._backend.batch_norm_act_forward(
+            x, weight, bias, running_mean, running_var, residual, scale, zero_point, *self._codes,
+            self._training, self._eps, self._activation,
+        )  # fmt: skip
+        kept = None if scale is None or residual is None else activated
+        return y, kept, mean, rstd, _ends(y) if self._with_ends else None
+
+    def backward(self, dy, x, activated, weight, bias, mean, rstd, scale, zero_point, with_l1, ends, d_ends):  # type: ignore[no-untyped-def]
+        if d_ends is not None:
+            dy = _add_ends_gradient(dy, activated, ends, d_ends)
+        dx, dweight, dbias, dresidual, l1 = self._backend.batch_norm_act_backward(
+            dy, x, activated, weight, bias, mean, rstd, scale, zero_point, *self._codes, self._training,
+            self._activation, self._with_residual, with_l1,
+        )  # fmt: skip
+        masked = self._with_residual and (scale is not None or self._activation != "none")
+        if self._with_residual and not masked:
+            dresidual = dy
+        return dx, dweight, dbias, dresidual if self._with_residual else None, l1 if with_l1 else None
+
+    def double_backward(  # type: ignore[no-untyped-def]
+        self, d_dx, d_dweight, d_dbias, d_dresidual, d_l1, dy, x, activated, weight, bias, mean, rstd, scale,
+        zero_point,
+    ):  # fmt: skip
+        return self._backend.batch_norm_act_double_backward(
+            d_dx, d_dweight, d_dbias, d_dresidual, d_l1, dy, x, activated, weight, bias, mean, rstd, scale,
+            zero_point, *self._codes, self._training, self._activation, self._with_residual,
+        )  # fmt: skip
+
+
+class _Tap:
+    """Calls the sweeps of a backend that prepares nothing."""
+
+    def __init__(self, backend: ModuleType) -> None:
+        self.backward, self.double_backward = backend.tap_backward, backend.tap_double_backward
+
+    def ends(self, x: Tensor) -> Tensor:
+        return _ends(x)
+
+    def add_ends_gradient(self, dy: Tensor | None, x: Tensor, ends: Tensor, d_ends: Tensor) -> Tensor:
+        return _add_ends_gradient(dy, x, ends, d_ends)
+
+
+class _FakeQuantize:
+    """Calls the sweeps of a backend that prepares nothing."""
+
+    def __init__(self, backend: ModuleType, codes: tuple[int, int]) -> None:
+        self._backend, self._codes = backend, codes
+
+    def forward(self, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+        return self._backend.fake_quantize_forward(x, scale, zero_point, *self._codes, None)
+
+    def backward(self, dy, x, scale, zero_point, with_l1):  # type: ignore[no-untyped-def]
+        dx, l1 = self._backend.fake_quantize_backward(dy, x, scale, zero_point, *self._codes, None, with_l1)
+        return dx, l1 if with_l1 else None
+
+    def double_backward(self, d_dx, d_l1, dy, x, scale, zero_point):  # type: ignore[no-untyped-def]
+        return self._backend.fake_quantize_double_backward(
+            d_dx, d_l1, dy, x, scale, zero_point, *self._codes, None
+        )
+
+
+def _ends(x: Tensor) -> Tensor:
+    low, high = torch.aminmax(x)
+    counts = (x == low).sum(), (x == high).sum()
+    return torch.stack([value.to(sum_dtype(x.dtype)) for value in (low, high, *counts)])
+
+
+def _add_ends_gradient(dy: Tensor | None, x: Tensor, ends: Tensor, d_ends: Tensor) -> Tensor:
+    shares = (d_ends / ends[2:]).unbind()
+    out = torch.zeros_like(x) if dy is None else dy
+    for value, share in zip(ends[:2].to(x.dtype).unbind(), shares, strict=True):
+        out = out + (x == value) * share.to(x.dtype)
+    return out

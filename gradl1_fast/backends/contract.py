@@ -68,7 +68,8 @@ class BatchNormAct(Protocol):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
         """Return ``dx, dweight, dbias, dresidual, l1`` of ``dy`` plus what ``d_ends`` gives to ``y``.
 
-        ``dresidual`` is None where it is that sum itself, with neither activation nor grid.
+        ``dresidual`` is None without a residual, and where it is ``dy`` itself: with neither activation,
+        grid nor ``d_ends``.
         """
 
     def double_backward(
@@ -196,16 +197,14 @@ class _BatchNormAct:
         return y, kept, mean, rstd, _ends(y) if self._with_ends else None
 
     def backward(self, dy, x, activated, weight, bias, mean, rstd, scale, zero_point, with_l1, ends, d_ends):  # type: ignore[no-untyped-def]
-        if d_ends is not None:
-            dy = _add_ends_gradient(dy, activated, ends, d_ends)
+        total = dy if d_ends is None else _add_ends_gradient(dy, activated, ends, d_ends)
         dx, dweight, dbias, dresidual, l1 = self._backend.batch_norm_act_backward(
-            dy, x, activated, weight, bias, mean, rstd, scale, zero_point, *self._codes, self._training,
+            total, x, activated, weight, bias, mean, rstd, scale, zero_point, *self._codes, self._training,
             self._activation, self._with_residual, with_l1,
         )  # fmt: skip
-        masked = self._with_residual and (scale is not None or self._activation != "none")
-        if self._with_residual and not masked:
-            dresidual = dy
-        return dx, dweight, dbias, dresidual if self._with_residual else None, l1 if with_l1 else None
+        if not (self._with_residual and (scale is not None or self._activation != "none")):
+            dresidual = total if self._with_residual and d_ends is not None else None
+        return dx, dweight, dbias, dresidual, l1 if with_l1 else None
 
     def double_backward(  # type: ignore[no-untyped-def]
         self, d_dx, d_dweight, d_dbias, d_dresidual, d_l1, dy, x, activated, weight, bias, mean, rstd, scale,

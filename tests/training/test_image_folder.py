@@ -87,6 +87,34 @@ def test_grey_images_become_three_channels(tmp_path):
     assert reader.ImageFiles([tmp_path / "a.png"], 4)[:].shape == (1, 3, 4, 4)
 
 
+GREYS = ("a.png", "a.tif", "a.pgm")
+
+
+@pytest.mark.parametrize("name", GREYS)
+def test_grey_images_of_16_bits_are_read_at_their_depth(name, tmp_path):
+    values = torch.arange(0, 65536, 64).reshape(32, 32)
+    pillow.fromarray(values.to(torch.uint16).numpy()).save(tmp_path / name)
+    pillow.fromarray((values / 257).round().to(torch.uint8).numpy()).save(tmp_path / "8.png")
+    found, expected = reader.ImageFiles([tmp_path / name, tmp_path / "8.png"], 16)[:]
+    torch.testing.assert_close(found, expected, atol=0.02, rtol=0)
+    assert len(found.unique()) > 200
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tags", "kind"),
+    [
+        (torch.float32, {}, "of floats"),
+        (torch.int32, {}, "of 32-bit integers"),
+        (torch.uint16, {262: 0}, "whose white is 0"),
+    ],
+)
+def test_grey_images_whose_white_is_unknown_are_refused_by_name(dtype, tags, kind, tmp_path):
+    path = tmp_path / "a.tif"
+    pillow.fromarray(torch.ones(9, 9, dtype=dtype).numpy()).save(path, tiffinfo=tags)
+    with pytest.raises(data.DataError, match=f"a.tif: is a grey image {kind}; save it with 8 or 16 bits"):
+        reader.ImageFiles([path], 4)[:]
+
+
 def damage_file(folder):
     path = folder / "train" / "bee" / "1.png"
     path.write_bytes(path.read_bytes()[:40])

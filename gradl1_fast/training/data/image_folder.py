@@ -29,6 +29,8 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # 8192 x 8192, more than cameras commonly give. 20 kB can hold more, at five bytes of memory a pixel.
 MOST_PIXELS = 2**26
 
+_BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # tags of TIFF
+
 MARGIN = 8 / 7  # the shorter side before the crop, as 256 to 224
 
 
@@ -36,7 +38,8 @@ class ImageFiles:
     """Images that are read from their files when they are asked for; indexed as a tensor of them is.
 
     Each is scaled so that its shorter side is ``8 / 7 * size``, cut to the square in its middle and
-    standardised by the mean and deviation of ImageNet's colours.
+    standardised by the mean and deviation of ImageNet's colours. Grey images of 16 bits are read at their
+    depth.
 
     Args:
         paths: of the files.
@@ -70,11 +73,15 @@ class ImageFiles:
             # From memory: of a file Python makes room for as many bytes as a damaged length asks for.
             with image_module.open(io.BytesIO(path.read_bytes()), formats=FORMATS) as file:
                 _check_pixels(path, *file.size)
-                image = _square(file.convert("RGB"), self.size)
+                white = _white(path, file)
+                image = _square(file.convert("RGB" if white is None else "F"), self.size)
         except DataError:
             raise
         except (OSError, ValueError, SyntaxError, image_module.DecompressionBombError) as error:
             raise DataError(f"{path}: not a whole image: {error}") from error
+        if white is not None:
+            values = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.float32)
+            return (values * (255 / white)).reshape(1, self.size, self.size).expand(3, -1, -1)
         values = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
         return values.reshape(self.size, self.size, 3).permute(2, 0, 1)
 
@@ -136,6 +143,25 @@ def _check_pixels(path: Path, width: int, height: int) -> None:
         raise DataError(
             f"{path}: is too large: {width} x {height} pixels; an image may have {MOST_PIXELS} at the most"
         )
+
+
+def _white(path: Path, file: Any) -> int | None:
+    """Return the value of white in a grey image of more than 8 bits, None for all others.
+
+    Pillow would convert such an image by clamping its values at 255.
+
+    Raises:
+        DataError: the file does not say which value is white.
+    """
+    mode, tags = file.mode, getattr(file, "tag_v2", {})
+    if not mode.startswith(("I", "F")):
+        return None
+    bits, white_is_zero = tags.get(_BITS_PER_SAMPLE, (16,))[0], tags.get(_PHOTOMETRIC) == 0
+    if mode == "F" or white_is_zero or (file.format == "TIFF" and mode == "I"):
+        kind = "of floats" if mode == "F" else f"of {bits}-bit integers"
+        kind = "whose white is 0" if white_is_zero else kind
+        raise DataError(f"{path}: is a grey image {kind}; save it with 8 or 16 bits, from black to white")
+    return int(2**bits - 1)
 
 
 def _square(image: Any, size: int) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -132,18 +131,18 @@ def _compare_batch(exported: Exported, file: Any, watched: Any, part: Arguments,
     found = watched.run(None, feed)
     outputs = [torch.from_numpy(value) for value in found[: len(end)]]
     codes = dict(zip(exported.quantized, found[len(end) :], strict=True))
-    calls = Counter[int]()
+    calls = _Calls()
 
     def alone(key: int, x: Tensor) -> Tensor:
         grid = grids[key]
         return x if grid is None else grid.quantize(x)
 
     def behind_the_file(key: int, x: Tensor) -> Tensor:
-        calls[key] += 1
         mark, grid = program.marks[key], grids[key]
-        name = occurrence(mark.name, calls[key])
-        is_known = name in codes and (mark.same_as is None or occurrence(mark.name, 2) not in codes)
-        if grid is None or mark.kind == "weight" or not is_known:
+        if grid is None or mark.kind == "weight":
+            return alone(key, x)
+        name = occurrence(mark.name, calls.number(mark.name, x))
+        if name not in codes:
             return alone(key, x)
         theirs = torch.from_numpy(codes[name].astype("int32"))
         tally.code(name, theirs, _codes(x, grid))
@@ -151,6 +150,22 @@ def _compare_batch(exported: Exported, file: Any, watched: Any, part: Arguments,
 
     tally.decide(end, _tensors(program.run(part, alone)), part.size)
     tally.output(outputs, _tensors(program.run(part, behind_the_file)))
+
+
+class _Calls:
+    """Numbers the tensors that reach a quantizer; one that comes again, for another layer, keeps its number."""
+
+    def __init__(self) -> None:
+        self._seen: dict[str, list[tuple[Tensor, int]]] = {}
+
+    def number(self, name: str, x: Tensor) -> int:
+        """Return the number of a tensor among those of a name, from 1 on."""
+        seen = self._seen.setdefault(name, [])
+        for i, (other, version) in enumerate(seen):
+            if other is x and version == x._version:  # it was not changed in place
+                return i + 1
+        seen.append((x, x._version))
+        return len(seen)
 
 
 def _codes(x: Tensor, grid: Grid) -> Tensor:

@@ -20,8 +20,8 @@ pytest.importorskip("onnxscript", reason="export needs onnxscript")
 GOOD = Agreement(inputs=10, codes=1, where="a", differing=0.1, outputs=1e-3, top_1=0.99, end_to_end=0.1)
 
 
-def with_constant(name: str, change: Any) -> Any:
-    file = exported(NO_NORM, 8, 8)
+def with_constant(name: str, change: Any, file: Any = None) -> Any:
+    file = file or exported(NO_NORM, 8, 8)
     proto = onnx.load_from_string(file.data)
     (constant,) = [i for i in proto.graph.initializer if i.name == name]
     value = onnx.numpy_helper.to_array(constant).copy()
@@ -79,21 +79,25 @@ def test_an_edge_case_counts_once_and_not_downstream() -> None:
 
 
 class Twice(nn.Module):
-    """A layer that is called with two tensors, so that its site sees both."""
+    """A layer that is called with two tensors, and two layers that are given one."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.linear, self.last = nn.Linear(4, 4), nn.Linear(4, 2)
+        self.linear, self.last, self.other = nn.Linear(4, 4), nn.Linear(4, 2), nn.Linear(4, 2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.last(self.linear(self.linear(x).relu()))
+        y = self.linear(self.linear(x).relu())
+        return self.last(y) * self.other(y)
 
 
-def test_a_layer_that_is_called_twice_is_compared_at_each_call() -> None:
-    x = inputs(9, 4)
+def test_each_call_of_a_layer_is_compared_and_a_shared_activation_is_one() -> None:
+    x = inputs(400, 4)
     file = export_onnx(calibrated(Twice(), x), x, w=8, a=8)
     assert list(file.quantized) == ["linear.input", "linear.input (2)", "last.input"]
     assert not compare(file, x).faults()
+    found = compare(with_constant("linear.bias", lambda v: v + 1e-4, file), x, fused=False)
+    assert found.codes == 1
+    assert found.outputs < 1e-6 < found.end_to_end
 
 
 def test_there_must_be_inputs() -> None:

@@ -16,8 +16,9 @@ from tests.zoo import oracle
 from tests.zoo.case import Case, gradients_of
 from tests.zoo.compare import named_difference
 from tests.zoo.entries import run
+from tests.zoo.exporting import exported
 from tests.zoo.float_weights import float_weights
-from tests.zoo.subjects import loss_of, seed
+from tests.zoo.subjects import loss_of, make, seed
 
 LAMBDA = 0.01
 
@@ -170,6 +171,15 @@ def any_bit(case: Case) -> Outcome:
     return _within(1e-8, named_difference(case.outputs(loaded), truth))
 
 
+def export(case: Case) -> Outcome:
+    """Export to ONNX; a plain session of onnxruntime must compute what the simulation says."""
+    case.reset(training=False)
+    fault = exported(case.original, make(case.entry)[0], case.batch)
+    if fault is None:
+        return Outcome(True, None, "torch.export does not take the original")
+    return Outcome(not fault, 1.0 if not fault else None, fault)
+
+
 def cut(weight: torch.Tensor, bits: int) -> torch.Tensor:
     """Round a weight on its 8-bit grid; keep the first bits of each code, and read it as their middle."""
     scale = weight.abs().max() / 127
@@ -182,7 +192,8 @@ Check = Callable[[Case], Outcome]
 
 # In this order: plans are known after a pass with a penalty, and any-bit changes weights of the original.
 CHECKS: dict[str, Check] = {
-    check.__name__: check for check in (identity, outputs, penalty, quantized, plans, fold, widths, any_bit)
+    check.__name__: check
+    for check in (identity, outputs, penalty, quantized, plans, fold, widths, export, any_bit)
 }
 OF_RECIPE = ("outputs", "penalty", "plans")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import resource
 import time
 import traceback
@@ -23,20 +24,21 @@ from tests.zoo.subjects import recipe_of
 Record = dict[str, Any]
 
 
-def work(name: str, results: Connection, memory: int) -> None:
-    """Check a model; send a record for each check, then None."""
+def work(name: str, results: Connection, memory: int, checks: str = "") -> None:
+    """Check a model; send a record for each check whose name contains a pattern, then None."""
     torch.set_num_threads(1)
     resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
-    for record in records(MODELS[name]):
+    for record in records(MODELS[name], checks):
         results.send(record)
     results.send(None)
 
 
-def records(entry: Entry) -> Iterator[Record]:
+def records(entry: Entry, checks: str = "") -> Iterator[Record]:
     """Check a model as it is, then with dropout and drop path if its factory has them."""
-    converted = yield from _records(entry, list(CHECKS), with_recipe=False)
+    chosen = [name for name in CHECKS if re.search(checks, name)]
+    converted = yield from _records(entry, chosen, with_recipe=False)
     if converted and entry.recipe and recipe_of(entry):
-        yield from _records(entry, OF_RECIPE, with_recipe=True)
+        yield from _records(entry, [name for name in OF_RECIPE if name in chosen], with_recipe=True)
 
 
 def _records(entry: Entry, names: Iterable[str], *, with_recipe: bool) -> Generator[Record, None, bool]:

@@ -19,11 +19,12 @@ PRELOAD = ["tests.zoo.child", "timm", "torchvision", "transformers"]
 
 @dataclass
 class Limits:
-    """Seconds and bytes that a model may take, and how many run side by side."""
+    """Seconds and bytes that a model may take, how many run side by side, and which checks are made."""
 
     seconds: float = 150
     memory: int = 8 * 2**30
     jobs: int = 2
+    checks: str = ""
 
 
 @dataclass
@@ -81,7 +82,7 @@ def run_all(names: Sequence[str], limits: Limits) -> Iterator[Task]:
 
 def _start(context: multiprocessing.context.ForkServerContext, name: str, limits: Limits) -> Task:
     results, sender = context.Pipe(duplex=False)
-    process = context.Process(target=work, args=(name, sender, limits.memory), daemon=True)
+    process = context.Process(target=work, args=(name, sender, limits.memory, limits.checks), daemon=True)
     process.start()
     sender.close()
     return Task(name, process, results)

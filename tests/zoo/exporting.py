@@ -1,4 +1,4 @@
-"""Export of a converted model to ONNX at two pairs of widths, and what a plain onnxruntime session computes."""
+"""Export of a converted model at two pairs of widths, and what a plain onnxruntime session computes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import copy
 import dataclasses
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 import gradl1_fast as gl

@@ -153,7 +153,7 @@ def _compare_batch(exported: Exported, file: Any, watched: Any, part: Arguments,
 
 
 class _Calls:
-    """Numbers the tensors that reach a quantizer; one that comes again, for another layer, keeps its number."""
+    """Numbers the tensors that reach a quantizer; one that comes again keeps its number."""
 
     def __init__(self) -> None:
         self._seen: dict[str, list[tuple[Tensor, int]]] = {}

@@ -139,7 +139,7 @@ def _compare_batch(exported: Exported, file: Any, watched: Any, part: Arguments,
 
     def behind_the_file(key: int, x: Tensor) -> Tensor:
         mark, grid = program.marks[key], grids[key]
-        if grid is None or mark.kind == "weight":
+        if grid is None or mark.kind in ("weight", "bias"):
             return alone(key, x)
         name = occurrence(mark.name, calls.number(mark.name, x))
         if name not in codes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,9 +11,16 @@ from torch import Tensor, nn
 
 from gradl1_fast.nn.foreign import used_weight
 from gradl1_fast.nn.sites import named_layers, named_quantizers
-from gradl1_fast.quantization.export.integers import IntegerType, codes, integer_type, to_bytes
+from gradl1_fast.quantization.export.integers import (
+    IntegerType,
+    codes,
+    integer_type,
+    integer_widths,
+    shift_of,
+    to_bytes,
+)
 from gradl1_fast.quantization.export.marks import Grid, Mark
-from gradl1_fast.quantization.export.onnx_graph import OPSET, numbered_pairs
+from gradl1_fast.quantization.export.onnx_graph import OPSET, numbered_pairs, without_clip
 from gradl1_fast.quantization.export.packages import onnx, onnx_ir
 
 __all__ = ["Filling", "occurrence"]
@@ -29,6 +36,7 @@ class Filling:
         marks: what the numbers in it mean.
         grids: the grid of each, None for float.
         model: the simulation, which has the weights.
+        integers: prepare narrow codes for integer kernels of 8 bits.
         wide: kinds of tensors, of ``"a"`` and ``"w"``, whose codes of 2 and 4 bits take 8.
 
     Attributes:
@@ -45,23 +53,29 @@ class Filling:
         marks: Sequence[Mark],
         grids: Sequence[Grid | None],
         model: nn.Module,
+        integers: bool = True,
         wide: Sequence[str] = (),
     ) -> None:
         self.model = template.clone()
         self.quantized: dict[str, str] = {}
         self.remarks: list[str] = []
         self.opset = OPSET
-        self._marks, self._grids, self._wide = marks, grids, wide
+        self._marks, self._grids, self._integer_kernels = marks, grids, integers
+        self._wide = {*wide, "a"} if integers else set(wide)
         self._layers = named_layers(model)
         self._before_float = _sites_before_float(model)
         self._constants: dict[str, Any] = {}
         self._counts = Counter[int]()
         self._results: dict[tuple[int, str], Any] = {}
+        weights: list[tuple[str, Any, Grid]] = []
         for key, quantize, dequantizes in numbered_pairs(self.model):
-            self._write(key, quantize, dequantizes)
+            weights += self._write(key, quantize, dequantizes)
+        for name, value, grid in weights:  # now that biases are in place
+            self._tidy(value, grid, self._is_rounded(name))
         self._finish()
 
-    def _write(self, key: int, quantize: Any, dequantizes: list[Any]) -> None:
+    def _write(self, key: int, quantize: Any, dequantizes: list[Any]) -> Iterator[tuple[str, Any, Grid]]:
+        """Write a quantizer; yield what it is if it is one of a weight."""
         mark, grid = self._marks[key], self._grids[key]
         for dequantize in dequantizes:
             source = quantize.inputs[0]
@@ -69,6 +83,8 @@ class Filling:
                 result = source
             elif mark.kind == "weight":
                 result = self._weight(mark.name, grid, dequantize)
+            elif mark.kind == "bias":
+                result = self._bias(mark.name, grid, dequantize, source)
             else:
                 place = id(source), mark.name
                 if place not in self._results:
@@ -77,15 +93,22 @@ class Filling:
                 result = self._results[place]
             dequantize.outputs[0].replace_all_uses_with(result)
             if grid is not None and mark.kind == "weight":
-                self._tidy(result, grid, self._is_rounded(mark.name))
+                yield mark.name, result, grid
 
     def _weight(self, name: str, grid: Grid, at: Any) -> Any:
         type_ = self._type(grid.bits, signed=True)
         weight = used_weight(self._layers[name])
         whole = codes(weight, grid.scale, grid.zero_point, (grid.q_min, grid.q_max), grid.axis)
+        shift = shift_of(grid.bits) if self._is_integer(name) else 0
+        if shift and type_.bits < 8:
+            narrow = self._integers(f"{name}.weight.codes", type_, whole)
+            type_ = integer_type(8, signed=True)[0]
+            value = self._widened(narrow, shift, at, f"{name}.weight")
+        else:
+            value = self._integers(f"{name}.weight.codes", type_, whole * 2**shift)
         inputs = [
-            self._integers(f"{name}.weight.codes", type_, whole),
-            self._floats(f"{name}.weight.scale", grid.scale),
+            value,
+            self._floats(f"{name}.weight.scale", grid.scale / 2**shift),
             self._integers(f"{name}.weight.zero_point", type_, grid.zero_point),
         ]
         node = onnx_ir().node(
@@ -93,9 +116,37 @@ class Filling:
         )
         return self._put(at, node, f"{name}.weight.value", at.outputs[0])
 
+    def _bias(self, name: str, grid: Grid, at: Any, source: Any) -> Any:
+        if source.const_value is None:
+            return source
+        values = torch.from_numpy(source.const_value.numpy().copy())
+        whole = codes(
+            values.double(), grid.scale.double(), grid.zero_point.double(), (grid.q_min, grid.q_max)
+        )
+        data = whole.to(torch.int32).numpy().tobytes()
+        inputs = [
+            self._constant(f"{name}.codes", onnx_ir().DataType.INT32.value, values, data),
+            self._floats(f"{name}.scale", grid.scale),
+        ]
+        node = onnx_ir().node("DequantizeLinear", inputs, {"axis": 0} if grid.scale.dim() else {})
+        return self._put(at, node, f"{name}.value", at.outputs[0])
+
+    def _is_integer(self, name: str) -> bool:
+        return self._integer_kernels and integer_widths(self._layers[name]) is not None
+
+    def _widened(self, narrow: Any, shift: int, at: Any, name: str) -> Any:
+        """Return narrow codes as shifted ones of 8 bits; runtimes do this once, when they load the file."""
+        types = onnx_ir().DataType
+        data = (2**shift).to_bytes(4, "little")
+        factor = self._constant(f"factor.{shift}", types.INT32.value, torch.tensor(2**shift), data)
+        whole = onnx_ir().node("Cast", [narrow], {"to": types.INT32})
+        shifted = onnx_ir().node("Mul", [self._put(at, whole, f"{name}.whole"), factor])
+        wide = onnx_ir().node("Cast", [self._put(at, shifted, f"{name}.shifted")], {"to": types.INT8})
+        return self._put(at, wide, f"{name}.wide")
+
     def _activation(self, key: int, grid: Grid, at: Any, source: Any) -> Any:
         mark, type_ = self._marks[key], self._type(grid.bits, signed=False)
-        name = mark.name
+        name, source = mark.name, without_clip(source, grid)
         scale = self._floats(f"{name}.scale", grid.scale)
         zero_point = self._integers(f"{name}.zero_point", type_, grid.zero_point)
         self._counts[key] += 1
@@ -158,7 +209,7 @@ class Filling:
         """Return whether a runtime that computes a layer in integers rounds its bias to a coarse step."""
         quantizer = self._layers[name].input_quantizer
         widths = {self._layers[name].weight_quantizer.bits, None if quantizer is None else quantizer.bits}
-        return widths != {8}
+        return widths != {8} and not self._is_integer(name)
 
     def _tidy(self, weight: Any, grid: Grid, keep_bias: bool) -> None:
         """Transpose the codes rather than the weight, and add biases that must not be rounded in float."""
@@ -171,15 +222,17 @@ class Filling:
                 self._add_after(node, weight)
 
     def _transpose(self, weight: Any, transpose: Any, grid: Grid) -> None:
-        dequantize = weight.producer()
-        old = dequantize.inputs[0]
+        dequantize = reader = weight.producer()
+        while reader.inputs[0].const_value is None:  # codes that are widened first
+            reader = reader.inputs[0].producer()
+        old = reader.inputs[0]
         values = torch.from_numpy(old.const_value.numpy().astype("int32")).t().float()
         del self.model.graph.initializers[old.name]
         self._constants.pop(old.name)
         new = self._constant(
             old.name, old.const_value.dtype.value, values, to_bytes(values, old.const_value.dtype.bitwidth)
         )
-        dequantize.replace_input_with(0, new)
+        reader.replace_input_with(0, new)
         if grid.axis is not None:
             dequantize.attributes["axis"] = onnx_ir().AttrInt64("axis", 1 - grid.axis)
         transpose.outputs[0].replace_all_uses_with(weight)

@@ -14,7 +14,16 @@ from gradl1_fast.nn.layers import QuantizedLayer
 from gradl1_fast.nn.sites import named_layers
 from gradl1_fast.quantization.export.packages import onnx, onnxruntime
 
-__all__ = ["IntegerType", "codes", "integer_type", "prevent_overflow", "session", "to_bytes"]
+__all__ = [
+    "IntegerType",
+    "codes",
+    "integer_type",
+    "integer_widths",
+    "prevent_overflow",
+    "session",
+    "shift_of",
+    "to_bytes",
+]
 
 _LARGEST_BIAS = 2.0**30  # half of what int32 holds, in multiples of the product of two scales
 
@@ -99,13 +108,29 @@ def codes(
     return ((x / scale).round() + zero_point).clamp(*ends)
 
 
+def integer_widths(layer: QuantizedLayer) -> tuple[int, int] | None:
+    """Return the bits of weight and input where integer kernels of 8 bits can compute a layer, else None."""
+    weight, inputs = layer.weight_quantizer.bits, layer.input_quantizer
+    site = None if inputs is None else inputs.bits
+    return None if weight is None or site is None or max(weight, site) > 8 else (weight, site)
+
+
+def shift_of(bits: int) -> int:
+    """Return by how many bits codes of a width below 8 are shifted to fill 7 of the 8 bits of their type.
+
+    The values stay the same with a scale as much smaller, and biases are rounded as little as at 7 bits. At
+    7 bits the sum of two products fits 16 bits, which is all that some processors have for it.
+    """
+    return max(0, 7 - bits)
+
+
 @torch.no_grad()
 def prevent_overflow(model: nn.Module) -> dict[str, int]:
     """Raise scales of weights where a bias would not fit int32; return how many, by layer.
 
     Runtimes hold a bias in multiples of the product of the scales of weight and input. A channel with
-    vanishing weights and a bias, which a dead batch norm leaves, would overflow. That is at 8 bits: at
-    other widths the file adds biases in float.
+    vanishing weights and a bias, which a dead batch norm leaves, would overflow. At widths that are not
+    computed in integers the file adds biases in float.
     """
     layers = named_layers(model).items()
     return {name: count for name, count in ((name, _raise_scales(layer)) for name, layer in layers) if count}
@@ -113,16 +138,17 @@ def prevent_overflow(model: nn.Module) -> dict[str, int]:
 
 def _raise_scales(layer: QuantizedLayer) -> int:
     weights, inputs = layer.weight_quantizer, layer.input_quantizer
-    bias = getattr(layer, "bias", None)
-    if bias is None or inputs is None or weights.bits != 8 or inputs.bits != 8:
+    bias, widths = getattr(layer, "bias", None), integer_widths(layer)
+    if bias is None or inputs is None or widths is None:
         return 0
-    scale, _, _, q_max = weights.grid(used_weight(layer), weights.bits)
+    scale, _, _, q_max = weights.grid(used_weight(layer), widths[0])
     largest = bias.detach().abs()
     if (
         layer.out_axis == 1 and weights.axis is not None
     ):  # the groups of a transposed convolution share a range
         largest = largest.reshape(-1, len(scale)).amax(0)
-    least = largest / (inputs.grid(torch.float32, inputs.bits)[0] * _LARGEST_BIAS)
+    least = largest / (inputs.grid(torch.float32, widths[1])[0] * _LARGEST_BIAS)
+    least *= 2 ** shift_of(widths[0])
     if weights.axis is None:
         least = least.max()
     low = scale < least

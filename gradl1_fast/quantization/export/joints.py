@@ -1,4 +1,4 @@
-"""Marks between layers: at operands of sums, concatenations and average pools, which then run in integers.
+"""Marks for integer kernels: at biases, and at operands of sums, concatenations and average pools.
 
 Without a quantizer behind a convolution, onnxruntime computes it in float.
 """
@@ -12,7 +12,7 @@ from torch import fx
 
 from gradl1_fast.quantization.export.marks import MARK, Mark
 
-__all__ = ["add_joints"]
+__all__ = ["add_biases", "add_joints"]
 
 _aten = torch.ops.aten
 _SUMS = {_aten.add.Tensor, _aten.add_.Tensor}
@@ -41,6 +41,29 @@ def add_joints(exported: torch.export.ExportedProgram, marks: list[Mark]) -> Non
     exported.graph_module.recompile()
 
 
+def add_biases(exported: torch.export.ExportedProgram, marks: list[Mark]) -> None:
+    """Mark the biases of layers whose input and weight are marked."""
+    graph = exported.graph_module.graph
+    for node in list(graph.nodes):
+        keys = _keys_of(node) if node.target in _PRODUCTS else None
+        bias = node.args[2] if keys and len(node.args) > 2 else None
+        if keys and isinstance(bias, fx.Node) and bias.op == "placeholder":  # constants alone have codes
+            with graph.inserting_before(node):
+                mark = graph.call_function(MARK, (bias, len(marks)))
+            mark.meta = {"val": bias.meta["val"], **_source(node)}
+            marks.append(Mark("bias", f"{marks[keys[1]].name}.bias", keys))
+            node.replace_input_with(bias, mark)
+    graph.lint()
+    exported.graph_module.recompile()
+
+
+def _keys_of(product: fx.Node) -> list[int] | None:
+    """Return the numbers of the marks of input and weight of a layer, None without them."""
+    pair = product.args[:2]
+    keys = [arg.args[1] for arg in pair if isinstance(arg, fx.Node) and arg.target is MARK]
+    return keys if len(keys) == 2 else None  # type: ignore[return-value]
+
+
 def _operands(node: fx.Node) -> list[fx.Node]:
     """Return the operands of a sum of two tensors of one shape, a concatenation or an average pool."""
     if node.target in _SUMS and not node.kwargs:
@@ -66,15 +89,14 @@ def _is_pure(node: fx.Node) -> bool:
 
 
 def _needed(node: fx.Node, marks: list[Mark]) -> list[int] | None:
-    """Return the marks that must have 8 bits for a tensor to be one of codes; None if it cannot be."""
+    """Return the marks that must be quantized for a tensor to be one of codes; None if it cannot be."""
     site = _site_of(node, marks)
     if site is not None:
         return [site]
     while node.target in _TRANSPARENT:
         node = node.args[0]  # type: ignore[assignment]
     if node.target in _PRODUCTS:
-        keys = [arg.args[1] for arg in node.args[:2] if isinstance(arg, fx.Node) and arg.target is MARK]
-        return keys if len(keys) == 2 else None  # type: ignore[return-value]
+        return _keys_of(node)
     return _marks_among(_operands(node))
 
 

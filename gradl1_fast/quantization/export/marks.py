@@ -12,6 +12,7 @@ from gradl1_fast.nn.layers import QuantizedLayer
 from gradl1_fast.nn.quantizers import ActivationQuantizer
 from gradl1_fast.nn.sites import named_layers, named_quantizers
 from gradl1_fast.nn.twins import copy_structure
+from gradl1_fast.quantization.export.integers import codes
 
 __all__ = ["MARK", "Grid", "Mark", "marked"]
 
@@ -51,6 +52,9 @@ class Grid:
 
     def quantize(self, x: Tensor) -> Tensor:
         """Return ``x`` rounded to the grid, in float."""
+        if self.bits > 16:  # more than the codes of float32
+            x, scale = x.double(), self.scale.double()
+            return (codes(x, scale, self.zero_point, (self.q_min, self.q_max), self.axis) * scale).float()
         args = self.scale, self.zero_point, self.q_min, self.q_max
         return F.fake_quantize(x, *args, axis=self.axis)
 
@@ -60,9 +64,11 @@ class Mark:
     """What a mark stands for.
 
     Attributes:
-        kind: ``"site"``, ``"weight"``, or ``"joint"`` for an operand of an operation between layers.
+        kind: ``"site"``, ``"weight"``, ``"joint"`` for an operand of an operation between layers, or
+            ``"bias"``.
         name: of the site, of the layer that has the weight, or of the operand.
-        layers: of a joint, the numbers of weights and sites that must have 8 bits for it to be quantized.
+        layers: of a joint, the numbers of weights and sites that must have at most 8 bits for it to be
+            quantized; of a bias, the numbers of site and weight, whose scales are multiplied.
         same_as: of a joint whose tensor passes a site too, the number of that.
         range: of a joint, its smallest and largest value.
     """

@@ -88,6 +88,9 @@ def export_onnx(
     (opset 25) where the installed packages run them; int16 and uint16 at 16 bits. Other widths are codes of
     int8 and uint8, clipped to the width.
 
+    For onnxruntime, which computes in integers of 8 bits, activations of less are clipped codes of uint8, and
+    weights of 4 and 2 bits are stored as such and widened to int8 when the file is loaded.
+
     Args:
         model: a converted model in evaluation mode, in float32, calibrated if ``a`` is given. It stays as
             it is.
@@ -95,9 +98,9 @@ def export_onnx(
         w: bits of the weights, 1 to 8 or 16, or None for float; or a mapping by layer. With ``w`` and ``a``
             both None, the widths that are set on the model.
         a: bits of the activations, likewise, by site.
-        runtime: ``"onnxruntime"`` to quantize, at 8 bits, operands of sums, concatenations and average pools
-            too, in ranges found on ``inputs``: onnxruntime then computes layers around them in integers.
-            ``"none"`` to quantize the inputs of layers alone.
+        runtime: ``"onnxruntime"`` to prepare layers of at most 8 bits for its integer kernels: operands of
+            sums, concatenations and average pools are quantized too, to 8 bits in ranges found on
+            ``inputs``, and biases to 32. ``"none"`` to quantize weights and the inputs of layers alone.
         input_bits: bits of the network's input where ``a`` is a smaller number; None to give it ``a``.
         dynamic_batch: leave the size of the batch free. Where the model does not allow it, it is fixed, with
             a remark.
@@ -119,18 +122,24 @@ def export_onnx(
     joints = runtime == "onnxruntime"
     program = trace(prepared, inputs, batch=dynamic_batch, sizes=dynamic_size, joints=joints)
     program.find_ranges(Arguments.of(inputs), program.grids(prepared))
-    return write_onnx(prepared, program, to_onnx(program))
+    return write_onnx(prepared, program, to_onnx(program), integers=joints)
 
 
-def write_onnx(prepared: Prepared, program: Program, template: Any) -> Exported:
+def write_onnx(prepared: Prepared, program: Program, template: Any, *, integers: bool = True) -> Exported:
     """Fill a traced model in at the widths of a prepared one.
+
+    Args:
+        prepared: the model at its widths.
+        program: the traced model.
+        template: the ``onnx_ir`` model of that.
+        integers: prepare narrow codes for integer kernels of 8 bits.
 
     Raises:
         NotExportableError: onnxruntime cannot load the result.
     """
     grids, reasons = program.grids(prepared), list[str]()
     for wide in _WIDER:
-        filling = Filling(template, program.marks, grids, prepared.model, wide)
+        filling = Filling(template, program.marks, grids, prepared.model, integers, wide)
         data, names = _bytes(filling, prepared)
         reason = _why_not_loaded(data)
         if reason is None:

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from gradl1_fast.quantization.export.marks import MARK
+from gradl1_fast.quantization.export.marks import MARK, Grid
 from gradl1_fast.quantization.export.packages import onnx_ir, onnxscript
 from gradl1_fast.quantization.export.prepared import NotExportableError
 from gradl1_fast.quantization.export.program import Program
 
-__all__ = ["OPSET", "numbered_pairs", "to_onnx"]
+__all__ = ["OPSET", "numbered_pairs", "to_onnx", "without_clip"]
 
 OPSET = 21  # the first with int4, int16 and their unsigned kinds
 
@@ -62,6 +62,33 @@ def numbered_pairs(model: Any) -> Iterator[tuple[int, Any, Any]]:
         if node.op_type == "QuantizeLinear":
             key = int(onnx_ir().convenience.get_const_tensor(node.inputs[1]).numpy())
             yield key, node, [usage.node for usage in node.outputs[0].uses()]
+
+
+def without_clip(value: Any, grid: Grid) -> Any:
+    """Return what a ReLU or clip is given whose bounds the codes of less than 8 bits keep anyway.
+
+    Left there, it would part the layer before it from the quantizer, and runtimes fuse the two. At 8 bits
+    they see by themselves that it does nothing.
+    """
+    node = value.producer()
+    if node is None or node.op_type not in ("Relu", "Clip") or grid.bits >= 8:
+        return value
+    if any(usage.node.op_type != "QuantizeLinear" for usage in value.uses()):
+        return value
+    bounds = [0.0, None] if node.op_type == "Relu" else [_number(bound) for bound in node.inputs[1:3]]
+    low, high = (*bounds, None, None)[:2]
+    ends = [float((code - grid.zero_point) * grid.scale) for code in (grid.q_min + 0.4, grid.q_max - 0.4)]
+    if not ((low is None or low <= ends[0]) and (high is None or high >= ends[1])):
+        return value
+    return node.inputs[0]
+
+
+def _number(value: Any) -> float | None:
+    """Return a constant bound; one that is not constant is as good as one in the middle of everything."""
+    if value is None:
+        return None
+    constant = onnx_ir().convenience.get_const_tensor(value)
+    return float("nan") if constant is None else float(constant.numpy())
 
 
 def _reason(error: Exception) -> str:

@@ -15,7 +15,8 @@ from gradl1_fast import functional as F
 from gradl1_fast.nn.foreign import used_weight
 from gradl1_fast.nn.sites import named_layers, named_quantizers
 from gradl1_fast.quantization.export.arguments import Arguments
-from gradl1_fast.quantization.export.joints import add_joints
+from gradl1_fast.quantization.export.integers import shift_of
+from gradl1_fast.quantization.export.joints import add_biases, add_joints
 from gradl1_fast.quantization.export.marks import MARK, Grid, Mark, marked
 from gradl1_fast.quantization.export.prepared import NotExportableError, Prepared
 
@@ -66,9 +67,12 @@ class Program:
                 grids.append(_site_grid(sites[mark.name]))
             else:
                 needed = [grids[key] for key in mark.layers]
-                is_quantized = all(grid is not None and grid.bits == 8 for grid in needed)
-                same = _joint_grid(mark) if mark.same_as is None else grids[mark.same_as]
-                grids.append(same if is_quantized else None)
+                if any(grid is None or grid.bits > 8 for grid in needed):
+                    grids.append(None)
+                elif mark.kind == "bias":
+                    grids.append(_bias_grid(*needed))
+                else:
+                    grids.append(_joint_grid(mark) if mark.same_as is None else grids[mark.same_as])
         return grids
 
     @property
@@ -80,7 +84,7 @@ class Program:
     def activations(self) -> dict[str, int]:
         """The numbers of the marks of activations, by name."""
         marks = enumerate(self.marks)
-        return {mark.name: key for key, mark in marks if mark.kind != "weight" and mark.same_as is None}
+        return {m.name: key for key, m in marks if m.kind in ("site", "joint") and m.same_as is None}
 
     def has_joints(self) -> bool:
         """Return whether operands of operations between layers are marked."""
@@ -114,7 +118,7 @@ def trace(prepared: Prepared, inputs: Any, *, batch: bool, sizes: bool, joints: 
         inputs: a batch.
         batch: leave the size of the batch free; where that is refused it is fixed, with a remark.
         sizes: leave height and width free.
-        joints: also mark operands of sums, concatenations and average pools.
+        joints: also mark biases and operands of sums, concatenations and average pools.
 
     Raises:
         NotExportableError: ``torch.export`` refuses the model; the message has its reason.
@@ -132,6 +136,7 @@ def trace(prepared: Prepared, inputs: Any, *, batch: bool, sizes: bool, joints: 
     program = Program(exported, marks, remarks)
     if joints:
         add_joints(exported, marks)
+        add_biases(exported, marks)
     return program
 
 
@@ -199,6 +204,13 @@ def _site_grid(quantizer: Any) -> Grid | None:
         return None
     scale, zero_point, q_min, q_max = quantizer.grid(torch.float32, quantizer.bits)
     return Grid(scale, zero_point, q_min, q_max, quantizer.bits)
+
+
+def _bias_grid(site: Any, weight: Any) -> Grid:
+    """Return the grid on which integer kernels add a bias to products of codes."""
+    scale = site.scale * weight.scale / 2 ** shift_of(weight.bits)
+    zero = torch.zeros_like(scale)
+    return Grid(scale, zero, -(2**31), 2**31 - 1, 32, None if weight.axis is None else 0)
 
 
 def _joint_grid(mark: Mark) -> Grid | None:

@@ -74,7 +74,7 @@ def exported(which: Network, w: Any, a: Any, *, joints: bool = True, **options: 
     prepared = prepare(model, x, w=w, a=a, **options)
     program, template = _traced(which, joints)
     program.find_ranges(Arguments.of(x), program.grids(prepared))
-    return write_onnx(prepared, program, template)
+    return write_onnx(prepared, program, template, integers=joints)
 
 
 class Attention(nn.Module):

@@ -44,9 +44,9 @@ def test_a_good_file_has_no_faults() -> None:
 CHANGES = {
     "one weight": ("0.weight.codes", one_code, "codes at "),
     "a scale": ("2.weight.scale", lambda v: v * 1.1, "codes at "),
-    "a bias": ("0.bias", lambda v: v + 0.2, "codes at "),
+    "a bias": ("0.bias.scale", lambda v: v * 3, "codes at "),
     "a zero point": ("2.input.zero_point", lambda v: v + 3, "codes at "),
-    "the last bias": ("7.bias", lambda v: v[::-1].copy() + 1, "outputs are"),
+    "the last bias": ("7.bias.codes", lambda v: v[::-1].copy(), "outputs are"),
 }
 
 
@@ -73,7 +73,7 @@ def test_each_bound(change: dict[str, float], message: str) -> None:
 
 def test_an_edge_case_counts_once_and_not_downstream() -> None:
     # A bias that is a little off moves some values of one activation over an edge, and nothing behind it.
-    found = compare(with_constant("0.bias", lambda v: v + 1e-3), inputs(37, 3, 8, 8), fused=False)
+    found = compare(with_constant("0.bias.scale", lambda v: v * 1.003), inputs(37, 3, 8, 8), fused=False)
     assert (found.where, found.codes) == ("2.input", 1)
     assert found.outputs < 1e-6 < found.end_to_end
 
@@ -95,7 +95,7 @@ def test_each_call_of_a_layer_is_compared_and_a_shared_activation_is_one() -> No
     file = export_onnx(calibrated(Twice(), x), x, w=8, a=8)
     assert list(file.quantized) == ["linear.input", "linear.input (2)", "last.input"]
     assert not compare(file, x).faults()
-    found = compare(with_constant("linear.bias", lambda v: v + 1e-4, file), x, fused=False)
+    found = compare(with_constant("linear.bias.scale", lambda v: v * 1.001, file), x, fused=False)
     assert found.codes == 1
     assert found.outputs < 1e-6 < found.end_to_end
 

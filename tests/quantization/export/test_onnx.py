@@ -66,7 +66,7 @@ def test_a_plain_session_computes_what_the_simulation_says(which: Network, width
 @pytest.mark.parametrize("which", [VGG, RESIDUAL], ids=lambda n: n.id)
 def test_the_file_agrees_with_the_folded_model_at_these_widths(which: Network) -> None:
     model, x = network(which)
-    file = exported(which, 4, 6)
+    file = exported(which, 4, 6, joints=False)
     (y,) = types.session(file.data).run(None, {"input": x.numpy()})
     folded = gl.fold_batch_norm(model).model
     with torch.no_grad(), gl.bits(folded, w=4, a=6):
@@ -134,7 +134,7 @@ def test_the_input_of_the_network_keeps_8_bits() -> None:
 
 def test_where_narrow_types_do_not_run_there_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(types, "_runs", lambda type_: False)
-    file = exported(NO_NORM, 2, 4)
+    file = exported(NO_NORM, 2, 4, joints=False)
     assert file.opset == 21
     assert any("INT2 needs opset 25" in remark for remark in file.remarks)
     assert any("UINT4 needs opset 21" in remark for remark in file.remarks)
@@ -159,23 +159,31 @@ def test_a_file_that_the_runtime_cannot_load_is_widened(monkeypatch: pytest.Monk
         exported(NO_NORM, 4, 4)
 
 
-@pytest.mark.parametrize(("runtime", "integers"), [("onnxruntime", 6), ("none", 2)])
-def test_residual_networks_run_in_integers_for_onnxruntime(runtime: str, integers: int) -> None:
-    file = exported(RESIDUAL, 8, 8, joints=runtime == "onnxruntime")
-    assert integer_layers(file.data)[0] >= integers
-    joints = [mark for mark in file.program.marks if mark.kind == "joint"]
-    # Two sums of two operands, of which one is a site, and a pool.
-    assert [joint.same_as is None for joint in joints] == (
-        [True, False, True, True, True] if runtime == "onnxruntime" else []
-    )
-
-
-@pytest.mark.parametrize("widths", [(8, 4), (4, 8), (16, 16), (8, None)])
-def test_sums_are_quantized_at_8_bits_alone(widths: tuple[int, Any]) -> None:
+@pytest.mark.parametrize("widths", [(8, 8), (4, 8), (4, 4), (3, 6), (7, 5), (2, 2), (1, 1)])
+def test_onnxruntime_computes_every_layer_in_integers_at_8_bits_and_below(widths: tuple[int, int]) -> None:
     file = exported(RESIDUAL, *widths)
-    assert not any(
-        grid for mark, grid in zip(file.program.marks, file.grids, strict=True) if mark.kind == "joint"
-    )
+    layers = len(named_layers(file.prepared.model))
+    assert integer_layers(file.data) == (layers, layers)
+    assert integer_layers(exported(RESIDUAL, *widths, joints=False).data)[0] < layers
+    grids = zip(file.program.marks, file.grids, strict=True)
+    joints = [(mark, grid) for mark, grid in grids if mark.kind == "joint"]
+    # Two sums of two operands, of which one is a site, and a pool.
+    assert [mark.same_as is None for mark, _ in joints] == [True, False, True, True, True]
+    assert {grid.bits for mark, grid in joints if grid is not None and mark.same_as is None} == {8}
+
+
+@pytest.mark.parametrize("widths", [(16, 16), (8, None), (16, 8)])
+def test_sums_and_biases_stay_in_float_where_a_layer_cannot_be_in_integers(widths: tuple[int, Any]) -> None:
+    file = exported(RESIDUAL, *widths)
+    grids = zip(file.program.marks, file.grids, strict=True)
+    assert not any(grid for mark, grid in grids if mark.kind in ("joint", "bias"))
+
+
+def test_codes_of_a_narrow_weight_are_packed_and_widened_when_the_file_is_loaded() -> None:
+    file = exported(NO_NORM, 4, 8)
+    codes = initializers(file.data, "0.weight.codes")["0.weight.codes"]
+    assert codes.data_type == onnx.TensorProto.INT4
+    assert kinds(file.data)["Mul"] == len(named_layers(file.prepared.model))
 
 
 def test_a_dead_channel_keeps_its_bias_in_a_plain_session() -> None:
@@ -312,7 +320,7 @@ def test_widths_that_are_not_exported(bits: int) -> None:
 
 
 def test_every_site_is_in_the_file() -> None:
-    file = exported(MOBILENET, 4, 8)
+    file = exported(MOBILENET, 4, 8, joints=False)
     assert sorted(file.quantized) == sorted(named_quantizers(file.prepared.model))
     assert kinds(file.data)["QuantizeLinear"] == len(file.quantized)
     assert not kinds(file.data)["BatchNormalization"]

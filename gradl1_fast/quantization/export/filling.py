@@ -63,7 +63,7 @@ class Filling:
         self._marks, self._grids, self._integer_kernels = marks, grids, integers
         self._wide = {*wide, "a"} if integers else set(wide)
         self._layers = named_layers(model)
-        self._before_float = _sites_before_float(model)
+        self._before_float = self._sites_before_float(model)
         self._constants: dict[str, Any] = {}
         self._counts = Counter[int]()
         self._results: dict[tuple[int, str], Any] = {}
@@ -99,6 +99,9 @@ class Filling:
         type_ = self._type(grid.bits, signed=True)
         weight = used_weight(self._layers[name])
         whole = codes(weight, grid.scale, grid.zero_point, (grid.q_min, grid.q_max), grid.axis)
+        if self._integer_kernels and not self._is_integer(name):
+            value = self._integers(f"{name}.weight.codes", type_, whole)
+            return self._folded(at, value, grid, f"{name}.weight")
         shift = shift_of(grid.bits) if self._is_integer(name) else 0
         if shift and type_.bits < 8:
             narrow = self._integers(f"{name}.weight.codes", type_, whole)
@@ -115,6 +118,17 @@ class Filling:
             "DequantizeLinear", inputs, {"axis": grid.axis or 0} if grid.scale.dim() else {}
         )
         return self._put(at, node, f"{name}.weight.value", at.outputs[0])
+
+    def _folded(self, at: Any, value: Any, grid: Grid, name: str) -> Any:
+        """Dequantize by operations that are computed at loading: a ``DequantizeLinear`` is in each run."""
+        cast = onnx_ir().node("Cast", [value], {"to": onnx_ir().DataType.FLOAT})
+        scale = grid.scale
+        if scale.dim():
+            scale = scale.reshape([-1 if i == grid.axis else 1 for i in range(len(value.shape))])
+        node = onnx_ir().node(
+            "Mul", [self._put(at, cast, f"{name}.float"), self._floats(f"{name}.scale", scale)]
+        )
+        return self._put(at, node, f"{name}.value", at.outputs[0])
 
     def _bias(self, name: str, grid: Grid, at: Any, source: Any) -> Any:
         if source.const_value is None:
@@ -205,16 +219,29 @@ class Filling:
             self._constants[name] = value
         return self._constants[name]
 
+    def _sites_before_float(self, model: nn.Module) -> set[str]:
+        """Return the names of sites that feed a layer with a weight that is float when the file is loaded."""
+        names = {id(quantizer): name for name, quantizer in named_quantizers(model).items()}
+        return {
+            names[id(layer.input_quantizer)]
+            for name, layer in self._layers.items()
+            if layer.input_quantizer is not None
+            and (
+                layer.weight_quantizer.bits is None or (self._integer_kernels and not self._is_integer(name))
+            )
+        }
+
     def _is_rounded(self, name: str) -> bool:
         """Return whether a runtime that computes a layer in integers rounds its bias to a coarse step."""
         quantizer = self._layers[name].input_quantizer
         widths = {self._layers[name].weight_quantizer.bits, None if quantizer is None else quantizer.bits}
-        return widths != {8} and not self._is_integer(name)
+        return widths != {8} and not self._integer_kernels
 
     def _tidy(self, weight: Any, grid: Grid, keep_bias: bool) -> None:
         """Transpose the codes rather than the weight, and add biases that must not be rounded in float."""
         users = [usage.node for usage in weight.uses()]
-        if len(users) == 1 and users[0].op_type == "Transpose" and len(weight.shape) == 2:
+        is_folded = weight.producer().op_type != "DequantizeLinear"
+        if len(users) == 1 and users[0].op_type == "Transpose" and len(weight.shape) == 2 and not is_folded:
             self._transpose(weight, users[0], grid)
             users = [usage.node for usage in weight.uses()]
         for node in users if keep_bias else ():
@@ -272,11 +299,3 @@ class Filling:
 def occurrence(name: str, count: int) -> str:
     """Return what distinguishes the tensors of a layer that is called several times."""
     return name if count == 1 else f"{name} ({count})"
-
-
-def _sites_before_float(model: nn.Module) -> set[str]:
-    """Return the names of sites that feed a layer with a float weight."""
-    names = {id(quantizer): name for name, quantizer in named_quantizers(model).items()}
-    layers = named_layers(model).values()
-    floats = [layer for layer in layers if layer.weight_quantizer.bits is None]
-    return {names[id(layer.input_quantizer)] for layer in floats if layer.input_quantizer is not None}

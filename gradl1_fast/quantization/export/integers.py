@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvTransposeNd
 
 from gradl1_fast.nn.foreign import used_weight
 from gradl1_fast.nn.layers import QuantizedLayer
@@ -110,6 +111,8 @@ def codes(
 
 def integer_widths(layer: QuantizedLayer) -> tuple[int, int] | None:
     """Return the bits of weight and input where integer kernels of 8 bits can compute a layer, else None."""
+    if isinstance(layer, _ConvTransposeNd):  # for which onnxruntime has no such kernel
+        return None
     weight, inputs = layer.weight_quantizer.bits, layer.input_quantizer
     site = None if inputs is None else inputs.bits
     return None if weight is None or site is None or max(weight, site) > 8 else (weight, site)
@@ -143,10 +146,6 @@ def _raise_scales(layer: QuantizedLayer) -> int:
         return 0
     scale, _, _, q_max = weights.grid(used_weight(layer), widths[0])
     largest = bias.detach().abs()
-    if (
-        layer.out_axis == 1 and weights.axis is not None
-    ):  # the groups of a transposed convolution share a range
-        largest = largest.reshape(-1, len(scale)).amax(0)
     least = largest / (inputs.grid(torch.float32, widths[1])[0] * _LARGEST_BIAS)
     least *= 2 ** shift_of(widths[0])
     if weights.axis is None:

@@ -17,7 +17,7 @@ __all__ = ["add_biases", "add_joints"]
 _aten = torch.ops.aten
 _SUMS = {_aten.add.Tensor, _aten.add_.Tensor}
 _POOLS = {_aten.avg_pool2d.default, _aten.adaptive_avg_pool2d.default}
-_PRODUCTS = {_aten.conv1d.default, _aten.conv2d.default, _aten.linear.default}
+_PRODUCTS = {_aten.conv1d.default, _aten.conv2d.default, _aten.conv3d.default, _aten.linear.default}
 # Between a layer and a joint: what keeps codes codes, or is fused into the quantizer behind it.
 _TRANSPARENT = {
     *(_aten.relu.default, _aten.relu_.default, _aten.max_pool2d.default, _aten.hardtanh.default),

@@ -11,7 +11,7 @@ from typing import Any
 
 from gradl1_fast.quantization.export.packages import onnx, onnxruntime
 
-__all__ = ["integer_layers", "latencies"]
+__all__ = ["integer_layers", "latencies", "optimized", "run_in_turn"]
 
 _INTEGER = {"QLinearConv", "ConvInteger", "QLinearMatMul", "MatMulIntegerToFloat", "QGemm"}
 _FLOAT = {"Conv", "FusedConv", "NhwcFusedConv", "ConvTranspose", "Gemm", "FusedGemm", "MatMul", "FusedMatMul"}
@@ -20,7 +20,15 @@ _FLOAT = {"Conv", "FusedConv", "NhwcFusedConv", "ConvTranspose", "Gemm", "FusedG
 def latencies(
     files: Mapping[str, bytes], feed: Mapping[str, Any], *, repeats: int = 20, threads: int = 1
 ) -> dict[str, float]:
-    """Return the median time of a run of each file in seconds, in runs that take turns.
+    """Return the median time of a run of each file in seconds; see :func:`run_in_turn`."""
+    times = run_in_turn(files, feed, repeats=repeats, threads=threads)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def run_in_turn(
+    files: Mapping[str, bytes], feed: Mapping[str, Any], *, repeats: int, threads: int
+) -> dict[str, list[float]]:
+    """Return the time of each run of each file in seconds, in runs that take turns.
 
     Args:
         files: contents of files that take the same inputs, by any name.
@@ -38,17 +46,21 @@ def latencies(
             start = time.perf_counter()
             session.run(None, feed)
             times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values[2:]) for name, values in times.items()}
+    return {name: values[2:] for name, values in times.items()}
 
 
 def integer_layers(data: bytes) -> tuple[int, int]:
     """Return how many convolutions and products onnxruntime computes in integers, and how many there are."""
+    kinds = [node.op_type for node in optimized(data).node]
+    integer = sum(kind in _INTEGER for kind in kinds)
+    return integer, integer + sum(kind in _FLOAT for kind in kinds)
+
+
+def optimized(data: bytes) -> Any:
+    """Return the graph that onnxruntime makes of a file and runs."""
     options = onnxruntime().SessionOptions()
     options.log_severity_level = 4
     with tempfile.TemporaryDirectory() as folder:
         options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
         onnxruntime().InferenceSession(data, options, providers=["CPUExecutionProvider"])
-        graph = onnx().load(options.optimized_model_filepath).graph
-    kinds = [node.op_type for node in graph.node]
-    integer = sum(kind in _INTEGER for kind in kinds)
-    return integer, integer + sum(kind in _FLOAT for kind in kinds)
+        return onnx().load(options.optimized_model_filepath).graph

@@ -13,7 +13,7 @@ import gradl1_fast as gl
 from gradl1_fast.nn.sites import named_layers, named_quantizers
 from gradl1_fast.quantization.export import NotExportableError, compare, export_onnx
 from gradl1_fast.quantization.export import integers as types
-from gradl1_fast.quantization.export.speed import integer_layers
+from gradl1_fast.quantization.export.speed import integer_layers, optimized
 from tests.networks import MOBILENET, NO_NORM, VGG, Network
 from tests.quantization.export.models import (
     RESIDUAL,
@@ -177,6 +177,17 @@ def test_sums_and_biases_stay_in_float_where_a_layer_cannot_be_in_integers(width
     file = exported(RESIDUAL, *widths)
     grids = zip(file.program.marks, file.grids, strict=True)
     assert not any(grid for mark, grid in grids if mark.kind in ("joint", "bias"))
+
+
+@pytest.mark.parametrize("widths", [(8, None), (4, None), (16, 16), (16, 8)])
+def test_weights_of_layers_in_float_are_dequantized_once_when_the_file_is_loaded(
+    widths: tuple[int, Any],
+) -> None:
+    graph = optimized(exported(NO_NORM, *widths).data)
+    constants = {constant.name for constant in graph.initializer}
+    products = [node for node in graph.node if "Conv" in node.op_type or "Gemm" in node.op_type]
+    assert len(products) == 4
+    assert all(node.input[1] in constants for node in products)
 
 
 def test_codes_of_a_narrow_weight_are_packed_and_widened_when_the_file_is_loaded() -> None:

@@ -1,4 +1,4 @@
-"""The latencies in the documentation are those of the committed results, and within what the exporter promises."""
+"""The latencies in the documentation are those of the committed results, and within the bounds."""
 
 from __future__ import annotations
 

@@ -142,7 +142,7 @@ def prevent_overflow(model: nn.Module) -> dict[str, int]:
 def _raise_scales(layer: QuantizedLayer) -> int:
     weights, inputs = layer.weight_quantizer, layer.input_quantizer
     bias, widths = getattr(layer, "bias", None), integer_widths(layer)
-    if bias is None or inputs is None or widths is None:
+    if bias is None or inputs is None or inputs.low is None or widths is None:
         return 0
     scale, _, _, q_max = weights.grid(used_weight(layer), widths[0])
     largest = bias.detach().abs()

@@ -60,8 +60,11 @@ class Program:
         """Return the grid of each mark at the widths of a model, None where it stays in float."""
         layers, sites = named_layers(prepared.model), named_quantizers(prepared.model)
         grids: list[Grid | None] = []
-        for mark in self.marks:  # a joint comes after the marks that it depends on
-            if mark.kind == "weight":
+        used = self._used()
+        for key, mark in enumerate(self.marks):  # a joint comes after the marks that it depends on
+            if key not in used:  # of a layer that is not called, which may have no range
+                grids.append(None)
+            elif mark.kind == "weight":
                 grids.append(_weight_grid(layers[mark.name]))
             elif mark.kind == "site":
                 grids.append(_site_grid(sites[mark.name]))
@@ -74,6 +77,16 @@ class Program:
                 else:
                     grids.append(_joint_grid(mark) if mark.same_as is None else grids[mark.same_as])
         return grids
+
+    def left_in_float(self) -> list[str]:
+        """Return the names of layers that the model does not call; a function may use their weights."""
+        used = self._used()
+        return [m.name for key, m in enumerate(self.marks) if m.kind == "weight" and key not in used]
+
+    def _used(self) -> set[int]:
+        """Return the numbers of the marks that the program has."""
+        nodes = self.exported.graph_module.graph.nodes
+        return {node.args[1] for node in nodes if node.target is MARK}
 
     @property
     def keywords(self) -> list[str]:
@@ -134,6 +147,8 @@ def trace(prepared: Prepared, inputs: Any, *, batch: bool, sizes: bool, joints: 
         reason = str(error).partition(": ")[2].splitlines()[0]
         remarks.append(f"the batch is fixed at {arguments.size}: {reason:.200}")
     program = Program(exported, marks, remarks)
+    if left := program.left_in_float():
+        remarks.append(f"not called as layers, so in float where they are used: {', '.join(left)}")
     if joints:
         add_joints(exported, marks)
         add_biases(exported, marks)

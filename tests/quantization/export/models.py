@@ -32,7 +32,8 @@ def calibrated(plain: nn.Module, x: Any, *, per_channel: bool = False) -> nn.Mod
         Arguments.of(x).call(model)
     for quantizer in named_quantizers(model).values():
         seen, quantizer.observer = quantizer.observer, None
-        quantizer.set_range(seen.low, seen.high)  # type: ignore[union-attr]
+        if seen.high > seen.low:  # type: ignore[union-attr]  # it was called
+            quantizer.set_range(seen.low, seen.high)  # type: ignore[union-attr]
     return model
 
 
@@ -111,14 +112,16 @@ class TwoInTwoOut(nn.Module):
 
 
 class OfDict(nn.Module):
-    """One argument, a dictionary."""
+    """One argument, a dictionary, and a layer whose weight is used without calling it."""
 
     def __init__(self) -> None:
         super().__init__()
         self.a, self.b, self.last = nn.Linear(4, 3), nn.Linear(4, 3), nn.Linear(3, 2)
+        self.by_function = nn.Linear(3, 2)
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
-        return self.last(torch.sigmoid(self.a(batch["a"]) * self.b(batch["b"])))
+        x = torch.sigmoid(self.a(batch["a"]) * self.b(batch["b"]))
+        return self.last(x) + F.linear(x, self.by_function.weight)
 
 
 class Odd(nn.Module):

@@ -246,8 +246,9 @@ def test_inputs_outputs_and_operations_of_all_kinds(name: str) -> None:
     file = export_onnx(model, x, w=8, a=8)
     assert (file.inputs, len(file.outputs)) == (names, outputs)
     assert not compare(file, x).faults()
-    assert not file.remarks
-    assert kinds(file.data)["DequantizeLinear"] >= len(named_layers(model))
+    left = [n for n in named_layers(model) if n == "by_function"]
+    assert file.remarks == [f"not called as layers, so in float where they are used: {n}" for n in left]
+    assert kinds(file.data)["DequantizeLinear"] >= len(named_layers(model)) - len(left)
 
 
 def test_the_batch_is_free_and_so_are_height_and_width_on_request() -> None:

@@ -8,24 +8,12 @@
 #include "engine.h"
 #include "engines.h"
 #include "host/binding.h"
+#include "prepared.h"
 
 namespace gradl1 {
 namespace {
 
 using Obj = const py::object&;
-
-Activation activation_of(int tag) {
-    if (tag < 0 || tag > 2) throw py::value_error("activation tag " + std::to_string(tag) + " is not one of 0 to 2");
-    return static_cast<Activation>(tag);
-}
-
-// The computation runs without the interpreter's lock; an error becomes a Python exception.
-template <class Sweep, class Request>
-void launch(Sweep sweep, const Request& request, const py::tuple& where) {
-    const Where place{where[0].cast<std::int64_t>(), where[1].cast<std::int64_t>()};
-    const py::gil_scoped_release released;
-    sweep(request, place);
-}
 
 void define_tap(py::module_& m, const Engine& e) {
     m.def("tap_backward", [&e](const py::tuple& where, int dtype, std::int64_t numel, Obj dy, Obj l1, Obj scratch) {
@@ -220,6 +208,7 @@ void define_engine(py::module_ m, const Engine& e) {
     define_fake_quantize(m, e);
     define_l1_norm(m, e);
     define_batch_norm_act(m, e);
+    define_prepared(m, e);
 }
 
 }  // namespace
@@ -231,6 +220,7 @@ PYBIND11_MODULE(_gradl1, m) {
     m.attr("compiler") = GRADL1_COMPILER;
     m.attr("cuda_compiler") = GRADL1_CUDA_COMPILER;
     m.attr("cuda_architectures") = GRADL1_CUDA_ARCHITECTURES;
+    define_classes(m);
 #if defined(GRADL1_HAS_HOST)
     define_engine(m.def_submodule("host"), host_engine());
     define_host(m);

@@ -9,7 +9,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "requests.h"
+#include "engine.h"
 
 namespace gradl1 {
 
@@ -58,6 +58,23 @@ inline void* memory(const py::handle& span, const char* name, std::int64_t count
     if (count && !address) throw py::value_error(std::string(name) + " has no memory");
     if (address % static_cast<std::uintptr_t>(size)) throw py::value_error(std::string(name) + " is not aligned");
     return reinterpret_cast<void*>(address);
+}
+
+inline Activation activation_of(int tag) {
+    if (tag < 0 || tag > 2) throw py::value_error("activation tag " + std::to_string(tag) + " is not one of 0 to 2");
+    return static_cast<Activation>(tag);
+}
+
+// The computation runs without the interpreter's lock; an error becomes a Python exception.
+template <class Pass, class Request>
+void launch(Pass pass, const Request& request, Where where) {
+    const py::gil_scoped_release released;
+    pass(request, where);
+}
+
+template <class Pass, class Request>
+void launch(Pass pass, const Request& request, const py::tuple& where) {
+    launch(pass, request, Where{where[0].cast<std::int64_t>(), where[1].cast<std::int64_t>()});
 }
 
 // The arguments of one call: `tensor` in the type of the call, `vector` and `scalar` in that of its sums.

@@ -1,28 +1,23 @@
-// One face for host and device: the table of sweeps that the binding calls.
+// One face for host and device: the passes that the binding calls.
 #pragma once
 
+#include "passes.h"
 #include "requests.h"
 
 namespace gradl1 {
 
-// Where a sweep runs: the number of threads, or a device and a stream on it.
+// Where a pass runs: the number of threads, or a device and a stream on it.
 struct Where {
     std::int64_t first, second;
 };
 
 struct Engine {
-    void (*tap_backward)(const Tap&, Where);
-    void (*tap_double_backward)(const Tap&, Where);
-    void (*fake_quantize_forward)(const FakeQuantize&, Where);
-    void (*fake_quantize_backward)(const FakeQuantize&, Where);
-    void (*fake_quantize_double_backward)(const FakeQuantize&, Where);
-    void (*l1_norm)(const L1Norm&, Where);
-    void (*l1_norm_backward)(const L1Norm&, Where);
-    void (*batch_norm_act_forward)(const BatchNormAct&, Where);
-    void (*batch_norm_act_backward)(const BatchNormAct&, Where);
-    void (*batch_norm_act_double_backward)(const BatchNormAct&, Where);
-    std::int64_t (*scratch_bytes)(const Layout&);         // of any sweep over one tensor
+#define GRADL1_PASS(name, Request) void (*name)(const Request&, Where);
+    GRADL1_PASSES(GRADL1_PASS)
+#undef GRADL1_PASS
+    std::int64_t (*scratch_bytes)(const Layout&);  // of any pass over one tensor
     std::int64_t (*l1_scratch_bytes)(const Piece*, std::int64_t count);
+    bool in_host_memory;  // whether scratch is ordinary memory
 };
 
 }  // namespace gradl1

@@ -12,11 +12,13 @@ namespace gradl1 {
 
 enum class DType { float32, float64, float16, bfloat16 };
 
-struct Tap {  // tap and l1_norm: every sweep of one tensor
+struct Tap {  // every pass of one tensor
     DType dtype;
     Layout layout;
     const void *dy, *d_dx, *d_l1;
     void *out, *l1, *scratch;
+    const void *x, *ends, *d_ends;
+    void* out_ends;
 };
 
 struct FakeQuantize {
@@ -26,6 +28,14 @@ struct FakeQuantize {
     const void *x, *scale, *zero_point, *dy, *d_dx, *d_l1;
     void *out, *l1, *scratch;
 };
+
+// Its double backward without d_dx, which is the tap's.
+GRADL1_FN Tap without_d_dx(const FakeQuantize& r) {
+    Tap t{};
+    t.dtype = r.dtype, t.layout = {1, 1, r.layout.numel()};
+    t.dy = r.dy, t.d_l1 = r.d_l1, t.out = r.out;
+    return t;
+}
 
 struct Piece {  // one tensor among many
     DType dtype;
@@ -52,6 +62,8 @@ struct BatchNormAct {
     const void *x, *activated, *weight, *bias, *mean, *rstd, *residual;
     const void *dy, *d_dx, *d_dweight, *d_dbias, *d_dresidual, *d_l1;
     void *out, *out2, *out_mean, *out_rstd, *dweight, *dbias, *l1, *scratch;
+    const void *ends, *d_ends;  // of y: its extremes and how often it has each, the gradients of the extremes
+    void* out_ends;
 
     GRADL1_FN bool masks() const { return activation != Activation::none || scale; }
 };

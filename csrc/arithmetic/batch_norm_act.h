@@ -57,13 +57,16 @@ GRADL1_FN A rounded(A value) {
 }
 
 // in: x, residual if any.  k: scale, shift.  out: y, and what was quantized where a residual was added.
-template <Activation Act, bool Residual, class T>
-struct Normalise : Body<1 + Residual, 1 + (Residual && Act == Activation::quantized), 2, 0, kConstants<Act>> {
+// sums: the ends of y, if they are wanted; there is no quantizer then.
+template <Activation Act, bool Residual, bool Ends, class T>
+struct Normalise
+    : Body<1 + Residual, 1 + (Residual && Act == Activation::quantized), 2, Ends * kEndSums, kConstants<Act>, Ends> {
     template <class A>
-    static GRADL1_FN void apply(const A* in, const A* k, A* out, A*) {
+    static GRADL1_FN void apply(const A* in, const A* k, A* out, A* sum) {
         A z = in[0] * k[0] + k[1];
         if constexpr (Residual) z += in[1];
         out[0] = activate<Act>(z, k + 2);
+        if constexpr (Ends) extend(rounded<T>(out[0]), sum);
         if constexpr (Act == Activation::quantized) {
             const A activated = rounded<T>(out[0]);
             if constexpr (Residual) out[1] = activated;
@@ -92,16 +95,33 @@ GRADL1_FN A masked(A g, A x, A activated, const A* k, const A* q) {
     return g;
 }
 
+// dy plus what the ends of y give to it; y as it was stored: read, or recomputed by the operations of the forward pass.
+template <Activation Act, Mask From, bool Ends, class T, class A>
+GRADL1_FN A cotangent(A dy, A x, A activated, const A* k, const A* q) {
+    if constexpr (Ends) {
+        const A y = From == Mask::from_activated
+                        ? activated
+                        : rounded<T>(activate<Act>(x * k[kNormScale] + k[kNormShift], q));
+        return add_share(dy, y, q);
+    }
+    return dy;
+}
+
+template <Activation Act, bool Ends>
+constexpr int kBackwardConstants = Ends ? int(kEndConstants) : kConstants<Act>;
+
 // in: dy, x, activated if it gives the mask.  out: g, where a residual wants it.  sums: g, g * d, |dy|.
-template <Activation Act, Mask From, class T>
-struct BackwardSums : Body<2 + kReadsActivated<From>, kReadsActivated<From>, 3, 3, kConstants<Act>> {
+template <Activation Act, Mask From, bool Ends, class T>
+struct BackwardSums : Body<2 + kReadsActivated<From>, kReadsActivated<From>, 3, 3, kBackwardConstants<Act, Ends>> {
     template <class A>
     static GRADL1_FN void apply(const A* in, const A* k, A* out, A* sum) {
-        const A g = masked<Act, From, T>(in[0], in[1], in[2 * kReadsActivated<From>], k, k + 3);
+        const A activated = in[2 * kReadsActivated<From>];
+        const A dy = cotangent<Act, From, Ends, T>(in[0], in[1], activated, k, k + 3);
+        const A g = masked<Act, From, T>(dy, in[1], activated, k, k + 3);
         if constexpr (From == Mask::from_activated) out[0] = g;
         sum[0] += g;
         sum[1] += g * (in[1] - k[kMean]);
-        sum[2] += magnitude(in[0]);
+        sum[2] += magnitude(dy);
     }
 };
 
@@ -112,11 +132,12 @@ GRADL1_FN A times(A factor, A value) {
 }
 
 // in: dy (or g, with an open mask), x.  k: ..., factor, mean of g, slope.
-template <Activation Act, Mask From, class T>
-struct BackwardApply : Body<2, 1, 6, 0, kConstants<Act>> {
+template <Activation Act, Mask From, bool Ends, class T>
+struct BackwardApply : Body<2, 1, 6, 0, kBackwardConstants<Act, Ends>> {
     template <class A>
     static GRADL1_FN void apply(const A* in, const A* k, A* out, A*) {
-        const A g = masked<Act, From, T>(in[0], in[1], A(0), k, k + 6);
+        const A dy = cotangent<Act, From, Ends, T>(in[0], in[1], A(0), k, k + 6);
+        const A g = masked<Act, From, T>(dy, in[1], A(0), k, k + 6);
         out[0] = ((g - k[kOwn + 1]) - times(k[kOwn + 2], in[1] - k[kMean])) * k[kOwn];
     }
 };

@@ -26,4 +26,21 @@ struct TapDoubleBackward : Body<1 + WithDx, 1, 1, 0> {
     }
 };
 
+// in: x.  sums: the ends.
+struct EndsOfTensor : Body<1, 0, 0, kEndSums, 0, true> {
+    template <class A>
+    static GRADL1_FN void apply(const A* in, const A*, A*, A* sum) {
+        extend(in[0], sum);
+    }
+};
+
+// in: x, dy if it arrived.
+template <bool WithDy>
+struct AddEndsGradient : Body<1 + WithDy, 1, 0, 0, kEndConstants> {
+    template <class A>
+    static GRADL1_FN void apply(const A* in, const A* k, A* out, A*) {
+        out[0] = add_share(WithDy ? in[WithDy] : A(0), in[0], k);
+    }
+};
+
 }  // namespace gradl1

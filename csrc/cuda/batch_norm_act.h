@@ -51,20 +51,22 @@ Channel<A> channel(const BatchNormAct& r) {
             r.training};
 }
 
-// What the elementwise passes need of the quantizer, written by the kernel before them.
+// What the elementwise passes need of the quantizer, or of the gradient of the ends, written by the kernel before them.
 template <class A>
 struct Grid {
-    const A *scale, *zero_point;
+    const A *scale, *zero_point, *ends, *d_ends;
     double code_min, code_max;
     Activation activation;
     A* q;
 
     explicit Grid(const BatchNormAct& r)
-        : scale(static_cast<const A*>(r.scale)), zero_point(static_cast<const A*>(r.zero_point)), code_min(r.code_min),
+        : scale(static_cast<const A*>(r.scale)), zero_point(static_cast<const A*>(r.zero_point)),
+          ends(static_cast<const A*>(r.ends)), d_ends(static_cast<const A*>(r.d_ends)), code_min(r.code_min),
           code_max(r.code_max), activation(r.activation), q(constants<A>(r)) {}
 
     // For thread c of the channels: the first one writes.
     __device__ void write(std::int64_t c) const {
+        if (c == 0 && d_ends) end_constants(ends, d_ends, q);
         if (c == 0 && scale) quantized_constants(scale, zero_point, code_min, code_max, activation, q);
     }
 };

@@ -28,32 +28,32 @@ void finish_backward(const BatchNormAct& r, std::int64_t count, Where where) {
     if (r.l1) total<A>("batch_norm_act_backward_total", per_channel(r), channels, r.l1, where);
 }
 
-template <Activation Act, Mask From, class T, class A>
+template <Activation Act, Mask From, bool Ends, class T, class A>
 void apply(const BatchNormAct& r, const void* g, Where where) {
     const T *dy = static_cast<const T*>(g), *x = static_cast<const T*>(r.x);
     T* out = static_cast<T*>(r.out);
-    const Operands<BackwardApply<Act, From, T>, T> o{{dy, x}, {out}, coefficients<A>(r), nullptr, constants<A>(r)};
+    const Operands<BackwardApply<Act, From, Ends, T>, T> o{{dy, x}, {out}, coefficients<A>(r), nullptr, constants<A>(r)};
     run("batch_norm_act_backward", o, r.layout, where);
 }
 
-// With a residual behind a mask the first pass writes the masked gradient, which the residual wants
-// anyway, and the second reads it: what gives the mask is read once and nothing is masked twice.
-template <Activation Act, class T, class A>
+// With a residual behind a mask or behind ends the first pass writes the masked gradient, which the residual
+// wants anyway, and the second reads it: what gives the mask is read once and nothing is masked twice.
+template <Activation Act, bool Ends, class T, class A>
 void sweep(const BatchNormAct& r, Where where) {
     const T *dy = static_cast<const T*>(r.dy), *x = static_cast<const T*>(r.x);
     const A *k = coefficients<A>(r), *q = constants<A>(r);
     const char* name = "batch_norm_act_backward_sums";
-    if constexpr (Act != Activation::none) {
+    if constexpr (Act != Activation::none || Ends) {
         if (r.with_residual) {
-            const Operands<BackwardSums<Act, Mask::from_activated, T>, T> o{
+            const Operands<BackwardSums<Act, Mask::from_activated, Ends, T>, T> o{
                 {dy, x, static_cast<const T*>(r.activated)}, {static_cast<T*>(r.out2)}, k, slots(r), q};
             finish_backward<A>(r, run(name, o, r.layout, where), where);
-            return apply<Activation::none, Mask::open, T, A>(r, r.out2, where);
+            return apply<Activation::none, Mask::open, false, T, A>(r, r.out2, where);
         }
     }
-    const Operands<BackwardSums<Act, kFromX<Act>, T>, T> o{{dy, x}, {}, k, slots(r), q};
+    const Operands<BackwardSums<Act, kFromX<Act>, Ends, T>, T> o{{dy, x}, {}, k, slots(r), q};
     finish_backward<A>(r, run(name, o, r.layout, where), where);
-    apply<Act, kFromX<Act>, T, A>(r, r.dy, where);
+    apply<Act, kFromX<Act>, Ends, T, A>(r, r.dy, where);
 }
 
 }  // namespace
@@ -64,7 +64,12 @@ void batch_norm_act_backward(const BatchNormAct& r, Where where) {
         using T = decltype(type);
         using A = accumulator<T>;
         common_coefficients<A>(r, where);
-        with_activation(r, [&](auto is) { sweep<decltype(is)::act, T, A>(r, where); });
+        with_activation(r, [&](auto is) {
+            if constexpr (decltype(is)::act != Activation::quantized) {
+                if (r.d_ends) return sweep<decltype(is)::act, true, T, A>(r, where);
+            }
+            sweep<decltype(is)::act, false, T, A>(r, where);
+        });
     });
 }
 

@@ -58,19 +58,22 @@ void adopt(const BatchNormAct& r, Where where) {
            Grid<A>(r));
 }
 
-template <Activation Act, class T, class A>
+template <Activation Act, bool Residual, bool Ends, class T, class A>
+void apply(const BatchNormAct& r, Where where) {
+    Operands<Normalise<Act, Residual, Ends, T>, T> o{
+        {static_cast<const T*>(r.x)}, {static_cast<T*>(r.out)}, coefficients<A>(r), slots(r), constants<A>(r)};
+    if constexpr (Residual) o.in[1] = static_cast<const T*>(r.residual);
+    if constexpr (Residual && Act == Activation::quantized) o.out[1] = static_cast<T*>(r.out2);
+    const std::int64_t blocks = run("batch_norm_act_forward", o, r.layout, where);
+    if constexpr (Ends) ends<A>("batch_norm_act_forward_ends", slots(r), blocks, r.out_ends, where);
+}
+
+template <Activation Act, bool Residual, class T, class A>
 void normalise(const BatchNormAct& r, Where where) {
-    const T *x = static_cast<const T*>(r.x), *residual = static_cast<const T*>(r.residual);
-    T* out = static_cast<T*>(r.out);
-    const A *k = coefficients<A>(r), *q = constants<A>(r);
-    if (residual) {
-        Operands<Normalise<Act, true, T>, T> o{{x, residual}, {out}, k, nullptr, q};
-        if constexpr (Act == Activation::quantized) o.out[1] = static_cast<T*>(r.out2);
-        run("batch_norm_act_forward", o, r.layout, where);
-    } else {
-        const Operands<Normalise<Act, false, T>, T> o{{x}, {out}, k, nullptr, q};
-        run("batch_norm_act_forward", o, r.layout, where);
+    if constexpr (Act != Activation::quantized) {
+        if (r.out_ends) return apply<Act, Residual, true, T, A>(r, where);
     }
+    apply<Act, Residual, false, T, A>(r, where);
 }
 
 }  // namespace
@@ -85,7 +88,10 @@ void batch_norm_act_forward(const BatchNormAct& r, Where where) {
         } else {
             adopt<A>(r, where);
         }
-        with_activation(r, [&](auto is) { normalise<decltype(is)::act, T, A>(r, where); });
+        with_activation(r, [&](auto is) {
+            if (r.residual) return normalise<decltype(is)::act, true, T, A>(r, where);
+            normalise<decltype(is)::act, false, T, A>(r, where);
+        });
     });
 }
 

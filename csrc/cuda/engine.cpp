@@ -11,18 +11,12 @@ static std::int64_t scratch_bytes(const Layout& t) {
 }
 
 static const Engine kEngine = {
-    tap_backward,
-    tap_double_backward,
-    fake_quantize_forward,
-    fake_quantize_backward,
-    fake_quantize_double_backward,
-    l1_norm,
-    l1_norm_backward,
-    batch_norm_act_forward,
-    batch_norm_act_backward,
-    batch_norm_act_double_backward,
+#define GRADL1_PASS(name, Request) name,
+    GRADL1_PASSES(GRADL1_PASS)
+#undef GRADL1_PASS
     scratch_bytes,
     l1_scratch_bytes,
+    false,
 };
 
 }  // namespace cuda

@@ -57,10 +57,7 @@ void fake_quantize_backward(const FakeQuantize& r, Where where) {
 }
 
 void fake_quantize_double_backward(const FakeQuantize& r, Where where) {
-    if (!r.d_dx) {
-        const Layout flat{1, 1, r.layout.numel()};
-        return tap_double_backward({r.dtype, flat, r.dy, nullptr, r.d_l1, r.out, nullptr, nullptr}, where);
-    }
+    if (!r.d_dx) return tap_double_backward(without_d_dx(r), where);
     const OnDevice guard("fake_quantize_double_backward", where.first);
     with_type(r.dtype, [&](auto type) {
         using T = decltype(type);

@@ -46,4 +46,19 @@ void total(const char* name, const double* values, std::int64_t count, void* out
     launch(name, total_kernel<A>, dim3(1), dim3(kThreads), where, values, count, static_cast<A*>(out));
 }
 
+// One block: the ends of all blocks of a pass.
+template <class A>
+__global__ void __launch_bounds__(kThreads) ends_kernel(const double* slots, std::int64_t count, A* out) {
+    double e[kEndSums];
+    for (int j = 0; j < kEndSums; ++j) e[j] = no_ends<double>(j);
+    for (std::int64_t i = threadIdx.x; i < count; i += kThreads) merge_ends(slots + i * kEndSums, 1, e, 1);
+    block_ends(e);
+    if (threadIdx.x == 0) write_ends(e, out);
+}
+
+template <class A>
+void ends(const char* name, const double* slots, std::int64_t count, void* out, Where where) {
+    launch(name, ends_kernel<A>, dim3(1), dim3(kThreads), where, slots, count, static_cast<A*>(out));
+}
+
 }  // namespace gradl1::cuda

@@ -24,7 +24,7 @@ struct Operands {
     const T* in[Body::inputs + 1];
     T* out[Body::outputs + 1];
     const accumulator<T>* k;  // [coefficients][channels]
-    double* slots;            // [chunks][sums][channels]
+    double* slots;            // [chunks][sums][channels], or [blocks][sums] of ends
     const accumulator<T>* q = nullptr;  // [constants]
 };
 
@@ -92,6 +92,48 @@ __device__ A block_sum(A value) {
     return total;
 }
 
+// Ends of a block in thread 0, combined likewise.
+template <class A>
+__device__ void block_ends(A (&e)[kEndSums]) {
+    __shared__ A warps[kThreads / 32][kEndSums];
+    for (int distance = 16; distance; distance /= 2) {
+        A above[kEndSums];
+#pragma unroll
+        for (int j = 0; j < kEndSums; ++j) above[j] = __shfl_down_sync(0xffffffffu, e[j], distance);
+        merge_ends(above, 1, e, 1);
+    }
+    if (threadIdx.x % 32 == 0) {
+        for (int j = 0; j < kEndSums; ++j) warps[threadIdx.x / 32][j] = e[j];
+    }
+    __syncthreads();
+    for (int i = 1; threadIdx.x == 0 && i < kThreads / 32; ++i) merge_ends(warps[i], 1, e, 1);
+    __syncthreads();
+}
+
+template <class Body, class A, int Lanes>
+__device__ void begin_sums(A (&sum)[Lanes][Body::sums + 1]) {
+#pragma unroll
+    for (int e = 0; e < Lanes; ++e) {
+#pragma unroll
+        for (int j = 0; j < Body::sums; ++j) sum[e][j] = initial<Body, A>(j);
+    }
+}
+
+// The ends of all lanes of a block, to its slot.
+template <class Body, class T, int Lanes>
+__device__ void store_ends(const Operands<Body, T>& o, const accumulator<T> (&sum)[Lanes][Body::sums + 1]) {
+    using A = accumulator<T>;
+    A all[kEndSums];
+#pragma unroll
+    for (int j = 0; j < kEndSums; ++j) all[j] = sum[0][j];
+#pragma unroll
+    for (int e = 1; e < Lanes; ++e) merge_ends(sum[e], 1, all, 1);
+    block_ends(all);
+    if (threadIdx.x != 0) return;
+    double* slot = o.slots + (static_cast<std::int64_t>(blockIdx.y) * gridDim.x + blockIdx.x) * kEndSums;
+    for (int j = 0; j < kEndSums; ++j) slot[j] = all[j];
+}
+
 // Blocks of a pass that must fit on a multiprocessor: without a number ptxas spills a register or two to
 // fit three. The widest body in 16-bit types keeps 8 x 12 coefficients in registers and gets all of them
 // (constants are the same for the 8).
@@ -103,7 +145,8 @@ template <class Body, class T, int Width>
 __global__ void __launch_bounds__(kThreads, kResident<Body, T>) planes_kernel(Operands<Body, T> o, Layout t, Shape shape) {
     using A = accumulator<T>;
     const std::int64_t c = blockIdx.x, plane = t.inner / Width;
-    A k[1][Body::values + 1], sum[1][Body::sums + 1] = {};
+    A k[1][Body::values + 1], sum[1][Body::sums + 1];
+    begin_sums<Body>(sum);
     load_coefficients(o, t, c, k[0]);
     const std::int64_t first = blockIdx.y * shape.length;
     const std::int64_t last = first + shape.length < shape.packs ? first + shape.length : shape.packs;
@@ -128,10 +171,14 @@ __global__ void __launch_bounds__(kThreads, kResident<Body, T>) planes_kernel(Op
     if (Width > 1 && t.outer == 1 && blockIdx.y == 0 && threadIdx.x < t.inner % Width) {
         step<Body, T, 1, 1>(o, c * t.inner + plane * Width + threadIdx.x, k, sum);
     }
+    if constexpr (Body::ends) {
+        store_ends(o, sum);
+    } else {
 #pragma unroll
-    for (int j = 0; j < Body::sums; ++j) {
-        const A total = block_sum(sum[0][j]);
-        if (threadIdx.x == 0) o.slots[(blockIdx.y * Body::sums + j) * t.channels + c] = total;
+        for (int j = 0; j < Body::sums; ++j) {
+            const A total = block_sum(sum[0][j]);
+            if (threadIdx.x == 0) o.slots[(blockIdx.y * Body::sums + j) * t.channels + c] = total;
+        }
     }
 }
 
@@ -143,7 +190,8 @@ __global__ void __launch_bounds__(kThreads, kResident<Body, T>) rows_kernel(Oper
     const std::int64_t c = (static_cast<std::int64_t>(blockIdx.x) * shape.tile + column) * Width;
     const std::int64_t first = blockIdx.y * shape.length;
     const std::int64_t last = first + shape.length < shape.packs ? first + shape.length : shape.packs;
-    A k[Width][Body::values + 1], sum[Width][Body::sums + 1] = {};
+    A k[Width][Body::values + 1], sum[Width][Body::sums + 1];
+    begin_sums<Body>(sum);
     if (c < t.channels) {
 #pragma unroll
         for (int e = 0; e < Width; ++e) load_coefficients(o, t, c + e, k[e]);
@@ -151,7 +199,9 @@ __global__ void __launch_bounds__(kThreads, kResident<Body, T>) rows_kernel(Oper
             step<Body, T, Width, Width>(o, p * t.channels + c, k, sum);
         }
     }
-    if constexpr (Body::sums > 0) {
+    if constexpr (Body::ends) {
+        store_ends(o, sum);
+    } else if constexpr (Body::sums > 0) {
         __shared__ A shared[kThreads * Width];
 #pragma unroll
         for (int j = 0; j < Body::sums; ++j) {
@@ -199,7 +249,7 @@ std::int64_t run(const char* name, const Operands<Body, T>& o, const Layout& t, 
         launch(name, wide ? planes_kernel<Body, T, kWidest<T>> : planes_kernel<Body, T, 1>, grid, block, where, o, t,
                shape);
     }
-    return shape.chunks;
+    return Body::ends ? shape.columns * shape.chunks : shape.chunks;
 }
 
 // Calls f(T()) with the type of the tag.

@@ -4,6 +4,14 @@
 #include "sweeps.h"
 
 namespace gradl1::cuda {
+namespace {
+
+template <class A>
+__global__ void __launch_bounds__(32) end_constants_kernel(const A* ends, const A* d_ends, A* q) {
+    if (threadIdx.x == 0) end_constants(ends, d_ends, q);
+}
+
+}  // namespace
 
 void tap_backward(const Tap& r, Where where) {
     const OnDevice guard("tap_backward", where.first);
@@ -27,6 +35,35 @@ void tap_double_backward(const Tap& r, Where where) {
             run("tap_double_backward", Operands<TapDoubleBackward<true>, T>{{dy, d_dx}, {out}, k, nullptr}, r.layout, where);
         } else {
             run("tap_double_backward", Operands<TapDoubleBackward<false>, T>{{dy}, {out}, k, nullptr}, r.layout, where);
+        }
+    });
+}
+
+void tap_ends(const Tap& r, Where where) {
+    const OnDevice guard("tap_ends", where.first);
+    with_type(r.dtype, [&](auto type) {
+        using T = decltype(type);
+        double* slots = static_cast<double*>(r.scratch);
+        const Operands<EndsOfTensor, T> o{{static_cast<const T*>(r.x)}, {}, nullptr, slots};
+        ends<accumulator<T>>("tap_ends_total", slots, run("tap_ends", o, r.layout, where), r.out_ends, where);
+    });
+}
+
+void tap_add_ends_gradient(const Tap& r, Where where) {
+    const OnDevice guard("tap_add_ends_gradient", where.first);
+    with_type(r.dtype, [&](auto type) {
+        using T = decltype(type);
+        using A = accumulator<T>;
+        A* q = static_cast<A*>(r.scratch);
+        launch("tap_end_constants", end_constants_kernel<A>, dim3(1), dim3(32), where, static_cast<const A*>(r.ends),
+               static_cast<const A*>(r.d_ends), q);
+        const T *x = static_cast<const T*>(r.x), *dy = static_cast<const T*>(r.dy);
+        T* out = static_cast<T*>(r.out);
+        const char* name = "tap_add_ends_gradient";
+        if (dy) {
+            run(name, Operands<AddEndsGradient<true>, T>{{x, dy}, {out}, nullptr, nullptr, q}, r.layout, where);
+        } else {
+            run(name, Operands<AddEndsGradient<false>, T>{{x}, {out}, nullptr, nullptr, q}, r.layout, where);
         }
     });
 }

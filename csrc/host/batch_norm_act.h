@@ -42,6 +42,7 @@ struct Constants {
     A value[kQuantizedConstants];
 
     GRADL1_FN explicit Constants(const BatchNormAct& r) : value{} {
+        if (r.d_ends) end_constants(static_cast<const A*>(r.ends), static_cast<const A*>(r.d_ends), value);
         if (!r.scale) return;
         quantized_constants(static_cast<const A*>(r.scale), static_cast<const A*>(r.zero_point), r.code_min, r.code_max,
                             r.activation, value);

@@ -19,35 +19,35 @@ void finish(const BatchNormAct& r, const P& pass) {
     if (r.l1) *static_cast<A*>(r.l1) = static_cast<A>(l1);
 }
 
-template <Activation Act, Mask From, class T, class A>
+template <Activation Act, Mask From, bool Ends, class T, class A>
 void apply(const BatchNormAct& r, const void* g, int threads) {
     const T *dy = static_cast<const T*>(g), *x = static_cast<const T*>(r.x);
     T* out = static_cast<T*>(r.out);
     const A* k = coefficients<A>(r);
     const Constants<A> q(r);
-    Pass<BackwardApply<Act, From, T>, T, A>{r.layout, {dy, x}, {out}, k, slots(r), q.value}.run(threads);
+    Pass<BackwardApply<Act, From, Ends, T>, T, A>{r.layout, {dy, x}, {out}, k, slots(r), q.value}.run(threads);
 }
 
-// With a residual behind a mask the first pass writes the masked gradient, which the residual wants
-// anyway, and the second reads it: what gives the mask is read once and nothing is masked twice.
-template <Activation Act, class T, class A>
+// With a residual behind a mask or behind ends the first pass writes the masked gradient, which the residual
+// wants anyway, and the second reads it: what gives the mask is read once and nothing is masked twice.
+template <Activation Act, bool Ends, class T, class A>
 void sweep(const BatchNormAct& r, int threads) {
     const T *dy = static_cast<const T*>(r.dy), *x = static_cast<const T*>(r.x);
     const A* k = coefficients<A>(r);
     const Constants<A> q(r);
-    if constexpr (Act != Activation::none) {
+    if constexpr (Act != Activation::none || Ends) {
         if (r.with_residual) {
-            Pass<BackwardSums<Act, Mask::from_activated, T>, T, A> pass{
+            Pass<BackwardSums<Act, Mask::from_activated, Ends, T>, T, A> pass{
                 r.layout, {dy, x, static_cast<const T*>(r.activated)}, {static_cast<T*>(r.out2)}, k, slots(r), q.value};
             pass.run(threads);
             finish<A>(r, pass);
-            return apply<Activation::none, Mask::open, T, A>(r, r.out2, threads);
+            return apply<Activation::none, Mask::open, false, T, A>(r, r.out2, threads);
         }
     }
-    Pass<BackwardSums<Act, kFromX<Act>, T>, T, A> pass{r.layout, {dy, x}, {}, k, slots(r), q.value};
+    Pass<BackwardSums<Act, kFromX<Act>, Ends, T>, T, A> pass{r.layout, {dy, x}, {}, k, slots(r), q.value};
     pass.run(threads);
     finish<A>(r, pass);
-    apply<Act, kFromX<Act>, T, A>(r, r.dy, threads);
+    apply<Act, kFromX<Act>, Ends, T, A>(r, r.dy, threads);
 }
 
 }  // namespace
@@ -57,7 +57,12 @@ void batch_norm_act_backward(const BatchNormAct& r, int threads) {
         using T = decltype(type);
         using A = accumulator<T>;
         common_coefficients<A>(r);
-        with_activation(r, [&](auto is) { sweep<decltype(is)::act, T, A>(r, threads); });
+        with_activation(r, [&](auto is) {
+            if constexpr (decltype(is)::act != Activation::quantized) {
+                if (r.d_ends) return sweep<decltype(is)::act, true, T, A>(r, threads);
+            }
+            sweep<decltype(is)::act, false, T, A>(r, threads);
+        });
     });
 }
 

@@ -35,9 +35,9 @@ void adopt(const BatchNormAct& r) {
     }
 }
 
-template <Activation Act, class T, class A>
-void normalise(const BatchNormAct& r, int threads) {
-    const T *x = static_cast<const T*>(r.x), *residual = static_cast<const T*>(r.residual);
+template <Activation Act, bool Residual, bool Ends, class T, class A>
+void apply(const BatchNormAct& r, int threads) {
+    const T* x = static_cast<const T*>(r.x);
     const A *mean = static_cast<const A*>(r.out_mean), *rstd = static_cast<const A*>(r.out_rstd);
     T* out = static_cast<T*>(r.out);
     A* k = coefficients<A>(r);
@@ -46,13 +46,19 @@ void normalise(const BatchNormAct& r, int threads) {
         affine(mean[c], rstd[c], static_cast<const A*>(r.weight), static_cast<const A*>(r.bias), c, k + c,
                k + r.layout.channels + c);
     }
-    if (residual) {
-        Pass<Normalise<Act, true, T>, T, A> pass{r.layout, {x, residual}, {out}, k, slots(r), q.value};
-        if constexpr (Act == Activation::quantized) pass.out[1] = static_cast<T*>(r.out2);
-        pass.run(threads);
-    } else {
-        Pass<Normalise<Act, false, T>, T, A>{r.layout, {x}, {out}, k, slots(r), q.value}.run(threads);
+    Pass<Normalise<Act, Residual, Ends, T>, T, A> pass{r.layout, {x}, {out}, k, slots(r), q.value};
+    if constexpr (Residual) pass.in[1] = static_cast<const T*>(r.residual);
+    if constexpr (Residual && Act == Activation::quantized) pass.out[1] = static_cast<T*>(r.out2);
+    pass.run(threads);
+    if constexpr (Ends) pass.ends(static_cast<A*>(r.out_ends));
+}
+
+template <Activation Act, bool Residual, class T, class A>
+void normalise(const BatchNormAct& r, int threads) {
+    if constexpr (Act != Activation::quantized) {
+        if (r.out_ends) return apply<Act, Residual, true, T, A>(r, threads);
     }
+    apply<Act, Residual, false, T, A>(r, threads);
 }
 
 }  // namespace
@@ -66,7 +72,10 @@ void batch_norm_act_forward(const BatchNormAct& r, int threads) {
         } else {
             adopt<A>(r);
         }
-        with_activation(r, [&](auto is) { normalise<decltype(is)::act, T, A>(r, threads); });
+        with_activation(r, [&](auto is) {
+            if (r.residual) return normalise<decltype(is)::act, true, T, A>(r, threads);
+            normalise<decltype(is)::act, false, T, A>(r, threads);
+        });
     });
 }
 

@@ -6,6 +6,7 @@
 // (planes), never as the compiler likes: so every instruction set gives the same bits.
 #pragma once
 
+#include "../arithmetic/body.h"
 #include "../requests.h"
 #include "pool.h"
 
@@ -70,19 +71,29 @@ struct Pass {
         }
     }
 
+    // What sum number j begins with.
+    template <class V>
+    static GRADL1_FN void fill(V* values, std::int64_t count, int j) {
+        for (std::int64_t i = 0; i < count; ++i) values[i] = initial<Body, V>(j);
+    }
+
     void row_chunk(std::int64_t chunk, std::int64_t first, std::int64_t last) const {
         const std::int64_t channels = layout.channels;
         A sum[(Body::sums + 1) * kTile];
         double* slot = Body::sums ? slots + chunk * Body::sums * channels : nullptr;
-        for (std::int64_t i = 0; i < Body::sums * channels; ++i) slot[i] = 0;
+        for (int j = 0; j < Body::sums; ++j) fill(slot + j * channels, channels, j);
         for (std::int64_t top = first; top < last; top += kFlush) {
             const std::int64_t bottom = top + kFlush < last ? top + kFlush : last;
             for (std::int64_t c = 0; c < channels; c += kTile) {
                 const std::int64_t width = channels - c < kTile ? channels - c : kTile;
-                for (std::int64_t i = 0; i < Body::sums * kTile; ++i) sum[i] = 0;
+                for (int j = 0; j < Body::sums; ++j) fill(sum + j * kTile, width, j);
                 for (std::int64_t p = top; p < bottom; ++p) span<1>(p * channels + c, width, k + c, sum, kTile);
-                for (int j = 0; j < Body::sums; ++j) {
-                    for (std::int64_t i = 0; i < width; ++i) slot[j * channels + c + i] += sum[j * kTile + i];
+                if constexpr (Body::ends) {
+                    for (std::int64_t i = 0; i < width; ++i) merge_ends(sum + i, kTile, slot + c + i, channels);
+                } else {
+                    for (int j = 0; j < Body::sums; ++j) {
+                        for (std::int64_t i = 0; i < width; ++i) slot[j * channels + c + i] += sum[j * kTile + i];
+                    }
                 }
             }
         }
@@ -90,9 +101,9 @@ struct Pass {
 
     void plane_chunk(std::int64_t chunk, std::int64_t c, std::int64_t first, std::int64_t last) const {
         A sum[(Body::sums + 1) * kLanes];
-        double total[Body::sums + 1] = {};
+        double total[Body::sums + 1];
         std::int64_t additions = 0;
-        for (std::int64_t i = 0; i < Body::sums * kLanes; ++i) sum[i] = 0;
+        for (int j = 0; j < Body::sums; ++j) fill(total + j, 1, j), fill(sum + j * kLanes, kLanes, j);
         for (std::int64_t p = first; p < last;) {
             const std::int64_t plane = p / layout.inner, i = p - plane * layout.inner;
             std::int64_t width = layout.inner - i < last - p ? layout.inner - i : last - p;
@@ -101,10 +112,14 @@ struct Pass {
             p += width;
             if (++additions == kFlush || p == last) {
                 additions = 0;
-                for (int j = 0; j < Body::sums; ++j) {
-                    for (std::int64_t l = 0; l < kLanes; ++l) total[j] += sum[j * kLanes + l];
+                if constexpr (Body::ends) {
+                    for (std::int64_t l = 0; l < kLanes; ++l) merge_ends(sum + l, kLanes, total, 1);
+                } else {
+                    for (int j = 0; j < Body::sums; ++j) {
+                        for (std::int64_t l = 0; l < kLanes; ++l) total[j] += sum[j * kLanes + l];
+                    }
                 }
-                for (std::int64_t l = 0; l < Body::sums * kLanes; ++l) sum[l] = 0;
+                for (int j = 0; j < Body::sums; ++j) fill(sum + j * kLanes, kLanes, j);
             }
         }
         for (int j = 0; j < Body::sums; ++j) slots[(chunk * Body::sums + j) * layout.channels + c] = total[j];
@@ -126,6 +141,19 @@ struct Pass {
     void run(int threads) {
         const int team = layout.numel() * (Body::inputs + Body::outputs) < kSerial ? 1 : threads;
         for_each(team, Chunks(layout).items, item, this);
+    }
+
+    // The ends from the slots of all channels.
+    GRADL1_FN void ends(A* out) const {
+        const std::int64_t count = Chunks(layout).count, channels = layout.channels;
+        double total[kEndSums];
+        for (int j = 0; j < kEndSums; ++j) total[j] = no_ends<double>(j);
+        for (std::int64_t chunk = 0; chunk < count; ++chunk) {
+            for (std::int64_t c = 0; c < channels; ++c) {
+                merge_ends(slots + chunk * kEndSums * channels + c, channels, total, 1);
+            }
+        }
+        write_ends(total, out);
     }
 
     // Adds the slots of channel c, in order.

@@ -11,21 +11,13 @@ void run(const Request& request, Where where) {
     (host::kernels().*Sweep)(request, static_cast<int>(where.first < 1 ? 1 : where.first));
 }
 
-using host::Kernels;
-
 const Engine kEngine = {
-    run<&Kernels::tap_backward, Tap>,
-    run<&Kernels::tap_double_backward, Tap>,
-    run<&Kernels::fake_quantize_forward, FakeQuantize>,
-    run<&Kernels::fake_quantize_backward, FakeQuantize>,
-    run<&Kernels::fake_quantize_double_backward, FakeQuantize>,
-    run<&Kernels::l1_norm, L1Norm>,
-    run<&Kernels::l1_norm_backward, L1Norm>,
-    run<&Kernels::batch_norm_act_forward, BatchNormAct>,
-    run<&Kernels::batch_norm_act_backward, BatchNormAct>,
-    run<&Kernels::batch_norm_act_double_backward, BatchNormAct>,
+#define GRADL1_PASS(name, Request) run<&host::Kernels::name, Request>,
+    GRADL1_PASSES(GRADL1_PASS)
+#undef GRADL1_PASS
     host::scratch_bytes,
     host::l1_scratch_bytes,
+    true,
 };
 
 }  // namespace

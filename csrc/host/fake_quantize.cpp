@@ -58,7 +58,7 @@ void fake_quantize_backward(const FakeQuantize& r, int threads) {
 }
 
 void fake_quantize_double_backward(const FakeQuantize& r, int threads) {
-    if (!r.d_dx) return tap_double_backward({r.dtype, r.layout, r.dy, nullptr, r.d_l1, r.out, nullptr, nullptr}, threads);
+    if (!r.d_dx) return tap_double_backward(without_d_dx(r), threads);
     with_type(r.dtype, [&](auto type) {
         using T = decltype(type);
         using A = accumulator<T>;

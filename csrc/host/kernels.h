@@ -1,22 +1,16 @@
 // The sweeps on the CPU, compiled once for each instruction set.
 #pragma once
 
+#include "../passes.h"
 #include "../requests.h"
 
 namespace gradl1::host {
 
 struct Kernels {
     const char* name;
-    void (*tap_backward)(const Tap&, int threads);
-    void (*tap_double_backward)(const Tap&, int threads);
-    void (*fake_quantize_forward)(const FakeQuantize&, int threads);
-    void (*fake_quantize_backward)(const FakeQuantize&, int threads);
-    void (*fake_quantize_double_backward)(const FakeQuantize&, int threads);
-    void (*l1_norm)(const L1Norm&, int threads);
-    void (*l1_norm_backward)(const L1Norm&, int threads);
-    void (*batch_norm_act_forward)(const BatchNormAct&, int threads);
-    void (*batch_norm_act_backward)(const BatchNormAct&, int threads);
-    void (*batch_norm_act_double_backward)(const BatchNormAct&, int threads);
+#define GRADL1_PASS(name, Request) void (*name)(const Request&, int threads);
+    GRADL1_PASSES(GRADL1_PASS)
+#undef GRADL1_PASS
 };
 
 // Bytes of scratch that any sweep over a tensor of this layout needs.

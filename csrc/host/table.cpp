@@ -11,16 +11,9 @@ namespace gradl1::host {
 extern const Kernels GRADL1_JOIN(kernels_, GRADL1_ISA);
 const Kernels GRADL1_JOIN(kernels_, GRADL1_ISA) = {
     GRADL1_TEXT(GRADL1_ISA),
-    tap_backward,
-    tap_double_backward,
-    fake_quantize_forward,
-    fake_quantize_backward,
-    fake_quantize_double_backward,
-    l1_norm,
-    l1_norm_backward,
-    batch_norm_act_forward,
-    batch_norm_act_backward,
-    batch_norm_act_double_backward,
+#define GRADL1_PASS(name, Request) name,
+    GRADL1_PASSES(GRADL1_PASS)
+#undef GRADL1_PASS
 };
 
 }  // namespace gradl1::host

@@ -33,5 +33,33 @@ void tap_double_backward(const Tap& r, int threads) {
     });
 }
 
+void tap_ends(const Tap& r, int threads) {
+    with_type(r.dtype, [&](auto type) {
+        using T = decltype(type);
+        using A = accumulator<T>;
+        Pass<EndsOfTensor, T, A> pass{
+            flat(r.layout.numel()), {static_cast<const T*>(r.x)}, {}, nullptr, static_cast<double*>(r.scratch)};
+        pass.run(threads);
+        pass.ends(static_cast<A*>(r.out_ends));
+    });
+}
+
+void tap_add_ends_gradient(const Tap& r, int threads) {
+    with_type(r.dtype, [&](auto type) {
+        using T = decltype(type);
+        using A = accumulator<T>;
+        A q[kEndConstants];
+        end_constants(static_cast<const A*>(r.ends), static_cast<const A*>(r.d_ends), q);
+        const T *x = static_cast<const T*>(r.x), *dy = static_cast<const T*>(r.dy);
+        T* out = static_cast<T*>(r.out);
+        const Layout layout = flat(r.layout.numel());
+        if (dy) {
+            Pass<AddEndsGradient<true>, T, A>{layout, {x, dy}, {out}, nullptr, nullptr, q}.run(threads);
+        } else {
+            Pass<AddEndsGradient<false>, T, A>{layout, {x}, {out}, nullptr, nullptr, q}.run(threads);
+        }
+    });
+}
+
 }  // namespace GRADL1_ISA
 }  // namespace gradl1::host

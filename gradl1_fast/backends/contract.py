@@ -7,6 +7,9 @@ a call have the shapes, strides, types and devices of preparation, which whoever
 ``None`` stands for a gradient that did not arrive and for a result that nobody asked for. No argument is
 changed or returned, and the results have the bits of the sweeps of the same name.
 
+A backend that prepares nothing for a tensor, such as one with gaps in memory, has no function of that name or
+returns None from it: its sweeps are called instead.
+
 ``ends`` are four numbers in the type of sums: the smallest and the largest value of a tensor, and how many
 values are equal to each. ``d_ends`` are the gradients with respect to the first two, which equal values
 share evenly, as those of ``torch.amin`` and ``torch.amax``.
@@ -156,19 +159,22 @@ def prepare_batch_norm_act(
     """
     own = getattr(backend, "prepare_batch_norm_act", None)
     options = (training, eps, activation, with_residual, codes, with_ends)
-    return _BatchNormAct(backend, *options) if own is None or not x.numel() else own(x, *options)
+    prepared = None if own is None or not x.numel() else own(x, *options)
+    return _BatchNormAct(backend, *options) if prepared is None else prepared
 
 
 def prepare_tap(backend: ModuleType, x: Tensor) -> Tap:
     """Prepare the tap of tensors like ``x``."""
     own = getattr(backend, "prepare_tap", None)
-    return _Tap(backend) if own is None or not x.numel() else own(x)
+    prepared = None if own is None or not x.numel() else own(x)
+    return _Tap(backend) if prepared is None else prepared
 
 
 def prepare_fake_quantize(backend: ModuleType, x: Tensor, codes: tuple[int, int]) -> FakeQuantize:
     """Prepare fake quantization of tensors like ``x``, with the smallest and the largest code."""
     own = getattr(backend, "prepare_fake_quantize", None)
-    return _FakeQuantize(backend, codes) if own is None or not x.numel() else own(x, codes)
+    prepared = None if own is None or not x.numel() else own(x, codes)
+    return _FakeQuantize(backend, codes) if prepared is None else prepared
 
 
 class _BatchNormAct:

@@ -17,6 +17,14 @@ from gradl1_fast.backends import compiled, reference
 from gradl1_fast.backends.compiled import _tensors
 from tests.compiled.calls import OPERATIONS, batch_norm_act, l1_norm
 from tests.compiled.folded import assert_folds
+from tests.compiled.prepared import (
+    ROUNDING,
+    Arguments,
+    assert_batch_norm_act,
+    assert_ends,
+    assert_ends_of_tap,
+    assert_sites,
+)
 from tests.compiled.test_host import TOLERANCES, assert_agree
 from tests.ops.layouts import channels_last
 
@@ -29,7 +37,15 @@ SHAPES = {
 # The modules of the package that ask which engine computes.
 PARTS = [
     f"gradl1_fast.backends.compiled.{name}"
-    for name in ("_tensors", "tap", "fake_quantize", "l1_norm", "batch_norm_act")
+    for name in (
+        "_tensors",
+        "tap",
+        "fake_quantize",
+        "l1_norm",
+        "batch_norm_act",
+        "_prepared",
+        "_prepared_batch_norm_act",
+    )
 ]
 
 
@@ -58,17 +74,28 @@ def compare(dtypes: list[torch.dtype]) -> int:
                 single = shape[0] == 1 and kind == "planes"
                 if not single:
                     assert_folds(compiled, shape, dtype, layout)
+                arguments = Arguments(shape, dtype, layout)
+                assert_ends_of_tap(arguments, compiled, ROUNDING[dtype])
+                if shape == SHAPES[kind][0]:
+                    assert_prepared(arguments, dtype)
                 for operation in OPERATIONS:
                     if operation is batch_norm_act and single:
                         continue
-                    for name, arguments in operation(shape, dtype, layout):
-                        actual = getattr(compiled, name)(*arguments)
-                        expected = getattr(reference, name)(*arguments)
+                    for name, given in operation(shape, dtype, layout):
+                        actual, expected = (getattr(b, name)(*given) for b in (compiled, reference))
                         tolerance = 0.0 if name == "fake_quantize_forward" else TOLERANCES[dtype]
                         tolerance = max(tolerance, 2e-6) if operation is l1_norm else tolerance
                         assert_agree(actual, expected, tolerance, f"{name} of {shape}, {kind}, {dtype}")
                         calls += 1
     return calls
+
+
+def assert_prepared(arguments: Arguments, dtype: torch.dtype) -> None:
+    """Compare what is prepared with the sweeps of the same half, and its ends with PyTorch's."""
+    assert_sites(arguments, compiled)
+    for quantized in (False, True):
+        assert_batch_norm_act(arguments, compiled, quantized=quantized)
+    assert_ends(arguments, compiled, ROUNDING[dtype])
 
 
 def many_tensors() -> None:

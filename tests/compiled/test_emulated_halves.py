@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from gradl1_fast.backends import compiled, reference
+from gradl1_fast.backends import compiled, contract, reference
 from tests.compiled.calls import NO_GRID, OPERATIONS, l1_norm
 from tests.compiled.emulated_matrix import load
+from tests.compiled.prepared import assert_same, true_ends
 from tests.compiled.test_host import TOLERANCES, assert_agree
 from tests.compiled.test_passes import CHANNELS, Counter, X
 from tests.ops.layouts import channels_last
@@ -102,6 +103,10 @@ def test_the_sums_of_more_blocks_than_a_warp_has_lanes() -> None:
     arguments = (x, *[None] * 5, *NO_GRID, True, 1e-5, "none")
     actual, expected = (b.batch_norm_act_forward(*arguments) for b in (compiled, reference))
     assert_agree(actual, expected, TOLERANCES[x.dtype], "batch_norm_act_forward")
+    options = {"training": True, "eps": 1e-5, "activation": "relu", "with_residual": False, "codes": None}
+    op = contract.prepare_batch_norm_act(compiled, x, **options, with_ends=True)  # type: ignore[arg-type]
+    y, *_, ends = op.forward(x, *[None] * 7)
+    assert_same(ends, true_ends(y), "ends")
 
 
 @pytest.mark.usefixtures("emulated_half")

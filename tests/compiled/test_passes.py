@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bench.kernels import sweeps
-from gradl1_fast.backends import compiled
+from gradl1_fast.backends import compiled, contract
 from tests.compiled.calls import NO_GRID
 
 X = torch.randn(4, 8, 16, 32)  # as many elements as a CUDA block takes in several turns, 16-byte packs
@@ -35,7 +35,7 @@ class Counter:
         self.watched: list[Tensor] = []
         self.place: Callable[[Tensor], Tensor] = torch.clone
 
-    def __call__(self, sweep: str, *arguments: Any) -> tuple[list[int], list[int]]:
+    def __call__(self, sweep: str | Callable[..., Any], *arguments: Any) -> tuple[list[int], list[int]]:
         """Return how often each argument and new tensor was read, and each new one written."""
         self.watched.clear()
         self.counts.gradl1_watch_nothing()
@@ -44,7 +44,7 @@ class Counter:
         with pytest.MonkeyPatch.context() as patch:
             new = torch.empty_like
             patch.setattr(torch, "empty_like", lambda like: self.watch(new(like)))
-            getattr(compiled, sweep)(*copies)
+            (getattr(compiled, sweep) if isinstance(sweep, str) else sweep)(*copies)
         read, written = (
             [whole(n / self.bytes) for n in self.all(name)] for name in ("bytes_read", "bytes_written")
         )
@@ -122,6 +122,32 @@ def test_batch_norm_act(
     cotangents = (x, CHANNELS, CHANNELS, other, ONE)
     read = [2, 1, 2, 2, 2, 0, 0] if residual else [2, 2, 2, 0, 0, 0]
     assert passes("batch_norm_act_double_backward", *cotangents, *saved) == (read, [1, 1])
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("activation", ["none", "relu"])
+def test_ends_of_batch_norm_act(
+    activation: str, residual: bool, layout: torch.memory_format, passes: Counter
+) -> None:
+    """The ends come out of the pass that writes y, and their gradient enters the passes that read dy."""
+    x = X.contiguous(memory_format=layout)
+    op = contract.prepare_batch_norm_act(
+        compiled, x, training=True, eps=1e-5, activation=activation, with_residual=residual, codes=None,
+        with_ends=True,
+    )  # fmt: skip
+    forward = (x, CHANNELS, CHANNELS, None, None, x if residual else None, None, None)
+    assert passes(op.forward, *forward) == ([2, *[1] * residual, 0], [1])
+    saved = (x, x, x, CHANNELS, CHANNELS, CHANNELS, CHANNELS, None, None)
+    expected = ([1, 2, 1, 0, 1], [1, 1]) if residual else ([2, 2, 0, 0], [1])
+    assert passes(op.backward, *saved, True, torch.ones(4), torch.ones(2)) == expected
+
+
+def test_ends_of_a_tap(passes: Counter) -> None:
+    tap = contract.prepare_tap(compiled, X)
+    assert passes(tap.ends, X) == ([1], [])
+    assert passes(tap.add_ends_gradient, X, X, torch.ones(4), torch.ones(2)) == ([1, 1, 0], [1])
+    assert passes(tap.add_ends_gradient, None, X, torch.ones(4), torch.ones(2)) == ([1, 0], [1])
 
 
 def test_l1_norm(passes: Counter) -> None:

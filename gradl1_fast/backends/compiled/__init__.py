@@ -11,6 +11,8 @@ from types import ModuleType
 import torch
 
 from gradl1_fast.backends.compiled._extension import describe, engine
+from gradl1_fast.backends.compiled._prepared import prepare_fake_quantize, prepare_tap
+from gradl1_fast.backends.compiled._prepared_batch_norm_act import prepare_batch_norm_act
 from gradl1_fast.backends.compiled.batch_norm_act import (
     batch_norm_act_backward,
     batch_norm_act_double_backward,
@@ -36,6 +38,9 @@ __all__ = [
     "l1_norm_double_backward",
     "l1_norm_forward",
     "load",
+    "prepare_batch_norm_act",
+    "prepare_fake_quantize",
+    "prepare_tap",
     "tap_backward",
     "tap_double_backward",
 ]

@@ -27,7 +27,7 @@ from gradl1_fast.backends.compiled._tensors import (
 )
 from gradl1_fast.backends.reference._tensors import absent, in_layout_of
 
-_ACTIVATIONS = {"none": 0, "relu": 1, "relu6": 2}
+ACTIVATIONS = {"none": 0, "relu": 1, "relu6": 2}
 
 
 def batch_norm_act_forward(
@@ -160,7 +160,7 @@ def _mask_source(activated: Tensor | None, x: Tensor, masked_residual: bool) -> 
 
 
 def _options(training: bool, with_residual: bool, activation: str, eps: float = 0.0) -> tuple[object, ...]:
-    return training, with_residual, _ACTIVATIONS[activation], eps
+    return training, with_residual, ACTIVATIONS[activation], eps
 
 
 def _vectors(x: Tensor, *vectors: Tensor | None) -> list[Tensor | None]:

@@ -1,0 +1,194 @@
+"""What operations prepared by the extension share, and the tap and fake quantization prepared.
+
+The extension has checked type, sizes and options when an object was made. A call allocates its results
+and hands over addresses, 0 where there is nothing. It looks at the layout of gradients and at the type of
+vectors, since both come from outside, and copies where they differ from what was prepared.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gradl1_fast._dtypes import sum_dtype
+from gradl1_fast.backends.compiled import tap
+from gradl1_fast.backends.compiled._tensors import DTYPES, dense, engine_for, new_vector, where
+
+__all__ = ["FakeQuantize", "Prepared", "Tap", "prepare_fake_quantize", "prepare_tap"]
+
+
+class Prepared:
+    """The layout and the types of all calls."""
+
+    def __init__(self, x: Tensor) -> None:
+        self._strides, self._dtype, self._sums = x.stride(), x.dtype, sum_dtype(x.dtype)
+        self._scalar, self._ends = new_vector(x), new_vector(x, 4)  # what results are made like
+        self._scratch_size = 0
+
+    def _tensor(self, t: Tensor, x: Tensor) -> Tensor:
+        """Return ``t`` in the type and layout of ``x``, which are those of preparation."""
+        if t.dtype is self._dtype and t.stride() == self._strides and not t.is_neg():
+            return t
+        return torch.empty_like(x).copy_(t)
+
+    def _vector(self, t: Tensor | None, kept: list[Tensor]) -> int:
+        """Return where ``t`` lies, one value for each channel or a scalar, in the type of sums.
+
+        A copy is added to ``kept``, which has to live as long as the address is in use.
+        """
+        if t is None:
+            return 0
+        if t.dtype is not self._sums or not t.is_contiguous() or t.is_neg():
+            t = t.to(self._sums).resolve_neg().contiguous()
+            kept.append(t)
+        return t.data_ptr()
+
+    def _has_room(self, raw: object) -> None:
+        """Note how much scratch memory the calls of ``raw`` want; the CPU loops have their own."""
+        self._scratch_size = int(raw.scratch_bytes) // 8  # type: ignore[attr-defined]
+
+    def _scratch(self, x: Tensor, kept: list[Tensor]) -> int:
+        """Return where scratch memory lies, kept likewise; 0 on the host."""
+        if not self._scratch_size:
+            return 0
+        kept.append(torch.empty((self._scratch_size,), dtype=torch.float64, device=x.device))
+        return kept[-1].data_ptr()
+
+
+class Tap(Prepared):
+    """The identity whose gradient is measured, and the ends of what passes."""
+
+    def __init__(self, x: Tensor) -> None:
+        super().__init__(x)
+        self._raw = engine_for(x).prepare_tap(DTYPES[x.dtype], x.numel())
+        self._has_room(self._raw)
+
+    def ends(self, x: Tensor) -> Tensor:
+        """Return the smallest and the largest value of ``x`` and how many values are equal to each."""
+        x, ends = x.resolve_neg() if x.is_neg() else x, torch.empty_like(self._ends)
+        kept: list[Tensor] = []
+        self._raw.ends(*where(x), self._scratch(x, kept), x.data_ptr(), ends.data_ptr())
+        return ends
+
+    def backward(self, dy: Tensor) -> Tensor:
+        """Return ``l1 = sum |dy|``."""
+        if dy.stride() != self._strides or dy.dtype is not self._dtype:
+            return tap.tap_backward(dy)
+        l1 = torch.empty_like(self._scalar)
+        kept: list[Tensor] = []
+        self._raw.backward(*where(dy), self._scratch(dy, kept), dy.data_ptr(), l1.data_ptr())
+        return l1
+
+    def double_backward(self, d_dx: Tensor | None, d_l1: Tensor | None, dy: Tensor) -> Tensor:
+        """Return ``d_dy = d_dx + d_l1 * sign(dy)``."""
+        if d_l1 is None or dy.stride() != self._strides or dy.dtype is not self._dtype or dy.is_neg():
+            return tap.tap_double_backward(d_dx, d_l1, dy)
+        v, d_dy = None if d_dx is None else self._tensor(d_dx, dy), torch.empty_like(dy)
+        kept: list[Tensor] = []
+        self._raw.double_backward(
+            *where(dy),
+            0 if v is None else v.data_ptr(),
+            self._vector(d_l1, kept),
+            dy.data_ptr(),
+            d_dy.data_ptr(),
+        )
+        return d_dy
+
+    def add_ends_gradient(self, dy: Tensor | None, x: Tensor, ends: Tensor, d_ends: Tensor) -> Tensor:
+        """Return ``dy`` plus what ``d_ends`` gives to ``x``."""
+        x = x.resolve_neg() if x.is_neg() else x
+        kept: list[Tensor] = []
+        g, total = None if dy is None else self._tensor(dy, x), torch.empty_like(x)
+        self._raw.add_ends_gradient(
+            *where(x),
+            self._scratch(x, kept),
+            0 if g is None else g.data_ptr(),
+            x.data_ptr(),
+            ends.data_ptr(),
+            self._vector(d_ends, kept),
+            total.data_ptr(),
+        )
+        return total
+
+
+class FakeQuantize(Prepared):
+    """Fake quantization to one grid for the tensor."""
+
+    def __init__(self, x: Tensor, codes: tuple[int, int]) -> None:
+        super().__init__(x)
+        self._raw = engine_for(x).prepare_fake_quantize(DTYPES[x.dtype], x.numel(), *codes)
+        self._has_room(self._raw)
+
+    def forward(self, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+        """Return ``x`` on the grid."""
+        x = x.resolve_neg() if x.is_neg() else x
+        kept: list[Tensor] = []
+        y = torch.empty_like(x)
+        self._raw.forward(
+            *where(x),
+            self._scratch(x, kept),
+            x.data_ptr(),
+            self._vector(scale, kept),
+            self._vector(zero_point, kept),
+            y.data_ptr(),
+        )
+        return y
+
+    def backward(
+        self, dy: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, with_l1: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return ``dx, l1``."""
+        x = x.resolve_neg() if x.is_neg() else x
+        kept: list[Tensor] = []
+        g, dx, l1 = self._tensor(dy, x), torch.empty_like(x), None
+        if with_l1:
+            l1 = torch.empty_like(self._scalar)
+        self._raw.backward(
+            *where(x),
+            self._scratch(x, kept),
+            g.data_ptr(),
+            x.data_ptr(),
+            self._vector(scale, kept),
+            self._vector(zero_point, kept),
+            dx.data_ptr(),
+            0 if l1 is None else l1.data_ptr(),
+        )
+        return dx, l1
+
+    def double_backward(
+        self,
+        d_dx: Tensor | None,
+        d_l1: Tensor | None,
+        dy: Tensor,
+        x: Tensor,
+        scale: Tensor,
+        zero_point: Tensor,
+    ) -> Tensor:
+        """Return ``d_dy``."""
+        if d_dx is None and d_l1 is None:
+            return torch.zeros_like(x)
+        x = x.resolve_neg() if x.is_neg() else x
+        kept: list[Tensor] = []
+        v, g, d_dy = None if d_dx is None else self._tensor(d_dx, x), self._tensor(dy, x), torch.empty_like(x)
+        self._raw.double_backward(
+            *where(x),
+            self._scratch(x, kept),
+            0 if v is None else v.data_ptr(),
+            self._vector(d_l1, kept),
+            g.data_ptr(),
+            x.data_ptr(),
+            self._vector(scale, kept),
+            self._vector(zero_point, kept),
+            d_dy.data_ptr(),
+        )
+        return d_dy
+
+
+def prepare_tap(x: Tensor) -> Tap | None:
+    """Prepare the tap of tensors like ``x``; None if their memory has gaps."""
+    return Tap(x) if dense(x) is x else None
+
+
+def prepare_fake_quantize(x: Tensor, codes: tuple[int, int]) -> FakeQuantize | None:
+    """Prepare fake quantization of tensors like ``x``; None if their memory has gaps."""
+    return FakeQuantize(x, codes) if dense(x) is x else None

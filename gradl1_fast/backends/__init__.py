@@ -36,7 +36,7 @@ import torch
 
 from gradl1_fast.backends import reference
 
-__all__ = ["OPERATIONS", "PRODUCTS", "UnavailableError", "available", "backend", "resolve"]
+__all__ = ["OPERATIONS", "PRODUCTS", "UnavailableError", "available", "backend", "chosen_by_name", "resolve"]
 
 OPERATIONS = ("tap", "fake_quantize", "l1_norm", "conv", "conv_transpose", "linear", "batch_norm_act")
 # Computed by cuDNN, cuBLAS and their like: no backend but the reference, which calls them, implements these.
@@ -142,11 +142,16 @@ def resolve(op: str, tensor: torch.Tensor) -> ModuleType:
 
     Precedence: :func:`backend`, then the environment variable ``GRADL1_BACKEND``, then automatic.
     """
-    name = _forced[-1] if _forced else os.environ.get("GRADL1_BACKEND")
+    name = chosen_by_name()
     if name:
         _check_name(name, "GRADL1_BACKEND")
         return _LOADERS[name](op, tensor.device)
     return _first_that_can(op, tensor.device.type)
+
+
+def chosen_by_name() -> str | None:
+    """Return the backend that :func:`backend` or the environment asks for, or None."""
+    return _forced[-1] if _forced else os.environ.get("GRADL1_BACKEND")
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Execution of plans by the registered operators: what a fused call in a plan's graph computes."""
+"""What a fused call in a plan's graph computes, by the registered operators."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gradl1_fast.nn.layers import QuantizedLayer
 from gradl1_fast.nn.quantizers import ActivationQuantizer
 from gradl1_fast.nn.sharing import leave_note
 
-__all__ = ["batch_norm_act", "executable"]
+__all__ = ["batch_norm_act", "fused"]
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda y: y,
@@ -24,17 +24,12 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def executable(container: nn.Module, graph: fx.Graph) -> Callable[..., Any]:
-    """Return a function of the container's arguments without a default that computes its graph, fused."""
-    graph = _copy(graph)
-    graph.owning_module = container  # type: ignore[assignment]  # what is impure depends on the modules called
-    fuse(container, graph, batch_norm_act)
-    return fx.GraphModule(container, graph).forward
-
-
-def _copy(graph: fx.Graph) -> fx.Graph:
+def fused(container: nn.Module, graph: fx.Graph) -> fx.Graph:
+    """Return a copy of a container's graph with batch norms fused with what follows them."""
     copy = fx.Graph()
     copy.output(copy.graph_copy(graph, {}))
+    copy.owning_module = container  # type: ignore[assignment]  # what is impure depends on the modules called
+    fuse(container, copy, batch_norm_act)
     return copy
 
 

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 from torch.utils._pytree import tree_leaves
 
-from gradl1_fast.conversion.execution import batch_norm_act, executable
+from gradl1_fast.conversion.execution import batch_norm_act
+from gradl1_fast.conversion.regions.region import Region, executable
 from gradl1_fast.conversion.snapshot import Snapshot
 from gradl1_fast.conversion.trace import is_leaf, trace
 from gradl1_fast.conversion.unchanged import NotTraceableError
@@ -28,6 +29,8 @@ from gradl1_fast.nn.layers import QuantizedLayer
 from gradl1_fast.nn.sharing import mark_input
 
 __all__ = ["containers", "install"]
+
+_HOOKS = "has hooks inside"
 
 
 def install(model: nn.Module) -> None:
@@ -103,8 +106,9 @@ class Planned:
         if self.reason:
             return None
         plan = self._plans.get(module.training)
-        if plan is None or (isinstance(plan, _Plan) and not plan.snapshot.holds(module)):
-            plan = self._plans[module.training] = _make(module)
+        # Hooks may be gone by now; another reason stays one.
+        if plan is None or plan == _HOOKS or (isinstance(plan, _Plan) and not plan.snapshot.holds(module)):
+            plan = self._plans[module.training] = _make(module, self._arming)
         if isinstance(plan, str):
             self.reason = plan
             return None
@@ -118,10 +122,11 @@ class _Plan:
     Attributes:
         snapshot: of the container.
         run: computes the container's result from its arguments.
+        regions: the parts of it that run as one node of the autograd graph.
     """
 
-    def __init__(self, snapshot: Snapshot, run: Callable[..., Any]) -> None:
-        self.snapshot, self.run = snapshot, run
+    def __init__(self, snapshot: Snapshot, run: Callable[..., Any], regions: list[Region]) -> None:
+        self.snapshot, self.run, self.regions = snapshot, run, regions
         self._proved: dict[tuple[Any, ...], str] = {}
 
     def prove(self, module: nn.Module, args: tuple[Any, ...]) -> str:
@@ -136,14 +141,14 @@ class _Plan:
         return self._proved[kind]
 
 
-def _make(module: nn.Module) -> _Plan | str:
+def _make(module: nn.Module, arming: Arming) -> _Plan | str:
     snapshot = Snapshot.of(module)
     if snapshot.has_hooks:
-        return "has hooks inside"
+        return _HOOKS
     if type(module) is nn.BatchNorm2d:
-        return _Plan(snapshot, lambda x: batch_norm_act(module, x, None, "none", None))
+        return _Plan(snapshot, lambda x: batch_norm_act(module, x, None, "none", None), [])
     try:
-        return _Plan(snapshot, executable(module, trace(module).graph))
+        return _Plan(snapshot, *executable(module, trace(module).graph, arming))
     except NotTraceableError as reason:
         return str(reason)
 

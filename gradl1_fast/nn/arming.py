@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-__all__ = ["Arming", "armings_of", "is_armed", "is_recomputing"]
+__all__ = ["Arming", "armings_of", "asking", "is_armed", "is_recomputing"]
 
 Planner = Callable[[nn.Module], None]
 
@@ -32,6 +33,8 @@ class Arming:
         notes: what is known of tensors that passed through a site, see :mod:`gradl1_fast.nn.sharing`. A
             result may lead back to its tensor through a graph that nobody differentiates, so that notes are
             dropped as soon as a forward pass is over.
+        asked: what a penalty that is differentiating a loss asks for: gradients of ``"weights"`` and sites, or
+            of sites alone, ``"activations"``; otherwise ``"all"``, whatever somebody might ask for.
     """
 
     def __init__(self, planner: Planner | None = None) -> None:
@@ -39,6 +42,7 @@ class Arming:
         self.has_run = False
         self.passes = 0
         self.notes: Any = WeakIdKeyDictionary()
+        self.asked = "all"
         self._wanted: dict[int, tuple[bool, bool]] = {}
         self._now = self._before = (False, False)
 
@@ -90,6 +94,22 @@ def armings_of(modules: Iterable[nn.Module]) -> Iterator[Arming]:
         if isinstance(arming, Arming) and id(arming) not in seen:
             seen.add(id(arming))
             yield arming
+
+
+@contextlib.contextmanager
+def asking(armings: Iterable[Arming], asked: str) -> Iterator[None]:
+    """Say what the gradients that are computed inside the block are needed for; see :class:`Arming`."""
+    armings = list(armings)
+    if torch.compiler.is_compiling():
+        yield
+        return
+    for arming in armings:
+        arming.asked = asked
+    try:
+        yield
+    finally:
+        for arming in armings:
+            arming.asked = "all"
 
 
 def is_recomputing() -> bool:

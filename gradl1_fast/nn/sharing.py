@@ -145,7 +145,7 @@ def _is_input(x: Tensor) -> bool:
 def _values_of(x: Tensor) -> tuple[int, int, int]:
     """Return what is the same for a tensor and a view of all of it, in another shape or order of axes."""
     whole = x._base if x._is_view() else x
-    return id(whole), x.storage_offset(), x.numel()
+    return id(whole), int(x.storage_offset()), x.numel()
 
 
 def _note_on(x: Tensor, layer: int, quantizer: ActivationQuantizer) -> _Note | None:

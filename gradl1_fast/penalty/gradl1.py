@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gradl1_fast import _checks as check
 from gradl1_fast.functional import l1_norm
-from gradl1_fast.nn.arming import Arming, armings_of
+from gradl1_fast.nn.arming import Arming, armings_of, asking
 from gradl1_fast.nn.sites import named_layers
 from gradl1_fast.ops import second_derivatives
 from gradl1_fast.penalty.checks.custom_functions import gradients
@@ -272,7 +272,8 @@ class GradL1:
         inputs = [term.tensor for term in weights] + [site.probe for site in sites]
         if not inputs:
             raise RuntimeError("GradL1: every weight is frozen and no activation is penalised")
-        with _no_autocast(loss.device.type):
+        asked = "weights" if weights else "activations"
+        with _no_autocast(loss.device.type), asking(self._armings, asked):
             grads = list(gradients(loss, inputs, functions))
         if not torch.compiler.is_compiling():
             refuse_shards(self.model.named_parameters())

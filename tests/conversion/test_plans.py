@@ -68,9 +68,9 @@ def test_plans_run_where_they_say_so_and_only_while_armed(monkeypatch: pytest.Mo
     calls: list[str] = []
     original = planned.executable
 
-    def counted(container: nn.Module, graph: Any) -> Callable[..., Any]:
-        run = original(container, graph)
-        return lambda *args: (calls.append("plan"), run(*args))[1]
+    def counted(*args: Any) -> tuple[Callable[..., Any], Any]:
+        run, regions = original(*args)
+        return lambda *args: (calls.append("plan"), run(*args))[1], regions
 
     monkeypatch.setattr(planned, "executable", counted)
     converted, x = gl.convert(VGG.make()), VGG.batch()[0]
@@ -193,9 +193,9 @@ def test_a_plan_is_kept_for_each_mode_and_taken_again(monkeypatch: pytest.Monkey
     made: list[bool] = []
     original = planned._make
 
-    def counted(module: nn.Module) -> Any:
+    def counted(module: nn.Module, arming: Any) -> Any:
         made.append(module.training)
-        return original(module)
+        return original(module, arming)
 
     monkeypatch.setattr(planned, "_make", counted)
     converted, x = gl.convert(built(Switched)), images()

@@ -31,9 +31,9 @@ WRONG: dict[str, Callable[[Any], Any]] = {
 def test_a_wrong_plan_is_not_run(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     original = planned.executable
 
-    def wrong(container: nn.Module, graph: Any) -> Callable[..., Any]:
-        run = original(container, graph)
-        return lambda *args: WRONG[kind](run(*args))
+    def wrong(*args: Any) -> tuple[Callable[..., Any], Any]:
+        run, regions = original(*args)
+        return lambda *args: WRONG[kind](run(*args)), regions
 
     monkeypatch.setattr(planned, "executable", wrong)
     x, make = images(), PLANNED["in_place_add"]

@@ -136,6 +136,10 @@ def refuse_other_scale(graph: Graph, site: str, present: int | None, wanted: int
         RuntimeError: names the activation.
     """
     for node in graph.users[site]:
+        if hasattr(node, "measured_at"):  # a region
+            if node.measured_at != wanted:
+                raise RuntimeError(OTHER_SCALE.format(site))
+            continue
         scaled = node.name() == _SCALED
         # A region of torch.compile with the backend "eager" leaves nodes without notes.
         if (getattr(node, "step_bits", present) if scaled else None) != wanted:

@@ -1,0 +1,388 @@
+"""Regions: one node of the graph that computes what its modules do, however gradients are asked for."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import gradl1_fast as gl
+from gradl1_fast.conversion.regions import region as regions
+from gradl1_fast.conversion.regions.operations import Operation, _Product
+from tests.conversion.models import Base, model
+from tests.conversion.runs import assert_equal_steps, built, images, loss_of
+
+Features = Callable[[Base, Tensor], Tensor]
+
+
+def residual(m: Base, x: Tensor) -> Tensor:
+    y = m.relu(m.bn1(m.conv1(x)))
+    return m.relu(m.bn2(m.conv2(y)) + y)
+
+
+def concatenated(m: Base, x: Tensor) -> Tensor:
+    y = m.relu(m.conv1(x))
+    return m.conv2(torch.cat([m.conv1(y), y], 1)[:, :4] + y)
+
+
+PARTS: dict[str, tuple[dict[str, Any], Features]] = {
+    "residual": ({}, residual),
+    "concatenation": (
+        {"wide": nn.Conv2d(8, 4, 1)},
+        lambda m, x: m.wide(torch.cat([m.conv1(x), m.conv2(x)], 1)),
+    ),
+    "max pooling": ({"pool": nn.MaxPool2d(2, 1, 1)}, lambda m, x: m.conv2(m.pool(m.conv1(x)))),
+    "average pooling": ({"pool": nn.AvgPool2d(3, 2, 1)}, lambda m, x: m.conv2(m.pool(m.conv1(x)))),
+    "global pooling": ({"pool": nn.AdaptiveAvgPool2d(1)}, lambda m, x: m.conv2(m.pool(m.conv1(x)))),
+    "flattened": (
+        {"flat": nn.Flatten(), "head": nn.Linear(100, 4)},
+        lambda m, x: m.head(m.flat(m.relu(m.conv1(x))))[..., None, None],
+    ),
+    "linear on tokens": (
+        {"one": nn.Linear(5, 6), "two": nn.Linear(6, 5, bias=False)},
+        lambda m, x: m.two(m.relu(m.one(m.conv1(x)))),
+    ),
+    "ReLU6 alone": ({"act": nn.ReLU6()}, lambda m, x: (lambda y: m.conv2(m.act(y + y.relu())))(m.conv1(x))),
+    "grouped and strided": (
+        {"deep": nn.Conv2d(4, 4, 3, 2, 2, 2, groups=4)},
+        lambda m, x: m.conv2(m.relu(m.deep(m.conv1(x)))),
+    ),
+    "the same layer twice": ({}, lambda m, x: m.conv1(m.relu(m.conv1(m.conv2(x))))),
+    "parted by what no region takes": ({}, lambda m, x: m.conv2(torch.tanh(m.bn1(m.conv1(x))) * 2)),
+    "two outputs": ({}, lambda m, x: (lambda y: torch.sin(y) * m.bn2(m.conv2(y)))(m.bn1(m.conv1(x)))),
+}
+
+
+def make(part: str) -> Callable[[], nn.Module]:
+    layers, features = PARTS[part]
+    return lambda: model(features, **layers)
+
+
+def regions_of(converted: nn.Module) -> list[regions.Region]:
+    plan = converted._compiled_call_impl._plans[converted.training]
+    return plan.regions
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("scale", ["none", "step"])
+@pytest.mark.parametrize("part", PARTS)
+def test_a_region_computes_what_its_modules_do(part: str, scale: str, training: bool) -> None:
+    converted = gl.convert(built(make(part), training))
+    assert_equal_steps(built(make(part), training), converted, loss_of(images()), scale=scale, steps=2)
+    found = regions_of(converted)
+    assert found
+    assert not any(region.reason for region in found)
+
+
+@contextlib.contextmanager
+def without_regions() -> Iterator[None]:
+    """Let the fused operators of plans run, which are those of the library, each a node of the graph."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(regions, "_why_not", lambda given: "asked not to")
+        yield
+
+
+Gradients = list[Tensor | None]
+
+
+def together(loss: Tensor, penalty: Tensor, parameters: list[Tensor]) -> Gradients:
+    (loss + penalty).backward()
+    return [p.grad for p in parameters]
+
+
+def loss_first(loss: Tensor, penalty: Tensor, parameters: list[Tensor]) -> Gradients:
+    loss.backward(retain_graph=True)
+    penalty.backward()
+    return [p.grad for p in parameters]
+
+
+def penalty_first(loss: Tensor, penalty: Tensor, parameters: list[Tensor]) -> Gradients:
+    penalty.backward(retain_graph=True)
+    loss.backward()
+    return [p.grad for p in parameters]
+
+
+def by_grad(loss: Tensor, penalty: Tensor, parameters: list[Tensor]) -> Gradients:
+    return list(torch.autograd.grad(loss + penalty, parameters, allow_unused=True))
+
+
+def for_a_few(loss: Tensor, penalty: Tensor, parameters: list[Tensor]) -> Gradients:
+    return list(torch.autograd.grad(loss + penalty, parameters[:2]))
+
+
+def a_few_of_the_penalty_first(loss: Tensor, penalty: Tensor, parameters: list[Tensor]) -> Gradients:
+    torch.autograd.grad(penalty, parameters[-1:], retain_graph=True, allow_unused=True)
+    loss.backward()
+    return [p.grad for p in parameters]
+
+
+def penalty_alone(loss: Tensor, penalty: Tensor, parameters: list[Tensor]) -> Gradients:
+    penalty.backward()
+    return [p.grad for p in parameters]
+
+
+def twice(loss: Tensor, penalty: Tensor, parameters: list[Tensor]) -> Gradients:
+    for _ in range(2):
+        (loss + penalty).backward(retain_graph=True)
+    return [p.grad for p in parameters]
+
+
+WAYS = (
+    *(
+        together,
+        loss_first,
+        penalty_first,
+        by_grad,
+        for_a_few,
+        a_few_of_the_penalty_first,
+        penalty_alone,
+        twice,
+    ),
+)
+
+
+def gradients(converted: nn.Module, x: Tensor, scale: str, way: Any) -> tuple[Tensor, Tensor, Gradients]:
+    penalty = gl.GradL1(converted, 0.3, 0.2, scale=scale)
+    loss = loss_of(x)(converted)
+    value = penalty(loss)
+    return loss.detach(), value.detach(), way(loss, value, list(converted.parameters()))
+
+
+def assert_same_bits(one: Any, other: Any, rtol: float = 0) -> None:
+    for a, b in zip(one, other, strict=True):
+        torch.testing.assert_close(a, b, rtol=rtol, atol=rtol)
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+@pytest.mark.parametrize("part", ["residual", "parted by what no region takes", "two outputs"])
+def test_gradients_have_the_bits_of_the_modules_in_every_way_of_asking(part: str, way: Any) -> None:
+    for scale, rtol in (("none", 0), ("step", 1e-12)):  # steps add up in another order
+        found = compared(part, lambda m, scale=scale: gradients(m, images(), scale, way))
+        assert_same_bits(found[0][:2], found[1][:2], rtol)
+        assert_same_bits(found[0][2], found[1][2], rtol)
+
+
+def compared(part: str, run: Callable[[nn.Module], Any]) -> list[Any]:
+    """Return what a function of a converted model gives with regions, and without."""
+    found = [run(gl.convert(built(make(part))))]
+    with without_regions():
+        return [*found, run(gl.convert(built(make(part))))]
+
+
+@pytest.mark.parametrize(
+    "frozen", [["conv1.weight"], ["conv1.weight", "bn1.weight", "bn1.bias"], ["bn2.weight"]]
+)
+def test_frozen_parameters(frozen: list[str]) -> None:
+    def run(converted: nn.Module) -> Gradients:
+        for name in frozen:
+            converted.get_parameter(name).requires_grad_(False)
+        return gradients(converted, images(), "none", together)[2]
+
+    assert_same_bits(*compared("residual", run))
+
+
+def test_every_gradient_of_the_loss_may_be_differentiated() -> None:
+    """Those of biases and of batch norms too, which no penalty asks for."""
+
+    def run(converted: nn.Module) -> Gradients:
+        penalty = gl.GradL1(converted, 0.3, 0.2)
+        parameters = list(converted.parameters())
+        grads = torch.autograd.grad(loss_of(images())(converted), parameters, create_graph=True)
+        sum(grad.square().sum() for grad in grads).backward()
+        assert penalty.enabled
+        return [p.grad for p in parameters]
+
+    assert_same_bits(*compared("residual", run), rtol=1e-12)
+
+
+def test_third_order_is_refused() -> None:
+    converted = gl.convert(built(make("residual")))
+    penalty = gl.GradL1(converted, 0.3, 0.2)
+    loss = loss_of(images())(converted)
+    grads = torch.autograd.grad(loss + penalty(loss), list(converted.parameters()), create_graph=True)
+    with pytest.raises(RuntimeError, match="first and second order"):
+        sum(grad.square().sum() for grad in grads).backward()
+
+
+def test_a_graph_is_used_once_and_changed_tensors_are_found() -> None:
+    converted = gl.convert(built(make("residual")))
+    penalty = gl.GradL1(converted, 0.3, 0.2)
+    loss = loss_of(images())(converted)
+    loss.backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+    loss = loss_of(images())(converted)
+    value = penalty(loss)
+    with torch.no_grad():
+        converted.get_parameter("conv1.weight").add_(1)
+    with pytest.raises(RuntimeError, match="inplace operation"):
+        (loss + value).backward()
+
+
+def test_hooks_that_come_and_go_between_steps() -> None:
+    seen: list[Tensor] = []
+    converted, plain = (gl.convert(built(make("residual"))) for _ in range(2))
+    penalties = [gl.GradL1(m, 0.3, 0.2) for m in (converted, plain)]
+    for step in range(4):
+        if step == 1:
+            handle = converted.bn1.register_forward_hook(lambda m, args, out: seen.append(out))
+        if step == 3:
+            handle.remove()
+        found = []
+        for m, penalty in zip((converted, plain), penalties, strict=True):
+            m.zero_grad()
+            loss = loss_of(images())(m)
+            (loss + penalty(loss)).backward()
+            found.append([p.grad.clone() for p in m.parameters()])
+        assert_same_bits(*found, rtol=1e-10)
+        assert ("hooks" in converted._compiled_call_impl.reason) == (step in (1, 2))
+    assert len(seen) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_under_autocast_loss_and_penalty_have_the_bits_of_the_operators(dtype: torch.dtype) -> None:
+    """Gradients of weights add up in the type of the weights, rather than in that of the products."""
+
+    def run(converted: nn.Module) -> Gradients:
+        converted.float()
+        penalty = gl.GradL1(converted, 0.3, 0.2, scale="none")
+        with torch.autocast("cpu", dtype=dtype):
+            loss = converted(images().float()).float().square().mean()
+        value = penalty(loss)
+        (loss + value).backward()
+        return [loss.detach(), value.detach(), *(p.grad for p in converted.parameters())]
+
+    found, expected = compared("residual", run)
+    assert_same_bits(found[:2], expected[:2])
+    for gradient, wanted in zip(found[2:], expected[2:], strict=True):
+        error = (gradient - wanted).norm() / wanted.norm().clamp(min=1e-3)
+        assert error < torch.finfo(dtype).eps, error
+
+
+def test_a_loss_that_is_not_finite_gives_a_penalty_and_gradients_that_are_not() -> None:
+    converted = gl.convert(built(make("residual")))
+    penalty = gl.GradL1(converted, 0.3, 0.2)
+    loss = loss_of(images())(converted) * float("nan")
+    value = penalty(loss)
+    (loss + value).backward()
+    assert value.isnan()
+    assert all(p.grad.isnan().all() for p in converted.parameters())
+
+
+def test_what_a_pass_keeps_is_freed_as_the_last_backward_pass_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: list[int] = []
+    for kind in (*Operation.__subclasses__(), *_Product.__subclasses__()):
+        if "backward" in vars(kind):
+            monkeypatch.setattr(kind, "backward", counting(kind.backward, alive))
+    converted = gl.convert(built(make("residual")))
+    penalty = gl.GradL1(converted, 0.3, 0.2)
+    loss = loss_of(images())(converted)
+    value = penalty(loss)
+    assert len(set(alive)) == 1
+    alive.clear()
+    (loss + value).backward()
+    assert alive == sorted(alive, reverse=True)
+    assert alive[-1] == 1
+
+
+def counting(original: Callable[..., None], alive: list[int]) -> Callable[..., None]:
+    def backward(self: Operation, run: Any, dy: Tensor) -> None:
+        alive.append(sum(entry is not None for entry in run.saved))
+        original(self, run, dy)
+
+    return backward
+
+
+def test_a_region_is_one_node_and_nothing_of_it_is_left_without_a_cycle_collector() -> None:
+    converted = gl.convert(built(make("residual")))
+    penalty = gl.GradL1(converted, 0.3, 0.2)
+    gc.collect()
+    gc.disable()
+    try:
+        for backward in (True, False):
+            loss = loss_of(images())(converted)
+            value = penalty(loss)
+            node = weakref.ref(find(loss))
+            if backward:
+                (loss + value).backward()
+            del loss, value
+            assert node() is None
+    finally:
+        gc.enable()
+
+
+def find(loss: Tensor) -> Any:
+    pending = [loss.grad_fn]
+    while pending:
+        node = pending.pop()
+        if "_Region" in node.name():
+            return node
+        pending += [parent for parent, _ in node.next_functions if parent is not None]
+    raise AssertionError("no region")
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_with_several_processes_regions_end_where_a_bucket_of_gradients_is_full(
+    several: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    distributed = torch.distributed
+    monkeypatch.setattr(distributed, "is_initialized", lambda: several)
+    monkeypatch.setattr(distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr("gradl1_fast.conversion.regions.partition._BUCKET", 1500)
+    converted = gl.convert(built(make("residual")))
+    assert_equal_steps(built(make("residual")), converted, loss_of(images()), scale="step", steps=2)
+    assert len(regions_of(converted)) == (2 if several else 1)
+
+
+def test_programs_are_made_once_for_a_shape_and_old_ones_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    original = regions.Region._make
+    monkeypatch.setattr(regions.Region, "_make", lambda *args: (made.append(1), original(*args))[1])
+    converted = gl.convert(built(make("residual")))
+    penalty = gl.GradL1(converted, 0.3, 0.2)
+    for size in (4, 4, 2, 4, 2):
+        loss = loss_of(images()[:size])(converted)
+        (loss + penalty(loss)).backward()
+    assert len(made) == 3  # two shapes, and the comparison with the modules, which has no gradients
+    for size in range(5, 30):
+        loss = loss_of(torch.randn(2, 4, 5, size, dtype=torch.float64))(converted)
+        (loss + penalty(loss)).backward()
+    assert all(len(region._programs) <= regions._KEPT for region in regions_of(converted))
+
+
+CHANGES: tuple[Callable[[nn.Module], Any], ...] = (
+    lambda m: None,
+    lambda m: setattr(m.bn1, "eps", 0.5),
+    lambda m: (setattr(m.conv1, "dilation", (2, 2)), setattr(m.conv1, "padding", (2, 2))),
+)
+
+
+def test_a_changed_attribute_of_a_layer_makes_another_program() -> None:
+    def run(converted: nn.Module) -> list[Tensor]:
+        found, penalty = [], gl.GradL1(converted, 0.3, 0.2, scale="none")
+        for change in CHANGES:
+            change(converted)
+            loss = loss_of(images())(converted)
+            found += [loss.detach(), penalty(loss).detach()]
+        return found
+
+    found, expected = compared("residual", run)
+    assert_same_bits(found, expected)
+    assert len(set(map(float, found))) == len(found)
+
+
+def test_where_a_region_cannot_run_the_operators_do() -> None:
+    def run(converted: nn.Module) -> list[Tensor]:
+        penalty = gl.GradL1(converted, 0.3, 0.2)
+        with torch.autograd.graph.save_on_cpu():
+            loss = loss_of(images())(converted)
+        assert regions_of(converted)[0].reason
+        return [loss.detach(), penalty(loss).detach()]
+
+    assert_same_bits(*compared("residual", run))

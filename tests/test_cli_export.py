@@ -46,12 +46,13 @@ def test_onnx(run: Path) -> None:
     assert result.exit_code == 0, result.output
     assert (run / "model-w4-a8.onnx").stat().st_size > 1000
     for words in (
+        "accuracy of the file",
         "largest code difference",
         "top-1 agreement",
         "100.00 %",
         "500 test images",
         "9 of 9",
-        "ms for one image",
+        "ms for one input",
     ):
         assert words in result.output
 
@@ -73,12 +74,35 @@ def test_a_mismatch_fails_and_nothing_is_written(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(command.agreement, "TOP_1", 1.5)
-    for form in ("onnx", "torch-export"):
-        result = gradl1(run, "--w", 4, "--a", 8, "--out", tmp_path / "file", "--format", form)
-        assert result.exit_code == 1
-        assert "nothing is written: top-1 agreement is 100.00 %, needed is 150 %" in result.output
-        assert result.output.count("gradl1:") == 1
-        assert not list(tmp_path.iterdir())
+    result = gradl1(run, "--out", tmp_path / "file", "--format", "any-bit")
+    assert result.exit_code == 1
+    assert "nothing is written: top-1 agreement is 100.00 %, needed is 150 %" in result.output
+    assert result.output.count("gradl1:") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_too_large_a_loss_of_accuracy_fails_and_nothing_is_written(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "accuracy", lambda model, batch: 99.0)
+    out = tmp_path / "file"
+    assert gradl1(run, "--out", out, "--format", "any-bit", "--max-drop", 100).exit_code == 0
+    out.unlink()
+    result = gradl1(run, "--out", out, "--format", "any-bit", "--max-drop", 1)
+    assert result.exit_code == 1
+    assert "nothing is written: accuracy falls from 99.00 to " in result.output
+    assert not list(tmp_path.iterdir())
+
+
+def test_widths_are_asked_for(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = gradl1(run)
+    assert result.exit_code == 1
+    assert "which widths? Give --w and --a" in result.output
+    monkeypatch.setattr(command, "_is_answered", lambda: True)
+    monkeypatch.setattr(command, "_write", lambda *args: print("widths:", *args[4:6]))
+    answered = CliRunner().invoke(app, ["export", str(run)], input="4\n\n")
+    assert answered.exit_code == 0, answered.output
+    assert "widths: 4 8" in answered.output
 
 
 @pytest.mark.parametrize(

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import errno
+import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import torch
 import typer
 from rich.console import Console
-from torch import Tensor
 
 from gradl1_fast._plots import width_name
 from gradl1_fast.cli._console import fail, pairs, table
 from gradl1_fast.cli.app import app
-from gradl1_fast.quantization import save_any_bit
-from gradl1_fast.quantization.export import FORMATS, Agreement, Exported, Prepared, agreement
-from gradl1_fast.quantization.export.agreement import feed_of
-from gradl1_fast.quantization.export.arguments import Arguments
-from gradl1_fast.quantization.export.speed import integer_layers, latencies
+from gradl1_fast.quantization.export import FORMATS, Agreement, Format, agreement
+from gradl1_fast.quantization.export.formats import File
 from gradl1_fast.training import runs
+from gradl1_fast.training.data.batches import Batch
 from gradl1_fast.training.loop import accuracy
 
 __all__ = ["export"]
@@ -32,7 +29,7 @@ gradl1 export runs/digits --w 4 --a 8 --format torch-export --out digits.pt2
 
 gradl1 export runs/digits --format any-bit
 """
-_ANY_BIT = "any-bit"
+_ASKED = "which widths? Give --w and --a, such as --w 8 --a 8, or --w 4 for weights alone"
 
 
 @app.command(epilog=_EPILOG)
@@ -49,15 +46,23 @@ def export(
     format: Annotated[
         str,
         typer.Option(
-            metavar="|".join((*FORMATS, _ANY_BIT)),
-            help="onnx: integers between QuantizeLinear and DequantizeLinear. torch-export: a .pt2 "
-            "program with integer weights. any-bit: one file for every width.",
+            metavar="|".join(FORMATS),
+            help="; ".join(f"{name}: {entry.summary}" for name, entry in FORMATS.items()) + ".",
         ),
     ] = "onnx",
     out: Annotated[
         Path | None, typer.Option(help="File to write. By default in RUN.", show_default=False)
     ] = None,
     inputs: Annotated[int, typer.Option(min=1, help="How many test images are compared.")] = 500,
+    max_drop: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            metavar="POINTS",
+            help="Write nothing if accuracy falls by more than this from float.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Write a trained network as a file with integer weights, and check what the file computes.
 
@@ -65,24 +70,21 @@ def export(
     test images, ONNX in a plain session of onnxruntime, and must agree with
     the simulation of this library: codes of activations at most 1 apart,
     outputs within 0.1 % of the largest, the same decision for 99 % of the
-    images. Otherwise nothing is written and the command fails.
+    images, accuracy at most 1 point lower. Otherwise nothing is written and
+    the command fails.
     """  # fmt: skip
-    if format not in (*FORMATS, _ANY_BIT):
-        fail(f"there is no format {format!r}; there are {', '.join((*FORMATS, _ANY_BIT))}")
+    if format not in FORMATS:
+        fail(f"there is no format {format!r}; there are {', '.join(FORMATS)}")
+    chosen = FORMATS[format]
     try:
         loaded = runs.load(run)
-        ending = ".safetensors" if format == _ANY_BIT else FORMATS[format].ending
-        path = out or run / f"model{_widths(format, w, a)}{ending}"
+        w, a = _widths(chosen, w, a)
+        name = f"w{width_name(w)}-a{width_name(a)}" if chosen.has_widths else chosen.name
+        path = out or run / f"model-{name}{chosen.ending}"
         if not path.parent.is_dir():
             raise FileNotFoundError(errno.ENOENT, "there is no such folder to write to", str(path.parent))
-        if format == _ANY_BIT:
-            if (w, a) != (None, None):
-                raise ValueError(
-                    "an any-bit file holds every width: leave out --w and --a, and choose when it is read"
-                )
-            _any_bit(loaded, path)
-        else:
-            _write(loaded, path, format, loaded.data.test[0][:inputs], w, a)
+        images, labels = loaded.data.test
+        _write(loaded, path, chosen, (images[:inputs], labels[:inputs]), w, a, max_drop)
     except ImportError as error:
         fail(str(error))
     except OSError as error:
@@ -92,60 +94,56 @@ def export(
     Console().print(f"\nFile: [bold]{path}[/bold]", soft_wrap=True, highlight=False)
 
 
-def _widths(format: str, w: int | None, a: int | None) -> str:
-    return f"-{_ANY_BIT}" if format == _ANY_BIT else f"-w{width_name(w)}-a{width_name(a)}"
+def _widths(format: Format, w: int | None, a: int | None) -> tuple[int | None, int | None]:
+    """Return the widths that were given; ask for them where there is somebody to answer."""
+    if not format.has_widths or (w, a) != (None, None):
+        return w, a
+    if not _is_answered():
+        raise ValueError(_ASKED)
+    asked = [typer.prompt(f"Bits of the {kind}", 8, type=int) for kind in ("weights", "activations")]
+    return asked[0], asked[1]
 
 
-def _write(loaded: runs.Loaded, path: Path, name: str, images: Tensor, w: int | None, a: int | None) -> None:
-    format = FORMATS[name]
+def _is_answered() -> bool:
+    return sys.stdin.isatty()
+
+
+def _write(
+    loaded: runs.Loaded,
+    path: Path,
+    format: Format,
+    batch: Batch,
+    w: int | None,
+    a: int | None,
+    max_drop: float | None,
+) -> None:
+    images, labels = batch
     file = format.write(loaded.model, images, w=w, a=a)
-    found = format.compare(file, images)
-    _print_network(loaded, file.prepared, len(images))
-    if isinstance(file, Exported):
-        _print_speed(file, images)
+    found = format.compare(file, images, labels)
+    before = accuracy(loaded.model, batch)
+    _print_network(file, found, before)
+    for details in format.details(file, images):
+        Console().print(table(details.title, details.header, details.rows))
     _print_agreement(found, len(file.data))
     for remark in file.remarks:
         Console().print(f"- {remark}", highlight=False, markup=False)
-    if found.faults():
-        raise ValueError(f"nothing is written: {'; '.join(found.faults())}")
+    faults = found.faults()
+    if max_drop is not None and found.accuracy is not None and found.accuracy < before - max_drop:
+        drop = f"from {before:.2f} to {found.accuracy:.2f} %"
+        faults.append(f"accuracy falls {drop}, allowed are {max_drop:g} points")
+    if faults:
+        raise ValueError(f"nothing is written: {'; '.join(faults)}")
     file.save(path)
 
 
-def _any_bit(loaded: runs.Loaded, path: Path) -> None:
-    sizes = save_any_bit(loaded.model, path)
-    whole = _float_bytes(loaded)
-    rows = [(str(w), f"{size:,}", f"{whole / size:.1f}") for w, size in reversed(sizes.items())]
-    header = ("bits", "bytes to read", "times smaller than float")
-    Console().print(table(f"Any-bit file; in float the network is {whole:,} bytes", header, rows))
-
-
-def _float_bytes(loaded: runs.Loaded) -> int:
-    return sum(value.numel() * value.element_size() for value in loaded.model.state_dict().values())
-
-
-def _print_network(loaded: runs.Loaded, prepared: Prepared, count: int) -> None:
-    batch = loaded.data.test[0][:count], loaded.data.test[1][:count]
-    folding = prepared.folding
-    rows = {
-        "widths": prepared.widths(),
-        "batch norms folded": f"{len(folding.folded)} of {len(folding.folded) + len(folding.refused)}",
-        "accuracy in float": f"{accuracy(loaded.model, batch):.2f} %",
-        "accuracy as exported": f"{accuracy(prepared.model, batch):.2f} % (simulation)",
-    }
+def _print_network(file: File, found: Agreement, before: float) -> None:
+    folding = file.prepared.folding
+    rows = {"widths": file.prepared.widths()}
+    if norms := len(folding.folded) + len(folding.refused):
+        rows["batch norms folded"] = f"{len(folding.folded)} of {norms}"
+    rows["accuracy in float"] = f"{before:.2f} %"
+    rows["accuracy of the file"] = f"{found.accuracy:.2f} %, in the simulation {found.expected:.2f} %"
     Console().print(pairs("Network", rows))
-
-
-def _print_speed(file: Exported, images: Tensor) -> None:
-    threads = torch.get_num_threads()
-    files = {"float": file.in_float(), "exported": file.data}
-    feed: dict[str, Any] = feed_of(file, Arguments.of(images[:1]))
-    times = latencies(files, feed, threads=threads)
-    rows = []
-    for name, data in files.items():
-        integer, count = integer_layers(data)
-        rows.append((name, f"{len(data):,}", f"{1e3 * times[name]:.2f}", f"{integer} of {count}"))
-    header = ("", "bytes", "ms for one image", "layers in integers")
-    Console().print(table(f"onnxruntime on the CPU, {threads} thread(s), median of 20 runs", header, rows))
 
 
 def _print_agreement(found: Agreement, size: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,11 +21,22 @@ if TYPE_CHECKING:
     from gradl1_fast.quantization.export.onnx_file import Exported
     from gradl1_fast.quantization.export.prepared import Prepared
 
-__all__ = ["CODES", "OUTPUTS", "TOP_1", "Agreement", "compare", "compare_torch", "feed_of"]
+__all__ = [
+    "ACCURACY",
+    "CODES",
+    "OUTPUTS",
+    "TOP_1",
+    "Agreement",
+    "compare",
+    "compare_model",
+    "compare_torch",
+    "feed_of",
+]
 
 CODES = 1  # a value on the edge between two codes may fall to either side
 OUTPUTS = 1e-3  # of the largest output
 TOP_1 = 0.99
+ACCURACY = 1.0  # points below the simulation
 
 
 @dataclass(frozen=True)
@@ -43,6 +55,8 @@ class Agreement:
         outputs: largest difference of two outputs, relative to the largest output.
         top_1: share of the inputs for which the largest output is the same.
         end_to_end: largest difference of two outputs end to end, relative to the largest output.
+        accuracy: percentage that the file gets right, where labels were given.
+        expected: percentage that the simulation gets right.
     """
 
     inputs: int
@@ -52,6 +66,8 @@ class Agreement:
     outputs: float
     top_1: float
     end_to_end: float
+    accuracy: float | None = None
+    expected: float | None = None
 
     def faults(self) -> list[str]:
         """Return what is beyond the bounds, a sentence each."""
@@ -62,15 +78,25 @@ class Agreement:
             faults.append(f"outputs are {self.outputs:.2g} of the largest apart, allowed is {OUTPUTS:g}")
         if not self.top_1 >= TOP_1:
             faults.append(f"top-1 agreement is {100 * self.top_1:.2f} %, needed is {100 * TOP_1:g} %")
+        if self.expected is not None and (self.accuracy or 0.0) < self.expected - ACCURACY:
+            faults.append(f"accuracy is {self.accuracy:.2f} %, that of the simulation {self.expected:.2f} %")
         return faults
 
 
-def compare(exported: Exported, inputs: Any, *, fused: bool = True, batch_size: int = 100) -> Agreement:
+def compare(
+    exported: Exported,
+    inputs: Any,
+    *,
+    labels: Tensor | None = None,
+    fused: bool = True,
+    batch_size: int = 100,
+) -> Agreement:
     """Run the file in onnxruntime, on the CPU, and compare with the simulation.
 
     Args:
         exported: of :func:`export_onnx`.
         inputs: real ones, as the model takes them.
+        labels: of the inputs, for accuracies.
         fused: in a plain session, as its users run it: onnxruntime replaces quantized operations by its own
             in integer arithmetic. Otherwise each node is computed as it stands (session option
             ``session.disable_quant_qdq=1``).
@@ -87,34 +113,60 @@ def compare(exported: Exported, inputs: Any, *, fused: bool = True, batch_size: 
     watched = session(_with_outputs(exported), fused=fused)
     tally = _Tally()
     with torch.no_grad():
-        for part in arguments.split(batch_size):
-            _compare_batch(exported, file, watched, part, tally)
+        for part, wanted in _batches(arguments, labels, batch_size):
+            _compare_batch(exported, file, watched, part, wanted, tally)
     return tally.result()
 
 
-def compare_torch(data: bytes, prepared: Prepared, inputs: Any, *, batch_size: int = 100) -> Agreement:
+def compare_torch(
+    data: bytes, prepared: Prepared, inputs: Any, *, labels: Tensor | None = None, batch_size: int = 100
+) -> Agreement:
     """Run a ``.pt2`` file and compare its outputs with the simulation.
 
     Args:
         data: of :func:`export_torch`.
         prepared: the simulation.
         inputs: real ones, as the model takes them.
+        labels: of the inputs, for accuracies.
         batch_size: how many are run at once.
+
+    Raises:
+        ValueError: there are no inputs.
+    """
+    program = torch.export.load(io.BytesIO(data)).module()
+    return compare_model(program, prepared, inputs, labels=labels, batch_size=batch_size)
+
+
+def compare_model(
+    model: Callable[..., Any],
+    prepared: Prepared,
+    inputs: Any,
+    *,
+    labels: Tensor | None = None,
+    batch_size: int = 100,
+) -> Agreement:
+    """Compare the outputs of a model that was read from a file with the simulation.
 
     Raises:
         ValueError: there are no inputs.
     """
     arguments = Arguments.of(inputs)
     if not arguments.size:
-        raise ValueError("compare_torch: there are no inputs")
-    program = torch.export.load(io.BytesIO(data)).module()
+        raise ValueError("compare: there are no inputs")
     tally = _Tally()
     with torch.no_grad():
-        for part in arguments.split(batch_size):
-            ours, theirs = _tensors(part.call(program)), _tensors(part.call(prepared.model))
-            tally.decide(ours, theirs, part.size)
+        for part, wanted in _batches(arguments, labels, batch_size):
+            ours, theirs = _tensors(part.call(model)), _tensors(part.call(prepared.model))
+            tally.decide(ours, theirs, part.size, wanted)
             tally.output(ours, theirs)
     return tally.result()
+
+
+def _batches(
+    arguments: Arguments, labels: Tensor | None, count: int
+) -> Iterator[tuple[Arguments, Tensor | None]]:
+    parts = list(arguments.split(count))
+    return zip(parts, [None] * len(parts) if labels is None else labels.split(count), strict=True)
 
 
 def feed_of(exported: Exported, arguments: Arguments) -> dict[str, Any]:
@@ -125,7 +177,9 @@ def feed_of(exported: Exported, arguments: Arguments) -> dict[str, Any]:
     return {name: x.contiguous().numpy() for name, x in zip(exported.inputs, tensors, strict=True)}
 
 
-def _compare_batch(exported: Exported, file: Any, watched: Any, part: Arguments, tally: _Tally) -> None:
+def _compare_batch(
+    exported: Exported, file: Any, watched: Any, part: Arguments, labels: Tensor | None, tally: _Tally
+) -> None:
     feed, program, grids = feed_of(exported, part), exported.program, exported.grids
     end = [torch.from_numpy(value) for value in file.run(exported.outputs, feed)]
     found = watched.run(None, feed)
@@ -148,7 +202,7 @@ def _compare_batch(exported: Exported, file: Any, watched: Any, part: Arguments,
         tally.code(name, theirs, _codes(x, grid))
         return (theirs - grid.zero_point) * grid.scale
 
-    tally.decide(end, _tensors(program.run(part, alone)), part.size)
+    tally.decide(end, _tensors(program.run(part, alone)), part.size, labels)
     tally.output(outputs, _tensors(program.run(part, behind_the_file)))
 
 
@@ -183,15 +237,22 @@ class _Tally:
     def __init__(self) -> None:
         self.inputs = self.same = self.codes = self.differing = self.count = 0
         self.where, self.apart, self.end_to_end, self.largest = "", 0.0, 0.0, 0.0
+        self.right: tuple[int, int] | None = None  # decisions of the file and of the simulation
 
-    def decide(self, ours: list[Tensor], theirs: list[Tensor], size: int) -> None:
-        """Count equal decisions, by the first output, and note how far outputs are apart end to end."""
+    def decide(
+        self, ours: list[Tensor], theirs: list[Tensor], size: int, labels: Tensor | None = None
+    ) -> None:
+        """Count equal and right decisions, by the first output, and note how far outputs are apart."""
         self.inputs += size
         mine, other = (
             x[0].reshape(size, -1) if len(x[0]) == size else x[0].reshape(1, -1) for x in (ours, theirs)
         )
         same = mine.argmax(1) == other.argmax(1)
         self.same += int(same.sum()) * size // len(same)
+        if labels is not None:
+            before = self.right or (0, 0)
+            mine_right, other_right = (int((x.argmax(1) == labels).sum()) for x in (mine, other))
+            self.right = before[0] + mine_right, before[1] + other_right
         self.end_to_end = max(self.end_to_end, _apart(ours, theirs))
 
     def output(self, ours: list[Tensor], theirs: list[Tensor]) -> None:
@@ -210,6 +271,7 @@ class _Tally:
     def result(self) -> Agreement:
         """Return the sums."""
         scale = self.largest or 1.0
+        right = [None, None] if self.right is None else [100 * count / self.inputs for count in self.right]
         return Agreement(
             inputs=self.inputs,
             codes=self.codes,
@@ -218,6 +280,8 @@ class _Tally:
             outputs=self.apart / scale,
             top_1=self.same / self.inputs,
             end_to_end=self.end_to_end / scale,
+            accuracy=right[0],
+            expected=right[1],
         )
 
 

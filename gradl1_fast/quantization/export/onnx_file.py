@@ -8,19 +8,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from gradl1_fast import _files
 from gradl1_fast._version import __version__
 from gradl1_fast.quantization.bits import Widths
-from gradl1_fast.quantization.export.agreement import compare
+from gradl1_fast.quantization.export.agreement import Agreement, compare, feed_of
 from gradl1_fast.quantization.export.arguments import Arguments
 from gradl1_fast.quantization.export.filling import Filling
-from gradl1_fast.quantization.export.formats import Format, register
+from gradl1_fast.quantization.export.formats import Details, Format, register
 from gradl1_fast.quantization.export.integers import session
 from gradl1_fast.quantization.export.marks import Grid
 from gradl1_fast.quantization.export.onnx_graph import to_onnx
 from gradl1_fast.quantization.export.packages import onnx, onnx_ir, onnxscript
 from gradl1_fast.quantization.export.prepared import NotExportableError, Prepared, prepare
 from gradl1_fast.quantization.export.program import Program, trace
+from gradl1_fast.quantization.export.speed import integer_layers, latencies
 
 __all__ = ["Exported", "export_onnx", "write_onnx"]
 
@@ -101,7 +105,8 @@ def export_onnx(
         runtime: ``"onnxruntime"`` to prepare layers of at most 8 bits for its integer kernels: operands of
             sums, concatenations and average pools are quantized too, to 8 bits in ranges found on
             ``inputs``, and biases to 32. ``"none"`` to quantize weights and the inputs of layers alone.
-        input_bits: bits of the network's input where ``a`` is a smaller number; None to give it ``a``.
+        input_bits: least bits of the network's input where ``a`` is one width for all; None keeps the input
+            in float.
         dynamic_batch: leave the size of the batch free. Where the model does not allow it, it is fixed, with
             a remark.
         dynamic_size: leave height and width free.
@@ -187,4 +192,21 @@ def _bytes(filling: Filling, prepared: Prepared) -> tuple[bytes, tuple[list[str]
     return bytes(onnx_ir().to_proto(model).SerializeToString()), names
 
 
-register(Format("onnx", ".onnx", export_onnx, compare))
+def _compare(file: Exported, inputs: Any, labels: Tensor | None = None) -> Agreement:
+    return compare(file, inputs, labels=labels)
+
+
+def _speed(file: Exported, inputs: Any) -> list[Details]:
+    threads = torch.get_num_threads()
+    files = {"float": file.in_float(), "exported": file.data}
+    feed = feed_of(file, Arguments.of(inputs).rows(0, 1))
+    times = latencies(files, feed, threads=threads)
+    rows = []
+    for name, data in files.items():
+        integer, count = integer_layers(data)
+        rows.append((name, f"{len(data):,}", f"{1e3 * times[name]:.2f}", f"{integer} of {count}"))
+    header = ("", "bytes", "ms for one input", "layers in integers")
+    return [Details(f"onnxruntime on the CPU, {threads} thread(s), median of 20 runs", header, rows)]
+
+
+register(Format("onnx", ".onnx", "integers between Q and DQ", export_onnx, _compare, _speed))

@@ -67,7 +67,7 @@ def prepare(
         w: bits of the weights, 1 to 8 or 16, or None for float; or a mapping by layer, as for
             :func:`gradl1_fast.set_bits`. With ``w`` and ``a`` both None, the model's own widths.
         a: bits of the activations, likewise, by site.
-        input_bits: bits of the network's input where ``a`` is a smaller number; None to give it ``a``.
+        input_bits: least bits of the network's input, as for :func:`gradl1_fast.set_bits`.
 
     Raises:
         NotExportableError: the model is in training mode, in another type, or has no layers or no weights.
@@ -91,11 +91,7 @@ def _set_widths(model: nn.Module, w: Widths, a: Widths, input_bits: int | None) 
         for name, width in (("w", w), ("a", a)):
             if not isinstance(width, Mapping):
                 check_width(name, width)
-        set_bits(model, w=w, a=a)
-        if isinstance(a, int):
-            for quantizer in named_quantizers(model).values():
-                if quantizer.is_input:
-                    quantizer.bits = max(a, input_bits or a)
+        set_bits(model, w=w, a=a, input_bits=input_bits)
     for kind, widths in zip("wa", widths_of(model), strict=True):
         for name, width in widths.items():
             if width is not None and 8 < width < 16:

@@ -147,8 +147,8 @@ def _write(model: nn.Module, inputs: Any, *, w: Widths = None, a: Widths = None)
     return TorchFile(export_torch(prepared, inputs), prepared, remarks)
 
 
-def _compare(file: TorchFile, inputs: Any) -> Agreement:
-    return compare_torch(file.data, file.prepared, inputs)
+def _compare(file: TorchFile, inputs: Any, labels: Tensor | None = None) -> Agreement:
+    return compare_torch(file.data, file.prepared, inputs, labels=labels)
 
 
-register(Format("torch-export", ".pt2", _write, _compare))
+register(Format("torch-export", ".pt2", "a program of torch.export with integer weights", _write, _compare))

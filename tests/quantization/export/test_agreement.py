@@ -34,10 +34,16 @@ def one_code(value: Any) -> Any:
     return value
 
 
-def test_a_good_file_has_no_faults() -> None:
-    found = compare(exported(NO_NORM, 8, 8), inputs(37, 3, 8, 8))
+def test_a_good_file_has_no_faults_and_the_accuracy_of_the_simulation() -> None:
+    x, file = inputs(37, 3, 8, 8), exported(NO_NORM, 8, 8)
+    with torch.no_grad():
+        labels = file.prepared.model(x).argmax(1)
+    labels[:5] = (labels[:5] + 1) % 5
+    found = compare(file, x, labels=labels, batch_size=20)
     assert found.codes <= 1
     assert not found.faults()
+    assert found.accuracy == found.expected == pytest.approx(100 * 32 / 37)
+    assert compare(file, x).accuracy is None
     assert not GOOD.faults()
 
 
@@ -64,6 +70,7 @@ def test_faults_in_a_file_are_found(name: str) -> None:
         ({"outputs": 1.1e-3}, "outputs are 0.0011 of the largest apart, allowed is 0.001"),
         ({"outputs": float("nan")}, "outputs are nan"),
         ({"top_1": 0.98}, "top-1 agreement is 98.00 %, needed is 99 %"),
+        ({"accuracy": 88.9, "expected": 90.0}, "accuracy is 88.90 %, that of the simulation 90.00 %"),
     ],
 )
 def test_each_bound(change: dict[str, float], message: str) -> None:

@@ -129,7 +129,8 @@ def test_the_input_of_the_network_keeps_8_bits() -> None:
     sites = exported(NO_NORM, 4, 4).prepared.a
     assert sites["0.input"] == 8
     assert set(sites.values()) == {4, 8}
-    assert set(exported(NO_NORM, 4, 4, input_bits=None).prepared.a.values()) == {4}
+    assert set(exported(NO_NORM, 4, 4, input_bits=1).prepared.a.values()) == {4}
+    assert exported(NO_NORM, 4, 4, input_bits=None).prepared.a["0.input"] is None
 
 
 def test_where_narrow_types_do_not_run_there_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,74 @@
+"""The any-bit file as a format among the others."""
+
+from __future__ import annotations
+
+import copy
+import os
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from gradl1_fast import _files
+from gradl1_fast.quantization.any_bit import load_any_bit, save_any_bit
+from gradl1_fast.quantization.bits import Widths, set_bits, widths_of
+from gradl1_fast.quantization.export.agreement import Agreement, compare_model
+from gradl1_fast.quantization.export.formats import Details, Format, register
+from gradl1_fast.quantization.export.prepared import Prepared
+from gradl1_fast.quantization.folding import Folding
+
+__all__ = ["AnyBitFile"]
+
+
+@dataclass(frozen=True)
+class AnyBitFile:
+    """A model as a file for every width.
+
+    Attributes:
+        data: the content of the file.
+        prepared: the model with weights of 8 bits, which the whole file has.
+        sizes: by width, how many bytes a reader of that width reads.
+        remarks: nothing.
+    """
+
+    data: bytes = field(repr=False)
+    prepared: Prepared = field(repr=False)
+    sizes: dict[int, int]
+    remarks: list[str] = field(default_factory=list)
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the file, whole or not at all."""
+        _files.write_bytes(path, self.data)
+        return Path(path)
+
+
+def _write(model: nn.Module, inputs: Any, *, w: Widths = None, a: Widths = None) -> AnyBitFile:
+    if (w, a) != (None, None):
+        raise ValueError("an any-bit file holds every width: leave out w and a, and choose when it is read")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model"
+        sizes = save_any_bit(model, path)
+        data = path.read_bytes()
+    simulation = copy.deepcopy(model).eval()
+    set_bits(simulation, w=8, a=None)
+    return AnyBitFile(data, Prepared(simulation, Folding(simulation), *widths_of(simulation)), sizes)
+
+
+def _compare(file: AnyBitFile, inputs: Any, labels: Tensor | None = None) -> Agreement:
+    with tempfile.TemporaryDirectory() as folder:
+        model = load_any_bit(copy.deepcopy(file.prepared.model), file.save(Path(folder) / "model"))
+    return compare_model(model, file.prepared, inputs, labels=labels)
+
+
+def _sizes(file: AnyBitFile, inputs: Any) -> list[Details]:
+    state = file.prepared.model.state_dict().values()
+    whole = sum(value.numel() * value.element_size() for value in state)
+    rows = [(str(w), f"{size:,}", f"{whole / size:.1f}") for w, size in reversed(file.sizes.items())]
+    header = ("bits", "bytes to read", "times smaller than float")
+    return [Details(f"Any-bit file; in float the network is {whole:,} bytes", header, rows)]
+
+
+_SUMMARY = "one file for every width"
+register(Format("any-bit", ".safetensors", _SUMMARY, _write, _compare, _sizes, has_widths=False))

@@ -16,7 +16,9 @@ from gradl1_fast.quantization.absorption import is_batch_norm, is_frozen
 from gradl1_fast.quantization.sliced import SlicedWeight
 from gradl1_fast.quantization.watching import Watch
 
-__all__ = ["Neighbours"]
+__all__ = ["NEEDS_INPUTS", "Neighbours"]
+
+NEEDS_INPUTS = "give inputs"  # in the reason why a batch norm was not folded
 
 _CONVOLUTION = (nn.modules.conv._ConvNd, nn.Linear)
 
@@ -120,7 +122,7 @@ class Neighbours:
         """Return why a batch norm cannot be folded as far as the pass has shown, or its layer."""
         if self._watch is None:
             return (
-                "is in a part that cannot be traced: give inputs, so that a pass shows what it follows",
+                f"is in a part that cannot be traced: {NEEDS_INPUTS}, so that a pass shows what it follows",
                 None,
             )
         fed = self._watch.fed.get(id(norm), [])

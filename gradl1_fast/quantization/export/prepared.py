@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gradl1_fast.nn.sites import named_layers, named_quantizers
+from gradl1_fast.quantization.adjacency import NEEDS_INPUTS
 from gradl1_fast.quantization.bits import Widths, check_width, set_bits, widths_of
 from gradl1_fast.quantization.calibration import observed
 from gradl1_fast.quantization.export.arguments import Arguments
@@ -77,13 +78,20 @@ def prepare(
     """
     _check_model(model)
     arguments = Arguments.of(inputs)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # what is not folded is in the result
-        folding = fold_batch_norm(model)
+    folding = _folded(model, None)
     _find_sites(folding.model, arguments)
+    if any(NEEDS_INPUTS in reason for reason in folding.refused.values()):
+        folding = _folded(model, arguments)
+        _find_sites(folding.model, arguments)
     _set_widths(folding.model, w, a, input_bits)
     raised = prevent_overflow(folding.model)
     return Prepared(folding.model, folding, *widths_of(folding.model), raised)
+
+
+def _folded(model: nn.Module, arguments: Arguments | None) -> Folding:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # what is not folded is in the result
+        return fold_batch_norm(model, arguments, forward=lambda m, inputs: inputs.call(m))
 
 
 def _set_widths(model: nn.Module, w: Widths, a: Widths, input_bits: int | None) -> None:

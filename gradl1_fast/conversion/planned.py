@@ -142,7 +142,7 @@ class _Plan:
 
 
 def _make(module: nn.Module, arming: Arming) -> _Plan | str:
-    snapshot = Snapshot.of(module)
+    snapshot = Snapshot(module)
     if snapshot.has_hooks:
         return _HOOKS
     if type(module) is nn.BatchNorm2d:

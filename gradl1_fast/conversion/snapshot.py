@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -13,37 +12,49 @@ from gradl1_fast.nn.hooks import has_hooks, has_own_forward
 __all__ = ["Snapshot"]
 
 _SIMPLE = (bool, int, float, str, type(None))
-_CHANGING = {"_compiled_call_impl"}  # of an instance, and no part of what it computes
+# Of an instance, and no part of what it computes; or looked at for themselves.
+_APART = {*vars(nn.Module()), "_compiled_call_impl"} - {"_parameters", "_buffers"}
 
 
-@dataclass(frozen=True)
 class Snapshot:
-    """What a container was when its forward pass was traced.
+    """What a container is when its forward pass is traced.
+
+    Args:
+        container: the module.
 
     Attributes:
-        state: of each module inside.
         has_hooks: whether a module has hooks, or a ``forward`` that somebody put into its place.
     """
 
-    state: tuple[Any, ...]
-    has_hooks: bool
-
-    @classmethod
-    def of(cls, container: nn.Module) -> Snapshot:
-        """Return the present state."""
+    def __init__(self, container: nn.Module) -> None:
         modules = list(container.modules())
-        return cls(tuple(map(_state, modules)), any(has_hooks(m) or has_own_forward(m) for m in modules))
+        self.has_hooks = any(has_hooks(m) or has_own_forward(m) for m in modules)
+        self._entries = [
+            (m, type(m), type(m).forward, m.training, tuple(m._modules.values()), _attributes(m))
+            for m in modules
+        ]
 
     def holds(self, container: nn.Module) -> bool:
-        """Return whether nothing has changed."""
-        return Snapshot.of(container) == self
+        """Return whether nothing has changed; every armed forward pass asks."""
+        if container is not self._entries[0][0]:
+            return False
+        for module, kind, forward, training, children, attributes in self._entries:
+            if type(module) is not kind or kind.forward is not forward or module.training is not training:
+                return False
+            if has_hooks(module) or has_own_forward(module):
+                return False
+            if (module._modules or children) and tuple(module._modules.values()) != children:
+                return False
+            if attributes is not None and _attributes(module) != attributes:
+                return False
+        return True
 
 
-def _state(module: nn.Module) -> tuple[Any, ...]:
-    mode = type(module), type(module).forward, module.training
+def _attributes(module: nn.Module) -> tuple[Any, ...] | None:
+    """Return what stands for the attributes of a container; those of a leaf are its own affair."""
     if is_leaf(module):
-        return *mode, id(module), *map(id, module._modules.values())
-    return *mode, id(module), *((k, _value(v)) for k, v in vars(module).items() if k not in _CHANGING)
+        return None
+    return tuple([(name, _value(value)) for name, value in vars(module).items() if name not in _APART])
 
 
 def _value(value: Any) -> Any:
@@ -51,7 +62,7 @@ def _value(value: Any) -> Any:
     if isinstance(value, _SIMPLE):
         return value
     if isinstance(value, dict):
-        return tuple((k if isinstance(k, _SIMPLE) else id(k), _entry(v)) for k, v in value.items())
+        return tuple([(k if isinstance(k, _SIMPLE) else id(k), _entry(v)) for k, v in value.items()])
     if isinstance(value, list | tuple):
         return tuple(map(_entry, value))
     return id(value)

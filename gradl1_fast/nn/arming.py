@@ -33,8 +33,8 @@ class Arming:
         notes: what is known of tensors that passed through a site, see :mod:`gradl1_fast.nn.sharing`. A
             result may lead back to its tensor through a graph that nobody differentiates, so that notes are
             dropped as soon as a forward pass is over.
-        asked: what a penalty that is differentiating a loss asks for: gradients of ``"weights"`` and sites, or
-            of sites alone, ``"activations"``; otherwise ``"all"``, whatever somebody might ask for.
+        asked: what a penalty that is differentiating a loss asks for: gradients of ``"weights"`` and sites,
+            or of sites alone, ``"activations"``; otherwise ``"all"``, whatever somebody might ask for.
     """
 
     def __init__(self, planner: Planner | None = None) -> None:

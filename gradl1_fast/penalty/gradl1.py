@@ -17,12 +17,13 @@ from gradl1_fast.nn.arming import Arming, armings_of, asking
 from gradl1_fast.nn.sites import named_layers
 from gradl1_fast.ops import second_derivatives
 from gradl1_fast.penalty.checks.custom_functions import gradients
-from gradl1_fast.penalty.checks.distributed import refuse_shards
+from gradl1_fast.penalty.checks.distributed import is_distributed, refuse_shards
 from gradl1_fast.penalty.checks.forward_pass import check_forward_pass, require_some
 from gradl1_fast.penalty.checks.settings import check_loss, check_model, refuse_for_finite_difference
 from gradl1_fast.penalty.finite_difference import add_gradients, autocast_refused, measured_by
 from gradl1_fast.penalty.measured import Site, WeightTerm, sites_of, weight_terms
 from gradl1_fast.penalty.share import Share
+from gradl1_fast.penalty.weight_steps import can_be_together, weight_steps
 
 __all__ = ["GradL1"]
 
@@ -276,7 +277,8 @@ class GradL1:
         with _no_autocast(loss.device.type), asking(self._armings, asked):
             grads = list(gradients(loss, inputs, functions))
         if not torch.compiler.is_compiling():
-            refuse_shards(self.model.named_parameters())
+            if is_distributed():
+                refuse_shards(self.model.named_parameters())
             refuse_shards((term.name, term.tensor) for term in weights)
         require_some(weights, grads[: len(weights)], "weight")
         if not any(
@@ -314,10 +316,16 @@ class GradL1:
         present = [(term, grad) for term, grad in zip(terms, grads, strict=True) if grad is not None]
         if not present:
             return None
-        norms = l1_norm([self._by_step(term, grad) for term, grad in present])
+        norms = self._weighted_norms([term for term, _ in present], [grad for _, grad in present])
         for (term, _), norm in zip(present, norms.detach(), strict=True):
             self.terms[term.name] = self.terms[term.name] + norm
         return norms.sum()
+
+    def _weighted_norms(self, terms: list[WeightTerm], grads: list[Tensor]) -> Tensor:
+        """Return the norm of each gradient, times the step of its weight if asked for."""
+        if self.scale == "none" or not can_be_together(terms):
+            return l1_norm([self._by_step(term, grad) for term, grad in zip(terms, grads, strict=True)])
+        return l1_norm(grads) * weight_steps([term.tensor for term in terms], self.step_bits)
 
     def _by_step(self, term: WeightTerm, grad: Tensor) -> Tensor:
         """Return a weight's gradient, multiplied by the step of the weight if asked for."""

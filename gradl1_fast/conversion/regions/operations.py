@@ -103,15 +103,13 @@ class _Product(Operation):
         if self.dtype is not None:
             v = None if v is None else v.to(self.dtype)
             d_weight = None if d_weight is None else d_weight.to(self.dtype)
-        terms = [] if v is None else [self.product(v, weight, None)]
-        if d_weight is not None:
-            terms.append(self.product(x, d_weight, None))
+        pairs = [] if v is None else [(v, weight)]
+        pairs += [] if d_weight is None else [(x, d_weight)]
+        tangent = self.products(pairs) if pairs else None
         if self.bias is not None and run.d_args[self.bias] is not None:
-            terms.append(self.bias_tangent(run.d_args[self.bias], dy))  # type: ignore[arg-type]
-        if terms:
-            for term in terms[1:]:
-                terms[0].add_(term)
-            run.tangents[self.out] = terms[0]
+            of_bias = self.bias_tangent(run.d_args[self.bias], dy)  # type: ignore[arg-type]
+            tangent = of_bias if tangent is None else tangent.add_(of_bias)
+        run.tangents[self.out] = tangent
         of_x, of_weight = self.needs_x and d_weight is not None, self.needs_weight and v is not None
         if of_x or of_weight:
             like_x, like_weight = x if v is None else v, weight if d_weight is None else d_weight
@@ -132,6 +130,11 @@ class _Product(Operation):
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return the product."""
         raise NotImplementedError
+
+    def products(self, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """Return the sum of one or two products, which nobody else has."""
+        terms = [self.product(x, weight, None) for x, weight in pairs]
+        return terms[0] if len(terms) == 1 else terms[0].add_(terms[1])
 
     def gradients(
         self, dy: Tensor, x: Tensor, weight: Tensor, of_x: bool, of_weight: bool

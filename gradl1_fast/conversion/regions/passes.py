@@ -6,7 +6,7 @@ A region runs in four passes. With ``y = op(x)`` for each operation in order:
 - backward, in reverse order: ``dx`` and ``dW`` from ``dy``. The first of double backprop keeps each ``dy``;
 - double backward, in order: from the cotangents of ``dx`` and ``dW`` that of ``dy``, and those of ``x``
   and ``W`` themselves;
-- last backward: as backward, from the sum of ``dy`` and of the cotangents of ``y`` that double backward put by.
+- last backward: as backward, from the sum of ``dy`` and of what double backward put by for ``y``.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ _KEPT = 8  # programs for so many shapes and states; an older one makes room
 
 
 def executable(root: nn.Module, graph: fx.Graph, arming: Arming) -> tuple[Callable[..., Any], list[Region]]:
-    """Return a function of a container's arguments without a default that computes its graph, and its regions.
+    """Return a function of a container's arguments without a default that computes its graph; its regions.
 
     Args:
         root: the container.

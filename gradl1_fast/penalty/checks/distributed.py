@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from torch import _C, Tensor, distributed, nn, strided
 
-__all__ = ["refuse_shards", "refuse_wrappers"]
+__all__ = ["is_distributed", "refuse_shards", "refuse_wrappers"]
 
 
 def refuse_wrappers(model: nn.Module) -> None:
@@ -28,13 +28,18 @@ def refuse_wrappers(model: nn.Module) -> None:
                 "GradL1: DataParallel computes on several devices with copies of the model, which no penalty "
                 "measures; use DistributedDataParallel"
             )
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+    if is_distributed() and distributed.get_world_size() > 1:
         for name, module in model.named_modules():
             if isinstance(module, nn.SyncBatchNorm):
                 raise ValueError(
                     f"GradL1: {name} is a SyncBatchNorm, which has no second derivative on several ranks; "
                     "use BatchNorm2d, whose statistics are each rank's own"
                 )
+
+
+def is_distributed() -> bool:
+    """Return whether there is a group of processes, without which nothing is sharded."""
+    return distributed.is_available() and distributed.is_initialized()
 
 
 def refuse_shards(named: Iterable[tuple[str, Tensor]]) -> None:

@@ -1,0 +1,85 @@
+"""The quantization steps of many weights at once, as a vector that can be differentiated."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradl1_fast.backends import contract, resolve
+from gradl1_fast.penalty.measured import WeightTerm
+
+__all__ = ["can_be_together", "weight_steps"]
+
+
+def can_be_together(terms: Sequence[WeightTerm]) -> bool:
+    """Return whether :func:`weight_steps` can take the weights: dense ones with a range for the tensor."""
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    first = terms[0].tensor
+    return all(
+        term.layer.weight_quantizer.axis is None
+        and type(term.tensor) in (Tensor, torch.nn.Parameter)
+        and (term.tensor.dtype, term.tensor.device) == (first.dtype, first.device)
+        and _is_dense(term.tensor)
+        for term in terms
+    )
+
+
+def _is_dense(weight: Tensor) -> bool:
+    last = weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last)
+    return weight.is_contiguous() or last
+
+
+def weight_steps(weights: Sequence[Tensor], bits: int) -> Tensor:
+    """Return the step at ``bits`` of each weight's own range, in the type of sums.
+
+    The gradient goes to the largest magnitude, evenly shared among equal values, as it does through
+    :meth:`gradl1_fast.nn.quantizers.WeightQuantizer.step`. Differentiable once.
+    """
+    steps: Tensor = _Steps.apply(bits, *weights)
+    return steps
+
+
+class _Steps(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, bits: int, *weights: Tensor) -> Tensor:
+        taps = [contract.prepare_tap(resolve("tap", weight), weight) for weight in weights]
+        ends = torch.stack([tap.ends(weight) for tap, weight in zip(taps, weights, strict=True)])
+        ctx.taps, ctx.bits = taps, bits
+        ctx.save_for_backward(ends, *weights)
+        return _unclamped(ends, bits).clamp(min=torch.finfo(ends.dtype).tiny)
+
+    @staticmethod
+    def backward(ctx: Any, d_steps: Tensor) -> tuple[Tensor | None, ...]:
+        ends, *weights = ctx.saved_tensors
+        return None, *_StepsBackward.apply(d_steps, ctx.taps, ctx.bits, ends, *weights)
+
+
+class _StepsBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, d_steps: Tensor, taps: list[contract.Tap], bits: int, ends: Tensor, *weights: Tensor
+    ) -> tuple[Tensor, ...]:
+        rows = zip(taps, weights, ends, _d_ends(d_steps, ends, bits).unbind(), strict=True)
+        return tuple(tap.add_ends_gradient(None, weight, row, d) for tap, weight, row, d in rows)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise RuntimeError("gradl1_fast: the step of a weight has a first derivative only")
+
+
+def _unclamped(ends: Tensor, bits: int) -> Tensor:
+    return torch.maximum(-ends[:, 0].clamp(max=0), ends[:, 1].clamp(min=0)) / max(2 ** (bits - 1) - 1, 1)
+
+
+def _d_ends(d_steps: Tensor, ends: Tensor, bits: int) -> Tensor:
+    """Return the gradients of both ends, one row for each weight."""
+    below, above = -ends[:, 0].clamp(max=0), ends[:, 1].clamp(min=0)
+    passed = _unclamped(ends, bits) >= torch.finfo(ends.dtype).tiny
+    d = torch.where(passed, d_steps / max(2 ** (bits - 1) - 1, 1), 0)
+    of_high = (above > below).to(d.dtype) + 0.5 * (above == below)
+    d_low = torch.where(ends[:, 0] <= 0, d * (of_high - 1), 0)
+    return torch.stack([d_low, torch.where(ends[:, 1] >= 0, d * of_high, 0)], 1)

@@ -58,7 +58,7 @@ soak: $(BUILT)  ## 2,000 penalised steps in peace, and through kills and interru
 ZOO := .venv-zoo
 $(ZOO)/.ready: pyproject.toml setup.py
 	$(PYTHON) -m venv --clear $(ZOO)
-	$(ZOO)/bin/python -m pip install "torch==2.14.1" "torchvision==0.29.1" timm transformers rich safetensors
+	$(ZOO)/bin/python -m pip install "torch==2.14.1" "torchvision==0.29.1" timm transformers rich safetensors onnx onnxscript onnxruntime
 	touch $@
 
 $(ZOO)/.built: $(ZOO)/.ready $(wildcard csrc/*.* csrc/*/*.*)

@@ -57,13 +57,10 @@ def test_onnx(run: Path) -> None:
         assert words in result.output
 
 
-def test_other_formats(run: Path, tmp_path: Path) -> None:
-    result = gradl1(run, "--w", 4, "--format", "torch-export", "--out", tmp_path / "x.pt2", "--inputs", 50)
+def test_another_format(run: Path) -> None:
+    result = gradl1(run, "--format", "any-bit", "--inputs", 50)
     assert result.exit_code == 0, result.output
     assert "largest code difference" not in result.output
-    torch.export.load(tmp_path / "x.pt2")
-    result = gradl1(run, "--format", "any-bit")
-    assert result.exit_code == 0, result.output
     loaded = runs.load(run)
     gl.load_any_bit(loaded.model, run / "model-any-bit.safetensors", w=3)
     size = (run / "model-any-bit.safetensors").stat().st_size

@@ -16,7 +16,7 @@ from gradl1_fast.quantization.export.arguments import Arguments
 from gradl1_fast.quantization.export.onnx_file import write_onnx
 from gradl1_fast.quantization.export.onnx_graph import to_onnx
 from gradl1_fast.quantization.export.program import Program, trace
-from tests.networks import MOBILENET, NO_NORM, VGG, BasicBlock, Network, conv_norm
+from tests.networks import NO_NORM, BasicBlock, Network, conv_norm
 
 
 def inputs(*shape: int) -> Tensor:
@@ -53,13 +53,12 @@ def residual() -> nn.Module:
 
 
 RESIDUAL = Network(id="residual", build=residual, shape=(6, 3, 8, 8))
-SMALL = [VGG, RESIDUAL, MOBILENET, NO_NORM]
 
 
 @functools.cache
 def network(which: Network) -> tuple[nn.Module, Tensor]:
     x = inputs(37, *which.shape[1:])
-    return calibrated(which.make(torch.float32), x, per_channel=which is not VGG), x
+    return calibrated(which.make(torch.float32), x, per_channel=which is not NO_NORM), x
 
 
 @functools.cache
@@ -99,15 +98,18 @@ class Attention(nn.Module):
 
 
 class TwoInTwoOut(nn.Module):
-    """Two tensors in, a concatenation and an average pool, two tensors out."""
+    """A tensor and a dictionary in, a concatenation, an average pool, padding and groups, two tensors out."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.one, self.other = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(2, 4, 3, padding=1)
+        self.one = nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect")
+        self.other = nn.Conv2d(2, 4, 3, 2, 1)
+        self.up = nn.ConvTranspose2d(4, 4, 4, 2, 1, groups=2)
         self.last = nn.Linear(8, 3)
 
-    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        z = torch.cat([self.one(x).relu(), self.other(y).relu()], 1)
+    def forward(self, x: Tensor, y: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        other = self.up(F.hardswish(self.other(y["images"])))
+        z = torch.cat([self.one(x).relu(), other * y["scale"]], 1)
         return self.last(F.avg_pool2d(z, 2).mean((2, 3))), z
 
 
@@ -122,18 +124,6 @@ class OfDict(nn.Module):
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         x = torch.sigmoid(self.a(batch["a"]) * self.b(batch["b"]))
         return self.last(x) + F.linear(x, self.by_function.weight)
-
-
-class Odd(nn.Module):
-    """Reflecting padding, a transposed convolution with groups and a hard swish."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 6, 3, 2, 1, padding_mode="reflect")
-        self.up = nn.ConvTranspose2d(6, 4, 4, 2, 1, groups=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.up(F.hardswish(self.conv(x)))
 
 
 class Branching(nn.Module):

@@ -14,13 +14,11 @@ from gradl1_fast.nn.sites import named_layers, named_quantizers
 from gradl1_fast.quantization.export import NotExportableError, compare, export_onnx
 from gradl1_fast.quantization.export import integers as types
 from gradl1_fast.quantization.export.speed import integer_layers, optimized
-from tests.networks import MOBILENET, NO_NORM, VGG, Network
+from tests.networks import MOBILENET, NO_NORM, Network
 from tests.quantization.export.models import (
     RESIDUAL,
-    SMALL,
     Attention,
     Branching,
-    Odd,
     OfDict,
     TwoInTwoOut,
     calibrated,
@@ -48,7 +46,7 @@ WIDTHS = [(8, 8), (4, 8), (4, 4), (2, 2), (3, 5), (1, 1), (16, 16), (8, None), (
 
 
 CASES = [(RESIDUAL, widths) for widths in WIDTHS]
-CASES += [(which, widths) for which in (VGG, MOBILENET, NO_NORM) for widths in ((8, 8), (4, 4), (None, 8))]
+CASES += [(which, widths) for which in (MOBILENET, NO_NORM) for widths in ((8, 8), (4, 4), (None, 8))]
 
 
 @pytest.mark.parametrize(("which", "widths"), CASES, ids=lambda v: getattr(v, "id", None))
@@ -63,10 +61,9 @@ def test_a_plain_session_computes_what_the_simulation_says(which: Network, width
     assert bool(found.where) is (widths[1] is not None)
 
 
-@pytest.mark.parametrize("which", [VGG, RESIDUAL], ids=lambda n: n.id)
-def test_the_file_agrees_with_the_folded_model_at_these_widths(which: Network) -> None:
-    model, x = network(which)
-    file = exported(which, 4, 6, joints=False)
+def test_the_file_agrees_with_the_folded_model_at_these_widths() -> None:
+    model, x = network(RESIDUAL)
+    file = exported(RESIDUAL, 4, 6, joints=False)
     (y,) = types.session(file.data).run(None, {"input": x.numpy()})
     folded = gl.fold_batch_norm(model).model
     with torch.no_grad(), gl.bits(folded, w=4, a=6):
@@ -76,8 +73,9 @@ def test_the_file_agrees_with_the_folded_model_at_these_widths(which: Network) -
     assert float((torch.from_numpy(y) - expected).abs().max() / expected.abs().max()) < 1e-5
 
 
-@pytest.mark.parametrize("which", SMALL, ids=lambda n: n.id)
-@pytest.mark.parametrize("w", [8, 4, 3, 16])
+@pytest.mark.parametrize(
+    ("which", "w"), [*((RESIDUAL, w) for w in (8, 4, 3, 16)), (MOBILENET, 4), (NO_NORM, 4)]
+)
 def test_the_codes_in_the_file_are_those_of_the_library(which: Network, w: int) -> None:
     file = exported(which, w, None)
     scales = initializers(file.data, "weight.scale")
@@ -135,7 +133,7 @@ def test_the_input_of_the_network_keeps_8_bits() -> None:
 
 def test_where_narrow_types_do_not_run_there_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(types, "_runs", lambda type_: False)
-    file = exported(NO_NORM, 2, 4, joints=False)
+    file = exported(RESIDUAL, 2, 4, joints=False)
     assert file.opset == 21
     assert any("INT2 needs opset 25" in remark for remark in file.remarks)
     assert any("UINT4 needs opset 21" in remark for remark in file.remarks)
@@ -160,12 +158,11 @@ def test_a_file_that_the_runtime_cannot_load_is_widened(monkeypatch: pytest.Monk
         exported(NO_NORM, 4, 4)
 
 
-@pytest.mark.parametrize("widths", [(8, 8), (4, 8), (4, 4), (3, 6), (7, 5), (2, 2), (1, 1)])
+@pytest.mark.parametrize("widths", [(8, 8), (4, 4), (3, 6), (1, 1)])
 def test_onnxruntime_computes_every_layer_in_integers_at_8_bits_and_below(widths: tuple[int, int]) -> None:
     file = exported(RESIDUAL, *widths)
     layers = len(named_layers(file.prepared.model))
     assert integer_layers(file.data) == (layers, layers)
-    assert integer_layers(exported(RESIDUAL, *widths, joints=False).data)[0] < layers
     grids = zip(file.program.marks, file.grids, strict=True)
     joints = [(mark, grid) for mark, grid in grids if mark.kind == "joint"]
     # Two sums of two operands, of which one is a site, and a pool.
@@ -180,7 +177,7 @@ def test_sums_and_biases_stay_in_float_where_a_layer_cannot_be_in_integers(width
     assert not any(grid for mark, grid in grids if mark.kind in ("joint", "bias"))
 
 
-@pytest.mark.parametrize("widths", [(8, None), (4, None), (16, 16), (16, 8)])
+@pytest.mark.parametrize("widths", [(4, None), (16, 16), (16, 8)])
 def test_weights_of_layers_in_float_are_dequantized_once_when_the_file_is_loaded(
     widths: tuple[int, Any],
 ) -> None:
@@ -233,9 +230,13 @@ OTHERS: dict[str, tuple[type[nn.Module], Any, list[str], int]] = {
         ["ids", "weights"],
         2,
     ),
-    "two in, two out": (TwoInTwoOut, (inputs(6, 3, 8, 8), inputs(6, 2, 8, 8)), ["x", "y"], 2),
+    "two in, two out": (
+        TwoInTwoOut,
+        (inputs(6, 3, 8, 8), {"images": inputs(6, 2, 8, 8), "scale": inputs(6, 4, 1, 1)}),
+        ["x", "y_images", "y_scale"],
+        2,
+    ),
     "a dictionary": (OfDict, ({"a": inputs(6, 4), "b": inputs(6, 4)},), ["batch_a", "batch_b"], 1),
-    "odd layers": (Odd, inputs(6, 3, 8, 8), ["input"], 1),
 }
 
 
@@ -288,11 +289,11 @@ def test_what_pytorch_refuses_is_refused_with_the_place_and_the_reason() -> None
 
 
 def test_the_model_stays_as_it_was() -> None:
-    model, x = network(VGG)
+    model, x = network(RESIDUAL)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     with gl.bits(model, w=6, a=7), torch.no_grad():
         y = model(x)
-        exported(VGG, 3, 3)
+        exported(RESIDUAL, 3, 3)
         assert torch.equal(model(x), y)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
@@ -345,7 +346,7 @@ def test_widths_that_are_not_exported(bits: int) -> None:
 
 
 def test_every_site_is_in_the_file() -> None:
-    file = exported(MOBILENET, 4, 8, joints=False)
+    file = exported(RESIDUAL, 4, 8, joints=False)
     assert sorted(file.quantized) == sorted(named_quantizers(file.prepared.model))
     assert kinds(file.data)["QuantizeLinear"] == len(file.quantized)
     assert not kinds(file.data)["BatchNormalization"]

@@ -174,10 +174,13 @@ def any_bit(case: Case) -> Outcome:
 def export(case: Case) -> Outcome:
     """Export to ONNX; a plain session of onnxruntime must compute what the simulation says."""
     case.reset(training=False)
-    fault = exported(case.original, make(case.entry)[0], case.batch)
+    try:
+        fault = exported(case.original, make(case.entry)[0], case.batch)
+    except Exception as error:
+        fault = f"{type(error).__name__}: {' '.join(str(error).split())}"[:400]
     if fault is None:
         return Outcome(True, None, "torch.export does not take the original")
-    return Outcome(not fault, 1.0 if not fault else None, fault)
+    return Outcome(not fault, 0.0 if fault else 1.0, fault)
 
 
 def cut(weight: torch.Tensor, bits: int) -> torch.Tensor:

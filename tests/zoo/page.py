@@ -27,7 +27,7 @@ in an environment of its own; `make zoo ARGS="--only resnet"` runs some of the m
 - *folded*: share of the batch norms that fold into a convolution; outputs then differ by at most 1e-8.
 - *widths*: calibrates, evaluates at several widths, and uses no weight in float that counts as quantized.
 - *export*: to ONNX at (8, 8) and (4, 8) bits; codes and outputs of a plain onnxruntime session are those of
-  the simulation, within the [bounds](export.md#the-comparison). A dash: `torch.export` does not take the model.
+  the simulation, within the [bounds](export.md#the-comparison). A dash: `torch.export` refuses the model.
 - *any-bit*: a file, read at 4 bits, gives the outputs of the weights that its rule names.
 
 """

@@ -82,6 +82,13 @@ class Planned:
         """The container."""
         return self._module()
 
+    @property
+    def regions(self) -> list[Region]:
+        """The regions of the plan for the present mode."""
+        module = self.module
+        plan = None if module is None else self._plans.get(module.training)
+        return plan.regions if isinstance(plan, _Plan) else []
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the container with its arguments."""
         if torch.compiler.is_compiling():

@@ -33,22 +33,29 @@ class Report:
         sites: name, bits, range, whether a penalty counts the tensor.
         unquantized: name and kind of each weight and operation that computes in float at any width.
         plans: container, number of layers inside, and why it has no plan, or nothing.
+        regions: container, first and last operation, number of layers, and why the last penalised step ran
+            the operators one by one, or nothing; of containers whose plan has run.
     """
 
     layers: list[tuple[str, ...]] = field(default_factory=list)
     sites: list[tuple[str, ...]] = field(default_factory=list)
     unquantized: list[tuple[str, ...]] = field(default_factory=list)
     plans: list[tuple[str, int, str]] = field(default_factory=list)
+    regions: list[tuple[str, str, int, str]] = field(default_factory=list)
 
     def __repr__(self) -> str:
         """Return the tables."""
         plans = [(name or "the model", str(count), reason or "planned") for name, count, reason in self.plans]
+        regions = [
+            (name or "the model", what, str(count), reason) for name, what, count, reason in self.regions
+        ]
         return "\n\n".join(
             (
                 _table("Layers", ("name", "class", "weight", "bits", "ranges"), self.layers),
                 _table("Sites", ("name", "bits", "range", "penalised"), self.sites),
                 _table("Left in float", ("name", "operation"), self.unquantized),
                 _table("Plans", ("container", "layers", "state"), plans),
+                _table("Regions", ("container", "operations", "layers", "why not as one"), regions),
             )
         )
 
@@ -57,7 +64,8 @@ def report(model: nn.Module) -> Report:
     """Return every layer and site, what stays in float, and the plans, to be printed.
 
     The forward pass is traced as far as that goes; operations of containers that cannot be traced are listed
-    as far as their source names them. After a pass with a penalty, the plans say what that pass has run.
+    as far as their source names them. After a pass with a penalty, the plans say what that pass has run, and
+    the regions which operations of a plan ran as one node of the autograd graph.
 
     Args:
         model: a converted model, or one that contains layers of this library.
@@ -72,6 +80,10 @@ def report(model: nn.Module) -> Report:
     result.unquantized.extend((name, f"weight used by {what}") for name, what in _names(model, used))
     result.unquantized.extend(_never_called(model, used))
     result.plans.extend(map(_plan_row, parts))
+    for part in parts:
+        planned = part.container._compiled_call_impl
+        for region in planned.regions if isinstance(planned, Planned) else ():
+            result.regions.append((part.name, region.name, region.layers, region.reason))
     return result
 
 

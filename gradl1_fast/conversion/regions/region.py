@@ -88,10 +88,13 @@ class Region:
     Attributes:
         reason: why the last call ran the nodes; empty if it ran as a region.
         layers: number of layers inside.
+        name: of the first and the last operation.
     """
 
     def __init__(self, root: nn.Module, segment: Segment, arming: Arming) -> None:
         self.reason = ""
+        ends = [str(n.target) if n.op == "call_module" else n.name for n in segment.nodes]
+        self.name = ends[0] if len(ends) == 1 else f"{ends[0]} to {ends[-1]}"
         self._root, self._arming = root, arming
         self._layers: list[Any] = [layer for _, layer in segment.inputs]
         self._graph = _own_graph(root, segment)

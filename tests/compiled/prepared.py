@@ -7,7 +7,7 @@ The results of prepared calls must be those of the sweeps to the last bit. The e
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import ModuleType, SimpleNamespace
 from typing import Any, cast
 
@@ -20,7 +20,8 @@ from tests.compiled.calls import ACTIVATIONS, Layout, sums
 CODES = (0, 15)
 # Of gradients that a prepared call rounds once, and PyTorch's operations before the sweeps several times.
 ROUNDING = {torch.float32: 0.0, torch.float64: 0.0, torch.bfloat16: 4e-2, torch.float16: 4e-3}
-KINDS = list(itertools.product((True, False), ACTIVATIONS, (False, True)))
+Kind = tuple[bool, str, bool]
+KINDS: list[Kind] = list(itertools.product((True, False), ACTIVATIONS, (False, True)))
 
 
 def sweeps_of(backend: Any) -> ModuleType:
@@ -64,10 +65,10 @@ class Arguments:
 
 
 def batch_norm_acts(
-    a: Arguments, backend: Any, *, ends: bool, quantized: bool
+    a: Arguments, backend: Any, *, ends: bool, quantized: bool, kinds: Sequence[Kind] = KINDS
 ) -> Iterator[tuple[str, Any, Any, tuple[Any, ...]]]:
     """Yield for each kind a name, the operation prepared and by its sweeps, and arguments of its forward."""
-    for training, activation, added in KINDS:
+    for training, activation, added in kinds:
         options = {
             "training": training,
             "eps": 1e-5,
@@ -76,8 +77,9 @@ def batch_norm_acts(
             "codes": CODES if quantized else None,
             "with_ends": ends,
         }
-        own = contract.prepare_batch_norm_act(backend, a.x, **options)  # type: ignore[arg-type]
-        generic = contract.prepare_batch_norm_act(sweeps_of(backend), a.x, **options)  # type: ignore[arg-type]
+        like = a.x.resolve_neg()
+        own = contract.prepare_batch_norm_act(backend, like, **options)  # type: ignore[arg-type]
+        generic = contract.prepare_batch_norm_act(sweeps_of(backend), like, **options)  # type: ignore[arg-type]
         grid = (a.scale, a.zero) if quantized else (None, None)
         statistics = (None, None) if training else (a.mean, a.var)
         residual = a.residual if added else None
@@ -89,9 +91,13 @@ def batch_norm_acts(
         )
 
 
-def assert_batch_norm_act(a: Arguments, backend: Any, *, quantized: bool) -> None:
+def assert_batch_norm_act(
+    a: Arguments, backend: Any, *, quantized: bool, kinds: Sequence[Kind] = KINDS
+) -> None:
     """Check the three calls against the sweeps, with every gradient and with few of them."""
-    for name, own, generic, forward in batch_norm_acts(a, backend, ends=False, quantized=quantized):
+    for name, own, generic, forward in batch_norm_acts(
+        a, backend, ends=False, quantized=quantized, kinds=kinds
+    ):
         result = own.forward(*forward)
         assert_same(result, generic.forward(*forward), f"forward of {name}")
         y, kept, mean, rstd, _ = result
@@ -128,9 +134,9 @@ def assert_sites(a: Arguments, backend: Any) -> None:
         assert_same(own.double_backward(*call), generic.double_backward(*call), "fake quantize double")
 
 
-def assert_ends(a: Arguments, backend: Any, tolerance: float) -> None:
+def assert_ends(a: Arguments, backend: Any, tolerance: float, kinds: Sequence[Kind] = KINDS) -> None:
     """Check the ends of y exactly, and their gradient within rounding."""
-    for name, own, generic, forward in batch_norm_acts(a, backend, ends=True, quantized=False):
+    for name, own, generic, forward in batch_norm_acts(a, backend, ends=True, quantized=False, kinds=kinds):
         result = own.forward(*forward)
         y, _, mean, rstd, ends = result
         assert_same(ends, true_ends(y), f"ends of {name}")

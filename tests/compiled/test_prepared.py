@@ -276,7 +276,7 @@ ADDRESSES: dict[tuple[str, str], tuple[str, ...]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("operation", "call"), ADDRESSES, ids="-".join)
+@pytest.mark.parametrize(("operation", "call"), ADDRESSES, ids=map("-".join, ADDRESSES))
 def test_what_is_missing_or_not_aligned_is_named(operation: str, call: str, loops: Any) -> None:
     prepared = {
         "tap": lambda: loops.prepare_tap(0, 8),

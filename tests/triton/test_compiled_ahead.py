@@ -17,10 +17,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
 
+from gradl1_fast.backends import contract
 from gradl1_fast.backends import triton as kernels
 from gradl1_fast.backends.triton import (
     _batch_norm_act_kernels,
     _device,
+    _ends,
     fake_quantize,
     l1_norm,
     tap,
@@ -30,7 +32,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Triton compiles
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 ALL = {
     name
-    for module in (_device, _batch_norm_act_kernels, fake_quantize, l1_norm, tap)
+    for module in (_device, _ends, _batch_norm_act_kernels, fake_quantize, l1_norm, tap)
     for name in vars(module)
     if name.endswith("_kernel")
 }
@@ -73,6 +75,10 @@ def _sweep_all(dtype: torch.dtype) -> None:
     line = torch.randn(4099).to(dtype)
     kernels.tap_backward(line)
     kernels.tap_double_backward(line, one, line)
+    taps, four = contract.prepare_tap(kernels, line), torch.ones(4, dtype=vector)
+    taps.ends(line)
+    for dy in (line, None):
+        taps.add_ends_gradient(dy, line, four, four)
     x, per_channel = torch.randn(4, 1024).to(dtype), torch.ones(4, dtype=vector)
     for axis, s in ((None, one), (0, per_channel)):
         kernels.fake_quantize_forward(x, s, s, -7, 7, axis)
@@ -88,6 +94,8 @@ def _sweep_all(dtype: torch.dtype) -> None:
         _batch_norm(x, True, "relu", True)
         _batch_norm(x, True, "relu", False, quantized=True)
         _batch_norm(x, True, "relu", True, quantized=True)
+        _ends_of_batch_norm(x, "relu", False)
+        _ends_of_batch_norm(x, "relu", True)
         _batch_norm(x[..., :7].contiguous(memory_format=layout), False, "relu6", True)
     _batch_norm(x, True, "none", False, affine=False)
 
@@ -102,6 +110,16 @@ def _batch_norm(
     saved = (x, x, y, w, w, mean, rstd, *grid, training, activation)
     kernels.batch_norm_act_backward(*saved, residual, True)
     kernels.batch_norm_act_double_backward(x, w, w, r, c[0], *saved, residual)
+
+
+def _ends_of_batch_norm(x: Any, activation: str, residual: bool) -> None:
+    op = contract.prepare_batch_norm_act(
+        kernels, x, training=True, eps=1e-5, activation=activation, with_residual=residual, codes=None,
+        with_ends=True,
+    )  # fmt: skip
+    c = torch.rand(x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32))
+    y, _, mean, rstd, ends = op.forward(x, c, c, None, None, x if residual else None, None, None)
+    op.backward(x, x, y, c, c, mean, rstd, None, None, False, ends, c[:2])
 
 
 @pytest.mark.parametrize(

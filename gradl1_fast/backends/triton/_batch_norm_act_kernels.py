@@ -1,13 +1,15 @@
 """The kernels of `batch_norm_act`; the derivation stands in the reference, the walk in `_tiles`.
 
 ``quantizer`` is None or ``(scale, zero_point, q_min, q_max)``; the codes are floating, so that there is
-no kernel of its own for every bit-width.
+no kernel of its own for every bit-width. ``ends`` are None or, in the forward, room for the extremes of y
+and, in the backward, those extremes with ``d_ends``, their gradients.
 """
 
 import triton
 import triton.language as tl
 
 from gradl1_fast.backends.triton._device import divide, narrow, sign, square_root, widen
+from gradl1_fast.backends.triton._ends import extended, shares_of, store_ends, with_share
 from gradl1_fast.backends.triton._quantizer import quantized, within
 from gradl1_fast.backends.triton._tiles import (
     channel_of,
@@ -49,6 +51,31 @@ def _grid_of(quantizer, ACC: tl.constexpr):
 
 
 @triton.jit
+def _stored(
+    x, mean, scale, bias, activated, at, inside, T: tl.constexpr, ACTIVATION: tl.constexpr, ACC: tl.constexpr
+):
+    """Return the output of the activation as it was stored, rounded to its type: read, or recomputed."""
+    if activated is None:
+        out = widen(narrow(_activated(_normalised(x, mean, scale, bias), ACTIVATION), T), ACC)
+    else:
+        out = load(activated, at, inside, ACC)
+    return out
+
+
+@triton.jit
+def _slope(out, quantizer, s, z, inside, ACTIVATION: tl.constexpr):
+    """Return where the output of the activation shows slope 1, and its code is not clamped."""
+    passes = inside
+    if ACTIVATION == "relu":
+        passes = (out <= 0) == 0  # as PyTorch's threshold does: NaN passes
+    if ACTIVATION == "relu6":
+        passes = (out > 0) & (out < 6)
+    if quantizer is not None:
+        passes &= within(out, s, z, quantizer[2], quantizer[3])
+    return passes
+
+
+@triton.jit
 def _passes(
     x, mean, scale, bias, activated, quantizer, s, z, at, inside,
     T: tl.constexpr, ACTIVATION: tl.constexpr, ACC: tl.constexpr,
@@ -60,16 +87,8 @@ def _passes(
     """
     passes = inside
     if ACTIVATION != "none" or quantizer is not None:
-        if activated is None:
-            out = widen(narrow(_activated(_normalised(x, mean, scale, bias), ACTIVATION), T), ACC)
-        else:
-            out = load(activated, at, inside, ACC)
-        if ACTIVATION == "relu":
-            passes = (out <= 0) == 0  # as PyTorch's threshold does: NaN passes
-        if ACTIVATION == "relu6":
-            passes = (out > 0) & (out < 6)
-        if quantizer is not None:
-            passes &= within(out, s, z, quantizer[2], quantizer[3])
+        out = _stored(x, mean, scale, bias, activated, at, inside, T, ACTIVATION, ACC)
+        passes = _slope(out, quantizer, s, z, inside, ACTIVATION)
     return passes
 
 
@@ -150,7 +169,7 @@ def _batch_norm_act_statistics_finish_kernel(
 
 @triton.jit
 def _batch_norm_act_forward_kernel(
-    x, weight, bias, mean, rstd, residual, quantizer, y, activated,
+    x, weight, bias, mean, rstd, residual, quantizer, y, activated, ends,
     rows, width, pitch, channels, strips, splits, tiles,
     ACTIVATION: tl.constexpr,
     LAST: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, ACC: tl.constexpr,
@@ -161,6 +180,10 @@ def _batch_norm_act_forward_kernel(
     scale *= of_channel(weight, strip, channels, 1, LAST, COLS, ACC)
     shift = of_channel(bias, strip, channels, 0, LAST, COLS, ACC)
     step, zero = _grid_of(quantizer, ACC)
+    if ends is not None:
+        low, low_count = tl.full((ROWS, COLS), float("inf"), ACC), tl.zeros((ROWS, COLS), ACC)
+        high, high_count = tl.full((ROWS, COLS), float("-inf"), ACC), tl.zeros((ROWS, COLS), ACC)
+        nans = tl.zeros((ROWS, COLS), ACC)
     for i in range(tiles):
         at, inside = tile(strip, share * tiles + i, rows, width, pitch, LAST, ROWS, COLS)
         z = _normalised(load(x, at, inside, ACC), center, scale, shift)
@@ -172,12 +195,18 @@ def _batch_norm_act_forward_kernel(
         if quantizer is not None:
             levels = quantized(widen(out, ACC), step, zero, quantizer[2], quantizer[3])
             out = narrow(levels, y.dtype.element_ty)
+        if ends is not None:
+            low, low_count, high, high_count, nans = extended(
+                widen(out, ACC), inside, low, low_count, high, high_count, nans
+            )
         tl.store(y + at, out, mask=inside)
+    if ends is not None:
+        store_ends(ends, tl.program_id(0), strips * splits, low, low_count, high, high_count, nans)
 
 
 @triton.jit
 def _batch_norm_act_backward_sums_kernel(
-    dy, x, activated, weight, bias, mean, rstd, quantizer, dresidual, partials,
+    dy, x, activated, weight, bias, mean, rstd, quantizer, ends, d_ends, dresidual, partials,
     rows, width, pitch, channels, strips, splits, tiles,
     ACTIVATION: tl.constexpr, WITH_L1: tl.constexpr,
     LAST: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, ACC: tl.constexpr,
@@ -188,6 +217,7 @@ def _batch_norm_act_backward_sums_kernel(
     scale = r * of_channel(weight, strip, channels, 1, LAST, COLS, ACC)
     shift = of_channel(bias, strip, channels, 0, LAST, COLS, ACC)
     step, zero = _grid_of(quantizer, ACC)
+    low, high, low_share, high_share = shares_of(ends, d_ends, ACC)
     a = tl.zeros((ROWS, COLS), ACC)
     b = tl.zeros((ROWS, COLS), ACC)
     l1 = tl.zeros((ROWS, COLS), ACC)
@@ -195,11 +225,16 @@ def _batch_norm_act_backward_sums_kernel(
         at, inside = tile(strip, share * tiles + i, rows, width, pitch, LAST, ROWS, COLS)
         value = load(x, at, inside, ACC)
         g = load(dy, at, inside, ACC)
-        l1 += tl.abs(g)
         T: tl.constexpr = x.dtype.element_ty
-        passes = _passes(
-            value, center, scale, shift, activated, quantizer, step, zero, at, inside, T, ACTIVATION, ACC
-        )  # fmt: skip
+        if d_ends is not None:
+            out = _stored(value, center, scale, shift, activated, at, inside, T, ACTIVATION, ACC)
+            g = tl.where(inside, with_share(g, out, low, high, low_share, high_share), 0)
+            passes = _slope(out, quantizer, step, zero, inside, ACTIVATION)
+        else:
+            passes = _passes(
+                value, center, scale, shift, activated, quantizer, step, zero, at, inside, T, ACTIVATION, ACC
+            )  # fmt: skip
+        l1 += tl.abs(g)
         g = tl.where(passes, g, 0)
         if dresidual is not None:
             tl.store(dresidual + at, narrow(g, dresidual.dtype.element_ty), mask=inside)
@@ -213,7 +248,7 @@ def _batch_norm_act_backward_sums_kernel(
 
 @triton.jit(do_not_specialize=["count"])
 def _batch_norm_act_backward_kernel(
-    dy, x, weight, bias, mean, rstd, quantizer, dweight, dbias, dx, count,
+    dy, x, weight, bias, mean, rstd, quantizer, ends, d_ends, dweight, dbias, dx, count,
     rows, width, pitch, channels, strips, splits, tiles,
     ACTIVATION: tl.constexpr, TRAINING: tl.constexpr,
     LAST: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, ACC: tl.constexpr,
@@ -224,6 +259,7 @@ def _batch_norm_act_backward_kernel(
     scale = r * of_channel(weight, strip, channels, 1, LAST, COLS, ACC)
     shift = of_channel(bias, strip, channels, 0, LAST, COLS, ACC)
     step, zero = _grid_of(quantizer, ACC)
+    low, high, low_share, high_share = shares_of(ends, d_ends, ACC)
     each = divide(tl.full((), 1, ACC), count.to(ACC))
     a = of_channel(dbias, strip, channels, 0, LAST, COLS, ACC) * each
     b = of_channel(dweight, strip, channels, 0, LAST, COLS, ACC) * each
@@ -232,9 +268,14 @@ def _batch_norm_act_backward_kernel(
         value = load(x, at, inside, ACC)
         g = load(dy, at, inside, ACC)
         T: tl.constexpr = x.dtype.element_ty
-        passes = _passes(
-            value, center, scale, shift, None, quantizer, step, zero, at, inside, T, ACTIVATION, ACC
-        )
+        if d_ends is not None:
+            out = _stored(value, center, scale, shift, None, at, inside, T, ACTIVATION, ACC)
+            g = with_share(g, out, low, high, low_share, high_share)
+            passes = _slope(out, quantizer, step, zero, inside, ACTIVATION)
+        else:
+            passes = _passes(
+                value, center, scale, shift, None, quantizer, step, zero, at, inside, T, ACTIVATION, ACC
+            )
         g = tl.where(passes, g, 0)
         if TRAINING:
             g -= a + (value - center) * r * b

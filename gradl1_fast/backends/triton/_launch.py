@@ -39,6 +39,8 @@ def acc(dtype: torch.dtype) -> Any:
 
 def dense(x: Tensor) -> Tensor:
     """Return ``x``, or a copy without gaps and overlaps where it has some."""
+    if x.is_neg():
+        x = x.resolve_neg()  # its memory holds the opposite of its values
     expected = 1
     for stride, size in sorted((s, n) for s, n in zip(x.stride(), x.shape, strict=True) if n != 1):
         if stride != expected:
@@ -53,7 +55,13 @@ def in_layout_of(x: Tensor, like: Tensor) -> Tensor: ...
 def in_layout_of(x: Tensor | None, like: Tensor) -> Tensor | None: ...
 def in_layout_of(x: Tensor | None, like: Tensor) -> Tensor | None:
     """Return ``x``, or a copy with the strides of the dense tensor ``like`` where they differ."""
-    if x is None or all(n == 1 or a == b for n, a, b in zip(x.shape, x.stride(), like.stride(), strict=True)):
+    if x is not None and x.is_neg():
+        x = x.resolve_neg()  # its memory holds the opposite of its values
+    if (
+        x is None
+        or x.stride() == like.stride()
+        or all(n == 1 or a == b for n, a, b in zip(x.shape, x.stride(), like.stride(), strict=True))
+    ):
         return x
     return torch.empty_like(like, dtype=x.dtype).copy_(x)
 

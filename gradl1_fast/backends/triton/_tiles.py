@@ -41,6 +41,8 @@ class Plan(NamedTuple):
 
 def walkable(x: Tensor) -> Tensor:
     """Return ``x`` if it is NCHW or channels_last without gaps, else a contiguous copy."""
+    if x.is_neg():
+        x = x.resolve_neg()  # its memory holds the opposite of its values
     return x if x.is_contiguous() or _channels_last(x) else x.contiguous()
 
 

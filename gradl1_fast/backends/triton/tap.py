@@ -1,4 +1,7 @@
-"""The tap's sweeps: backward reads dy once; double backward reads d_dx and dy once and writes d_dy."""
+"""The tap's sweeps: backward reads dy once; double backward reads d_dx and dy once and writes d_dy.
+
+The ends of x take one read; their gradient takes one read of x and dy and one write.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,14 @@ from torch import Tensor
 
 from gradl1_fast.backends.triton import _launch
 from gradl1_fast.backends.triton._device import narrow, sign, widen
+from gradl1_fast.backends.triton._ends import (
+    extended,
+    finish_ends,
+    partials_of_ends,
+    shares_of,
+    store_ends,
+    with_share,
+)
 
 
 @triton.jit
@@ -26,6 +37,29 @@ def _tap_double_backward_kernel(d_dx, d_l1, dy, d_dy, n, ACC: tl.constexpr, BLOC
     if d_dx is not None:
         out += widen(tl.load(d_dx + at, mask=at < n, other=0), ACC)
     tl.store(d_dy + at, narrow(out, d_dy.dtype.element_ty), mask=at < n)
+
+
+@triton.jit
+def _tap_ends_kernel(x, partials, n, ACC: tl.constexpr, BLOCK: tl.constexpr):
+    block = tl.program_id(0).to(tl.int64)
+    at = block * BLOCK + tl.arange(0, BLOCK)
+    low, high = tl.full((BLOCK,), float("inf"), ACC), tl.full((BLOCK,), float("-inf"), ACC)
+    none = tl.zeros((BLOCK,), ACC)
+    value = widen(tl.load(x + at, mask=at < n, other=0), ACC)
+    low, low_count, high, high_count, nans = extended(value, at < n, low, none, high, none, none)
+    store_ends(partials, block, tl.num_programs(0), low, low_count, high, high_count, nans)
+
+
+@triton.jit
+def _tap_add_ends_gradient_kernel(dy, x, ends, d_ends, out, n, ACC: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    low, high, low_share, high_share = shares_of(ends, d_ends, ACC)
+    total = tl.zeros((BLOCK,), ACC)
+    if dy is not None:
+        total = widen(tl.load(dy + at, mask=at < n, other=0), ACC)
+    value = widen(tl.load(x + at, mask=at < n, other=0), ACC)
+    total = with_share(total, value, low, high, low_share, high_share)
+    tl.store(out + at, narrow(total, out.dtype.element_ty), mask=at < n)
 
 
 def tap_backward(dy: Tensor) -> Tensor:
@@ -60,3 +94,35 @@ def tap_double_backward(d_dx: Tensor | None, d_l1: Tensor | None, dy: Tensor) ->
                 **_launch.OPTIONS,
             )
     return d_dy
+
+
+class Tap:
+    """The identity whose gradient is measured, and the ends of what passes, for dense tensors."""
+
+    def __init__(self, x: Tensor) -> None:
+        self._blocks = _launch.blocks(x.numel())
+        self._options = {"ACC": _launch.acc(x.dtype), "BLOCK": _launch.BLOCK, **_launch.OPTIONS}
+
+    backward = staticmethod(tap_backward)
+    double_backward = staticmethod(tap_double_backward)
+
+    def ends(self, x: Tensor) -> Tensor:
+        """Return the smallest and the largest value of ``x`` and how many values are equal to each."""
+        with _launch.on_device_of(x):
+            x, partials = x.resolve_neg(), partials_of_ends(x, self._blocks)
+            _tap_ends_kernel[(self._blocks,)](x, partials, x.numel(), **self._options)
+            return finish_ends(partials)
+
+    def add_ends_gradient(self, dy: Tensor | None, x: Tensor, ends: Tensor, d_ends: Tensor) -> Tensor:
+        """Return ``dy`` plus what ``d_ends`` gives to ``x``."""
+        with _launch.on_device_of(x):
+            x, out = x.resolve_neg(), torch.empty_like(x)
+            _tap_add_ends_gradient_kernel[(self._blocks,)](
+                _launch.in_layout_of(dy, out), x, ends, d_ends.contiguous(), out, x.numel(), **self._options
+            )
+            return out
+
+
+def prepare_tap(x: Tensor) -> Tap | None:
+    """Prepare the tap of tensors like ``x``; None if their memory has gaps."""
+    return Tap(x) if _launch.dense(x) is x and torch.empty_like(x).stride() == x.stride() else None

@@ -10,7 +10,7 @@ import pytest
 import torch
 from triton.runtime import interpreter
 
-from gradl1_fast.backends import triton
+from gradl1_fast.backends import contract, triton
 
 X = torch.randn(4, 4, 32, 32)
 ONE = torch.ones(())
@@ -96,6 +96,32 @@ def test_batch_norm_act(
     moved.clear()
     triton.batch_norm_act_double_backward(x, CHANNELS, CHANNELS, other, ONE, *saved, residual)
     assert passes(moved) == ((9, 2) if residual else (6, 2))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("residual", [False, True])
+def test_ends_of_batch_norm_act(residual: bool, layout: torch.memory_format, moved: Counter[str]) -> None:
+    """The ends come out of the pass that writes y, and their gradient enters the passes that read dy."""
+    x = X.contiguous(memory_format=layout)
+    op = contract.prepare_batch_norm_act(
+        triton, x, training=True, eps=1e-5, activation="relu", with_residual=residual, codes=None,
+        with_ends=True,
+    )  # fmt: skip
+    other = x if residual else None
+    y, _, mean, rstd, ends = op.forward(x, CHANNELS, CHANNELS, None, None, other, None, None)
+    assert passes(moved) == ((3, 1) if residual else (2, 1))
+    moved.clear()
+    op.backward(x, x, y, CHANNELS, CHANNELS, mean, rstd, None, None, False, ends, torch.ones(2))
+    assert passes(moved) == ((5, 2) if residual else (4, 1))
+
+
+def test_ends_of_a_tap(moved: Counter[str]) -> None:
+    tap = contract.prepare_tap(triton, X)
+    ends = tap.ends(X)
+    assert passes(moved) == (1, 0)
+    moved.clear()
+    tap.add_ends_gradient(X, X, ends, torch.ones(2))
+    assert passes(moved) == (2, 1)
 
 
 def test_l1_norm_of_a_network_takes_two_launches(moved: Counter[str]) -> None:

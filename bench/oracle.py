@@ -17,7 +17,12 @@ Gradients = Mapping[str, Tensor]
 
 
 def true_gradients(
-    make: Callable[[], nn.Module], x: Tensor, y: Tensor, lambda_w: float, lambda_a: float
+    make: Callable[[], nn.Module],
+    x: Tensor,
+    y: Tensor,
+    lambda_w: float,
+    lambda_a: float,
+    step_bits: int | None = None,
 ) -> dict[str, Tensor]:
     """Return the gradient of ``loss + lambda_w sum |dL/dW| + lambda_a sum |dL/dY|`` by parameter.
 
@@ -30,6 +35,7 @@ def true_gradients(
         y: labels.
         lambda_w: coefficient of the weights' term.
         lambda_a: coefficient of the activations' term.
+        step_bits: multiplies each norm by the quantization step of its tensor at this width; None does not.
     """
     model = make().to(x.device).double()
     layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
@@ -44,12 +50,24 @@ def true_gradients(
         layer.register_forward_pre_hook(give)
     loss = total = F.cross_entropy(model(x.double()), y)
     activations = [own for _, own in inputs.values()]
-    for factor, measured in ((lambda_w, [m.weight for m in layers]), (lambda_a, activations)):
+    for factor, step, measured in (
+        (lambda_w, _step_of_weight, [m.weight for m in layers]),
+        (lambda_a, _step_of_activation, activations),
+    ):
         if factor:
             grads = torch.autograd.grad(loss, measured, create_graph=True)
-            total = total + factor * sum(g.abs().sum() for g in grads)
+            steps = [1.0 if step_bits is None else step(t, step_bits) for t in measured]
+            total = total + factor * sum(s * g.abs().sum() for s, g in zip(steps, grads, strict=True))
     names, parameters = zip(*model.named_parameters(), strict=True)
     return dict(zip(names, torch.autograd.grad(total, parameters), strict=True))
+
+
+def _step_of_weight(weight: Tensor, bits: int) -> Tensor:
+    return weight.abs().amax() / (2 ** (bits - 1) - 1)
+
+
+def _step_of_activation(y: Tensor, bits: int) -> Tensor:
+    return (y.amax().clamp(min=0) - y.amin().clamp(max=0)) / (2**bits - 1)
 
 
 def relative_error(gradients: Gradients, truth: Gradients) -> float:

@@ -19,10 +19,11 @@ from gradl1_fast import backends
 from gradl1_fast._extras import install
 from gradl1_fast.training.speed import EagerPenalty
 
-__all__ = ["LAMBDA", "PLAIN", "PROVIDERS", "SCALE", "CannotRunError", "Provider"]
+__all__ = ["LAMBDA", "PLAIN", "PROVIDERS", "SCALE", "STEP_BITS", "CannotRunError", "Provider"]
 
 LAMBDA = 1e-3
 SCALE = "none"  # the norms alone, which all peers penalise
+STEP_BITS = 4
 PLAIN, OURS = "plain", "gradl1_fast"
 BACKENDS = ("reference", "host", "triton", "cuda")
 
@@ -41,6 +42,7 @@ class Provider:
             CannotRunError, ImportError or UnavailableError where it has no place.
         exact: whether its gradient must be that of double backprop; otherwise its error is a result.
         terms: ``(lambda_w, lambda_a)``.
+        by_step: whether norms are multiplied by the steps of their tensors, the setting that is recommended.
         layout: of the network and images.
         amp: whether it runs under bf16 autocast.
         beside: the plain step of its own kind.
@@ -51,10 +53,16 @@ class Provider:
     make: Callable[[Task, float, float, str], Step]
     exact: bool = True
     terms: tuple[float, float] = (LAMBDA, LAMBDA)
+    by_step: bool = False
     layout: str = "channels_last"
     amp: bool = False
     beside: str = PLAIN
     compiles: bool = False
+
+    @property
+    def objective(self) -> tuple[float, float, int | None]:
+        """Both coefficients, and the width of the steps that multiply norms, or None."""
+        return *self.terms, STEP_BITS if self.by_step else None
 
     def step(self, workload: Any, compiler: str) -> Step:
         """Return the step on a workload."""
@@ -109,14 +117,19 @@ def _ours(
     *,
     backend: str | None = None,
     every: int = 1,
+    scale: str = SCALE,
 ) -> Step:
     if backend is not None:
         with gl.backend(backend):
             for op in backends.OPERATIONS:
                 backends.resolve(op, task.x)
     model = gl.convert(task.network())
-    penalty = gl.GradL1(model, lambda_w, lambda_a, SCALE, every)
+    penalty = gl.GradL1(model, lambda_w, lambda_a, scale, every, step_bits=STEP_BITS)
     return Penalised(task, model, penalty, backend=backend, steps=every)
+
+
+def _ours_without(task: Task, lambda_w: float, lambda_a: float, compiler: str) -> Step:
+    return Penalised(task, gl.convert(task.network()))
 
 
 def _ours_compiled(task: Task, lambda_w: float, lambda_a: float, compiler: str) -> Step:
@@ -159,6 +172,8 @@ _ALL = [
     Provider("JAX, jvp of grad", partial(_jax, way="jvp of grad"), **_JAX),
     Provider("finite difference", _finite_difference, exact=False),
     Provider(OURS, _ours),
+    Provider(f'{OURS}, scale="step"', partial(_ours, scale="step"), by_step=True),
+    Provider(f"{OURS}, no penalty", _ours_without, terms=_NOTHING),
     Provider(f"{OURS}, weights only", _ours, terms=_WEIGHTS),
     *(Provider(f"{OURS}, {name}", partial(_ours, backend=name)) for name in BACKENDS),
     Provider(f"{OURS}, every=4", partial(_ours, every=4)),

@@ -22,11 +22,18 @@ from gradl1_fast._progress import track
 __all__ = ["SMOKE", "Settings", "empty_row", "gate", "measure", "prepare", "truths", "workloads"]
 
 Row = dict[str, Any]
+Objective = tuple[float, float, int | None]
 EAGER = ("eager double backprop", "eager double backprop, NCHW")
 MEASURED = ("peak_bytes", "operator_calls", "bytes_moved")
 # Widths and batches that two CPU cores step through in a fraction of a second; on a GPU the real networks.
 _CPU = [("vgg_like", 32, 32), ("resnet18", 32, 32), ("resnet50", 16, 16), ("mobilenet_v2", 16, 16)]
 _GPU = [("vgg_like", 64, 256), ("resnet18", 64, 256), ("resnet50", 64, 128), ("mobilenet_v2", 32, 128)]
+# So small that only issuing operations counts, as for a small network on a GPU.
+_LAUNCH_BOUND = [
+    Workload("resnet18", 2, 2, 8),
+    Workload("resnet50", 2, 2, 8),
+    Workload("mobilenet_v2", 4, 2, 8),
+]
 # The deep ones larger: with a handful of values for a batch norm no gradient in float32 is right.
 SMOKE = [
     Workload("vgg_like", 4, 4, 16),
@@ -64,12 +71,15 @@ class Settings:
 
 
 def workloads(device: str) -> list[Workload]:
-    """Return what is measured on a device: four networks at CIFAR's and at ImageNet's image size."""
+    """Return what is measured on a device: four networks at CIFAR's and at ImageNet's image size.
+
+    On a CPU also three that are so small that only issuing operations counts.
+    """
     if device == "cuda":
         cifar = [Workload(*sizes, 32, device=device) for sizes in _GPU]
         return cifar + [replace(w, batch=w.batch // 4, size=224) for w in cifar]
     cifar = [Workload(*sizes, 32) for sizes in _CPU]
-    return cifar + [replace(w, batch=4, size=96) for w in cifar]
+    return cifar + [replace(w, batch=4, size=96) for w in cifar] + _LAUNCH_BOUND
 
 
 def measure(
@@ -97,20 +107,20 @@ def measure(
     return rows
 
 
-def truths(workload: Workload, providers: Iterable[str], folder: Path) -> dict[tuple[float, float], str]:
-    """Write the oracle's gradient for each pair of coefficients in use; return where."""
+def truths(workload: Workload, providers: Iterable[str], folder: Path) -> dict[Objective, str]:
+    """Write the oracle's gradient for each objective in use; return where."""
     task = workload.task()
-    paths: dict[tuple[float, float], str] = {}
-    for terms in dict.fromkeys(PROVIDERS[name].terms for name in [PLAIN, *providers]):
-        path = paths[terms] = str(folder / f"truth-{len(paths)}.pt")
-        torch.save(true_gradients(task.make, task.x, task.y, *terms), path)
+    paths: dict[Objective, str] = {}
+    for objective in dict.fromkeys(PROVIDERS[name].objective for name in [PLAIN, *providers]):
+        path = paths[objective] = str(folder / f"truth-{len(paths)}.pt")
+        torch.save(true_gradients(task.make, task.x, task.y, *objective), path)
     return paths
 
 
 def _measure(
     workload: Workload,
     processes: dict[str, Process],
-    paths: Mapping[tuple[float, float], str],
+    paths: Mapping[Objective, str],
     settings: Settings,
     compile_too: bool,
 ) -> list[Row]:
@@ -131,9 +141,7 @@ def _measure(
     return list(rows.values())
 
 
-def prepare(
-    process: Process, workload: Workload, paths: Mapping[tuple[float, float], str], settings: Settings
-) -> Row:
+def prepare(process: Process, workload: Workload, paths: Mapping[Objective, str], settings: Settings) -> Row:
     """Let a process make its step; return the error of its gradient, or why there is none."""
     provider = PROVIDERS.get(process.provider)
     return _ask(
@@ -141,7 +149,7 @@ def prepare(
         "prepare",
         settings.limit,
         workload=workload.asdict(),
-        truth=paths[provider.terms] if provider else None,
+        truth=paths[provider.objective] if provider else None,
         compiler=settings.compiler,
     )
 

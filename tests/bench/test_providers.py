@@ -8,7 +8,7 @@ from torch import nn
 
 from bench.counting import Counted
 from bench.oracle import relative_error, true_gradients
-from bench.providers import LAMBDA, PROVIDERS, CannotRunError
+from bench.providers import LAMBDA, PROVIDERS, STEP_BITS, CannotRunError
 from bench.workloads import Workload
 from gradl1_fast.backends import UnavailableError
 from gradl1_fast.training.models import BasicBlock, InvertedResidual
@@ -38,7 +38,7 @@ def test_a_provider_steps_with_the_gradient_it_claims(name: str, monkeypatch: py
     except UnavailableError as reason:
         pytest.skip(str(reason))
     before = step.gradients()
-    error = relative_error(before, true_gradients(task.make, task.x, task.y, *provider.terms))
+    error = relative_error(before, true_gradients(task.make, task.x, task.y, *provider.objective))
     assert error < (1e-5 if provider.exact else 0.5)
     step()
     after = step.gradients()
@@ -80,24 +80,28 @@ def test_the_oracle_agrees_with_that_of_the_tests(workload: Workload) -> None:
     model = task.network().double()
     weights = [name for name, p in model.named_parameters() if p.dim() > 1]
     inputs = [name.removesuffix(".weight") for name in weights[1:]]
-    measured = oracle.measure(
-        model,
-        lambda m: torch.nn.functional.cross_entropy(m(task.x.double()), task.y),
-        weights=weights,
-        inputs_of=inputs,
-    )
-    truth = oracle.penalised_gradients(
-        lambda: measured, dict(model.named_parameters()), lambda_w=LAMBDA, lambda_a=LAMBDA
-    )
-    ours = true_gradients(task.make, task.x, task.y, LAMBDA, LAMBDA)
-    assert relative_error(ours, truth.gradients) < 1e-12
+    for scale, bits in (("none", None), ("step", STEP_BITS)):
+        truth = oracle.penalised_gradients(
+            lambda: oracle.measure(
+                model,
+                lambda m: torch.nn.functional.cross_entropy(m(task.x.double()), task.y),
+                weights=weights,
+                inputs_of=inputs,
+            ),
+            dict(model.named_parameters()),
+            lambda_w=LAMBDA,
+            lambda_a=LAMBDA,
+            scale=scale,
+        )
+        ours = true_gradients(task.make, task.x, task.y, LAMBDA, LAMBDA, bits)
+        assert relative_error(ours, truth.gradients) < 1e-12
 
 
 @pytest.mark.parametrize("name", ["eager double backprop", "torch.func, jvp of grad", "gradl1_fast"])
 def test_peers_penalise_the_same_tensors_of_a_residual_network(name: str) -> None:
     task, provider = RESIDUAL.task(), PROVIDERS[name]
     gradients = provider.step(RESIDUAL, "").gradients()
-    assert relative_error(gradients, true_gradients(task.make, task.x, task.y, *provider.terms)) < 1e-3
+    assert relative_error(gradients, true_gradients(task.make, task.x, task.y, *provider.objective)) < 1e-3
 
 
 def test_collected_activations_are_what_the_layers_of_a_residual_network_are_given() -> None:

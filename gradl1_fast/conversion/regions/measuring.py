@@ -94,7 +94,8 @@ class Site(Operation):
                 run.l1[number] = self._tap.backward(dy)  # type: ignore[union-attr]
             run.add(self.x, dy, owned=False)
         else:
-            dx, l1 = self._quantize.backward(dy, *run.saved[self.index], number is not None)
+            x, scale, zero_point = run.saved[self.index]
+            dx, l1 = self._quantize.backward(dy, x, scale, zero_point, number is not None)
             if number is not None:
                 run.l1[number] = l1  # type: ignore[assignment]
             run.add(self.x, dx)
@@ -157,10 +158,10 @@ class BatchNorm(Operation):
         x, residual = run.values[self.x], None if self.residual is None else run.values[self.residual]
         if self._raw is None:
             self._prepare(x, residual)
-        weight, bias, *running = self._vectors(run.args)
+        weight, bias, mean, variance = self._vectors(run.args)
         scale, zero_point = (None, None) if self.what is None else self.what.grid(x.dtype)
         y, activated, mean, rstd, ends = self._raw.forward(  # type: ignore[union-attr]
-            x, weight, bias, *running, residual, scale, zero_point
+            x, weight, bias, mean, variance, residual, scale, zero_point
         )
         run.values[self.out] = y
         if ends is not None:

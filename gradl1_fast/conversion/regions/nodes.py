@@ -175,7 +175,7 @@ def _of_function(node: fx.Node) -> Callable[[list[int]], Operation | None] | Non
         parts: Any = node.args[0]
         axis: Any = (*node.args[1:], *node.kwargs.values())
         plain = isinstance(parts, list | tuple) and len(axis) <= 1 and set(node.kwargs) <= {"dim", "axis"}
-        if plain and all(isinstance(p, fx.Node) for p in parts) and len(set(parts)) == len(parts):  # type: ignore[union-attr]
+        if plain and all(isinstance(p, fx.Node) for p in parts) and len(set(parts)) == len(parts):
             return lambda x: Cat(x, axis[0] if axis else 0)
     return None
 

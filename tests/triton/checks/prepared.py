@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gradl1_fast.backends import contract, triton
+from gradl1_fast.backends.triton import _launch
 from tests.compiled.prepared import (
     ROUNDING,
     Arguments,
@@ -56,6 +57,9 @@ def test_ends_of_what_is_not_finite_are_those_of_pytorch(value: float, device: t
     assert_same(tap.add_ends_gradient(None, x, ends, d_ends), truth, "gradient")
 
 
-def test_ties_in_many_blocks_are_counted(device: torch.device) -> None:
-    x = torch.randn(64, 1100, device=device).relu()
+def test_ties_in_more_blocks_than_are_combined_at_once(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_launch, "BLOCK", 16)
+    x = torch.randn(60, 17, device=device).clamp(-0.5, 0.5)
     assert_same(contract.prepare_tap(triton, x).ends(x), true_ends(x), "ends")

@@ -24,7 +24,8 @@ def to_onnx(program: Program) -> Any:
 
     Raises:
         ImportError: onnxscript is not installed.
-        NotExportableError: PyTorch's exporter has no translation of an operator, by name.
+        NotExportableError: PyTorch's exporter has no translation of some operators; the message names them
+            all, with the modules that use them.
     """
     exported = copy.deepcopy(program.exported)  # the exporter rewrites what it is given
     try:
@@ -38,7 +39,9 @@ def to_onnx(program: Program) -> Any:
                 verbose=False,
             )
     except Exception as error:  # the exporter raises errors of many classes
-        raise NotExportableError(f"torch.onnx.export refuses the model: {_reason(error)}") from error
+        missing = _untranslated(program.exported)
+        reason = f"it has no translation of {'; '.join(missing)}" if missing else _reason(error)
+        raise NotExportableError(f"torch.onnx.export refuses the model: {reason}") from error
     if result is None:
         raise NotExportableError("torch.onnx.export returned nothing")
     return result.model
@@ -89,6 +92,28 @@ def _number(value: Any) -> float | None:
         return None
     constant = onnx_ir().convenience.get_const_tensor(value)
     return float("nan") if constant is None else float(constant.numpy())
+
+
+def _untranslated(exported: torch.export.ExportedProgram) -> list[str]:
+    """Return the operators that have no translation, each with the module that uses it first.
+
+    PyTorch's own message stops at the first one. Where its internals are others than those of today,
+    nothing is found, and that message is shown.
+    """
+    try:
+        from torch.onnx._internal.exporter import _fx_passes, _registration
+
+        registry = _registration.ONNXRegistry.from_torchlib(opset_version=OPSET)
+        nodes = _fx_passes.decompose_with_registry(copy.deepcopy(exported), registry).graph.nodes
+        found: dict[str, str] = {}
+        for node in nodes:
+            is_operator = isinstance(node.target, torch._ops.OpOverload) and node.target is not MARK
+            if is_operator and not registry.is_registered(node.target):
+                stack = list(node.meta.get("nn_module_stack", {}).values())
+                found.setdefault(str(node.target), (stack[-1][0] if stack else "") or "the model")
+    except (ImportError, AttributeError, TypeError):
+        return []
+    return [f"{name} (in {place})" for name, place in found.items()]
 
 
 def _reason(error: Exception) -> str:

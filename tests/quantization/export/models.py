@@ -126,6 +126,26 @@ class OfDict(nn.Module):
         return self.last(x) + F.linear(x, self.by_function.weight)
 
 
+class Special(nn.Module):
+    """Functions that have no translation to ONNX, inside of a part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = _SpecialPart()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.special.airy_ai(self.part(x))
+
+
+class _SpecialPart(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.special.bessel_j0(self.linear(x))
+
+
 class Branching(nn.Module):
     """A branch on a value, inside of a part."""
 

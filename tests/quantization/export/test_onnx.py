@@ -20,6 +20,7 @@ from tests.quantization.export.models import (
     Attention,
     Branching,
     OfDict,
+    Special,
     TwoInTwoOut,
     calibrated,
     exported,
@@ -284,6 +285,8 @@ def test_what_pytorch_refuses_is_refused_with_the_place_and_the_reason() -> None
     x = inputs(4, 4)
     with pytest.raises(NotExportableError, match=r"torch.export refuses part \(_Branch\): .*data-dependent"):
         export_onnx(calibrated(Branching(), x), x, w=8, a=8)
+    with pytest.raises(NotExportableError, match=r"bessel_j0\S* \(in part\); .*airy_ai\S* \(in the model\)"):
+        export_onnx(calibrated(Special(), x), x, w=8, a=8)
     with pytest.raises(NotExportableError, match="does not take these inputs"):
         export_onnx(network(NO_NORM)[0], (x, x, x), w=8, a=8)
 

@@ -15,7 +15,7 @@ BUILT := $(VENV)/.built
 BUILD = $(shell nvidia-smi -L >/dev/null 2>&1 || echo GRADL1_CUDA=0)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test coverage fuzz soak zoo sanitize kernels lint format docs bench mutate gpu clean
+.PHONY: help demo test full coverage fuzz soak zoo sanitize kernels lint format docs bench mutate gpu clean
 
 help:  ## this text
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
@@ -39,6 +39,9 @@ demo: $(BUILT)  ## train, quantize and compare on a CPU; writes gradl1-demo/repo
 
 test: $(BUILT)  ## all tests; those that need a GPU are skipped where there is none
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+
+full: $(BUILT)  ## all tests, and the long matrices of cases that `make test` thins out
+	GRADL1_TEST_FULL=1 OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 # Workers of pytest and processes that tests start write a file each, brought together at the end.
 coverage: $(BUILT)  ## all tests again, slower: fails under 95 % of lines and branches; ARGS=tests/nn shows those of some
@@ -73,7 +76,7 @@ sanitize: $(BUILT)  ## CPU loops and emulated CUDA kernels under AddressSanitize
 
 kernels: $(BUILT)  ## compile the CUDA kernels anew for every default architecture; print registers, fail on spills
 	rm -rf build/tests/cuda
-	$(VENV)/bin/python -m pytest tests/compiled/test_cuda_sources.py -k kernels $(ARGS)
+	GRADL1_TEST_FULL=1 $(VENV)/bin/python -m pytest tests/compiled/test_cuda_sources.py -k kernels $(ARGS)
 
 lint: $(READY)  ## style, formatting, docstrings and types
 	$(VENV)/bin/ruff check .

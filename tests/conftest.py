@@ -5,6 +5,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from tests.full import thinned
+
 try:
     from hypothesis import settings
 except ImportError:  # `make gpu` installs nothing, and tests/gpu needs none of it
@@ -19,6 +21,12 @@ else:
 def pytest_configure(config: pytest.Config) -> None:
     # PyTorch says so whenever the two sides of "same" differ, as they do in some cases here.
     config.addinivalue_line("filterwarnings", "ignore:Using padding='same' with even kernel")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    items[:], left = thinned(items)
+    if left:
+        config.hook.pytest_deselected(items=left)
 
 
 @pytest.fixture(autouse=True)

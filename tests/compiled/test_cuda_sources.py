@@ -18,6 +18,7 @@ from tests.compiled.builds import build, module_in
 from tests.compiled.linkage import assert_runs_anywhere
 from tests.compiled.ptxas import kernels
 from tests.compiled.test_setup import setup_script
+from tests.full import FULL
 
 pytestmark = pytest.mark.skipif(not shutil.which("nvcc"), reason="needs nvcc")
 
@@ -27,6 +28,8 @@ def built() -> tuple[Path, str, list[str]]:
     """Return the module, what the compiler said, and the architectures."""
     nvcc = shutil.which("nvcc")
     archs = setup_script()["architectures"](nvcc)
+    if not FULL:  # the oldest and the newest
+        archs = ";".join(dict.fromkeys((archs.split(";")[0], archs.split(";")[-1])))
     options = ["-DGRADL1_HOST=OFF", "-DGRADL1_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={nvcc}"]
     folder, log = build("cuda", *options, f"-DGRADL1_CUDA_ARCHS={archs}")
     return module_in(folder), log, archs.split(";")

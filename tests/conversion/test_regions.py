@@ -55,6 +55,7 @@ PARTS: dict[str, tuple[dict[str, Any], Features]] = {
     ),
     "the same layer twice": ({}, lambda m, x: m.conv1(m.relu(m.conv1(m.conv2(x))))),
     "parted by what no region takes": ({}, lambda m, x: m.conv2(torch.tanh(m.bn1(m.conv1(x))) * 2)),
+    "without a batch": ({}, lambda m, x: m.conv2(m.relu(m.conv1(x))).reshape(-1, 4, 5, 5)),
     "two outputs": ({}, lambda m, x: (lambda y: torch.sin(y) * m.bn2(m.conv2(y)))(m.bn1(m.conv1(x)))),
 }
 
@@ -386,3 +387,15 @@ def test_where_a_region_cannot_run_the_operators_do() -> None:
         return [loss.detach(), penalty(loss).detach()]
 
     assert_same_bits(*compared("residual", run))
+
+
+def test_a_tensor_without_a_batch_goes_through_the_operators() -> None:
+    def run(converted: nn.Module) -> list[Tensor]:
+        penalty, found = gl.GradL1(converted, 0.3, 0.2), []
+        for _ in range(2):
+            loss = converted(images()[0]).square().mean()
+            found += [loss.detach(), penalty(loss).detach()]
+        assert regions_of(converted)[0].reason
+        return found
+
+    assert_same_bits(*compared("without a batch", run))

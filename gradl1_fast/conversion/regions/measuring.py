@@ -12,14 +12,10 @@ from typing_extensions import override
 from gradl1_fast._dtypes import sum_dtype
 from gradl1_fast.backends import contract, resolve
 from gradl1_fast.conversion.regions.operations import Operation
-from gradl1_fast.conversion.regions.passes import Backward, DoubleBackward, Forward
+from gradl1_fast.conversion.regions.passes import Backward, DoubleBackward, Forward, NotFittingError
 from gradl1_fast.nn.quantizers import ActivationQuantizer
 
-__all__ = ["BatchNorm", "Measured", "NotFittingError", "Site"]
-
-
-class NotFittingError(RuntimeError):
-    """The tensors of a call do not fit a region; the message says why."""
+__all__ = ["BatchNorm", "Measured", "Site"]
 
 
 class Measured:

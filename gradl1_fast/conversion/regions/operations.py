@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from gradl1_fast.conversion.regions.passes import Backward, DoubleBackward, Forward
+from gradl1_fast.conversion.regions.passes import Backward, DoubleBackward, Forward, NotFittingError
 
 __all__ = ["Activation", "Add", "Cat", "Convolution", "Linear", "MaxPool", "Operation", "Pool", "Reshape"]
 
@@ -157,6 +157,12 @@ class Convolution(_Product):
     def __init__(self, *args: Any, geometry: tuple[Any, ...]) -> None:
         super().__init__(*args)
         self.geometry = geometry
+
+    @override
+    def forward(self, run: Forward) -> None:
+        if run.values[self.x].dim() != run.args[self.weight].dim():
+            raise NotFittingError("a convolution is given a tensor without a batch")
+        super().forward(run)
 
     @override
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -17,7 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Backward", "DoubleBackward", "Forward", "PutBy", "Record", "Saved"]
+__all__ = ["Backward", "DoubleBackward", "Forward", "NotFittingError", "PutBy", "Record", "Saved"]
+
+
+class NotFittingError(RuntimeError):
+    """The tensors of a call do not fit a region; the message says why."""
 
 
 class Saved:

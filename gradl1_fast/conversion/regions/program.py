@@ -7,12 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gradl1_fast.conversion.regions.measuring import Measured, NotFittingError
+from gradl1_fast.conversion.regions.measuring import Measured
 from gradl1_fast.conversion.regions.operations import Operation
 from gradl1_fast.conversion.regions.passes import (
     Backward,
     DoubleBackward,
     Forward,
+    NotFittingError,
     PutBy,
     Record,
     Saved,

@@ -11,10 +11,10 @@ from torch import Tensor, fx, nn
 from gradl1_fast import backends
 from gradl1_fast.conversion.execution import fused
 from gradl1_fast.conversion.regions.builder import Builder, parameters_of
-from gradl1_fast.conversion.regions.measuring import NotFittingError
 from gradl1_fast.conversion.regions.node import run
 from gradl1_fast.conversion.regions.nodes import emit, layer_in, modules_in
 from gradl1_fast.conversion.regions.partition import Segment, segments
+from gradl1_fast.conversion.regions.passes import NotFittingError
 from gradl1_fast.conversion.regions.program import Program
 from gradl1_fast.nn.arming import Arming
 from gradl1_fast.nn.layers import QuantizedLayer
@@ -121,7 +121,7 @@ class Region:
             try:
                 return self._run(self._program(inputs, args, dtype), inputs, args, dtype)
             except NotFittingError as reason:
-                self.reason = str(reason)
+                self.reason = self._programs[self._key(inputs, args, dtype)] = str(reason)
         return self._run_nodes(*given)
 
     def _argument(self, module: nn.Module, name: str) -> Tensor:

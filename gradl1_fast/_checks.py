@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -103,6 +104,12 @@ def operands(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[T
         dtype = torch.get_autocast_dtype(device)
         return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     return x, weight, bias
+
+
+def is_traced_by_make_fx() -> bool:
+    """Return whether make_fx is recording, which would not see what is computed beside the dispatcher."""
+    proxies = sys.modules.get("torch.fx.experimental.proxy_tensor")
+    return proxies is not None and proxies.get_proxy_mode() is not None
 
 
 def conv_dimensions(op: str, x: Tensor, weight: Tensor) -> int:

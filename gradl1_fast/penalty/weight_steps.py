@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradl1_fast._checks import is_traced_by_make_fx
 from gradl1_fast.backends import contract, resolve
 from gradl1_fast.penalty.measured import WeightTerm
 
@@ -17,6 +18,8 @@ __all__ = ["can_be_together", "weight_steps"]
 def can_be_together(terms: Sequence[WeightTerm]) -> bool:
     """Return whether :func:`weight_steps` can take the weights: dense ones with a range for the tensor."""
     if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    if is_traced_by_make_fx():
         return False
     first = terms[0].tensor
     return all(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from gradl1_fast import backends
+from gradl1_fast._checks import is_traced_by_make_fx
 from gradl1_fast.conversion.execution import fused
 from gradl1_fast.conversion.regions.builder import Builder, parameters_of
 from gradl1_fast.conversion.regions.node import run
@@ -235,6 +236,8 @@ def _why_not(given: tuple[Tensor, ...]) -> str:
             return "was given another kind of tensor"
         if not x.is_floating_point() or x.device.type not in ("cpu", "cuda"):
             return "was given a tensor of another type or device"
+    if is_traced_by_make_fx():
+        return "is traced by make_fx"
     if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
         return "runs under hooks for saved tensors, such as those of checkpointing"
     return ""

@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from gradl1_fast import functional as F
 from gradl1_fast._dtypes import sum_dtype
 from gradl1_fast.conversion.fusion import fuse
+from gradl1_fast.conversion.regions.statistics import share_of_batch
 from gradl1_fast.nn.layers import QuantizedLayer
 from gradl1_fast.nn.quantizers import ActivationQuantizer
 from gradl1_fast.nn.sharing import leave_note
@@ -92,9 +93,7 @@ def _count_batch(norm: nn.BatchNorm2d) -> float:
     if norm.num_batches_tracked is not None:
         with torch.no_grad():
             norm.num_batches_tracked.add_(1)
-    if norm.momentum is None:  # a cumulative average
-        return 1.0 / float(norm.num_batches_tracked)  # type: ignore[arg-type]
-    return norm.momentum
+    return share_of_batch(norm)
 
 
 def _fits(residual: Any, x: Tensor) -> bool:

@@ -16,7 +16,7 @@ __all__ = ["can_be_together", "weight_steps"]
 
 
 def can_be_together(terms: Sequence[WeightTerm]) -> bool:
-    """Return whether :func:`weight_steps` can take the weights: dense ones with a range for the tensor."""
+    """Return whether :func:`weight_steps` can take the weights: those with one range for the tensor."""
     if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
         return False
     if is_traced_by_make_fx():
@@ -26,14 +26,8 @@ def can_be_together(terms: Sequence[WeightTerm]) -> bool:
         term.layer.weight_quantizer.axis is None
         and type(term.tensor) in (Tensor, torch.nn.Parameter)
         and (term.tensor.dtype, term.tensor.device) == (first.dtype, first.device)
-        and _is_dense(term.tensor)
         for term in terms
     )
-
-
-def _is_dense(weight: Tensor) -> bool:
-    last = weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last)
-    return weight.is_contiguous() or last
 
 
 def weight_steps(weights: Sequence[Tensor], bits: int) -> Tensor:

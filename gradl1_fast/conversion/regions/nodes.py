@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -49,7 +48,10 @@ def layer_in(root: nn.Module, node: fx.Node) -> Any:
 
 def norm_in(root: nn.Module, node: fx.Node) -> Any:
     """Return the batch norm of a fused node, or None."""
-    return _module_at(root, node.args[0]) if node.target is batch_norm_act else None
+    if node.target is not batch_norm_act:
+        return None
+    module: Any = node.args[0]
+    return root.get_submodule(str(module.target))
 
 
 def supports(root: nn.Module, node: fx.Node, inside: set[fx.Node]) -> bool:
@@ -216,7 +218,3 @@ def _pair(value: Any) -> list[int]:
 
 def _has_own_weight(module: Any) -> bool:
     return module._parameters.get("weight") is not None
-
-
-def _module_at(root: nn.Module, node: Any) -> Any:
-    return operator.attrgetter(str(node.target))(root)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ _aten: Any = torch.ops.aten
 _convolution_backward = _aten.convolution_backward.default
 
 
-class Operation:
+class Operation(ABC):
     """One operation.
 
     Attributes:
@@ -30,17 +31,17 @@ class Operation:
     out: int
     ends_slot: int | None = None
 
+    @abstractmethod
     def forward(self, run: Forward) -> None:
         """Compute the result."""
-        raise NotImplementedError
 
+    @abstractmethod
     def backward(self, run: Backward, dy: Tensor) -> None:
         """Add the gradients of what was given, for that of the result."""
-        raise NotImplementedError
 
+    @abstractmethod
     def double_backward(self, run: DoubleBackward, dy: Any) -> None:
         """Set the cotangent of ``dy``, which the first pass kept, and add those of what was given."""
-        raise NotImplementedError
 
     def keeps(self) -> Sequence[int]:
         """Return the slots of the tensors that the passes after the forward pass read."""
@@ -103,12 +104,13 @@ class _Product(Operation):
         if self.dtype is not None:
             v = None if v is None else v.to(self.dtype)
             d_weight = None if d_weight is None else d_weight.to(self.dtype)
-        pairs = [] if v is None else [(v, weight)]
-        pairs += [] if d_weight is None else [(x, d_weight)]
-        tangent = self.products(pairs) if pairs else None
+        tangent = None if v is None else self.product(v, weight, None)
+        if d_weight is not None:
+            term = self.product(x, d_weight, None)
+            tangent = term if tangent is None else tangent.add_(term)
         if self.bias is not None and run.d_args[self.bias] is not None:
-            of_bias = self.bias_tangent(run.d_args[self.bias], dy)  # type: ignore[arg-type]
-            tangent = of_bias if tangent is None else tangent.add_(of_bias)
+            term = self.bias_tangent(run.d_args[self.bias], dy)  # type: ignore[arg-type]
+            tangent = term if tangent is None else tangent.add_(term)
         run.tangents[self.out] = tangent
         of_x, of_weight = self.needs_x and d_weight is not None, self.needs_weight and v is not None
         if of_x or of_weight:
@@ -127,28 +129,23 @@ class _Product(Operation):
         """Return a gradient of the input in its type."""
         return dx if self.dtype is None else dx.to(self.x_dtype)
 
+    @abstractmethod
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return the product."""
-        raise NotImplementedError
 
-    def products(self, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
-        """Return the sum of one or two products, which nobody else has."""
-        terms = [self.product(x, weight, None) for x, weight in pairs]
-        return terms[0] if len(terms) == 1 else terms[0].add_(terms[1])
-
+    @abstractmethod
     def gradients(
         self, dy: Tensor, x: Tensor, weight: Tensor, of_x: bool, of_weight: bool
     ) -> tuple[Tensor, Tensor]:
         """Return the gradients for input and weight, where wanted."""
-        raise NotImplementedError
 
+    @abstractmethod
     def bias_gradient(self, dy: Tensor) -> Tensor:
         """Return the gradient for the bias."""
-        raise NotImplementedError
 
+    @abstractmethod
     def bias_tangent(self, d_bias: Tensor, dy: Tensor) -> Tensor:
         """Return the cotangent of ``dy`` for that of the bias's gradient."""
-        raise NotImplementedError
 
 
 class Convolution(_Product):
@@ -226,13 +223,13 @@ class _Unary(Operation):
 
     makes_new = True
 
+    @abstractmethod
     def transposed(self, dy: Tensor, saved: Any) -> Tensor:
         """Return ``dx``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def tangent(self, v: Tensor, saved: Any) -> Tensor:
         """Return the cotangent of ``dy`` for that of ``dx``."""
-        raise NotImplementedError
 
 
 class Activation(_Unary):

@@ -11,6 +11,7 @@ from torch import fx, nn
 from gradl1_fast.conversion.graphs import layer_of, module_of
 from gradl1_fast.conversion.regions.nodes import inputs_of, layer_in, modules_in, shares_memory, supports
 from gradl1_fast.conversion.trace import is_leaf
+from gradl1_fast.penalty.checks.distributed import is_distributed
 
 __all__ = ["Segment", "segments"]
 
@@ -70,8 +71,7 @@ def _runs(root: nn.Module, graph: fx.Graph, cuts: set[fx.Node]) -> Iterator[list
 
 
 def _limit() -> float:
-    distributed = torch.distributed
-    several = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+    several = is_distributed() and torch.distributed.get_world_size() > 1
     return _BUCKET if several else float("inf")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["update_statistics"]
+__all__ = ["share_of_batch", "update_statistics"]
 
 
 def update_statistics(of_batch: Sequence[tuple[Any, Tensor, Tensor, int]]) -> None:
@@ -34,7 +34,9 @@ def _update(entries: Sequence[tuple[Any, Tensor, Tensor, int]]) -> None:
     for entry in entries:
         norm, mean = entry[:2]
         if norm.training and norm.track_running_stats:
-            groups.setdefault((_share(norm), norm.eps, norm.running_mean.dtype, mean.dtype), []).append(entry)
+            groups.setdefault(
+                (share_of_batch(norm), norm.eps, norm.running_mean.dtype, mean.dtype), []
+            ).append(entry)
     for (share, eps, dtype, _), group in groups.items():
         means, rstds = [entry[1] for entry in group], [entry[2] for entry in group]
         variances = list(torch._foreach_mul(rstds, rstds))
@@ -55,6 +57,6 @@ def _count(norms: Sequence[Any]) -> None:
         torch._foreach_add_(counters, 1)
 
 
-def _share(norm: Any) -> float:
+def share_of_batch(norm: Any) -> float:
     """Return the share of the batch in the running statistics."""
     return 1.0 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum

@@ -8,6 +8,8 @@ from typing import TypeVar
 
 from torch import nn
 
+from gradl1_fast.nn.stand_in import StandIn
+
 M = TypeVar("M", bound=nn.Module)
 
 _TABLES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
@@ -52,4 +54,6 @@ def copy_structure(module: nn.Module, memo: dict[int, nn.Module] | None = None) 
         memo[id(module)] = twin = shallow_copy(module)
         for name, child in module._modules.items():
             twin._modules[name] = None if child is None else copy_structure(child, memo)
+        if isinstance(vars(twin).get("weight"), StandIn):
+            vars(twin)["weight"] = StandIn.of(twin._modules["weight_quantizer"])
     return memo[id(module)]

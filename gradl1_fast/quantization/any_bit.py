@@ -23,8 +23,6 @@ from torch import Tensor, nn
 from gradl1_fast import _files
 from gradl1_fast._dtypes import sum_dtype
 from gradl1_fast._extras import install
-from gradl1_fast.conversion.by_function import used_by_function
-from gradl1_fast.conversion.tracing import parts_of
 from gradl1_fast.nn.foreign import used_weight
 from gradl1_fast.nn.layers import QuantizedLayer
 from gradl1_fast.nn.quantizers import ActivationQuantizer
@@ -101,9 +99,9 @@ def load_any_bit(model: nn.Module, path: str | os.PathLike[str], *, w: int = 8) 
     model then hold one byte for each weight in the place of the float weight, and decode it in each forward
     pass. ``gl.set_bits(model, w=v, a=...)`` chooses any width v up to ``w``, again and again, and copies
     nothing; ``w=None`` is the widest. Such a model is for evaluation: it has no weights to train, fold or
-    export. ``layer.weight`` has the shape, type and device that it had and takes no memory: it is NaN, so
-    that code which uses it without calling the layer does not go on with a wrong weight unnoticed. Where
-    tracing shows such a use, as in ``F.linear(x, self.qkv.weight)``, it holds the values in float.
+    export. ``layer.weight`` takes no memory; code that reads it without calling the layer, as in
+    ``F.linear(x, self.qkv.weight)``, gets the values of the present width, decoded for it. Code that changes
+    it in place raises.
 
     The file is read as data, nothing in it is executed, and every entry is checked before the model is
     changed.
@@ -135,10 +133,8 @@ def load_any_bit(model: nn.Module, path: str | os.PathLike[str], *, w: int = 8) 
             for key, value in _state(model, layers).items()
         }
         file.check_that_all_are_known([_plane(i, name) for name in layers for i in range(bit_planes.WIDTH)])
-    by_function = used_by_function(model, parts_of(model))
     for name, layer in layers.items():
-        known = isinstance(layer.weight_quantizer, SlicedWeight) and layer.weight_quantizer.is_dense
-        slice_weight(layer, sliced[name], dense=known or id(layer) in by_function)
+        slice_weight(layer, sliced[name])
     for _, quantizer, (low, high, is_input) in by_quantizer(every_site(model), ranges):
         quantizer.low, quantizer.high, quantizer.is_input = low, high, is_input
     model.load_state_dict(state, strict=False)
@@ -205,7 +201,7 @@ def _read_weight(file: PartialFile, name: str, layer: QuantizedLayer, w: int) ->
     entry = Entry(torch.uint8, (bit_planes.plane_bytes(torch.Size(shape).numel()),))
     planes = [file.read(_plane(i, name), entry) for i in range(w)]
     codes = bit_planes.unpack(planes, shape).to(device)
-    return SlicedWeight(codes, scale.to(device), w, dtype, old.axis)
+    return SlicedWeight(codes, scale.to(device), w, dtype, old.axis, name=name)
 
 
 def _read_ranges(file: PartialFile, model: nn.Module) -> dict[str, Stored]:

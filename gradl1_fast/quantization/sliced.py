@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from gradl1_fast.nn.layers import QuantizedLayer
 from gradl1_fast.nn.quantizers import WeightQuantizer
 from gradl1_fast.nn.sites import named_layers
+from gradl1_fast.nn.stand_in import StandIn
 from gradl1_fast.quantization import bit_planes
 
 __all__ = ["SlicedWeight", "has_own_weight", "refuse_sliced", "slice_weight"]
@@ -28,27 +28,26 @@ class SlicedWeight(WeightQuantizer):
         widest: how many of the first bits of each code were read, 1 to 8.
         dtype: of the weight that the layer computes with.
         axis: of the output channels where each has a step, None for one step for the tensor.
-
-    Attributes:
-        stand_in: what the layer has in the place of its weight: NaN in the shape, type and place of the
-            weight, of which one value is stored. None where the layer computes its weight from parameters
-            that it keeps.
-        is_dense: whether the stand-in holds the values at the present width, for functions that use it.
+        name: of the layer, for messages.
     """
 
-    stand_in: Tensor | None
-    is_dense: bool
     codes: Tensor
     scale: Tensor
     like: Tensor
     _ranges = ("scale", "clip")
 
     def __init__(
-        self, codes: Tensor, scale: Tensor, widest: int, dtype: torch.dtype, axis: int | None = None
+        self,
+        codes: Tensor,
+        scale: Tensor,
+        widest: int,
+        dtype: torch.dtype,
+        axis: int | None = None,
+        *,
+        name: str = "",
     ) -> None:
-        self.widest = widest
+        self.widest, self.name = widest, name
         self._bits = widest
-        self.stand_in, self.is_dense = None, False
         super().__init__(per_channel=axis is not None, out_axis=axis or 0)
         self.register_buffer("codes", codes, persistent=False)
         self.register_buffer("scale", scale, persistent=False)
@@ -67,26 +66,10 @@ class SlicedWeight(WeightQuantizer):
                 f"a weight read with {self.widest} bits has widths of 1 to {self.widest}, got {value}"
             )
         self._bits = self.widest if value is None else value
-        if self.is_dense and self.stand_in is not None:
-            self.stand_in.copy_(self())
-
-    def stand_in_now(self) -> Tensor:
-        """Return a new tensor to stand in for the weight."""
-        return self().clone() if self.is_dense else self.like.new_full((), torch.nan).expand(self.codes.shape)
 
     def forward(self, weight: object = None) -> Tensor:
         """Return the weight at the present width; the layer has no other."""
         return bit_planes.decode(self.codes, self.scale, self.bits, self.axis).to(self.like.dtype)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        super()._apply(fn, recurse)
-        if self.stand_in is not None:
-            moved = self.stand_in_now()
-            if torch._has_compatible_shallow_copy_type(self.stand_in, moved):
-                self.stand_in.data = moved  # the very tensor that the layer has
-            else:
-                torch.utils.swap_tensors(self.stand_in, moved)
-        return self
 
     def grid(self, weight: Any, bits: int) -> tuple[Tensor, Tensor, int, int]:
         """Refuse: below 8 bits the values lie half a step beside the grid of any integers."""
@@ -106,32 +89,23 @@ class SlicedWeight(WeightQuantizer):
             raise ValueError("a weight from an any-bit file has the range of the file, and takes no other")
 
 
-def slice_weight(layer: QuantizedLayer, quantizer: SlicedWeight, *, dense: bool = False) -> None:
+def slice_weight(layer: QuantizedLayer, quantizer: SlicedWeight) -> None:
     """Take the float weight of a layer away; from now on it computes with the sliced one.
 
     A weight that is no parameter, but computed from some, goes on being computed, and is not used.
-
-    Args:
-        layer: to be changed.
-        quantizer: the sliced weight.
-        dense: keep a tensor with the values as well, for functions that use the weight without the layer.
     """
     if has_own_weight(layer):
-        quantizer.is_dense = dense
-        quantizer.stand_in = quantizer.stand_in_now()
         vars(layer).pop("weight", None)
         layer._parameters.pop("weight", None)
-        # None to state dicts, which neither take nor give it; code that asks for its shape, type or device
-        # gets an answer, and a product with it is NaN rather than something plausible.
+        # None to state dicts, which neither take nor give it.
         layer.register_parameter("weight", None)
-        vars(layer)["weight"] = quantizer.stand_in
+        vars(layer)["weight"] = StandIn.of(quantizer)
     layer.weight_quantizer = quantizer.train(layer.training)
 
 
 def has_own_weight(layer: QuantizedLayer) -> bool:
     """Return whether a layer's weight is a parameter, or was until it was read from an any-bit file."""
-    quantizer = layer.weight_quantizer
-    return not layer.is_computed or (isinstance(quantizer, SlicedWeight) and quantizer.stand_in is not None)
+    return not layer.is_computed or isinstance(vars(layer).get("weight"), StandIn)
 
 
 def refuse_sliced(model: nn.Module, what: str) -> None:

@@ -14,14 +14,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from gradl1_fast.nn.layers import QuantizedLayer
+from gradl1_fast.nn.stand_in import METADATA
 
 __all__ = ["Watch", "tensors_of"]
-
-# What tells of a tensor without reading its values.
-_METADATA = {
-    *("size", "dim", "ndimension", "numel", "nelement", "stride", "element_size", "get_device", "__len__"),
-    *("is_contiguous", "is_floating_point", "is_complex", "is_inference", "__hash__", "type"),
-}
 
 
 class Watch:
@@ -109,7 +104,7 @@ class _Functions(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
-        is_metadata = name in _METADATA or (name == "__get__" and not isinstance(result, Tensor))
+        is_metadata = name in METADATA or (name == "__get__" and not isinstance(result, Tensor))
         if not is_metadata:
             self._see(tree_leaves((args, kwargs)))
         return result

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import gradl1_fast as gl
 from gradl1_fast.nn.sites import named_layers, named_quantizers
@@ -76,27 +76,3 @@ class TestASlicedModel:
         assert gl.report(model).layers[0][2:4] == ("4x3x3x3", "4 when it is called, which it was not yet")
         model(VGG.batch(torch.float32)[0])
         assert gl.report(model).layers[0][2:4] == ("4x3x3x3", "4")
-
-
-class ByFunction(nn.Module):
-    """Uses the weight of a layer without calling it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.qkv, self.out = nn.Linear(6, 6), nn.Linear(6, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.out(nn.functional.linear(x, self.qkv.weight, self.qkv.bias))
-
-
-def test_a_weight_that_a_function_uses_has_the_values_of_the_width(tmp_path: Path) -> None:
-    saved, x = gl.convert(ByFunction().eval()), torch.randn(4, 6)
-    gl.save_any_bit(saved, tmp_path / "file.safetensors")
-    model = gl.load_any_bit(gl.convert(ByFunction().eval()), tmp_path / "file.safetensors", w=8)
-    for w in (8, 3):
-        gl.set_bits(model, w=w, a=None)
-        first = nn.functional.linear(x, model.qkv.weight_quantizer(), model.qkv.bias)
-        torch.testing.assert_close(model(x), model.out(first))
-        assert not model.qkv.weight.requires_grad
-    again = gl.load_any_bit(model, tmp_path / "file.safetensors", w=4)
-    assert again(x).isfinite().all()

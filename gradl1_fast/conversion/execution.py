@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from gradl1_fast import functional as F
 from gradl1_fast._dtypes import sum_dtype
 from gradl1_fast.conversion.fusion import fuse
+from gradl1_fast.conversion.graphs import hands_on
 from gradl1_fast.conversion.regions.statistics import share_of_batch
 from gradl1_fast.nn.layers import QuantizedLayer
 from gradl1_fast.nn.quantizers import ActivationQuantizer
@@ -30,6 +31,10 @@ def fused(container: nn.Module, graph: fx.Graph) -> fx.Graph:
     copy = fx.Graph()
     copy.output(copy.graph_copy(graph, {}))
     copy.owning_module = container  # type: ignore[assignment]  # what is impure depends on the modules called
+    for node in list(copy.nodes):  # layers on both sides of an identity are given one tensor
+        if hands_on(container, node):
+            node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+            copy.erase_node(node)
     fuse(container, copy, batch_norm_act)
     return copy
 

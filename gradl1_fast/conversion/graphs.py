@@ -6,6 +6,7 @@ import operator
 
 import torch
 from torch import fx, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from gradl1_fast.conversion.trace import IN_PLACE_OPERATORS, is_leaf
 from gradl1_fast.nn.layers import QuantizedLayer
@@ -16,8 +17,10 @@ __all__ = [
     "RELU6",
     "activation_of",
     "changes_in_place",
+    "hands_on",
     "kind_of",
     "layer_of",
+    "may_hand_on",
     "module_of",
     "operation_of",
 ]
@@ -25,6 +28,11 @@ __all__ = [
 _functional = nn.functional
 RELU = {torch.relu, torch.relu_, _functional.relu, _functional.relu_, "relu", "relu_"}
 RELU6 = {_functional.relu6}
+_SOMETIMES_ITSELF = {
+    *("bfloat16", "contiguous", "cpu", "cuda", "double", "flatten", "float", "half", "to", "type", "type_as"),
+    *("alpha_dropout", "dropout", "dropout1d", "dropout2d", "dropout3d", "feature_alpha_dropout"),
+    *("broadcast_tensors", "conj", "pos", "positive", "ravel", "real", "resolve_conj", "sum_to_size"),
+}
 ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 
 
@@ -58,6 +66,21 @@ def activation_of(root: nn.Module, node: fx.Node) -> str | None:
     if operation_of(node) in RELU:
         return "relu"
     return "relu6" if operation_of(node) in RELU6 else None
+
+
+def hands_on(root: nn.Module, node: fx.Node) -> bool:
+    """Return whether the result of a node is the very tensor that it is given, in the present mode."""
+    module = module_of(root, node)
+    same = type(module) is nn.Identity or (isinstance(module, _DropoutNd) and not module.training)
+    return same and len(node.args) == 1 and isinstance(node.args[0], fx.Node) and not node.kwargs
+
+
+def may_hand_on(root: nn.Module, node: fx.Node) -> bool:
+    """Return whether the result of a node may be the very tensor that it is given."""
+    if isinstance(module_of(root, node), nn.Identity | nn.Flatten | _DropoutNd):
+        return True
+    operation = operation_of(node)
+    return getattr(operation, "__name__", operation) in _SOMETIMES_ITSELF
 
 
 def changes_in_place(root: nn.Module, node: fx.Node) -> bool:

@@ -68,14 +68,18 @@ def share_sites(model: nn.Module) -> None:
 
 
 def _share(root: nn.Module, graph: fx.Graph, *, is_root: bool) -> None:
-    changed = {node.all_input_nodes[0] for node in graph.nodes if _changes_its_input(root, node)}
+    changed = {
+        _past_identities(root, node.all_input_nodes[0])
+        for node in graph.nodes
+        if _changes_its_input(root, node)
+    }
     first: dict[fx.Node, QuantizedLayer] = {}
     given: defaultdict[int, set[bool]] = defaultdict(set)  # whether a site is given the network's input
     for node in graph.nodes:
         layer = layer_of(root, node)
         if layer is None or layer.input_quantizer is None or not node.all_input_nodes:
             continue
-        source = node.all_input_nodes[0]
+        source = _past_identities(root, node.all_input_nodes[0])
         leader = first.setdefault(source, layer)
         if leader is not layer and source not in changed and leader.input_quantizer is not None:
             join(layer, leader.input_quantizer)
@@ -83,6 +87,13 @@ def _share(root: nn.Module, graph: fx.Graph, *, is_root: bool) -> None:
         given[id(layer.input_quantizer)].add(is_root and _origin(root, source).op == "placeholder")
         layer.input_quantizer.is_input = given[id(layer.input_quantizer)] == {True}
         layer.input_quantizer.is_mixed = len(given[id(layer.input_quantizer)]) == 2
+
+
+def _past_identities(root: nn.Module, node: fx.Node) -> fx.Node:
+    """Return the node whose very tensor a node hands on, whatever the mode."""
+    while type(module_of(root, node)) is nn.Identity and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    return node
 
 
 def _origin(root: nn.Module, node: fx.Node) -> fx.Node:

@@ -56,6 +56,24 @@ PARTS: dict[str, tuple[dict[str, Any], Features]] = {
     "the same layer twice": ({}, lambda m, x: m.conv1(m.relu(m.conv1(m.conv2(x))))),
     "parted by what no region takes": ({}, lambda m, x: m.conv2(torch.tanh(m.bn1(m.conv1(x))) * 2)),
     "without a batch": ({}, lambda m, x: m.conv2(m.relu(m.conv1(x))).reshape(-1, 4, 5, 5)),
+    "one site behind an identity": (
+        {"same": nn.Identity(), "off": nn.Dropout(0.0)},
+        lambda m, x: (lambda y: m.conv1(y) + m.conv2(m.same(y)) + m.conv2(m.off(y)))(m.bn1(m.conv1(x))),
+    ),
+    "one site behind what may hand on": (
+        {},
+        lambda m, x: (lambda y: m.conv1(y) + m.conv2(y.contiguous()) + m.conv2(y.to(x.dtype)))(
+            m.bn1(m.conv1(x))
+        ),
+    ),
+    "one site behind a flatten of nothing": (
+        {"flat": nn.Flatten(), "one": nn.Linear(4, 4), "two": nn.Linear(4, 4)},
+        lambda m, x: (lambda y: m.one(y) + m.two(m.flat(y)))(m.conv1(x).mean((2, 3)))[..., None, None],
+    ),
+    "a sum that broadcasts": (
+        {"gate": nn.Conv2d(4, 4, 1)},
+        lambda m, x: (lambda y: m.conv2(m.gate(y.mean((2, 3), keepdim=True)) + y))(m.conv1(x)),
+    ),
     "two outputs": ({}, lambda m, x: (lambda y: torch.sin(y) * m.bn2(m.conv2(y)))(m.bn1(m.conv1(x)))),
 }
 

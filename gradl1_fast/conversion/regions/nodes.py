@@ -75,7 +75,7 @@ def inputs_of(node: fx.Node) -> list[fx.Node]:
 def shares_memory(root: nn.Module, node: fx.Node) -> bool:
     """Return whether the result of a node that a region can take has the memory of what it reads."""
     kind = type(module_of(root, node))
-    return kind in (nn.Identity, nn.Dropout, nn.Dropout2d, nn.Flatten) or operation_of(node) in _FLATTEN
+    return kind is nn.Flatten or operation_of(node) in _FLATTEN
 
 
 def modules_in(root: nn.Module, node: fx.Node) -> list[nn.Module]:
@@ -95,9 +95,7 @@ def emit(root: nn.Module, node: fx.Node, builder: Builder) -> None:
         assert made is not None
         sources = [builder.slot(source) for source in inputs_of(node)]
         active = any(map(builder.needs_slot, sources))
-        operation = made(sources)
-        slot = sources[0] if operation is None else builder.append(operation, active)
-        builder.give(node, slot)
+        builder.give(node, builder.append(made(sources), active))
 
 
 def _emit_layer(node: fx.Node, layer: QuantizedLayer, builder: Builder) -> None:
@@ -128,7 +126,7 @@ def _emit_norm(node: fx.Node, norm: nn.BatchNorm2d, builder: Builder) -> None:
 
 def _simple(
     root: nn.Module, node: fx.Node, inside: set[fx.Node] | None
-) -> Callable[[list[int]], Operation | None] | None:
+) -> Callable[[list[int]], Operation] | None:
     """Return what makes the operation of a node from the slots it reads, or None if there is none.
 
     A tensor that is changed in place must be read by nobody else, and have been made in the region.
@@ -144,11 +142,9 @@ def _simple(
     return _of_function(node) if module is None else _of_module(module)
 
 
-def _of_module(module: nn.Module) -> Callable[[list[int]], Operation | None] | None:
+def _of_module(module: nn.Module) -> Callable[[list[int]], Operation] | None:
     kind = type(module)
     own: Any = module
-    if kind is nn.Identity or (kind in (nn.Dropout, nn.Dropout2d) and not module.training):
-        return lambda x: None
     if kind is nn.Flatten:
         return lambda x: Reshape(x[0], lambda t: t.flatten(own.start_dim, own.end_dim))
     if kind is nn.MaxPool2d and not own.return_indices:
@@ -161,7 +157,7 @@ def _of_module(module: nn.Module) -> Callable[[list[int]], Operation | None] | N
     return None
 
 
-def _of_function(node: fx.Node) -> Callable[[list[int]], Operation | None] | None:
+def _of_function(node: fx.Node) -> Callable[[list[int]], Operation] | None:
     operation: Any = operation_of(node)
     nodes = [arg for arg in node.args if isinstance(arg, fx.Node)]
     if operation in ADDITIONS:
@@ -182,9 +178,7 @@ def _of_function(node: fx.Node) -> Callable[[list[int]], Operation | None] | Non
     return None
 
 
-def _mean(
-    dim: Any = None, keepdim: bool = False, **others: Any
-) -> Callable[[list[int]], Operation | None] | None:
+def _mean(dim: Any = None, keepdim: bool = False, **others: Any) -> Callable[[list[int]], Operation] | None:
     """Return what makes a mean over some axes, given as numbers."""
     axes = [dim] if isinstance(dim, int) else dim
     if others or not axes or not all(isinstance(axis, int) for axis in axes):

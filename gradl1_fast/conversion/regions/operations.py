@@ -356,25 +356,34 @@ class MaxPool(_Unary):
 
 
 class Add(Operation):
-    """The sum of two tensors of one shape."""
+    """The sum of two tensors of one type, of which one may be broadcast."""
 
     def __init__(self, one: int, other: int) -> None:
         self.one, self.other = one, other
 
     @override
     def forward(self, run: Forward) -> None:
-        run.values[self.out] = run.values[self.one] + run.values[self.other]
+        one, other = run.values[self.one], run.values[self.other]
+        if one.dtype != other.dtype:
+            raise NotFittingError("a sum has parts of two types")
+        run.values[self.out] = y = one + other
+        if run.saved is not None and not one.shape == other.shape:
+            run.saved[self.index] = one.shape, other.shape, y.shape
 
     @override
     def backward(self, run: Backward, dy: Tensor) -> None:
-        run.add(self.one, dy, owned=False)
-        run.add(self.other, dy, owned=False)
+        shapes = run.saved[self.index]
+        for i, part in enumerate((self.one, self.other)):
+            of_part = dy if shapes is None else dy.sum_to_size(shapes[i])
+            run.add(part, of_part, owned=False)
 
     @override
     def double_backward(self, run: DoubleBackward, dy: Any) -> None:
         terms = [t for t in (run.tangents[self.one], run.tangents[self.other]) if t is not None]
         if terms:
-            run.tangents[self.out] = terms[0] if len(terms) == 1 else terms[0] + terms[1]
+            tangent = terms[0] if len(terms) == 1 else terms[0] + terms[1]
+            shapes = run.saved[self.index]
+            run.tangents[self.out] = tangent if shapes is None else tangent.expand(shapes[2])
 
 
 class Cat(Operation):
@@ -386,6 +395,8 @@ class Cat(Operation):
     @override
     def forward(self, run: Forward) -> None:
         parts = [run.values[part] for part in self.parts]
+        if len({part.dtype for part in parts}) > 1:
+            raise NotFittingError("a concatenation has parts of two types")
         run.values[self.out] = torch.cat(parts, self.axis)
         if run.saved is not None:
             run.saved[self.index] = [part.shape for part in parts]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx, nn
 
-from gradl1_fast.conversion.graphs import layer_of, module_of
+from gradl1_fast.conversion.graphs import layer_of, may_hand_on, module_of
 from gradl1_fast.conversion.regions.nodes import inputs_of, layer_in, modules_in, shares_memory, supports
 from gradl1_fast.conversion.trace import is_leaf
 from gradl1_fast.penalty.checks.distributed import is_distributed
@@ -83,6 +83,8 @@ def _conflicts(root: nn.Module, segment: Segment) -> Iterator[fx.Node]:
     """
     inside = set(segment.nodes)
     for node in segment.nodes:
+        if may_hand_on(root, node) and _is_read_twice(root, node):
+            yield node
         if shares_memory(root, node) and any(_is_read_outside(n, inside) for n in (node, *inputs_of(node))):
             yield node
         if layer_in(root, node) is not None and node.args[0] in inside:
@@ -91,11 +93,20 @@ def _conflicts(root: nn.Module, segment: Segment) -> Iterator[fx.Node]:
                 yield node
 
 
+def _is_read_twice(root: nn.Module, node: fx.Node) -> bool:
+    """Return whether layers read the result of a node and what it is given, which may be one tensor."""
+    others = [user for source in inputs_of(node) for user in source.users if user is not node]
+    return all(any(_may_hold_a_layer(root, user) for user in users) for users in (node.users, others))
+
+
 def _is_read_outside(node: fx.Node, inside: set[fx.Node]) -> bool:
     return node in inside and any(user not in inside for user in node.users)
 
 
 def _may_hold_a_layer(root: nn.Module, node: fx.Node) -> bool:
+    """Return whether a node may give a tensor that it reads, as it is, to a layer."""
+    if may_hand_on(root, node) and any(_may_hold_a_layer(root, user) for user in node.users):
+        return True
     module = module_of(root, node)
     if module is not None:
         return layer_of(root, node) is not None or not is_leaf(module)

@@ -17,6 +17,7 @@ __all__ = ["add_biases", "add_joints"]
 _aten = torch.ops.aten
 _SUMS = {_aten.add.Tensor, _aten.add_.Tensor}
 _POOLS = {_aten.avg_pool2d.default, _aten.adaptive_avg_pool2d.default}
+_DEFAULTS = (None, None, None, 0, False, True, None)  # of the arguments of avg_pool2d
 _PRODUCTS = {_aten.conv1d.default, _aten.conv2d.default, _aten.conv3d.default, _aten.linear.default}
 # Between a layer and a joint: what keeps codes codes, or is fused into the quantizer behind it.
 _TRANSPARENT = {
@@ -74,7 +75,19 @@ def _operands(node: fx.Node) -> list[fx.Node]:
         return operands if shapes[0] is not None and shapes[0] == shapes[1] else []  # type: ignore[return-value]
     if node.target is _aten.cat.default:
         return list(node.args[0])  # type: ignore[arg-type]
-    return [node.args[0]] if node.target in _POOLS else []  # type: ignore[list-item]
+    return [node.args[0]] if _is_pool(node) else []  # type: ignore[list-item]
+
+
+def _is_pool(node: fx.Node) -> bool:
+    """Return whether a node is an average pool, of those that onnxruntime's integer kernel computes right.
+
+    Where a window reaches beyond the padding, as ``ceil_mode`` allows, the kernel divides by what is outside
+    as well.
+    """
+    if node.target not in _POOLS:
+        return False
+    ceil_mode, counts_padding = [*node.args, *_DEFAULTS[len(node.args) :]][4:6]
+    return not (ceil_mode and counts_padding)
 
 
 def _is_pure(node: fx.Node) -> bool:

@@ -24,9 +24,11 @@ def to_onnx(program: Program) -> Any:
 
     Raises:
         ImportError: onnxscript is not installed.
-        NotExportableError: PyTorch's exporter has no translation of some operators; the message names them
-            all, with the modules that use them.
+        NotExportableError: PyTorch's exporter has no translation of some operators, or a wrong one; the
+            message names them all, with the modules that use them.
     """
+    if wrong := _mistranslated(program.exported):
+        raise NotExportableError(f"torch.onnx.export loses divisor_override of {'; '.join(wrong)}")
     exported = copy.deepcopy(program.exported)  # the exporter rewrites what it is given
     try:
         with warnings.catch_warnings(), torch.no_grad():
@@ -94,6 +96,18 @@ def _number(value: Any) -> float | None:
     return float("nan") if constant is None else float(constant.numpy())
 
 
+def _mistranslated(exported: torch.export.ExportedProgram) -> list[str]:
+    """Return the average pools with a divisor of their own, which PyTorch's exporter drops."""
+    pools = (torch.ops.aten.avg_pool2d.default, torch.ops.aten.avg_pool3d.default)
+    nodes = [node for node in exported.graph.nodes if node.target in pools]
+    return [f"{node.name} (in {_module_of(node)})" for node in nodes if node.args[6:] not in ((), (None,))]
+
+
+def _module_of(node: torch.fx.Node) -> str:
+    stack = list(node.meta.get("nn_module_stack", {}).values())
+    return (stack[-1][0] if stack else "") or "the model"
+
+
 def _untranslated(exported: torch.export.ExportedProgram) -> list[str]:
     """Return the operators that have no translation, each with the module that uses it first.
 
@@ -109,8 +123,7 @@ def _untranslated(exported: torch.export.ExportedProgram) -> list[str]:
         for node in nodes:
             is_operator = isinstance(node.target, torch._ops.OpOverload) and node.target is not MARK
             if is_operator and not registry.is_registered(node.target):
-                stack = list(node.meta.get("nn_module_stack", {}).values())
-                found.setdefault(str(node.target), (stack[-1][0] if stack else "") or "the model")
+                found.setdefault(str(node.target), _module_of(node))
     except (ImportError, AttributeError, TypeError):
         return []
     return [f"{name} (in {place})" for name, place in found.items()]

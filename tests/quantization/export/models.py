@@ -126,6 +126,19 @@ class OfDict(nn.Module):
         return self.last(x) + F.linear(x, self.by_function.weight)
 
 
+class Pools(nn.Module):
+    """Pools between layers, some with windows that reach beyond the padding."""
+
+    def __init__(self, *pools: nn.Module) -> None:
+        super().__init__()
+        self.before = nn.ModuleList(nn.Conv2d(3, 3, 1) for _ in pools)
+        self.pools, self.after = nn.ModuleList(pools), nn.ModuleList(nn.Conv2d(3, 2, 1) for _ in pools)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        layers = zip(self.before, self.pools, self.after, strict=True)
+        return [after(pool(before(x))) for before, pool, after in layers]
+
+
 class Special(nn.Module):
     """Functions that have no translation to ONNX, inside of a part."""
 

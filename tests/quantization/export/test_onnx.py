@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from typing import Any
 
@@ -20,6 +21,7 @@ from tests.quantization.export.models import (
     Attention,
     Branching,
     OfDict,
+    Pools,
     Special,
     TwoInTwoOut,
     calibrated,
@@ -252,6 +254,19 @@ def test_inputs_outputs_and_operations_of_all_kinds(name: str) -> None:
     left = [n for n in named_layers(model) if n == "by_function"]
     assert file.remarks == [f"not called as layers, so in float where they are used: {n}" for n in left]
     assert kinds(file.data)["DequantizeLinear"] >= len(named_layers(model)) - len(left)
+
+
+def test_pools_of_all_kinds() -> None:
+    torch.manual_seed(0)
+    x, average = inputs(6, 3, 6, 6), functools.partial(nn.AvgPool2d, 3, 2)
+    pools = average(), average(padding=1), average(ceil_mode=True), average(ceil_mode=True, padding=1)
+    others = average(ceil_mode=True, count_include_pad=False), nn.MaxPool2d(3, 2, ceil_mode=True)
+    file = export_onnx(calibrated(Pools(*pools, *others), x), x, w=8, a=8)
+    assert not compare(file, x).faults()
+    assert integer_layers(file.data)[0] == 4  # the others have no quantizer behind them
+    model = calibrated(Pools(average(divisor_override=5)), x)
+    with pytest.raises(NotExportableError, match=r"divisor_override of avg_pool2d \(in pools.0\)"):
+        export_onnx(model, x, w=8, a=8)
 
 
 def test_the_batch_is_free_and_so_are_height_and_width_on_request() -> None:

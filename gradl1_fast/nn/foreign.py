@@ -9,7 +9,8 @@ what is quantized.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from gradl1_fast.nn.layers import QuantizedLayer
 from gradl1_fast.nn.sharing import pass_through
 from gradl1_fast.nn.twins import retype
 
-__all__ = ["foreign_twin", "is_conv1d_of_transformers", "used_weight"]
+__all__ = ["Product", "foreign_twin", "is_conv1d_of_transformers", "product_in", "used_weight"]
 
 _functional = nn.functional
 _Products = dict[Callable[..., Any], Callable[..., Any] | None]
@@ -50,8 +51,39 @@ _BASES: dict[type[nn.Module], type[QuantizedLayer]] = {
 }
 
 
+_NAMES = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+
+
 class _Found(Exception):  # noqa: N818  # ends a forward pass early; no error
-    """Carries the weight that a forward pass was about to use."""
+    """Carries what a forward pass was about to use."""
+
+
+@dataclass(frozen=True)
+class Product:
+    """What a layer multiplies its weight by.
+
+    Attributes:
+        x: the input of the product, quantized where its site is, and padded where the layer pads it itself.
+        kernel: size of the kernel of a convolution; ``()`` of a linear layer, where ``x`` is ``(*, in)``.
+        options: of a convolution: stride, padding, dilation and groups as far as they were given.
+    """
+
+    x: Tensor
+    kernel: tuple[int, ...]
+    options: Mapping[str, Any]
+
+
+class _Stop(TorchFunctionMode):
+    """Ends a forward pass at its first convolution or linear function."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        named = {**dict(zip(_NAMES, args, strict=False)), **(kwargs or {})}
+        if func is _functional.linear:
+            raise _Found(Product(named["input"], (), {}))
+        if func in _CONVOLUTIONS:
+            options = {key: named[key] for key in _NAMES[3:] if key in named}
+            raise _Found(Product(named["input"], tuple(named["weight"].shape[2:]), options))
+        return func(*args, **(kwargs or {}))
 
 
 class _Weights(TorchFunctionMode):
@@ -206,6 +238,24 @@ def _weight_in_use(layer: QuantizedLayer) -> Tensor:
     try:
         with _Weights(found, armed=False):
             forward(layer, _small_input(layer))
+    except _Found as result:
+        return result.args[0]
+    raise RuntimeError(f"{type(layer).__name__} calls no convolution and no linear function with a weight")
+
+
+def product_in(layer: QuantizedLayer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Product:
+    """Return what a layer multiplies its weight by when it is called with these arguments.
+
+    Its forward pass runs up to there.
+
+    Raises:
+        RuntimeError: the layer calls no convolution and no linear function.
+    """
+    if isinstance(layer, _Conv1D):
+        return Product(pass_through(layer, args[0] if args else kwargs["x"]), (), {})
+    try:
+        with _Stop(), torch.no_grad():
+            layer.forward(*args, **kwargs)
     except _Found as result:
         return result.args[0]
     raise RuntimeError(f"{type(layer).__name__} calls no convolution and no linear function with a weight")

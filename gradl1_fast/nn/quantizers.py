@@ -13,7 +13,9 @@ from gradl1_fast import functional as F
 from gradl1_fast._checks import MAX_BITS
 from gradl1_fast._dtypes import sum_dtype
 from gradl1_fast.nn.arming import Arming
+from gradl1_fast.nn.codes import codes, values
 from gradl1_fast.nn.hooks import has_hooks, has_own_forward
+from gradl1_fast.nn.rounded import MadeFor
 from gradl1_fast.ops.tap import alias
 
 __all__ = ["ActivationQuantizer", "Observer", "WeightQuantizer"]
@@ -45,6 +47,9 @@ class _Quantizer(nn.Module):
 class WeightQuantizer(_Quantizer):
     """Fake-quantizes a weight to ``bits``, with codes around zero.
 
+    Codes are the nearest ones, unless others were stored by :func:`gradl1_fast.round_weights`. Stored codes
+    belong to the weight and the range that they were chosen for: with another the quantizer raises.
+
     The range is the weight's own, from its smallest to its largest value, unless one was stored by
     :func:`gradl1_fast.calibrate_weights`.
 
@@ -64,22 +69,72 @@ class WeightQuantizer(_Quantizer):
     clip: Tensor | None
     widest: int = MAX_BITS
     _ranges: ClassVar[tuple[str, ...]] = ("clip",)
+    _made_for: dict[int, MadeFor]
 
     def __init__(self, *, per_channel: bool = False, out_axis: int = 0) -> None:
         super().__init__()
         self.axis = out_axis if per_channel else None
         self.bits = None
+        self._made_for = {}
         self.register_buffer("clip", None, persistent=False)
 
     def forward(self, weight: Tensor) -> Tensor:
-        """Return the weight as it is used at the present width."""
+        """Return the weight as it is used at the present width.
+
+        Raises:
+            RuntimeError: codes are stored for this width, and they were chosen for another weight or range.
+        """
         if self.bits is None:
             return weight
         scale, zero_point, q_min, q_max = self.grid(weight.detach(), self.bits)
         quantized = F.fake_quantize(weight, scale, zero_point, q_min, q_max, axis=self.axis)
         if self.clamps:
             _note(quantized, "clamped_at", self.bits)
-        return quantized
+        if self.bits not in self._made_for:
+            return quantized
+        chosen = values(self._checked(weight, self.bits), scale, self.axis).to(weight.dtype)
+        return chosen + (quantized - quantized.detach())  # the gradient is that of rounding to nearest
+
+    @property
+    def rounded(self) -> dict[int, Tensor]:
+        """The codes that are stored, by width: whole numbers in the shape of the weight."""
+        return {bits: self.get_buffer(_buffer(bits)) for bits in self._made_for}
+
+    def set_rounded(self, bits: int, codes: Tensor | None, made_for: MadeFor | None = None) -> None:
+        """Store codes for a width, or remove those that are there.
+
+        Args:
+            bits: the width.
+            codes: in the shape of the weight, within the grid of the width; None to round to nearest again.
+            made_for: the weight and range that they were chosen for.
+        """
+        self._made_for = {width: other for width, other in self._made_for.items() if width != bits}
+        self._buffers.pop(_buffer(bits), None)
+        self._non_persistent_buffers_set.discard(_buffer(bits))
+        if codes is not None:
+            assert made_for is not None
+            self._made_for = {**self._made_for, bits: made_for}
+            kind = torch.int8 if bits <= 8 else torch.int16
+            self.register_buffer(_buffer(bits), codes.detach().to(kind), persistent=False)
+
+    def made_for(self, bits: int) -> MadeFor | None:
+        """Return what the codes of a width were chosen for; None if there are none."""
+        return self._made_for.get(bits)
+
+    def codes_of(self, weight: Tensor, bits: int) -> Tensor:
+        """Return the codes of a weight, whole numbers in float: the stored or the nearest ones.
+
+        Raises:
+            RuntimeError: codes are stored for this width, and they were chosen for another weight or range.
+        """
+        scale, zero_point, *ends = self.grid(weight, bits)
+        if bits in self._made_for:
+            return self._checked(weight, bits).to(scale.dtype)
+        return codes(weight, scale, zero_point, (ends[0], ends[1]), self.axis)
+
+    def _checked(self, weight: Tensor, bits: int) -> Tensor:
+        stored = getattr(self, _buffer(bits))
+        return self._made_for[bits].checked(stored, weight, self.clip, bits)
 
     @property
     def clamps(self) -> bool:
@@ -124,7 +179,8 @@ class WeightQuantizer(_Quantizer):
     def extra_repr(self) -> str:
         """Return what ``print(model)`` shows of this quantizer."""
         stored = "own" if self.clip is None else "stored"
-        return f"bits={self.bits}, per_channel={self.axis is not None}, range={stored}"
+        rounded = f", rounded={sorted(self._made_for)}" if self._made_for else ""
+        return f"bits={self.bits}, per_channel={self.axis is not None}, range={stored}{rounded}"
 
 
 class ActivationQuantizer(_Quantizer):
@@ -322,6 +378,11 @@ def _note(result: Tensor, name: str, bits: int) -> None:
     """
     if not torch.compiler.is_compiling() and result.grad_fn is not None:
         setattr(result.grad_fn, name, bits)
+
+
+def _buffer(bits: int) -> str:
+    """Return the name under which the codes of a width are kept."""
+    return f"rounded_{bits}"
 
 
 def _row(values: Tensor, bits: int) -> Tensor:

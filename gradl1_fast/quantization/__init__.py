@@ -1,6 +1,6 @@
 """Quantization on demand: ranges, widths, batch-norm folding, equalization, sweeps, any-bit files."""
 
-from gradl1_fast.quantization import ranges
+from gradl1_fast.quantization import ranges, rounding
 from gradl1_fast.quantization.any_bit import load_any_bit, save_any_bit
 from gradl1_fast.quantization.bias_correction import correct_bias
 from gradl1_fast.quantization.bits import bits, set_bits
@@ -10,6 +10,8 @@ from gradl1_fast.quantization.equalization import Equalization, equalize
 from gradl1_fast.quantization.folding import Folding, fold_batch_norm
 from gradl1_fast.quantization.mixed_precision import Plan, search
 from gradl1_fast.quantization.ranges_file import load_ranges, save_ranges
+from gradl1_fast.quantization.rounding.report import Rounding
+from gradl1_fast.quantization.rounding.round import clear_rounding, round_weights
 from gradl1_fast.quantization.sensitivity import Sensitivity, sensitivity
 from gradl1_fast.quantization.sweep import Table, sweep
 from gradl1_fast.quantization.tracking import track_ranges
@@ -19,11 +21,13 @@ __all__ = [
     "Equalization",
     "Folding",
     "Plan",
+    "Rounding",
     "Sensitivity",
     "Table",
     "bits",
     "calibrate",
     "calibrate_weights",
+    "clear_rounding",
     "correct_bias",
     "costs",
     "equalize",
@@ -31,6 +35,8 @@ __all__ = [
     "load_any_bit",
     "load_ranges",
     "ranges",
+    "round_weights",
+    "rounding",
     "save_any_bit",
     "save_ranges",
     "search",

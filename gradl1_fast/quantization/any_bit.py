@@ -16,6 +16,7 @@ Planes come last and in order, so that what a reader of w bits needs is the begi
 from __future__ import annotations
 
 import os
+import warnings
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +76,12 @@ def save_any_bit(model: nn.Module, path: str | os.PathLike[str]) -> dict[int, in
     except ImportError as error:
         raise ImportError(f"any-bit files need safetensors: {install('export')}") from error
     layers = _layers(model)
+    if any(layer.weight_quantizer.rounded for layer in layers.values()):
+        warnings.warn(
+            "save_any_bit: the weights are written as if they were not rounded by gradl1_fast.round_weights: "
+            "codes of one width are not the first bits of those of another",
+            stacklevel=2,
+        )
     entries = {f"state.{key}": value for key, value in _state(model, layers).items()}
     for name, quantizer in every_site(model).items():
         entries[f"is_input.{name}"] = torch.tensor(quantizer.is_input, dtype=torch.uint8)

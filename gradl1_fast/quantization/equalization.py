@@ -17,6 +17,7 @@ from gradl1_fast.nn.quantizers import ActivationQuantizer
 from gradl1_fast.nn.sites import named_layers, named_quantizers
 from gradl1_fast.nn.twins import copy_structure
 from gradl1_fast.quantization.freshness import is_fresh, remember_weights
+from gradl1_fast.quantization.rounding.kept import drop_rounding
 from gradl1_fast.quantization.sliced import refuse_sliced
 
 __all__ = ["Equalization", "equalize"]
@@ -50,18 +51,21 @@ class Equalization:
         pairs: names of the layers between which scale was moved.
         uncalibrated: sites between them, whose ranges no longer fit and were dropped.
         without_range: layers whose stored weight range was dropped.
+        without_rounding: layers whose codes of :func:`gradl1_fast.round_weights` were dropped.
     """
 
     model: nn.Module
     pairs: list[tuple[str, str]] = field(default_factory=list)
     uncalibrated: list[str] = field(default_factory=list)
     without_range: list[str] = field(default_factory=list)
+    without_rounding: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         """Return one line for each pair, and what has to be calibrated again."""
         lines = [f"{first} and {second}: equalized" for first, second in self.pairs]
         lines += [f"{name}: calibrate again" for name in self.uncalibrated]
         lines += [f"{name}: its stored weight range was dropped" for name in self.without_range]
+        lines += [f"{name}: rounded to nearest again" for name in self.without_rounding]
         return "\n".join(lines) or "no two layers to equalize"
 
 
@@ -111,6 +115,8 @@ def equalize(model: nn.Module) -> Equalization:
             if layer.weight_quantizer.clip is not None:
                 layer.weight_quantizer.set_clip(None)
                 result.without_range.append(names[id(layer)])
+            if drop_rounding(layer):
+                result.without_rounding.append(names[id(layer)])
     return result
 
 

@@ -16,6 +16,7 @@ from gradl1_fast.quantization._modes import Forward, call_with, evaluation
 from gradl1_fast.quantization.absorption import Absorption, is_batch_norm
 from gradl1_fast.quantization.adjacency import Neighbours
 from gradl1_fast.quantization.freshness import is_fresh, remember_weights
+from gradl1_fast.quantization.rounding.kept import rescaled
 from gradl1_fast.quantization.watching import Watch, tensors_of
 
 __all__ = ["Folding", "fold_batch_norm"]
@@ -30,6 +31,8 @@ class Folding:
         folded: the convolution that took a batch norm in, by the batch norm's name.
         refused: why a batch norm stays, by its name.
         without_range: layers whose stored weight range no longer fits, and was dropped.
+        without_rounding: layers whose codes of :func:`gradl1_fast.round_weights` no longer fit: they are
+            rounded to nearest.
         difference: largest difference between the outputs before and after, and ``scale`` the largest
             output before; None if no inputs were given.
         scale: see ``difference``.
@@ -39,6 +42,7 @@ class Folding:
     folded: dict[str, str] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     without_range: list[str] = field(default_factory=list)
+    without_rounding: list[str] = field(default_factory=list)
     difference: float | None = None
     scale: float | None = None
 
@@ -47,6 +51,7 @@ class Folding:
         lines = [f"{bn}: folded into {conv}" for bn, conv in self.folded.items()]
         lines += [f"{bn}: not folded: {reason}" for bn, reason in self.refused.items()]
         lines += [f"{name}: its stored weight range was dropped" for name in self.without_range]
+        lines += [f"{name}: rounded to nearest again" for name in self.without_rounding]
         if self.difference is not None:
             lines.append(
                 f"largest output difference: {self.difference:.3g} (largest output {self.scale:.3g})"
@@ -79,7 +84,7 @@ def fold_batch_norm(model: nn.Module, inputs: Any = None, *, forward: Forward | 
 
     The weights that are quantized are then those of the folded convolutions: with one range for a
     tensor, channels of very different ``f`` share it. A stored range is scaled where each channel has
-    one, and dropped otherwise.
+    one, and dropped otherwise; so are codes from :func:`gradl1_fast.round_weights`.
 
     Args:
         model: a converted model, in evaluation mode.
@@ -140,8 +145,11 @@ def _fold(result: Folding, neighbours: Neighbours) -> None:
             result.refused[name] = reason
             continue
         fresh = is_fresh(layer)
-        if not absorption.apply():
-            result.without_range.append(name_of_layer)
+        with rescaled(layer) as dropped:
+            if not absorption.apply():
+                result.without_range.append(name_of_layer)
+        if dropped:
+            result.without_rounding.append(name_of_layer)
         if fresh:
             remember_weights([layer])
         _replace(result.model, norm, absorption.rest)

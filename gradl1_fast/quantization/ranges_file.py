@@ -15,26 +15,32 @@ from gradl1_fast._extras import install
 from gradl1_fast.nn.foreign import used_weight
 from gradl1_fast.nn.layers import QuantizedLayer
 from gradl1_fast.nn.quantizers import ActivationQuantizer, WeightQuantizer
+from gradl1_fast.nn.rounded import MadeFor
 from gradl1_fast.nn.sites import named_layers
 from gradl1_fast.quantization._sites import Stored, by_quantizer, every_site, same_range
 from gradl1_fast.quantization.calibration import quantizers_of
 from gradl1_fast.quantization.freshness import remember_weights
+from gradl1_fast.quantization.rounding.entries import checked_codes, codes_entries, take_codes
+from gradl1_fast.quantization.rounding.kept import drop_rounding
 from gradl1_fast.quantization.sliced import refuse_sliced
 
 __all__ = ["load_ranges", "save_ranges"]
 
 METADATA = {"format": "gradl1_fast.ranges", "version": "2"}
+WITH_CODES = {**METADATA, "version": "3"}  # what knows version 2 alone cannot read codes
 _ENDS = ("low", "high")
 
 
 def save_ranges(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Write the ranges of a model's activations, and the stored ones of its weights, into a file.
+    """Write the ranges of a model's activations, and stored ranges and codes of its weights, into a file.
 
     The file is safetensors. The site of each layer, shared or not, has the entries ``<name>.low`` and
     ``<name>.high``, each one value, or 16 for 1 to 16 bits, and ``<name>.is_input``, 1 for the network's
     input; a site without a range has the last alone. A weight with a stored range has
-    ``<layer>.weight_quantizer.clip``, see :class:`gradl1_fast.nn.WeightQuantizer`. The file is replaced
-    whole or not at all.
+    ``<layer>.weight_quantizer.clip``, see :class:`gradl1_fast.nn.WeightQuantizer`. Codes from
+    :func:`gradl1_fast.round_weights` are ``<layer>.weight_quantizer.codes.<w>`` for each width w, int8 or
+    int16, with ``<layer>.weight_quantizer.made_for.<w>``, by which the weight is known that they belong to.
+    The file is replaced whole or not at all.
 
     Args:
         model: a converted, calibrated model.
@@ -58,16 +64,21 @@ def save_ranges(model: nn.Module, path: str | os.PathLike[str]) -> None:
     for name, weights in _weight_quantizers(model).items():
         if weights.clip is not None:
             entries[f"{name}.clip"] = weights.clip
+    codes = codes_entries(model)
+    entries |= codes
     # a clone each: the format refuses tensors that share memory, as those of a shared site do
-    data = save({key: value.cpu().contiguous().clone() for key, value in entries.items()}, metadata=METADATA)
+    tensors = {key: value.cpu().contiguous().clone() for key, value in entries.items()}
+    data = save(tensors, metadata=WITH_CODES if codes else METADATA)
     _files.write_bytes(path, data)
 
 
 def load_ranges(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Give a model the ranges that :func:`save_ranges` wrote for one of the same structure.
 
-    A weight without an entry gets its own range, and a site without one has none. The file is read as data,
-    nothing in it is executed, and every entry is checked before the model is changed.
+    A weight without an entry gets its own range, and is rounded to nearest; a site without one has none. The
+    file is read as data, nothing in it is executed, and every entry is checked before the model is changed.
+    Codes belong to one weight: a model with another raises when it uses them, see
+    :func:`gradl1_fast.round_weights`.
 
     Args:
         model: a converted model; calibrated or not.
@@ -84,13 +95,15 @@ def load_ranges(model: nn.Module, path: str | os.PathLike[str]) -> None:
     quantizers_of(model)
     sites, weights = every_site(model), _weight_quantizers(model)
     entries = _read(path)
+    rounded = take_codes(entries, model)
     _check_names(path, entries, sites, weights)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     entries = {key: value.to(device) for key, value in entries.items()}
     ranges = {name: _checked_range(path, name, entries) for name in sites}
     _check_shared(path, sites, ranges)
-    if any(f"{name}.clip" in entries for name in weights):
+    if rounded or any(f"{name}.clip" in entries for name in weights):
         refuse_sliced(model, f"load_ranges: {path} has ranges of weights")
+    codes = checked_codes(path, rounded, model)
     for name, layer in named_layers(model).items():
         key = f"{name}.weight_quantizer".removeprefix(".")
         if f"{key}.clip" in entries:
@@ -99,7 +112,15 @@ def load_ranges(model: nn.Module, path: str | os.PathLike[str]) -> None:
         quantizer.low, quantizer.high, quantizer.is_input = low, high, is_input
     for name, weight in weights.items():
         weight.set_clip(entries.get(f"{name}.clip"))
+    for name, layer in named_layers(model).items():
+        _set_codes(layer, codes[name], device)
     remember_weights(named_layers(model).values())
+
+
+def _set_codes(layer: QuantizedLayer, codes: list[tuple[int, Tensor, MadeFor]], device: torch.device) -> None:
+    drop_rounding(layer)
+    for bits, values, made_for in codes:
+        layer.weight_quantizer.set_rounded(bits, values.to(device), made_for)
 
 
 def _read(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -111,10 +132,11 @@ def _read(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             metadata = file.metadata() or {}
             if metadata.get("format") != METADATA["format"]:
                 raise ValueError(f"{path}: not a file of ranges: its format is {metadata.get('format')!r}")
-            if metadata.get("version") != METADATA["version"]:
+            known = METADATA["version"], WITH_CODES["version"]
+            if metadata.get("version") not in known:
                 raise ValueError(
                     f"{path}: its version is {metadata.get('version')!r}, this library reads "
-                    f"{METADATA['version']!r}"
+                    f"{' and '.join(map(repr, known))}"
                 )
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # no mapping
     except safetensors.SafetensorError as error:

@@ -34,7 +34,8 @@ def calibrated(network: Network = VGG) -> nn.Module:
 
 def state(model: nn.Module) -> dict[str, Tensor]:
     buffers = dict(model.named_buffers())
-    return {name: t.clone() for name, t in buffers.items() if name.endswith((".low", ".high", ".clip"))}
+    ends = ".low", ".high", ".clip", ".rounded_3"
+    return {name: t.clone() for name, t in buffers.items() if name.endswith(ends)}
 
 
 @pytest.mark.parametrize("network", [VGG, RESNET], ids=lambda n: n.id)
@@ -79,6 +80,7 @@ def test_without_ranges_nothing_is_written(tmp_path: Path) -> None:
 
 Entries = dict[str, Tensor]
 LOW, HIGH, CLIP = "3.input.low", "3.input.high", "0.weight_quantizer.clip"
+CODES, MADE_FOR = "0.weight_quantizer.codes.3", "0.weight_quantizer.made_for.3"
 
 
 def without(key: str) -> Callable[[Entries], Entries]:
@@ -110,6 +112,23 @@ TAMPERED: dict[str, tuple[Callable[[Entries], Entries], str]] = {
     "flag of a float": (with_entry("3.input.is_input", torch.tensor(1.0)), "a single uint8, 0 or 1"),
     "flags": (with_entry("3.input.is_input", torch.ones(1, dtype=torch.uint8)), "a single uint8, 0 or 1"),
     "type": (with_entry(LOW, torch.zeros(16, dtype=torch.int64)), f"entry '{LOW}' must have type float32"),
+    "code": (with_entry(CODES, torch.full((4, 3, 3, 3), 4, dtype=torch.int8)), "has a code beyond -3 to 3"),
+    "type of codes": (
+        with_entry(CODES, torch.ones(4, 3, 3, 3)),
+        rf"entry '{CODES}' must have type torch.int8",
+    ),
+    "shape of codes": (
+        with_entry(CODES, torch.ones(4, 27, dtype=torch.int8)),
+        "is for a weight of 2 dimensions and 108 values, not",
+    ),
+    "codes of no weight": (without(MADE_FOR), f"unknown entries for this model: {CODES}"),
+    "a weight without codes": (without(CODES), f"unknown entries for this model: {MADE_FOR}"),
+    "codes of 17 bits": (
+        with_entry("0.weight_quantizer.codes.17", torch.ones(1, dtype=torch.int16)),
+        r"unknown entries for this model: 0\.weight_quantizer\.codes\.17",
+    ),
+    "what codes are for": (with_entry(MADE_FOR, torch.ones(4)), rf"entry '{MADE_FOR}' must be 4 or 8 int64"),
+    "how many they are for": (with_entry(MADE_FOR, torch.ones(5).long()), "must be 4 or 8 int64"),
     "half": (with_entry(LOW, torch.zeros(16).half()), f"entry '{LOW}' must have type float32"),
 }
 
@@ -119,6 +138,7 @@ def test_tampered_entries_are_named_and_nothing_is_changed(case: str, tmp_path: 
     change, message = TAMPERED[case]
     path = tmp_path / "ranges.safetensors"
     model = calibrated()
+    gl.round_weights(model, [VGG.batch()], w={"0": 3})
     gl.save_ranges(model, path)
     safetensors.save_file(change(safetensors.load_file(path)), path, metadata=METADATA)
     before = state(model)
@@ -181,7 +201,7 @@ def test_a_file_that_is_broken_is_named(case: str, tmp_path: Path) -> None:
     ("metadata", "message"),
     [
         (None, "not a file of ranges"),
-        ({"format": "gradl1_fast.ranges", "version": "1"}, "version is '1', this library reads '2'"),
+        ({"format": "gradl1_fast.ranges", "version": "1"}, "version is '1', this library reads '2' and '3'"),
     ],
 )
 def test_another_file_is_named(metadata: dict[str, str] | None, message: str, tmp_path: Path) -> None:

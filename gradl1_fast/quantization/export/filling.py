@@ -97,8 +97,8 @@ class Filling:
 
     def _weight(self, name: str, grid: Grid, at: Any) -> Any:
         type_ = self._type(grid.bits, signed=True)
-        weight = used_weight(self._layers[name])
-        whole = codes(weight, grid.scale, grid.zero_point, (grid.q_min, grid.q_max), grid.axis)
+        layer = self._layers[name]
+        whole = layer.weight_quantizer.codes_of(used_weight(layer), grid.bits)
         if self._integer_kernels and not self._is_integer(name):
             value = self._integers(f"{name}.weight.codes", type_, whole)
             return self._folded(at, value, grid, f"{name}.weight")

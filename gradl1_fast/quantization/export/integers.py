@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
+from gradl1_fast.nn.codes import along, codes
 from gradl1_fast.nn.foreign import used_weight
 from gradl1_fast.nn.layers import QuantizedLayer
+from gradl1_fast.nn.rounded import MadeFor
 from gradl1_fast.nn.sites import named_layers
 from gradl1_fast.quantization.export.packages import onnx, onnxruntime
 
@@ -99,16 +103,6 @@ def _runs(type_: IntegerType) -> bool:
     return True
 
 
-def codes(
-    x: Tensor, scale: Tensor, zero_point: Tensor, ends: tuple[int, int], axis: int | None = None
-) -> Tensor:
-    """Return the codes of a tensor, whole numbers in float, rounded and clamped as by fake quantization."""
-    if axis is not None:
-        shape = [-1 if i == axis else 1 for i in range(x.dim())]
-        scale, zero_point = scale.reshape(shape), zero_point.reshape(shape)
-    return ((x / scale).round() + zero_point).clamp(*ends)
-
-
 def integer_widths(layer: QuantizedLayer) -> tuple[int, int] | None:
     """Return the bits of weight and input where integer kernels of 8 bits can compute a layer, else None."""
     if isinstance(layer, _ConvTransposeNd):  # for which onnxruntime has no such kernel
@@ -154,8 +148,26 @@ def _raise_scales(layer: QuantizedLayer) -> int:
     if not bool(low.any()):
         return 0
     clip = torch.where(low, least, scale) * max(q_max, 1)
-    weights.set_clip(clip.reshape(1, -1))
+    with _codes_kept(layer, low):
+        weights.set_clip(clip.reshape(1, -1))
     return int(low.sum())
+
+
+@contextlib.contextmanager
+def _codes_kept(layer: QuantizedLayer, changed: Tensor) -> Iterator[None]:
+    """Keep the chosen codes of a layer while scales change; channels whose scale does get nearest ones."""
+    quantizer, bits = layer.weight_quantizer, layer.weight_quantizer.bits
+    made_for = None if bits is None else quantizer.made_for(bits)
+    weight = used_weight(layer)
+    if bits is None or made_for is None:
+        yield
+        return
+    chosen = quantizer.codes_of(weight, bits)
+    quantizer.set_rounded(bits, None)
+    yield
+    nearest = quantizer.codes_of(weight, bits)
+    kept = torch.where(along(changed, weight, quantizer.axis), nearest, chosen)
+    quantizer.set_rounded(bits, kept, MadeFor.of(weight, quantizer.clip, made_for.name))
 
 
 def session(model: bytes, *, fused: bool = True) -> Any:

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from gradl1_fast import functional as F
+from gradl1_fast.nn.codes import codes, values
 from gradl1_fast.nn.layers import QuantizedLayer
 from gradl1_fast.nn.quantizers import ActivationQuantizer
 from gradl1_fast.nn.sites import named_layers, named_quantizers
 from gradl1_fast.nn.twins import copy_structure
-from gradl1_fast.quantization.export.integers import codes
 
 __all__ = ["MARK", "Grid", "Mark", "marked"]
 
@@ -41,6 +41,7 @@ class Grid:
         q_max: largest code.
         bits: of a code.
         axis: of the channels.
+        chosen: codes of a weight that need not be the nearest ones, whole numbers in float.
     """
 
     scale: Tensor
@@ -49,9 +50,12 @@ class Grid:
     q_max: int
     bits: int
     axis: int | None = None
+    chosen: Tensor | None = None
 
     def quantize(self, x: Tensor) -> Tensor:
         """Return ``x`` rounded to the grid, in float."""
+        if self.chosen is not None:
+            return values(self.chosen, self.scale, self.axis)
         if self.bits > 16:  # more than the codes of float32
             x, scale = x.double(), self.scale.double()
             return (codes(x, scale, self.zero_point, (self.q_min, self.q_max), self.axis) * scale).float()

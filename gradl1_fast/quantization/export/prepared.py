@@ -47,6 +47,8 @@ class Prepared:
     def remarks(self) -> list[str]:
         """Return a sentence on each batch norm that was not folded and each scale that was raised."""
         remarks = [f"{name} {reason}: not folded" for name, reason in self.folding.refused.items()]
+        for name in self.folding.without_rounding:
+            remarks.append(f"{name}: folding changed its grid, so that it is rounded to nearest")
         for name, count in self.raised.items():
             remarks.append(f"{name}: {count} weight scale(s) raised, so that the bias fits 32 bits")
         return remarks

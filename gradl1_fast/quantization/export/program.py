@@ -210,8 +210,10 @@ def _weight_grid(layer: Any) -> Grid | None:
     quantizer = layer.weight_quantizer
     if quantizer.bits is None:
         return None
-    scale, zero_point, q_min, q_max = quantizer.grid(used_weight(layer), quantizer.bits)
-    return Grid(scale, zero_point, q_min, q_max, quantizer.bits, quantizer.axis)
+    weight, bits = used_weight(layer), quantizer.bits
+    chosen = quantizer.codes_of(weight, bits) if bits in quantizer.rounded else None
+    scale, zero_point, q_min, q_max = quantizer.grid(weight, bits)
+    return Grid(scale, zero_point, q_min, q_max, bits, quantizer.axis, chosen)
 
 
 def _site_grid(quantizer: Any) -> Grid | None:

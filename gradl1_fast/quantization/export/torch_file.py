@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, fx, nn
 
 from gradl1_fast import _files
+from gradl1_fast.nn.codes import along
 from gradl1_fast.nn.foreign import used_weight
+from gradl1_fast.nn.layers import QuantizedLayer
 from gradl1_fast.nn.sites import named_layers
 from gradl1_fast.quantization.bits import Widths
 from gradl1_fast.quantization.export.agreement import Agreement, compare_torch
 from gradl1_fast.quantization.export.arguments import Arguments
 from gradl1_fast.quantization.export.formats import Format, register
-from gradl1_fast.quantization.export.integers import codes
 from gradl1_fast.quantization.export.marks import MARK, Grid
 from gradl1_fast.quantization.export.prepared import Prepared, prepare
 from gradl1_fast.quantization.export.program import Program, export_program, trace
@@ -65,7 +66,7 @@ def _without_marks(program: Program, prepared: Prepared) -> fx.GraphModule:
                 node.replace_all_uses_with(x)
                 continue
             weight = mark.kind == "weight"
-            stand_in = _Codes(used_weight(layers[mark.name]), grid) if weight else _Rounding(grid)
+            stand_in = _Codes(layers[mark.name], grid) if weight else _Rounding(grid)
             module.add_submodule(f"quantized_{key}", stand_in)
             with module.graph.inserting_before(node):
                 new = module.graph.call_module(f"quantized_{key}", () if weight else (x,))
@@ -91,12 +92,11 @@ class _Codes(nn.Module):
     codes: Tensor
     scale: Tensor
 
-    def __init__(self, weight: Tensor, grid: Grid) -> None:
+    def __init__(self, layer: QuantizedLayer, grid: Grid) -> None:
         super().__init__()
-        whole = codes(weight, grid.scale, grid.zero_point, (grid.q_min, grid.q_max), grid.axis)
-        shape = [-1 if i == grid.axis else 1 for i in range(weight.dim())]
+        whole = layer.weight_quantizer.codes_of(used_weight(layer), grid.bits)
         self.register_buffer("codes", whole.to(torch.int8 if grid.bits <= 8 else torch.int16))
-        self.register_buffer("scale", grid.scale if grid.axis is None else grid.scale.reshape(shape))
+        self.register_buffer("scale", along(grid.scale, whole, grid.axis))
 
     def forward(self) -> Tensor:
         return self.codes * self.scale

@@ -1,0 +1,29 @@
+"""The one place where a method of rounding is chosen, by name or as an object."""
+
+from __future__ import annotations
+
+from gradl1_fast.quantization.rounding.adaround import AdaRound
+from gradl1_fast.quantization.rounding.base import Method
+from gradl1_fast.quantization.rounding.gptq import GPTQ
+
+__all__ = ["NAMES", "choose"]
+
+NAMES: dict[str, type[Method]] = {"gptq": GPTQ, "adaround": AdaRound}
+
+
+def choose(what: str, method: str | Method) -> Method:
+    """Return the method that was asked for; ``what`` names the caller.
+
+    Raises:
+        ValueError: the name is unknown.
+        TypeError: it is neither a name nor an object of one of the classes.
+    """
+    if isinstance(method, str):
+        if method not in NAMES:
+            raise ValueError(f"{what}: method must be one of {', '.join(map(repr, NAMES))}, got {method!r}")
+        return NAMES[method]()
+    if not isinstance(method, Method):
+        raise TypeError(
+            f"{what}: method must be a name or an object of gradl1_fast.rounding, got {method!r:.100}"
+        )
+    return method

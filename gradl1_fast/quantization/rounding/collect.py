@@ -1,0 +1,114 @@
+"""Runs a model over data and collects what its layers multiply their weights by."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+from torch import nn
+
+from gradl1_fast.nn.foreign import Product, product_in
+from gradl1_fast.nn.layers import QuantizedLayer
+from gradl1_fast.quantization._modes import Forward, call, evaluation, run
+from gradl1_fast.quantization.bits import Widths, bits
+from gradl1_fast.quantization.rounding.second_moments import SecondMoments
+
+__all__ = ["Data"]
+
+_Products = dict[str, list[Product]]
+
+
+class Data:
+    """Batches, and how a model is run on them in float and at given widths.
+
+    Args:
+        model: in any mode.
+        batches: gone through once for each collection; an iterator is kept as a list.
+        forward: as of :func:`gradl1_fast.calibrate`.
+        w: widths of the weights.
+        a: widths of the activations.
+    """
+
+    def __init__(
+        self, model: nn.Module, batches: Iterable[Any], forward: Forward | None, w: Widths, a: Widths
+    ) -> None:
+        self._model, self._forward = model, forward
+        self._batches = list(batches) if isinstance(batches, Iterator) else batches
+        self._widths = w, a
+
+    def in_float(self, layers: Mapping[str, QuantizedLayer]) -> dict[str, SecondMoments]:
+        """Return the moments in float of each layer that a value reaches, in the order of first calls."""
+        found: dict[str, SecondMoments] = {}
+
+        def collect(_model: nn.Module, batch: Any) -> None:
+            for name, products in self._products(layers, batch, None, None).items():
+                for product in products:
+                    found.setdefault(name, SecondMoments()).update(product)
+
+        self._run(collect)
+        return found
+
+    def as_rounded(self, layers: Mapping[str, QuantizedLayer]) -> SecondMoments:
+        """Return the moments of layers with one weight at the widths, against those in float.
+
+        A layer further on is not run. Where a call has no counterpart of the same shape in float, it counts
+        as its own.
+        """
+        moments = SecondMoments()
+
+        def collect(_model: nn.Module, batch: Any) -> None:
+            exact = self._products(layers, batch, None, None)
+            counts = {name: len(products) for name, products in exact.items()}
+            for name, products in self._products(layers, batch, *self._widths, counts).items():
+                for i, product in enumerate(products):
+                    others = exact.get(name, [])[i : i + 1]
+                    fits = bool(others) and others[0].x.shape == product.x.shape
+                    moments.update(product, others[0] if fits else product)
+
+        self._run(collect)
+        return moments
+
+    def _run(self, collect: Forward) -> None:
+        with evaluation(self._model):
+            run(self._model, self._batches, "round_weights", collect)
+
+    def _products(
+        self,
+        layers: Mapping[str, QuantizedLayer],
+        batch: Any,
+        w: Widths,
+        a: Widths,
+        counts: Mapping[str, int] | None = None,
+    ) -> _Products:
+        """Return the products of layers in one forward pass, which ends after so many calls of each."""
+        found: _Products = {}
+        with bits(self._model, w=w, a=a), _noted(layers, found, counts), contextlib.suppress(_Enough):
+            call(self._model, batch, self._forward)
+        return found
+
+
+class _Enough(BaseException):
+    """Ends a forward pass of which the rest is not needed; past what catches errors."""
+
+
+@contextlib.contextmanager
+def _noted(
+    layers: Mapping[str, QuantizedLayer], found: _Products, counts: Mapping[str, int] | None
+) -> Iterator[None]:
+    """Take note of the products of layers, call by call, for the block."""
+
+    def hook(name: str) -> Callable[..., None]:
+        def note(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            found.setdefault(name, []).append(product_in(layer, args, kwargs))
+            if counts is not None and all(len(found.get(n, ())) == count for n, count in counts.items()):
+                raise _Enough
+
+        return note
+
+    hooks = [layer.register_forward_pre_hook(hook(n), with_kwargs=True) for n, layer in layers.items()]
+    try:
+        yield
+    finally:
+        for handle in hooks:
+            handle.remove()

@@ -1,0 +1,182 @@
+"""Rounding weights beyond nearest: codes chosen so that the outputs of layers change little."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradl1_fast._progress import track
+from gradl1_fast.nn.layers import QuantizedLayer
+from gradl1_fast.nn.sites import named_layers
+from gradl1_fast.quantization._modes import Forward
+from gradl1_fast.quantization.bits import Widths, bits, widths_of
+from gradl1_fast.quantization.rounding.base import Method, Problem
+from gradl1_fast.quantization.rounding.choice import choose
+from gradl1_fast.quantization.rounding.collect import Data
+from gradl1_fast.quantization.rounding.report import Rounding, RoundingRow
+from gradl1_fast.quantization.rounding.second_moments import SecondMoments
+from gradl1_fast.quantization.rounding.weights import Rows, reason_against, tied
+from gradl1_fast.quantization.sliced import refuse_sliced
+
+__all__ = ["clear_rounding", "round_weights"]
+
+
+def round_weights(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    w: Widths,
+    a: Widths = None,
+    method: str | Method = "gptq",
+    forward: Forward | None = None,
+) -> Rounding:
+    """Choose and store codes of the weights at a width that change the outputs of layers less than nearest.
+
+    Rounding to nearest makes the error of each weight small; what counts is the error of ``W x``. That
+    depends on the second moments of the layer's inputs, which a pass over unlabelled data gives. The grid of
+    each weight stays what it is: its own range, or the one stored by :func:`gradl1_fast.calibrate_weights`,
+    which should come first.
+
+    The codes are used wherever the weight is at this width: in evaluation, sweeps, training (with the
+    straight-through gradient of nearest) and export. At other widths nothing changes; call this once for
+    each. They belong to the weights and ranges that are there: when one has changed, using the codes raises.
+    :func:`gradl1_fast.save_ranges` keeps them, :func:`clear_rounding` removes them, and so does another call
+    for the same width, at its start. Re-estimate batch norms afterwards, not before.
+
+    Embeddings and transposed convolutions stay rounded to nearest, and so does a layer that no batch
+    reaches; the result names them. Layers that share a weight, on the same grid, share the codes. No output
+    channel gets codes whose error is larger than that of the nearest ones.
+
+    Args:
+        model: a converted model, in any mode. It is changed in place.
+        batches: as of :func:`gradl1_fast.calibrate`, a thousand examples or two, without labels.
+        w: bits of the weights, as of :func:`gradl1_fast.set_bits`. Layers at float are left alone.
+        a: bits of the activations in front of the layers, as of :func:`gradl1_fast.set_bits`, so that codes
+            make up for their errors too; None for float.
+        method: ``"gptq"``, closed form, seconds a layer, ``"adaround"``, minutes a network and usually
+            better, or an object of :mod:`gradl1_fast.rounding`, which has their options.
+        forward: as of :func:`gradl1_fast.calibrate`.
+
+    Returns:
+        The error of each layer's output before and after.
+
+    Raises:
+        ValueError: the model has no layers of this library, or holds bits of an any-bit file, there is no
+            batch, a width or name is wrong, or the data hold NaN or infinity; the message names the layer.
+            The codes are then as they were.
+        TypeError: a width is not an int or None, ``method`` is neither a name nor an object of
+            :mod:`gradl1_fast.rounding`, or ``batches`` is a single tensor or mapping.
+        RuntimeError: ``a`` is given and needed, and an activation has no range yet.
+
+    Source: Frantar et al. 2022, arXiv 2210.17323; Nagel et al. 2020, arXiv 2004.10568.
+
+    Examples:
+        >>> import torch, gradl1_fast as gl
+        >>> layers = [torch.nn.Linear(16, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4)]
+        >>> model = gl.convert(torch.nn.Sequential(*layers), per_channel=True)
+        >>> batches = [torch.randn(64, 16) @ torch.randn(16, 16)]
+        >>> rounding = gl.round_weights(model, batches, w=3)
+        >>> all(row.chosen <= row.nearest for row in rounding.rows)
+        True
+        >>> with gl.bits(model, w=3, a=None):
+        ...     y = model(batches[0])  # with these codes
+    """
+    refuse_sliced(model, "round_weights")
+    chosen = choose("round_weights", method)
+    if not named_layers(model):
+        raise ValueError("round_weights: the model is not converted: call gradl1_fast.convert(model) first")
+    with bits(model, w=w, a={}):
+        widths = {name: width for name, width in widths_of(model)[0].items() if width is not None}
+    layers = {name: layer for name, layer in named_layers(model).items() if name in widths}
+    reasons = {name: reason_against(layer) for name, layer in layers.items()}
+    rounder = _Rounder({n: layer for n, layer in layers.items() if reasons[n] is None}, widths, chosen)
+    with _codes_back_on_error(layers), torch.no_grad():
+        rows = rounder.round(Data(model, batches, forward, widths, a))
+    reasons |= dict.fromkeys(rounder.missing(), "no value reached it")
+    return Rounding(rows, {name: reason for name, reason in reasons.items() if reason is not None})
+
+
+def clear_rounding(model: nn.Module, *, w: int | None = None) -> None:
+    """Round weights to nearest again, at one width or at all of them.
+
+    Args:
+        model: a converted model; changed in place.
+        w: the width; None for all.
+    """
+    for layer in named_layers(model).values():
+        quantizer = layer.weight_quantizer
+        for width in list(quantizer.rounded):
+            if w in (None, width):
+                quantizer.set_rounded(width, None)
+
+
+class _Rounder:
+    """Rounds layers, those that share a weight together.
+
+    Args:
+        layers: by name.
+        widths: of their weights.
+        method: chooses the codes.
+    """
+
+    def __init__(
+        self, layers: Mapping[str, QuantizedLayer], widths: Mapping[str, int], method: Method
+    ) -> None:
+        self._layers, self._widths, self._method = layers, widths, method
+
+    def round(self, data: Data) -> list[RoundingRow]:
+        """Give each layer that a value reaches its codes; return a row for each weight."""
+        for name, layer in self._layers.items():
+            layer.weight_quantizer.set_rounded(self._widths[name], None)
+        groups = tied(self._layers, self._widths)
+        in_float = data.in_float(self._layers)
+        rows = []
+        for names in track(dict.fromkeys(groups[name] for name in in_float), "round_weights"):
+            if self._method.inputs == "rounded":
+                moments = data.as_rounded({name: self._layers[name] for name in names})
+            else:
+                moments = SecondMoments.sum([in_float[name] for name in names if name in in_float])
+            rows.append(self._round(names, moments))
+        return rows
+
+    def missing(self) -> list[str]:
+        """Return the names of layers without codes."""
+        return [n for n, q in self._layers.items() if self._widths[n] not in q.weight_quantizer.rounded]
+
+    def _round(self, names: Sequence[str], moments: SecondMoments) -> RoundingRow:
+        first = names[0]
+        rows = Rows(self._layers[first], self._widths[first])
+        problem = rows.problem(moments)
+        if not all(bool(t.isfinite().all()) for t in (problem.weight, problem.moments)):
+            raise ValueError(f"round_weights: the input or the weight of {first!r} holds NaN or infinity")
+        codes = self._method.codes(problem)
+        for name in names:
+            Rows(self._layers[name], self._widths[name]).store(codes, name)
+        return RoundingRow(first, self._widths[first], *_relative(problem, codes))
+
+
+def _relative(problem: Problem, codes: Tensor) -> tuple[float, float]:
+    """Return the errors with nearest codes and with others over the mean square of the output."""
+    power = float(problem.power().sum())
+    errors = (float(problem.errors(c).sum()) for c in (problem.nearest(problem.weight), codes))
+    nearest, chosen = (error / power if power else 0.0 for error in errors)
+    return nearest, chosen
+
+
+@contextlib.contextmanager
+def _codes_back_on_error(layers: Mapping[str, QuantizedLayer]) -> Iterator[None]:
+    quantizers = [layer.weight_quantizer for layer in layers.values()]
+    before = [[(b, codes, q.made_for(b)) for b, codes in q.rounded.items()] for q in quantizers]
+    try:
+        yield
+    except BaseException:
+        for quantizer, kept in zip(quantizers, before, strict=True):
+            for width in list(quantizer.rounded):
+                quantizer.set_rounded(width, None)
+            for stored in kept:
+                quantizer.set_rounded(*stored)
+        raise

@@ -9,7 +9,10 @@ from gradl1_fast.quantization.costs import Costs, costs
 from gradl1_fast.quantization.equalization import Equalization, equalize
 from gradl1_fast.quantization.folding import Folding, fold_batch_norm
 from gradl1_fast.quantization.mixed_precision import Plan, search
+from gradl1_fast.quantization.norms_file import load_batch_norms, save_batch_norms
+from gradl1_fast.quantization.preparation import Preparation, prepare
 from gradl1_fast.quantization.ranges_file import load_ranges, save_ranges
+from gradl1_fast.quantization.reestimation import Reestimation, reestimate_batch_norm
 from gradl1_fast.quantization.rounding.report import Rounding
 from gradl1_fast.quantization.rounding.round import clear_rounding, round_weights
 from gradl1_fast.quantization.sensitivity import Sensitivity, sensitivity
@@ -21,6 +24,8 @@ __all__ = [
     "Equalization",
     "Folding",
     "Plan",
+    "Preparation",
+    "Reestimation",
     "Rounding",
     "Sensitivity",
     "Table",
@@ -33,11 +38,15 @@ __all__ = [
     "equalize",
     "fold_batch_norm",
     "load_any_bit",
+    "load_batch_norms",
     "load_ranges",
+    "prepare",
     "ranges",
+    "reestimate_batch_norm",
     "round_weights",
     "rounding",
     "save_any_bit",
+    "save_batch_norms",
     "save_ranges",
     "search",
     "sensitivity",

@@ -15,7 +15,7 @@ from gradl1_fast._progress import track
 from gradl1_fast.nn.sharing import mark_input
 from gradl1_fast.quantization.bits import bits
 
-__all__ = ["Forward", "call", "call_with", "evaluation", "moved", "run"]
+__all__ = ["Forward", "at_present_widths", "call", "call_with", "evaluation", "moved", "run"]
 
 Forward = Callable[[nn.Module, Any], Any]
 
@@ -23,11 +23,18 @@ Forward = Callable[[nn.Module, Any], Any]
 @contextlib.contextmanager
 def evaluation(model: nn.Module) -> Iterator[None]:
     """Switch to evaluation mode, float and no gradients for the block; each module gets its mode back."""
+    with at_present_widths(model), bits(model, w=None, a=None):
+        yield
+
+
+@contextlib.contextmanager
+def at_present_widths(model: nn.Module) -> Iterator[None]:
+    """Switch to evaluation mode and no gradients for the block; each module gets its mode back."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         # Tensors made in inference mode have no version, by which a site recognises its tensor.
-        with bits(model, w=None, a=None), torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():
             yield
     finally:
         for module, training in modes.items():

@@ -11,10 +11,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from gradl1_fast.nn.layers import QuantizedLayer
 from gradl1_fast.nn.twins import shallow_copy
 
-__all__ = ["Absorption", "is_batch_norm"]
+__all__ = ["Absorption", "along", "is_batch_norm", "is_neutral"]
 
 _PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _NEUTRAL = {"running_mean": 0.0, "running_var": 1.0, "weight": 1.0, "bias": 0.0}
+_IS_NEUTRAL = "was_folded"  # in the table of a batch norm
 _CLOSE = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 
@@ -27,6 +28,11 @@ def is_frozen(module: nn.Module) -> bool:
     """Return whether a module is a batch norm whose parameters are buffers, as in torchvision's detectors."""
     named = type(module).__name__.startswith("FrozenBatchNorm") and hasattr(module, "eps")
     return named and module._buffers.keys() >= _NEUTRAL.keys()
+
+
+def is_neutral(module: nn.Module) -> bool:
+    """Return whether a batch norm maps every value to itself, since a layer has taken its map in."""
+    return _IS_NEUTRAL in vars(module)
 
 
 class Absorption:
@@ -65,7 +71,7 @@ class Absorption:
         if layer.bias is not None:
             bias = bias + layer.bias.detach().double() * self._factor
         weight, requires_grad = layer.weight.detach(), layer.weight.requires_grad
-        layer.weight = _parameter(weight.double() * self._along(weight), weight, requires_grad)
+        layer.weight = _parameter(weight.double() * along(self._factor, layer, weight), weight, requires_grad)
         layer.bias = _parameter(bias, weight, requires_grad)
         return self._scale_range()
 
@@ -83,15 +89,6 @@ class Absorption:
     def _mapped(self, y: Tensor) -> Tensor:
         shape = [-1 if i == 1 else 1 for i in range(y.dim())]
         return (y.double() * self._factor.reshape(shape) + self._shift.reshape(shape)).to(y.dtype)
-
-    def _along(self, weight: Tensor) -> Tensor:
-        """Return the factor in a shape that broadcasts against the weight."""
-        axis, groups = self._layer.out_axis, getattr(self._layer, "groups", 1)
-        if axis == 0 or groups == 1:
-            return self._factor.reshape([-1 if i == axis else 1 for i in range(weight.dim())])
-        # A transposed convolution: the rows of a group have the output channels of that group.
-        rows = self._factor.reshape(groups, -1).repeat_interleave(weight.shape[0] // groups, dim=0)
-        return rows.reshape(*rows.shape, *[1] * (weight.dim() - 2))
 
     def _scale_range(self) -> bool:
         quantizer = self._layer.weight_quantizer
@@ -117,6 +114,16 @@ class Absorption:
         return False
 
 
+def along(factor: Tensor, layer: QuantizedLayer, weight: Tensor) -> Tensor:
+    """Return a factor for each output channel in a shape that broadcasts against the weight."""
+    axis, groups = layer.out_axis, getattr(layer, "groups", 1)
+    if axis == 0 or groups == 1:
+        return factor.reshape([-1 if i == axis else 1 for i in range(weight.dim())])
+    # A transposed convolution: the rows of a group have the output channels of that group.
+    rows = factor.reshape(groups, -1).repeat_interleave(weight.shape[0] // groups, dim=0)
+    return rows.reshape(*rows.shape, *[1] * (weight.dim() - 2))
+
+
 def _neutral(norm: nn.Module) -> nn.Module:
     """Return a copy of a batch norm that maps every value to itself; what else it does, it does."""
     copy: Any = shallow_copy(norm)
@@ -129,6 +136,7 @@ def _neutral(norm: nn.Module) -> nn.Module:
     if getattr(norm, "num_batches_tracked", None) is not None:
         copy.num_batches_tracked = copy.num_batches_tracked.clone()
     copy.eps = 0.0
+    vars(copy)[_IS_NEUTRAL] = True
     return copy
 
 

@@ -9,11 +9,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from gradl1_fast.nn.copies import copy_converted
 from gradl1_fast.nn.layers import QEmbedding, QuantizedLayer
 from gradl1_fast.nn.sites import named_layers
-from gradl1_fast.nn.twins import copy_structure
 from gradl1_fast.quantization._modes import Forward, evaluation, run
 from gradl1_fast.quantization.bits import Widths, bits, widths_of
+from gradl1_fast.quantization.kept import drop_values
 from gradl1_fast.quantization.sliced import refuse_sliced
 
 __all__ = ["correct_bias"]
@@ -59,7 +60,8 @@ def correct_bias(
     by layer, on the inputs of the float network, in one pass over the data, and taken off the bias. The
     biases then fit these widths and no others; weights are shared with the model, which stays as it is. A
     layer without a bias gets one, except an embedding. A layer that no batch reaches keeps its bias; a
-    warning names it.
+    warning names it. Statistics that were re-estimated are dropped: call
+    :func:`gradl1_fast.reestimate_batch_norm` afterwards.
 
     Args:
         model: a converted model, usually with its batch norms folded, which would take a shift back in
@@ -79,7 +81,8 @@ def correct_bias(
     Source: Nagel et al. 2019, arXiv 1906.04721, section 4.2, with measured means.
     """
     refuse_sliced(model, "correct_bias")
-    result = copy_structure(model)
+    result = copy_converted(model)
+    drop_values(result)
     with bits(result, w=w, a={}):
         widths = widths_of(result)[0]
     layers = {

@@ -11,6 +11,7 @@ from gradl1_fast import _checks as check
 from gradl1_fast.nn.quantizers import ActivationQuantizer, WeightQuantizer
 from gradl1_fast.nn.sites import named_layers, named_quantizers
 from gradl1_fast.quantization.freshness import warn_if_stale
+from gradl1_fast.quantization.kept import use_values
 
 __all__ = ["INPUT_BITS", "Widths", "bits", "check_width", "set_bits", "width_at", "widths_of"]
 
@@ -21,7 +22,8 @@ INPUT_BITS = 8
 def set_bits(model: nn.Module, *, w: Widths, a: Widths, input_bits: int | None = INPUT_BITS) -> None:
     """Set the width of every weight and every activation, or of those named; nothing is copied.
 
-    A warning says, once, that weights have changed since the ranges of activations were found.
+    A warning says, once, that weights have changed since the ranges of activations were found. Batch norms
+    get the statistics that :func:`gradl1_fast.reestimate_batch_norm` found for these widths, if it did.
 
     Args:
         model: a converted model.
@@ -71,6 +73,7 @@ def set_bits(model: nn.Module, *, w: Widths, a: Widths, input_bits: int | None =
         weights[name].bits = width
     for name, width in a_by_name.items():
         activations[name].bits = width
+    use_values(model)
 
 
 @contextlib.contextmanager
@@ -99,6 +102,7 @@ def bits(
     finally:
         for quantizer, width in before:
             quantizer.bits = width
+        use_values(model)
 
 
 def width_at(quantizer: ActivationQuantizer, a: int | None, input_bits: int | None) -> int | None:

@@ -11,12 +11,14 @@ from torch import Tensor, fx, nn
 
 from gradl1_fast.conversion.graphs import module_of, operation_of
 from gradl1_fast.conversion.tracing import parts_of
+from gradl1_fast.nn.copies import copy_converted
 from gradl1_fast.nn.hooks import has_hooks, has_own_forward
 from gradl1_fast.nn.layers import QConv1d, QConv2d, QConv3d, QLinear, QuantizedLayer
 from gradl1_fast.nn.quantizers import ActivationQuantizer
 from gradl1_fast.nn.sites import named_layers, named_quantizers
-from gradl1_fast.nn.twins import copy_structure
+from gradl1_fast.quantization.folded import divide_norm
 from gradl1_fast.quantization.freshness import is_fresh, remember_weights
+from gradl1_fast.quantization.kept import drop_values
 from gradl1_fast.quantization.rounding.kept import drop_rounding
 from gradl1_fast.quantization.sliced import refuse_sliced
 
@@ -87,7 +89,7 @@ def equalize(model: nn.Module) -> Equalization:
     Chains are found in what can be traced of the model: all of it, or parts.
 
     The model stays as it is; the result is a new one that shares what was not equalized. Ranges of the
-    activations in between are dropped: calibrate it.
+    activations in between are dropped, and re-estimated statistics are: calibrate it.
 
     Args:
         model: a converted model, usually :attr:`gradl1_fast.Folding.model`.
@@ -98,7 +100,8 @@ def equalize(model: nn.Module) -> Equalization:
     Source: Nagel et al. 2019, arXiv 1906.04721, section 4.1.
     """
     refuse_sliced(model, "equalize")
-    result = Equalization(copy_structure(model))
+    result = Equalization(copy_converted(model))
+    drop_values(result.model)
     pairs = _pairs(result.model)
     layers = {id(layer): layer for pair in pairs for layer in pair.layers}
     fresh = [layer for layer in layers.values() if is_fresh(layer)]
@@ -236,6 +239,7 @@ def _move(first: QuantizedLayer, second: QuantizedLayer) -> float:
     first.weight /= s.reshape(-1, *[1] * (first.weight.dim() - 1))
     if first.bias is not None:
         first.bias /= s
+    divide_norm(first, s)
     if isinstance(second, QLinear):
         second.weight *= s.repeat_interleave(second.weight.shape[1] // len(s))
     elif second.weight.shape[1] == len(s):

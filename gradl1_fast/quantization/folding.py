@@ -8,14 +8,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from gradl1_fast.nn.copies import copy_converted
 from gradl1_fast.nn.layers import QuantizedLayer
 from gradl1_fast.nn.second_pass import RandomState
 from gradl1_fast.nn.sites import named_layers
-from gradl1_fast.nn.twins import copy_structure
 from gradl1_fast.quantization._modes import Forward, call_with, evaluation
 from gradl1_fast.quantization.absorption import Absorption, is_batch_norm
 from gradl1_fast.quantization.adjacency import Neighbours
+from gradl1_fast.quantization.folded import remember_norm
 from gradl1_fast.quantization.freshness import is_fresh, remember_weights
+from gradl1_fast.quantization.kept import settle_values
 from gradl1_fast.quantization.rounding.kept import rescaled
 from gradl1_fast.quantization.watching import Watch, tensors_of
 
@@ -72,6 +74,9 @@ def fold_batch_norm(model: nn.Module, inputs: Any = None, *, forward: Forward | 
       it does, such as an activation, stays;
     - everything else shares its parameters with the model.
 
+    Statistics that were re-estimated for the present widths (:func:`gradl1_fast.reestimate_batch_norm`) are
+    folded in for good; those of other widths are left behind.
+
     What feeds what is read off traced graphs. With ``inputs``, one forward pass is watched as well, so that
     batch norms of a model that cannot be traced are folded too; what that pass does is taken for what every
     pass does.
@@ -110,7 +115,9 @@ def fold_batch_norm(model: nn.Module, inputs: Any = None, *, forward: Forward | 
     """
     if not any(isinstance(m, QuantizedLayer) for m in model.modules()):
         raise ValueError("fold_batch_norm: the model is not converted: call gradl1_fast.convert(model) first")
-    result = Folding(copy_structure(model))
+    model = copy_converted(model)
+    settle_values(model)
+    result = Folding(copy_converted(model))
     watch = None if inputs is None else _watched(result.model, inputs, forward)
     neighbours = Neighbours(result.model, watch)
     result.refused = neighbours.refused
@@ -144,6 +151,7 @@ def _fold(result: Folding, neighbours: Neighbours) -> None:
         if reason is not None:
             result.refused[name] = reason
             continue
+        remember_norm(layer, norm)
         fresh = is_fresh(layer)
         with rescaled(layer) as dropped:
             if not absorption.apply():

@@ -19,7 +19,7 @@ from gradl1_fast._checks import some
 from gradl1_fast.nn.layers import QuantizedLayer
 from gradl1_fast.nn.sites import named_layers
 
-__all__ = ["forget_weights", "is_fresh", "remember_weights", "warn_if_stale"]
+__all__ = ["forget_weights", "is_fresh", "is_rounded", "remember_weights", "warn_if_stale"]
 
 _MARK = "ranges_found_with"  # in the table of a weight quantizer, which copies and pickles it
 _SAMPLES = 64
@@ -44,16 +44,21 @@ class _Mark:
         if same and self.version is not None and self.version == _version(weight):
             return True
         now = _sample(weight)
-        if not any(torch.equal(now, self.values.to(dtype).double()) for dtype in _TYPES):
+        if not is_rounded(now, self.values):
             return False
         self.reference, self.version = weakref.ref(weight), _version(weight)
         return True
 
 
-def remember_weights(layers: Iterable[QuantizedLayer]) -> None:
-    """Take the present weights of layers for those that the ranges belong to."""
+def is_rounded(now: Tensor, before: Tensor) -> bool:
+    """Return whether values are what they were, or were rounded to a narrower type meanwhile."""
+    return any(torch.equal(now.double(), before.to(now.device, dtype).double()) for dtype in _TYPES)
+
+
+def remember_weights(layers: Iterable[QuantizedLayer], mark: str = _MARK) -> None:
+    """Take the present weights of layers for those that the ranges, or what the mark is of, belong to."""
     for layer in layers:
-        vars(layer.weight_quantizer)[_MARK] = [_Mark(weight) for weight in _weights(layer)]
+        vars(layer.weight_quantizer)[mark] = [_Mark(weight) for weight in _weights(layer)]
 
 
 def forget_weights(layers: Iterable[QuantizedLayer]) -> None:
@@ -62,9 +67,9 @@ def forget_weights(layers: Iterable[QuantizedLayer]) -> None:
         vars(layer.weight_quantizer).pop(_MARK, None)
 
 
-def is_fresh(layer: QuantizedLayer) -> bool:
-    """Return whether a layer's weight is what it was when ranges were found; True where none were."""
-    marks, weights = vars(layer.weight_quantizer).get(_MARK), _weights(layer)
+def is_fresh(layer: QuantizedLayer, mark: str = _MARK) -> bool:
+    """Return whether a layer's weight is what it was when it was marked; True where it was not."""
+    marks, weights = vars(layer.weight_quantizer).get(mark), _weights(layer)
     if marks is None:
         return True
     return len(marks) == len(weights) and all(map(_Mark.holds, marks, weights))

@@ -91,6 +91,17 @@ class PartialFile:
             if found != value:
                 raise ValueError(f"{self.path}: its {key} must be {value!r}, the file says {found!r:.80}")
 
+    def metadata(self, key: str) -> str:
+        """Return a text of the file's metadata.
+
+        Raises:
+            ValueError: there is none.
+        """
+        found = self._metadata.get(key) if isinstance(self._metadata, dict) else None
+        if not isinstance(found, str):
+            raise ValueError(f"{self.path}: its {key} must be a text, the file says {found!r:.80}")
+        return found
+
     def check_that_all_are_known(self, unread: Iterable[str]) -> None:
         """Check that every entry was read or is one of ``unread``."""
         unknown = self._header.keys() - self._read - set(unread)

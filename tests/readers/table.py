@@ -105,12 +105,15 @@ def write_run(folder: Path) -> None:
     run, model = runs.Folder(folder), calibrated()
     run.write_config(CONFIG)
     gl.save_ranges(model, run.ranges)
+    with gl.bits(model, w=3, a=3):
+        gl.reestimate_batch_norm(model, [images()])
+    gl.save_batch_norms(model, folder / NORMS)
     save_weights(model.state_dict(), run.weights, {"classes": "10", "channels": "1"})
 
 
 def write_results(folder: Path) -> None:
     """Write the results of an experiment of one run."""
-    row = Row("plain", 0, None, 8, 91.5)
+    row = Row("plain", 0, "calibrated", None, 8, 91.5)
     Results([Run("plain", 0, {"a": 1}, [row], [], [], [], [], {"x": {"y": "z"}})]).write_runs(
         folder / "runs.json"
     )
@@ -209,6 +212,7 @@ def image(name: str) -> Reader:
 
 
 STEP = "step-000000000003"
+NORMS = "norms.safetensors"
 WEIGHTS, RANGES, CONFIGURATION = "weights.safetensors", "ranges.safetensors", "config.toml"
 binary = functools.partial(write_cifar10, ending=".bin", content=bytes(4 * 3073))
 pickled = functools.partial(write_cifar10, ending="", content=cifar10_pickle())
@@ -222,6 +226,7 @@ READERS = {
         Reader("run weights", WEIGHTS, write_run, runs.load, "safetensors"),
         Reader("weights file", WEIGHTS, write_run, loading(load_weights, WEIGHTS), "safetensors"),
         Reader("ranges file", RANGES, write_run, loading(gl.load_ranges, RANGES), "safetensors"),
+        Reader("batch norms file", NORMS, write_run, loading(gl.load_batch_norms, NORMS), "safetensors"),
         any_bit(8),
         any_bit(3),
         Reader("recipe", CONFIGURATION, write_run, lambda f: Config.read(f / CONFIGURATION), "toml"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,11 +13,12 @@ from torch import Tensor, nn
 
 from gradl1_fast.nn.sites import named_layers, named_quantizers
 from gradl1_fast.quantization.adjacency import NEEDS_INPUTS
-from gradl1_fast.quantization.bits import Widths, check_width, set_bits, widths_of
+from gradl1_fast.quantization.bits import Widths, bits, check_width, set_bits, widths_of
 from gradl1_fast.quantization.calibration import observed
 from gradl1_fast.quantization.export.arguments import Arguments
 from gradl1_fast.quantization.export.integers import prevent_overflow
 from gradl1_fast.quantization.folding import Folding, fold_batch_norm
+from gradl1_fast.quantization.kept import kept_values
 from gradl1_fast.quantization.sliced import SlicedWeight
 
 __all__ = ["NotExportableError", "Prepared", "prepare"]
@@ -80,14 +82,24 @@ def prepare(
     """
     _check_model(model)
     arguments = Arguments.of(inputs)
-    folding = _folded(model, None)
-    _find_sites(folding.model, arguments)
-    if any(NEEDS_INPUTS in reason for reason in folding.refused.values()):
-        folding = _folded(model, arguments)
+    with _statistics_at(model, w, a, input_bits):
+        folding = _folded(model, None)
         _find_sites(folding.model, arguments)
+        if any(NEEDS_INPUTS in reason for reason in folding.refused.values()):
+            folding = _folded(model, arguments)
+            _find_sites(folding.model, arguments)
     _set_widths(folding.model, w, a, input_bits)
     raised = prevent_overflow(folding.model)
     return Prepared(folding.model, folding, *widths_of(folding.model), raised)
+
+
+def _statistics_at(
+    model: nn.Module, w: Widths, a: Widths, input_bits: int | None
+) -> contextlib.AbstractContextManager[Any]:
+    """Give batch norms what was re-estimated for the widths, to be folded."""
+    if (w is None and a is None) or not any(map(kept_values, model.modules())):
+        return contextlib.nullcontext()
+    return bits(model, w=w, a=a, input_bits=input_bits)
 
 
 def _folded(model: nn.Module, arguments: Arguments | None) -> Folding:

@@ -1,0 +1,137 @@
+"""Re-estimated statistics of all widths in a file: safetensors, checked before anything is changed."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from gradl1_fast import _files
+from gradl1_fast._extras import install
+from gradl1_fast.quantization.folded import folded_norm
+from gradl1_fast.quantization.kept import (
+    Values,
+    is_width,
+    keep_values,
+    kept_values,
+    mark_weights,
+    put_back_float,
+    use_values,
+)
+from gradl1_fast.quantization.partial_file import Entry, PartialFile
+
+__all__ = ["load_batch_norms", "save_batch_norms"]
+
+METADATA = {"format": "gradl1_fast.batch_norms", "version": "1"}
+_FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def save_batch_norms(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write the statistics that :func:`gradl1_fast.reestimate_batch_norm` found, of every width, into a file.
+
+    The file is safetensors. Its metadata have ``widths``, a list in JSON; at the width number ``<i>`` each
+    batch norm has ``<i>.running_mean.<name>`` and ``<i>.running_var.<name>``, and each layer that took one in
+    ``<i>.factor.<name>`` and ``<i>.shift.<name>``, one value a channel. The file is replaced whole or not at
+    all.
+
+    Args:
+        model: a converted model.
+        path: of the file, customarily ending in ``.safetensors``.
+
+    Raises:
+        ImportError: safetensors is not installed.
+        RuntimeError: no statistics were re-estimated.
+        OSError: the file cannot be written.
+    """
+    try:
+        from safetensors.torch import save
+    except ImportError as error:
+        raise ImportError(f"files of batch norms need safetensors: {install('export')}") from error
+    widths: dict[str, int] = {}
+    entries: dict[str, Tensor] = {}
+    for name, module in model.named_modules():
+        for width, values in kept_values(module).items():
+            number = widths.setdefault(width, len(widths))
+            for kind, value in values.items():
+                entries[f"{number}.{kind}.{name}"] = value.detach().cpu().contiguous().clone()
+    if not widths:
+        raise RuntimeError(
+            "save_batch_norms: the model keeps no statistics of a width: call "
+            "gradl1_fast.reestimate_batch_norm(model, batches) first"
+        )
+    _files.write_bytes(path, save(entries, metadata={**METADATA, "widths": json.dumps(list(widths))}))
+
+
+def load_batch_norms(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Give a model the statistics of every width that :func:`save_batch_norms` wrote for one of its kind.
+
+    They belong to the weights that the model has now: where these change, a warning says so at the next
+    width, and the statistics are dropped.
+
+    Args:
+        model: a converted model.
+        path: of the file.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: the file is damaged or does not fit the model; the message names the file and the entry.
+            The model is then as it was.
+    """
+    modules = {name: m for name, m in model.named_modules() if _kinds_of(m)}
+    with PartialFile(path) as file:
+        file.check_metadata(METADATA)
+        widths = _read_widths(file)
+        found = {
+            (name, width): values
+            for number, width in enumerate(widths)
+            for name, module in modules.items()
+            if (values := _read_values(file, number, name, module))
+        }
+        file.check_that_all_are_known([])
+    put_back_float(model)  # marks are of the weights in float
+    for (name, width), values in found.items():
+        keep_values(modules[name], width, values)
+    mark_weights(model)
+    use_values(model)
+
+
+def _kinds_of(module: Any) -> tuple[str, ...]:
+    if folded_norm(module) is not None:
+        return "factor", "shift"
+    tracks = isinstance(module, _BatchNorm) and module.running_mean is not None
+    return ("running_mean", "running_var") if tracks else ()
+
+
+def _read_widths(file: PartialFile) -> list[str]:
+    try:
+        widths = json.loads(file.metadata("widths"))
+    except RecursionError:
+        widths = None
+    if not isinstance(widths, list) or not widths or not all(map(is_width, widths)):
+        raise file.error("widths", "must be a list of widths", f"{widths!r:.80}")
+    if len(set(widths)) < len(widths):
+        raise file.error("widths", "must hold each width once", f"{widths!r:.80}")
+    return widths
+
+
+def _read_values(file: PartialFile, number: int, name: str, module: Any) -> Values:
+    kinds = _kinds_of(module)
+    keys = {kind: f"{number}.{kind}.{name}" for kind in kinds}
+    if not any(key in file for key in keys.values()):  # no value reached it at that width
+        return {}
+    channels = _channels(module)
+    values = {kind: file.read(key, *(Entry(d, (channels,)) for d in _FLOATS)) for kind, key in keys.items()}
+    if "running_var" in values and bool((values["running_var"] < 0).any()):
+        raise file.error(
+            keys["running_var"], "a variance is not negative", values["running_var"].min().item()
+        )
+    return values
+
+
+def _channels(module: Any) -> int:
+    norm = folded_norm(module)
+    return len(module.running_mean if norm is None else norm.factor)

@@ -1,0 +1,330 @@
+"""One call from a trained network to one that computes well at a width, without training."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from gradl1_fast import _checks as check
+from gradl1_fast.conversion.convert import convert
+from gradl1_fast.nn.copies import copy_converted
+from gradl1_fast.nn.layers import QEmbedding, QuantizedLayer
+from gradl1_fast.nn.sites import named_layers, named_quantizers
+from gradl1_fast.quantization._modes import Forward, call, evaluation
+from gradl1_fast.quantization.bias_correction import correct_bias
+from gradl1_fast.quantization.bits import INPUT_BITS, Widths, bits, check_width, set_bits, width_at
+from gradl1_fast.quantization.calibration import calibrate, calibrate_weights
+from gradl1_fast.quantization.kept import forget_width
+from gradl1_fast.quantization.ranges.base import Range
+from gradl1_fast.quantization.reestimation import reestimate_batch_norm
+from gradl1_fast.quantization.rounding.base import Method
+from gradl1_fast.quantization.rounding.round import round_weights
+from gradl1_fast.quantization.sliced import refuse_sliced
+
+__all__ = ["Preparation", "Step", "prepare"]
+
+Criterion = Callable[[nn.Module], float]
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step of :func:`prepare`.
+
+    Attributes:
+        name: what was done.
+        value: the criterion after it and all steps before it; None without a criterion.
+        taken: whether it was kept; a step that helped nothing is taken back.
+    """
+
+    name: str
+    value: float | None = None
+    taken: bool = True
+
+
+@dataclass
+class Preparation:
+    """What :func:`prepare` made.
+
+    Attributes:
+        model: the prepared network, at the widths asked for.
+        steps: in order; the first is the network as it was, in float.
+        remarks: what the steps had to say.
+    """
+
+    model: nn.Module
+    steps: list[Step] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        """Return a line for each step, and one for each remark."""
+        width = max(len(step.name) for step in self.steps)
+        lines = [f"{step.name:<{width}}  {_shown(step)}".rstrip() for step in self.steps]
+        return "\n".join([*lines, *self.remarks])
+
+
+def _shown(step: Step) -> str:
+    value = "" if step.value is None else f"{step.value:.4f}"
+    return value if step.taken else f"{value}  (taken back)"
+
+
+def prepare(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    w: Widths,
+    a: Widths,
+    criterion: Criterion | None = None,
+    higher_is_better: bool = True,
+    ranges: str | Range = "mse",
+    weight_ranges: str | Range = "mse",
+    rounding: str | Method | None = None,
+    bias_correction: bool | None = None,
+    ends: int | None = None,
+    input_bits: int | None = INPUT_BITS,
+    forward: Forward | None = None,
+) -> Preparation:
+    """Do what costs no training to make a network compute well at a width.
+
+    In this order: one range for each output channel of a weight; ranges of activations, and ranges of
+    weights, that make the squared error small, beyond which values are clamped; rounding beyond nearest, if
+    asked for; batch-norm statistics at the width; and a correction of biases where there is no batch norm.
+    Each step is a function of its own, see the sources below, for those who want others or another order.
+    What they are worth, measured: ``docs/before-training.md``.
+
+    The result is a copy around the same parameters. In float it computes what the model does, but for
+    corrected biases. Ranges serve every width; statistics and codes are kept for this one. Call it again with
+    the result for another: it keeps those of both.
+
+    Args:
+        model: a network, converted or not.
+        batches: a list of batches without labels, or a loader; gone through several times, in evaluation
+            mode. A thousand examples or two.
+        w: bits of the weights, as of :func:`gradl1_fast.set_bits`.
+        a: bits of the activations, likewise.
+        criterion: takes the model at its widths and returns a number, such as the accuracy on images kept
+            aside. It is evaluated after each step, for the report; statistics and corrected biases that make
+            it worse are taken back.
+        higher_is_better: whether a larger criterion is better.
+        ranges: of activations, a name or an object, see :func:`gradl1_fast.calibrate`.
+        weight_ranges: of weights, likewise, see :func:`gradl1_fast.calibrate_weights`.
+        rounding: ``"gptq"``, ``"adaround"`` or an object, see :func:`gradl1_fast.round_weights`; None rounds
+            to nearest.
+        bias_correction: whether to correct biases, see :func:`gradl1_fast.correct_bias`; they then fit this
+            width alone. None does so where the model has no batch norm.
+        ends: least bits of the first and of the last layer, weights and inputs; 8 is customary. None treats
+            them as any other.
+        input_bits: least bits of the network's input, as of :func:`gradl1_fast.set_bits`.
+        forward: as of :func:`gradl1_fast.calibrate`.
+
+    Returns:
+        The prepared model, at the widths, and what each step changed.
+
+    Raises:
+        TypeError: ``batches`` can be gone through only once, or is a single tensor; a width is no int or
+            None; or the criterion returns no number.
+        ValueError: a width or name is wrong, ``ends`` is given with widths by name, or there is no batch.
+
+    Examples:
+        >>> import torch, gradl1_fast as gl
+        >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU())
+        >>> images = [torch.randn(64, 3, 8, 8) for _ in range(4)]
+        >>> prepared = gl.prepare(net.eval(), images, w=3, a=4)
+        >>> y = prepared.model(images[0])  # at (3, 4)
+        >>> for step in prepared.steps:
+        ...     print(step.name)
+        float
+        one range for a tensor, smallest to largest value
+        one range for each output channel of a weight
+        ranges of activations: mse
+        ranges of weights: mse
+        batch-norm statistics at the width
+
+    Source: the steps are those of Nagel et al. 2021, arXiv 2106.08295 (a white paper on quantization), and
+    Sun et al. 2019, arXiv 1905.07671 (re-estimation).
+    """
+    batches = _lasting(batches)
+    if ends is not None and (isinstance(w, Mapping) or isinstance(a, Mapping)):
+        raise ValueError("prepare: ends goes with one width for all weights and one for all activations")
+    check_width("prepare: ends", ends)
+    plan = _Preparing(_copy(model), batches, forward, criterion, higher_is_better)
+    plan.widths = _widths(plan.model, batches, forward, w, a, ends, input_bits)
+    plan.note("float", at_width=False)
+    plan.find_ranges(a, ranges, weight_ranges)
+    if rounding is not None and w is not None:
+        plan.round(rounding)
+    plan.reestimate()
+    plan.correct(bias_correction)
+    set_bits(plan.model, **plan.widths)
+    return Preparation(plan.model, plan.steps, plan.remarks)
+
+
+def _lasting(batches: Iterable[Any]) -> Iterable[Any]:
+    if iter(batches) is batches:
+        raise TypeError(
+            "prepare: batches can be gone through only once; give a list or a loader, not an iterator"
+        )
+    return batches
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    """Return a converted copy in evaluation mode and in float."""
+    copy = copy_converted(convert(model, per_channel=True))
+    refuse_sliced(copy, "prepare")
+    set_bits(copy.eval(), w=None, a=None)
+    return copy
+
+
+def _widths(
+    model: nn.Module,
+    batches: Iterable[Any],
+    forward: Forward | None,
+    w: Widths,
+    a: Widths,
+    ends: int | None,
+    input_bits: int | None,
+) -> dict[str, Any]:
+    """Return the arguments of ``set_bits``."""
+    if ends is None:
+        return {"w": w, "a": a, "input_bits": input_bits}
+    assert not isinstance(w, Mapping)
+    assert not isinstance(a, Mapping)
+    order = _order(model, next(iter(batches)), forward)
+    weights: dict[str, int | None] = dict.fromkeys(named_layers(model), w)
+    sites = {name: width_at(q, a, input_bits) for name, q in named_quantizers(model).items()}
+    of_site = {id(q): name for name, q in named_quantizers(model).items()}
+    for name, layer in (order[0], order[-1]) if order else ():
+        weights[name] = None if w is None else max(w, ends)
+        site = of_site[id(layer.input_quantizer)]
+        now = sites[site]
+        sites[site] = None if now is None else max(now, ends)
+    return {"w": weights, "a": sites}
+
+
+def _order(model: nn.Module, batch: Any, forward: Forward | None) -> list[tuple[str, QuantizedLayer]]:
+    """Return the layers in the order in which they are first called, embeddings left out."""
+    called: dict[str, QuantizedLayer] = {}
+    layers = {n: layer for n, layer in named_layers(model).items() if not isinstance(layer, QEmbedding)}
+    hooks = [
+        layer.register_forward_pre_hook(lambda module, _, name=name: called.setdefault(name, module) and None)
+        for name, layer in layers.items()
+    ]
+    try:
+        with evaluation(model):
+            call(model, batch, forward)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return list(called.items())
+
+
+class _Preparing:
+    """A preparation under way.
+
+    Args:
+        model: a converted copy.
+        batches: the data.
+        forward: see :func:`prepare`.
+        criterion: likewise.
+        higher_is_better: likewise.
+
+    Attributes:
+        widths: arguments of ``set_bits``.
+        steps: made so far.
+        remarks: so far.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Iterable[Any],
+        forward: Forward | None,
+        criterion: Criterion | None,
+        higher_is_better: bool,
+    ) -> None:
+        self.model, self._batches, self._forward = model, batches, forward
+        self._criterion, self._sign = criterion, 1.0 if higher_is_better else -1.0
+        self.widths: dict[str, Any] = {}
+        self.steps: list[Step] = []
+        self.remarks: list[str] = []
+        self._has_norms = True
+
+    def note(self, name: str, *, at_width: bool = True) -> None:
+        """Write a step down, with the criterion after it."""
+        self.steps.append(Step(name, self._value(self.model, at_width)))
+
+    def _value(self, model: nn.Module, at_width: bool = True) -> float | None:
+        if self._criterion is None:
+            return None
+        with bits(model, **(self.widths if at_width else {"w": None, "a": None})):
+            return check.number("prepare: criterion", self._criterion(model))
+
+    def find_ranges(self, a: Widths, ranges: str | Range, weight_ranges: str | Range) -> None:
+        """Find ranges of weights and activations."""
+        with_activations = a is not None
+        self._set_axis(per_channel=False)
+        if with_activations:
+            self._calibrate("min_max")
+        self.note("one range for a tensor, smallest to largest value")
+        self._set_axis(per_channel=True)
+        self.note("one range for each output channel of a weight")
+        if with_activations:
+            self._calibrate(ranges)
+            self.note(f"ranges of activations: {_name(ranges)}")
+        calibrate_weights(self.model, ranges=weight_ranges)
+        self.note(f"ranges of weights: {_name(weight_ranges)}")
+
+    def _calibrate(self, ranges: str | Range) -> None:
+        calibrate(self.model, self._batches, ranges=ranges, forward=self._forward)
+
+    def _set_axis(self, *, per_channel: bool) -> None:
+        for layer in named_layers(self.model).values():
+            layer.weight_quantizer.set_clip(None)
+            layer.weight_quantizer.axis = layer.out_axis if per_channel else None
+
+    def round(self, rounding: str | Method) -> None:
+        """Round weights beyond nearest."""
+        a = self.widths["a"]
+        done = round_weights(
+            self.model, self._batches, w=self.widths["w"], a=a, method=rounding, forward=self._forward
+        )
+        self.remarks += [f"{name}: rounded to nearest: {why}" for name, why in done.nearest.items()]
+        self.note(f"rounding: {_name(rounding)}")
+
+    def reestimate(self) -> None:
+        """Estimate batch norms at the widths."""
+        with bits(self.model, **self.widths), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*has no batch norm")
+            done = reestimate_batch_norm(self.model, self._batches, forward=self._forward)
+        self.remarks += [f"{name}: statistics left: {why}" for name, why in done.left.items()]
+        self._has_norms = bool(done.norms)
+        if not self._has_norms:
+            self.remarks.append("no batch norm to re-estimate")
+        elif not self._helps("batch-norm statistics at the width", self._value(self.model)):
+            with bits(self.model, **self.widths):
+                forget_width(self.model)
+
+    def correct(self, wanted: bool | None) -> None:
+        """Correct biases, if wanted, or if it helps where there is no batch norm."""
+        if wanted is False or (wanted is None and self._has_norms) or self.widths["w"] is None:
+            return
+        corrected = correct_bias(self.model, self._batches, w=self.widths["w"], forward=self._forward)
+        if self._has_norms:
+            with bits(corrected, **self.widths):
+                reestimate_batch_norm(corrected, self._batches, forward=self._forward)
+        if self._helps("bias correction", self._value(corrected), anyway=bool(wanted)):
+            self.model = corrected
+
+    def _helps(self, name: str, value: float | None, *, anyway: bool = False) -> bool:
+        """Write a step down; return whether it is kept, as without a criterion it is."""
+        before = next((step.value for step in reversed(self.steps) if step.taken), None)
+        helps = value is None or before is None or self._sign * (value - before) >= 0
+        self.steps.append(Step(name, value, taken=helps or anyway))
+        return helps or anyway
+
+
+def _name(choice: object) -> str:
+    return choice if isinstance(choice, str) else type(choice).__name__

@@ -1,0 +1,256 @@
+"""Batch-norm statistics at the widths at which a network will compute."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from gradl1_fast.nn.layers import QuantizedLayer
+from gradl1_fast.nn.sites import named_layers
+from gradl1_fast.quantization._modes import Forward, at_present_widths, run
+from gradl1_fast.quantization.absorption import is_batch_norm, is_neutral
+from gradl1_fast.quantization.folded import FoldedNorm, folded_norm
+from gradl1_fast.quantization.kept import (
+    Values,
+    keep_values,
+    mark_weights,
+    put_back_float,
+    use_values,
+    width_of,
+)
+from gradl1_fast.quantization.sliced import SlicedWeight
+
+__all__ = ["Reestimation", "reestimate_batch_norm"]
+
+
+@dataclass
+class Reestimation:
+    """What :func:`reestimate_batch_norm` did.
+
+    Attributes:
+        norms: the batch norms with new statistics, by name; where one was folded, its layer.
+        left: why another keeps those it had, by name.
+    """
+
+    norms: list[str] = field(default_factory=list)
+    left: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        """Return a line for the number of batch norms, and one for each that was left."""
+        lines = [f"statistics re-estimated: {len(self.norms)} batch norm(s)"]
+        return "\n".join([*lines, *(f"{name}: left: {reason}" for name, reason in self.left.items())])
+
+
+def reestimate_batch_norm(
+    model: nn.Module, batches: Iterable[Any], *, forward: Forward | None = None
+) -> Reestimation:
+    """Estimate the statistics of batch norms at the present widths of the model, and keep them for these.
+
+    Quantized layers give outputs of another mean and variance than those that training saw, and a batch norm
+    behind them no longer normalises. After this call it does, whenever the model is at these widths, set by
+    :func:`gradl1_fast.set_bits` or :func:`gradl1_fast.bits`; other widths keep what they have, and in float
+    the model is what it was. Each width takes a call of its own and a few numbers a channel;
+    :func:`gradl1_fast.save_batch_norms` writes all of them into a file. Sweeps, export and any-bit files use
+    them. The state dict holds the statistics of float at every width.
+
+    The statistics are the means over the batches of each batch's mean and unbiased variance, as of
+    :func:`torch.optim.swa_utils.update_bn`. Only batch norms run as in training: dropout is off. At float
+    widths the running statistics themselves are estimated anew.
+
+    Where a batch norm was folded, the layer that took it in gets its output normalised again: by its bias,
+    and with one range for each output channel by the scale of its weight too, whose codes stay what they
+    are. Leave such a model in evaluation mode: its weights at these widths are not those of an optimizer.
+
+    In distributed training, every rank calls this with data of its own; the statistics are those of all.
+
+    Args:
+        model: a converted model, at the widths wanted. Its modes stay what they are.
+        batches: as of :func:`gradl1_fast.calibrate`, without labels: a thousand images or two, in batches of
+            at least 100.
+        forward: as of :func:`gradl1_fast.calibrate`.
+
+    Returns:
+        The names of the batch norms; a warning says so if there was none to estimate.
+
+    Raises:
+        TypeError: ``batches`` is a single tensor or mapping.
+        ValueError: the model is not converted, there is no batch, or a statistic is NaN or infinite; the
+            message names the batch norm. The model is then as it was.
+
+    Examples:
+        >>> import torch, gradl1_fast as gl
+        >>> conv, norm = torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8)
+        >>> model = gl.convert(torch.nn.Sequential(conv, norm, torch.nn.ReLU())).eval()
+        >>> images = [torch.randn(100, 3, 8, 8) for _ in range(4)]
+        >>> gl.calibrate(model, images)
+        >>> with gl.bits(model, w=3, a=3):
+        ...     print(gl.reestimate_batch_norm(model, images))
+        statistics re-estimated: 1 batch norm(s)
+        >>> with gl.bits(model, w=3, a=3):
+        ...     y = model(images[0])  # with the statistics of (3, 3)
+
+    Source: Sun et al. 2019, arXiv 1905.07671 (re-estimation after quantization); measured in
+    ``docs/before-training.md``.
+    """
+    if not named_layers(model):
+        raise ValueError("reestimate_batch_norm: the model is not converted: call gradl1_fast.convert first")
+    use_values(model)  # drops those of other weights
+    result, width = Reestimation(), width_of(model)
+    norms = _norms(model, result, width)
+    if not norms and not result.left:
+        warnings.warn("reestimate_batch_norm: the model has no batch norm: nothing to do", stacklevel=2)
+        return result
+    estimates = {name: _of(module) for name, module in norms.items()}
+    put_back_float(model)
+    try:
+        with contextlib.ExitStack() as stack:
+            for estimate in estimates.values():
+                stack.enter_context(estimate.taken())
+            stack.enter_context(at_present_widths(model))
+            for estimate in estimates.values():
+                estimate.start()
+            run(model, batches, "reestimate_batch_norm", forward)
+        _keep(model, estimates, width, result)
+    finally:
+        use_values(model)
+    return result
+
+
+def _norms(model: nn.Module, result: Reestimation, width: str | None) -> dict[str, Any]:
+    """Return what can be estimated; write down what cannot."""
+    found = {}
+    for name, module in model.named_modules():
+        if folded_norm(module) is not None:
+            if width is None:
+                result.left[name] = "holds a folded batch norm, which is exact in float"
+            elif isinstance(module.weight_quantizer, SlicedWeight):
+                result.left[name] = "holds a folded batch norm and bits of an any-bit file, no float weight"
+            else:
+                found[name] = module
+        elif isinstance(module, _BatchNorm) and not is_neutral(module):
+            if module.running_mean is None:
+                result.left[name] = "has no running statistics: it always uses those of the batch"
+            else:
+                found[name] = module
+        elif is_batch_norm(module) and not is_neutral(module):
+            result.left[name] = "is a frozen batch norm, made of buffers"
+    return found
+
+
+class _OfNorm:
+    """Statistics of a batch norm, which it collects itself as in training."""
+
+    _names = ("running_mean", "running_var", "num_batches_tracked")
+
+    def __init__(self, norm: Any) -> None:
+        self.norm = norm
+        like = norm.running_mean
+        self._fresh = torch.zeros_like(like), torch.ones_like(like), like.new_zeros((), dtype=torch.long)
+
+    @contextlib.contextmanager
+    def taken(self) -> Iterator[None]:
+        """Give the batch norm tables of its own for the block."""
+        norm = self.norm
+        before, momentum = dict(norm._buffers), norm.momentum
+        norm._buffers |= dict(zip(self._names, self._fresh, strict=True))
+        norm.momentum = None
+        try:
+            yield
+            self.moments = norm.running_mean, norm.running_var
+            self.count = int(norm.num_batches_tracked)
+        finally:
+            norm._buffers |= before
+            norm.momentum = momentum
+
+    def start(self) -> None:
+        """Run as in training from now on."""
+        self.norm.training = True
+
+    def values(self) -> Values:
+        """Return what the batch norm is to keep."""
+        return dict(zip(self._names, self.moments, strict=False))
+
+
+class _OfLayer:
+    """Statistics of the output of a layer that took a batch norm in; the output is normalised as it comes."""
+
+    def __init__(self, layer: QuantizedLayer, norm: FoldedNorm) -> None:
+        self.layer, self.norm = layer, norm
+        self.scale = layer.weight_quantizer.axis is not None
+        self.count = 0
+        self.moments = torch.zeros(()), torch.zeros(())
+
+    @contextlib.contextmanager
+    def taken(self) -> Iterator[None]:
+        """Watch the layer for the block, with its weight of float."""
+        hook = self.layer.register_forward_hook(self._normalised)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    def start(self) -> None:
+        """Nothing to begin with."""
+
+    def _normalised(self, _layer: Any, _args: Any, y: Tensor) -> Tensor:
+        values = y.detach().transpose(0, 1).flatten(1).double()
+        mean, variance = values.mean(1), values.var(1, correction=0)
+        self._add(mean, variance * values.shape[1] / max(values.shape[1] - 1, 1))
+        shape = [-1 if i == 1 else 1 for i in range(y.dim())]
+        factor, shift = (t.reshape(shape).to(y) for t in self.norm.again(mean, variance, scale=self.scale))
+        return y * factor + shift
+
+    def _add(self, mean: Tensor, variance: Tensor) -> None:
+        self.count += 1
+        old = self.moments
+        self.moments = old[0] + (mean - old[0]) / self.count, old[1] + (variance - old[1]) / self.count
+
+    def values(self) -> Values:
+        """Return what the layer is to keep."""
+        return dict(zip(("factor", "shift"), self.norm.again(*self.moments, scale=self.scale), strict=True))
+
+
+def _of(module: Any) -> _OfNorm | _OfLayer:
+    norm = folded_norm(module)
+    return _OfNorm(module) if norm is None else _OfLayer(module, norm)
+
+
+def _keep(model: nn.Module, estimates: dict[str, Any], width: str | None, result: Reestimation) -> None:
+    """Keep all estimates, or none."""
+    modules = dict(model.named_modules())
+    found = {}
+    for name, estimate in estimates.items():
+        if not estimate.count:
+            result.left[name] = "no value reached it"
+            continue
+        estimate.moments = _over_ranks(*estimate.moments)
+        if not all(bool(t.isfinite().all()) for t in estimate.moments):
+            raise ValueError(f"reestimate_batch_norm: what reaches {name!r} holds NaN or infinity")
+        found[name] = estimate.values()
+    for name, values in found.items():
+        if width is None:
+            for key, value in values.items():
+                getattr(modules[name], key).copy_(value)
+        else:
+            keep_values(modules[name], width, values)
+    result.norms = list(found)
+    if width is not None:
+        mark_weights(model)
+
+
+def _over_ranks(mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and variance of all ranks together, each of which has seen as much."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return mean, variance
+    moments = torch.stack((mean, variance, mean.square()))
+    dist.all_reduce(moments)
+    moments /= dist.get_world_size()
+    return moments[0], moments[1] + moments[2] - moments[0].square()

@@ -126,20 +126,21 @@ def test_the_experiment_prints_its_table_and_writes_its_rows(tmp_path):
     arguments = ["digits", "--quick", "--methods", "plain, gradl1", "--seeds", "1", "--json", str(rows)]
     result = gradl1("experiment", *arguments, "--out", str(tmp_path / "runs"))
     assert result.exit_code == 0, result.output
-    assert "gradl1 at 16 widths" in result.output
+    assert "gradl1, quantized" in result.output
     assert "highest mean has" in result.output
     found = json.loads(rows.read_text())
     assert {row["method"] for row in found} == {"plain", "gradl1"}
-    assert len(found) == 2 * 16
+    assert len(found) == 2 * 3 * 4
     assert "<html" in (tmp_path / "runs" / "report.html").read_text()
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["imagenet"], "experiment must be one of fashion-mnist, digits, got 'imagenet'"),
+        (["imagenet"], "experiment must be one of fashion-mnist, fashion-mnist-depthwise"),
         (["digits", "--methods", "plain,magic"], "methods must be among plain, gradl1"),
         (["digits", "--methods", ","], "got none"),
+        (["digits", "--regimes", "magic"], "regimes must be among per tensor; per channel"),
         (["fashion-mnist", "--data", "/nowhere"], "dataset-fashion-mnist"),
     ],
 )
@@ -151,5 +152,5 @@ def test_a_wrong_experiment_is_refused_in_one_sentence(arguments, message, tmp_p
 
 def test_help_of_the_experiment_explains_every_method():
     output = gradl1("experiment", "--help").output
-    assert all(f"{name}:" in output for name in ("plain", "gradl1-unscaled", "qat-4", "kure"))
+    assert all(f"{name}:" in output for name in ("plain", "gradl1-unscaled", "qat-4", "kure", "calibrated"))
     assert "Example: gradl1 experiment fashion-mnist" in output

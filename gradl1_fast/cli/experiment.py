@@ -13,6 +13,7 @@ from gradl1_fast.cli._stages import stages
 from gradl1_fast.cli.app import app
 from gradl1_fast.training import experiment as experiments
 from gradl1_fast.training.experiment import report as reports
+from gradl1_fast.training.experiment.experiment import DEFAULT_REGIMES
 from gradl1_fast.training.report import prepare
 from gradl1_fast.training.trainer import TrainingError
 
@@ -20,6 +21,7 @@ __all__ = ["experiment"]
 
 
 _METHODS = "\n".join(f"- {name}: {method.text}\n" for name, method in experiments.METHODS.items())
+_REGIMES = "\n".join(f"- {name}: {regime.text}\n" for name, regime in experiments.REGIMES.items())
 _HELP = f"""Train a network by each method, quantize each to many widths, and compare.
 
 On Fashion-MNIST one network takes two to five minutes of one CPU core.
@@ -29,7 +31,10 @@ after an interruption.
 
 Methods:
 
-{_METHODS}"""
+{_METHODS}
+Regimes, what is known of the data when a network is quantized:
+
+{_REGIMES}"""
 _EXAMPLE = "Example: gradl1 experiment fashion-mnist --methods plain,gradl1 --seeds 1 --json rows.json"
 
 
@@ -43,7 +48,7 @@ def experiment(
     json: Annotated[
         Path | None,
         typer.Option(
-            help="File for the accuracies: rows of method, seed, w, a, top1. Default: in the folder."
+            help="File for the accuracies: rows of method, seed, regime, w, a, top1. Default: in the folder."
         ),
     ] = None,
     out: Annotated[
@@ -52,6 +57,9 @@ def experiment(
     data: Annotated[
         Path | None, typer.Option(help="Folder of the data set, where it is not in its usual place.")
     ] = None,
+    regimes: Annotated[
+        str, typer.Option(help="Regimes, with semicolons between them, or: all. The list is above.")
+    ] = "; ".join(DEFAULT_REGIMES),
     quick: Annotated[
         bool, typer.Option("--quick", help="Tiny settings, seconds a method: shows that it runs, no more.")
     ] = False,
@@ -60,7 +68,8 @@ def experiment(
     chosen = list(experiments.METHODS) if methods == "all" else _split(methods)
     rows = json or out / "results.json"
     try:
-        full = experiments.named(name, None if data is None else str(data))
+        among = list(experiments.REGIMES) if regimes == "all" else _split(regimes, ";")
+        full = experiments.named(name, None if data is None else str(data), among)
         prepare(out)
         prepare(rows.parent)
         with stages() as stage:
@@ -89,5 +98,5 @@ def experiment(
     console.print(f"\nReport: [bold]{out / 'report.html'}[/bold]\nRows: {rows}", soft_wrap=True)
 
 
-def _split(text: str) -> list[str]:
-    return list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+def _split(text: str, mark: str = ",") -> list[str]:
+    return list(dict.fromkeys(part.strip() for part in text.split(mark) if part.strip()))

@@ -1,14 +1,17 @@
-"""The comparison of training methods: by every method a network, quantized to every width."""
+"""The comparison of training methods: by every method a network, quantized in several regimes."""
 
 from gradl1_fast.training.experiment.experiment import EXPERIMENTS, Experiment, named, run
 from gradl1_fast.training.experiment.methods import METHODS, Method
+from gradl1_fast.training.experiment.regimes import REGIMES, Regime
 from gradl1_fast.training.experiment.results import ResultError, Results, Row, Run
 
 __all__ = [
     "EXPERIMENTS",
     "METHODS",
+    "REGIMES",
     "Experiment",
     "Method",
+    "Regime",
     "ResultError",
     "Results",
     "Row",

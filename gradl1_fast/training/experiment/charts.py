@@ -6,11 +6,11 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from gradl1_fast._plots import heat_map, new_figure, svg, tidy, width_name
+from gradl1_fast._plots import new_figure, svg, tidy, width_name
 from gradl1_fast.training.experiment.measurements import Change, Norms
 from gradl1_fast.training.experiment.results import Results
 
-__all__ = ["bits_chart", "changes_chart", "grids_chart", "norms_chart", "time_chart"]
+__all__ = ["bits_chart", "changes_chart", "norms_chart", "time_chart"]
 
 _FIRST = {"plain": "#d95f02", "gradl1": "#1b6ca8"}
 _OTHERS = ("#7b3294", "#1b9e77", "#e7298a", "#66a61e", "#a6761d", "#666666", "#c7b200", "#e31a1c", "#33a0c8")
@@ -31,24 +31,13 @@ def _panels(count: int, across: int, width: float, height: float) -> list[Any]:
     return axes[:count]
 
 
-def grids_chart(results: Results) -> str:
-    """Return a heat map of accuracy over weight and activation bits for each method, on one scale."""
-    panels = _panels(len(results.methods), 3, 4.0, 3.2)
-    for axes, method in zip(panels, results.methods, strict=True):
-        values = {(w, a): results.spread(method, w, a).mean for w, a in results.widths}
-        heat_map(axes, values, limits=(0, 100), form="{:.0f}", title=method)
-        axes.set_ylabel("weight bits")
-    return svg(panels[0].figure)
-
-
 def bits_chart(results: Results) -> str:
-    """Return accuracy over bits: of weights and activations alike, and of the weights alone."""
+    """Return accuracy over bits, of weights and activations alike, a panel for each regime."""
     bits = [w for w, a in results.widths if w == a]
-    panels = _panels(2, 2, 5.6, 4.6)
-    titles = ("weights and activations", "weights alone, activations float")
-    for axes, title, alike in zip(panels, titles, (True, False), strict=True):
+    panels = _panels(len(results.regimes), 2, 5.6, 4.6)
+    for axes, regime in zip(panels, results.regimes, strict=True):
         for method, colour in _colours(results.methods).items():
-            spreads = [results.spread(method, b, b if alike else None) for b in bits]
+            spreads = [results.spread(method, regime, b, b) for b in bits]
             lead = method in _FIRST
             axes.errorbar(
                 range(len(bits)),
@@ -64,7 +53,7 @@ def bits_chart(results: Results) -> str:
             )
         axes.set_xticks(range(len(bits)), map(width_name, bits))
         axes.set_xlabel("bits")
-        axes.set_title(title, fontsize=11)
+        axes.set_title(regime, fontsize=11)
         axes.set_ylim(0, 101)
         axes.grid(axis="y", color="#e3e6ea")
         tidy(axes)

@@ -1,4 +1,4 @@
-"""Experiments by name: twin networks by every method, over seeds, on one grid of widths."""
+"""Experiments by name: twin networks by every method, over seeds, at the same widths in the same regimes."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from torch import nn
 
 from gradl1_fast import _environment
 from gradl1_fast.backends import backend
-from gradl1_fast.quantization import calibrate, sweep
+from gradl1_fast.quantization import calibrate
 from gradl1_fast.training.config import Config, recipe
 from gradl1_fast.training.data import Dataset, load
 from gradl1_fast.training.experiment import measurements
 from gradl1_fast.training.experiment.methods import METHODS, settings_of
+from gradl1_fast.training.experiment.regimes import REGIMES, Width, evaluate
 from gradl1_fast.training.experiment.results import ResultError, Results, Row, Run
 from gradl1_fast.training.experiment.session import Session
 from gradl1_fast.training.loop import accuracy
@@ -26,8 +27,12 @@ __all__ = ["EXPERIMENTS", "Experiment", "run"]
 
 Stage = Callable[[str, int], Callable[[], None]]
 
-BITS: tuple[int | None, ...] = (None, 8, 6, 4, 3, 2)
-EVALUATION_BATCH = 100
+WIDTHS: tuple[Width, ...] = (
+    *((None, None), (8, 8), (6, 6), (4, 4), (3, 3), (2, 2), (3, 4), (2, 4)),
+    *((4, None), (3, None), (2, None)),
+)
+DEFAULT_REGIMES = ("per tensor", "per channel", "calibrated")
+EVALUATION_BATCH = 200
 
 
 @dataclass(frozen=True)
@@ -36,8 +41,9 @@ class Experiment:
 
     Attributes:
         config: of every network; ``training.seed`` and the penalty's method and settings are replaced.
-        bits: of weights and of activations, None for float; every pair of them is evaluated.
-        calibration: so many of the first training images set the ranges of activations.
+        widths: bits of weights and of activations, None for float.
+        regimes: keys of :data:`gradl1_fast.training.experiment.REGIMES`.
+        calibration: so many of the first training images serve to calibrate.
         probed: so many of them serve the measurements.
         marks: measurements of norms in an epoch.
         alone_bits: width at which one tensor alone is quantized.
@@ -45,7 +51,8 @@ class Experiment:
     """
 
     config: Config
-    bits: tuple[int | None, ...] = BITS
+    widths: tuple[Width, ...] = WIDTHS
+    regimes: tuple[str, ...] = DEFAULT_REGIMES
     calibration: int = 2000
     probed: int = 500
     marks: int = 4
@@ -72,7 +79,8 @@ class Experiment:
         others.pop("config")
         config = asdict(self.config_of(method, seed))
         config["data"].pop("folder")  # where files lie decides nothing
-        return {**config, **others, "bits": list(self.bits)}
+        widths = [list(width) for width in self.widths]
+        return {**config, **others, "widths": widths, "regimes": list(self.regimes)}
 
     def quick(self) -> Experiment:
         """Return tiny settings that show that everything runs, no more."""
@@ -83,27 +91,38 @@ class Experiment:
             penalty=replace(self.config.penalty, epochs=1, warmup_epochs=0),
             optimizer=replace(self.config.optimizer, warmup_epochs=0),
         )
-        bits = (None, 8, 4, 3)
-        return replace(self, config=config, bits=bits, calibration=100, probed=50, marks=1, images=200)
+        widths = ((None, None), (8, 8), (3, 3), (3, None))
+        return replace(self, config=config, widths=widths, calibration=100, probed=50, marks=1, images=200)
 
 
-EXPERIMENTS = ("fashion-mnist", "digits")
+# By name, how many of the training images are used; None for all.
+EXPERIMENTS: dict[str, int | None] = {
+    "fashion-mnist": 20000,
+    "fashion-mnist-depthwise": 20000,
+    "fashion-mnist-resnet": 20000,
+    "digits": None,
+}
 
 
-def named(name: str, folder: str | None = None) -> Experiment:
+def named(name: str, folder: str | None = None, regimes: Sequence[str] = DEFAULT_REGIMES) -> Experiment:
     """Return an experiment, made of the recipe of the same name.
 
     Args:
-        name: one of :data:`EXPERIMENTS`.
+        name: a key of :data:`EXPERIMENTS`.
         folder: of the data; None for where they are usually found.
+        regimes: keys of :data:`gradl1_fast.training.experiment.REGIMES`.
 
     Raises:
-        ValueError: there is no such experiment.
+        ValueError: there is no such experiment, or no such regime.
     """
     if name not in EXPERIMENTS:
         raise ValueError(f"experiment must be one of {', '.join(EXPERIMENTS)}, got {name!r}")
+    unknown = [regime for regime in regimes if regime not in REGIMES]
+    if unknown or not regimes:
+        raise ValueError(f"regimes must be among {'; '.join(REGIMES)}; got {'; '.join(unknown) or 'none'}")
     config = Config.read(recipe(name))
-    return Experiment(replace(config, data=replace(config.data, folder=folder)))
+    config = replace(config, data=replace(config.data, folder=folder))
+    return Experiment(config, regimes=tuple(regimes), images=EXPERIMENTS[name])
 
 
 def run(
@@ -211,20 +230,30 @@ def _finished(
     changes = measurements.changes(model, branch.probed)
     calibrate(model, data.train[0][: experiment.calibration].split(EVALUATION_BATCH))
     alone = measurements.alone(model, branch.probed, experiment.alone_bits)
-    widths = [(w, a) for w in experiment.bits for a in experiment.bits]
-    after_width = stage(f"seed {seed}: {method} at {len(widths)} widths", len(widths))
-
-    def evaluate(quantized: nn.Module) -> float:
-        top1 = accuracy(quantized, data.test, EVALUATION_BATCH)
-        after_width()
-        return top1
-
-    table = sweep(model, evaluate, widths, progress=False)
-    rows = [Row(method, seed, row.w, row.a, round(row.value, 4)) for row in table.rows]
+    rows = _rows(experiment, method, seed, model, data, stage)
     settings = experiment.settings_of(method, seed)
     return Run(
         method, seed, settings, rows, branch.epochs, branch.norms, changes, alone, _environment.describe()
     )
+
+
+def _rows(
+    experiment: Experiment, method: str, seed: int, model: nn.Module, data: Dataset, stage: Stage
+) -> list[Row]:
+    widths = experiment.widths
+    after_width = stage(f"seed {seed}: {method}, quantized", len(widths) * len(experiment.regimes))
+
+    def top1(quantized: nn.Module) -> float:
+        found = accuracy(quantized, data.test, EVALUATION_BATCH)
+        after_width()
+        return round(found, 4)
+
+    images = data.train[0][: experiment.calibration]
+    rows = []
+    for name in experiment.regimes:
+        values = evaluate(REGIMES[name], model, images, widths, top1, EVALUATION_BATCH)
+        rows += [Row(method, seed, name, w, a, v) for (w, a), v in zip(widths, values, strict=True)]
+    return rows
 
 
 @contextlib.contextmanager

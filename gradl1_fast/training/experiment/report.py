@@ -14,12 +14,12 @@ from gradl1_fast._plots import width_name
 from gradl1_fast.training.experiment import charts
 from gradl1_fast.training.experiment.methods import METHODS
 from gradl1_fast.training.experiment.page import BODY
+from gradl1_fast.training.experiment.regimes import REGIMES
 from gradl1_fast.training.experiment.results import Results
 
 __all__ = ["accuracy_table", "html", "times", "verdict", "write"]
 
 Table = tuple[tuple[str, ...], list[tuple[str, ...]]]
-Width = tuple[int | None, int | None]
 
 
 def write(results: Results, path: Path) -> None:
@@ -32,20 +32,34 @@ def write(results: Results, path: Path) -> None:
 
 
 def accuracy_table(results: Results) -> Table:
-    """Return header and rows of accuracies: a row for each method, with the number of its networks."""
-    widths = _shown(results)
-    header = ("method", *(_name(w, a) for w, a in widths), "seeds")
+    """Return header and rows of accuracies: by regime a row for each method, with the seconds it took.
+
+    The seconds are those of computing in the whole training, over those of plain training.
+    """
+    header = ("regime", "method", *(_name(w, a) for w, a in results.widths), "seeds", "time")
+    cost = _costs(results)
     rows = [
-        (m, *(str(results.spread(m, w, a)) for w, a in widths), str(len(results.of(m))))
+        (
+            regime,
+            m,
+            *(str(results.spread(m, regime, w, a)) for w, a in results.widths),
+            str(len(results.of(m))),
+            cost[m],
+        )
+        for regime in results.regimes
         for m in results.methods
     ]
     return header, rows
 
 
-def _shown(results: Results) -> list[Width]:
-    """Return equal widths, then those of the weights alone."""
-    equal = [(w, a) for w, a in results.widths if w == a]
-    return equal + [(w, None) for w, _ in equal if w in (4, 3, 2) and (w, None) in results.widths]
+def _costs(results: Results) -> dict[str, str]:
+    """Return by method the computing time of a training over that of plain training, where there is one."""
+    seconds = {
+        m: statistics.fmean(sum(e.cpu_seconds for e in run.epochs) for run in results.of(m))
+        for m in results.methods
+    }
+    plain = seconds.get("plain")
+    return {m: f"{s / plain:.2f}x" if plain else f"{s:.0f} s" for m, s in seconds.items()}
 
 
 def _name(w: int | None, a: int | None) -> str:
@@ -66,14 +80,15 @@ def times(results: Results) -> dict[str, float]:
 
 def verdict(results: Results) -> list[str]:
     """Return what was found, in sentences, whatever it is: who leads at each width, and where gradl1 is."""
-    lines = []
-    for w, a in _shown(results):
-        means = {method: results.spread(method, w, a) for method in results.methods}
-        best = max(means, key=lambda method: means[method].mean)
-        line = f"{_name(w, a)}: highest mean has {best}, {means[best]} %"
-        others = [f"{m} {means[m]} %" for m in ("gradl1", "plain") if m in means and m != best]
-        lines.append("; ".join([line, *others]) + ".")
-    return lines
+    return [_leader(results, regime, w, a) for regime in results.regimes for w, a in results.widths]
+
+
+def _leader(results: Results, regime: str, w: int | None, a: int | None) -> str:
+    means = {method: results.spread(method, regime, w, a) for method in results.methods}
+    best = max(means, key=lambda method: means[method].mean)
+    line = f"{regime}, {_name(w, a)}: highest mean has {best}, {means[best]} %"
+    others = [f"{m} {means[m]} %" for m in ("gradl1", "plain") if m in means and m != best]
+    return "; ".join([line, *others]) + "."
 
 
 def html(results: Results) -> str:
@@ -85,9 +100,9 @@ def html(results: Results) -> str:
         seeds=", ".join(map(str, seeds)),
         verdict=items(verdict(results)),
         accuracy=table(*accuracy_table(results)),
+        regimes=items([f"{name}: {REGIMES[name].text}" for name in results.regimes if name in REGIMES]),
         methods=table(("method", "what is minimised", "settings"), _methods(results)),
         bits=image(charts.bits_chart(results), "Accuracy over bits for each method", narrow=False),
-        grids=image(charts.grids_chart(results), "Accuracy over weight and activation bits", narrow=False),
         norms=image(charts.norms_chart(results), "Norms of the gradient over training", narrow=False),
         changes=image(
             charts.changes_chart(results), "Change of the loss over the size of the move", narrow=False

@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from gradl1_fast import _files, _json
 from gradl1_fast.training.experiment.measurements import Alone, Change, Norms
@@ -26,11 +26,12 @@ class ResultError(ValueError):
 
 @dataclass(frozen=True)
 class Row:
-    """The accuracy of one network at one width.
+    """The accuracy of one network in one regime at one width.
 
     Attributes:
         method: key of :data:`gradl1_fast.training.experiment.METHODS`.
         seed: of initialisation, order and augmentation.
+        regime: key of :data:`gradl1_fast.training.experiment.REGIMES`.
         w: bits of the weights, None for float.
         a: bits of the activations, likewise.
         top1: test accuracy in percent.
@@ -38,6 +39,7 @@ class Row:
 
     method: str
     seed: int
+    regime: str
     w: int | None
     a: int | None
     top1: float
@@ -132,6 +134,15 @@ class Spread:
         return f"{self.mean:.1f}{spread}"
 
 
+T = TypeVar("T")
+
+
+def _in_all(found: list[list[T]]) -> list[T]:
+    """Return what is in every list, in the order of the first, each once."""
+    first = dict.fromkeys(found[0]) if found else {}
+    return [entry for entry in first if all(entry in other for other in found)]
+
+
 class Results:
     """All runs of one experiment.
 
@@ -150,16 +161,20 @@ class Results:
     @property
     def widths(self) -> list[Width]:
         """The widths at which every run was evaluated."""
-        found = [[(row.w, row.a) for row in run.rows] for run in self.runs]
-        return [width for width in found[0] if all(width in other for other in found)] if found else []
+        return _in_all([[(row.w, row.a) for row in run.rows] for run in self.runs])
+
+    @property
+    def regimes(self) -> list[str]:
+        """The regimes in which every run was evaluated."""
+        return _in_all([[row.regime for row in run.rows] for run in self.runs])
 
     def of(self, method: str) -> list[Run]:
         """Return the runs of a method."""
         return [run for run in self.runs if run.method == method]
 
-    def spread(self, method: str, w: int | None, a: int | None) -> Spread:
-        """Return the accuracies of a method at one width."""
-        rows = [row for run in self.of(method) for row in run.rows]
+    def spread(self, method: str, regime: str, w: int | None, a: int | None) -> Spread:
+        """Return the accuracies of a method in one regime at one width."""
+        rows = [row for run in self.of(method) for row in run.rows if row.regime == regime]
         return Spread(tuple(row.top1 for row in rows if (row.w, row.a) == (w, a)))
 
     @property
@@ -168,7 +183,7 @@ class Results:
         return [row for run in self.runs for row in run.rows]
 
     def write_rows(self, path: Path) -> None:
-        """Write a list of objects with the keys method, seed, w, a, top1, one a line."""
+        """Write a list of objects with the keys method, seed, regime, w, a, top1, one a line."""
         lines = ",\n".join(_json.dumps(asdict(row)) for row in self.rows)
         _files.write_text(path, f"[\n{lines}\n]\n")
 

@@ -11,7 +11,7 @@ from torch import nn
 from gradl1_fast import _checks as check
 from gradl1_fast._extras import install
 from gradl1_fast.training.models.mobilenet import digits_net, mobilenet_like, mobilenet_v2
-from gradl1_fast.training.models.resnet import resnet18, resnet50
+from gradl1_fast.training.models.resnet import resnet18, resnet20, resnet50
 from gradl1_fast.training.models.vgg import vgg_like, vgg_small
 
 __all__ = ["NAMES", "build"]
@@ -21,6 +21,7 @@ _BUILDERS: dict[str, Callable[..., nn.Module]] = {
     "vgg_like": vgg_like,
     "vgg_small": vgg_small,
     "resnet18": resnet18,
+    "resnet20": resnet20,
     "resnet50": resnet50,
     "mobilenet_like": mobilenet_like,
     "mobilenet_v2": mobilenet_v2,

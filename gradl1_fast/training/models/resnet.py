@@ -1,4 +1,4 @@
-"""ResNet-18 and ResNet-50 for small and for large images.
+"""ResNet-18 and ResNet-50 for small and for large images, and ResNet-20 for small ones.
 
 Source: He et al. 2015, arXiv 1512.03385.
 """
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gradl1_fast.training.models._parts import check_stem, classifier, conv_bn, conv_bn_relu
 
-__all__ = ["BasicBlock", "Bottleneck", "ResNet", "resnet18", "resnet50"]
+__all__ = ["BasicBlock", "Bottleneck", "ResNet", "resnet18", "resnet20", "resnet50"]
 
 
 class BasicBlock(nn.Module):
@@ -118,6 +118,19 @@ def resnet18(width: int = 64, classes: int = 10, stem: str = "cifar", channels: 
         ValueError: the stem is neither.
     """
     return ResNet(_stem(stem, channels, width), width, classes)
+
+
+def resnet20(width: int = 16, classes: int = 10, channels: int = 3) -> nn.Module:
+    """Return a ResNet-20 for small images: three stages of three blocks.
+
+    Args:
+        width: channels of the first stage; 16 in the paper.
+        classes: number of outputs.
+        channels: of the images.
+
+    Source: section 4.2 of the paper, with convolutions in the shortcuts.
+    """
+    return ResNet(_stem("cifar", channels, width), width, classes, depths=(3, 3, 3))
 
 
 def resnet50(width: int = 64, classes: int = 10, stem: str = "cifar", channels: int = 3) -> nn.Module:

@@ -15,7 +15,8 @@ from gradl1_fast.training.experiment import METHODS, ResultError, Results, named
 from gradl1_fast.training.experiment.session import Session
 
 QUICK = named("digits").quick()
-BITS = QUICK.bits
+WIDTHS = QUICK.widths
+REGIMES = QUICK.regimes
 
 
 def ran(folder, methods=("plain", "gradl1"), seeds=(0,), experiment=QUICK, **kwargs):
@@ -31,7 +32,7 @@ def test_every_method_is_evaluated_at_every_width(results):
     assert results.methods == list(METHODS)
     for method in METHODS:
         rows = [row for row in results.rows if row.method == method]
-        assert [(row.w, row.a) for row in rows] == [(w, a) for w in BITS for a in BITS]
+        assert [(row.regime, (row.w, row.a)) for row in rows] == [(r, w) for r in REGIMES for w in WIDTHS]
         assert all(0 <= row.top1 <= 100 and row.seed == 0 for row in rows)
 
 
@@ -129,16 +130,18 @@ def test_an_unknown_method_is_named_before_the_work(methods, found, tmp_path):
 
 
 def test_an_unknown_experiment_is_named():
-    with pytest.raises(ValueError, match="experiment must be one of fashion-mnist, digits, got 'imagenet'"):
+    with pytest.raises(ValueError, match=r"experiment must be one of fashion-mnist, .*, got 'imagenet'"):
         named("imagenet")
+    with pytest.raises(ValueError, match=r"regimes must be among per tensor; .*; got magic"):
+        named("digits", regimes=["per tensor", "magic"])
 
 
 def test_rows_are_written_one_a_line_with_null_for_float(results, tmp_path):
     path = tmp_path / "rows.json"
     results.write_rows(path)
     rows = json.loads(path.read_text())
-    assert len(rows) == len(path.read_text().splitlines()) - 2 == len(METHODS) * len(BITS) ** 2
-    assert list(rows[0]) == ["method", "seed", "w", "a", "top1"]
+    assert len(rows) == len(path.read_text().splitlines()) - 2 == len(METHODS) * len(REGIMES) * len(WIDTHS)
+    assert list(rows[0]) == ["method", "seed", "regime", "w", "a", "top1"]
     assert rows[0]["method"] == "plain"
     assert rows[0]["w"] is rows[0]["a"] is None
 

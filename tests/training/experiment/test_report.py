@@ -11,7 +11,8 @@ from gradl1_fast.training.experiment.measurements import Alone, Change, Norms
 from gradl1_fast.training.experiment.session import Epoch
 from tests.training.test_report import Page
 
-BITS = (None, 8, 4, 3)
+WIDTHS = ((None, None), (8, 8), (4, 4), (3, 3), (4, None))
+REGIMES = ("per tensor", "calibrated")
 SETTINGS = {
     "data": {"name": "a <small> set", "folder": None},
     "model": {"name": "net"},
@@ -29,7 +30,7 @@ def run(method, seed, top1):
         method,
         seed,
         SETTINGS,
-        [Row(method, seed, w, a, top1) for w in BITS for a in BITS],
+        [Row(method, seed, regime, w, a, top1) for regime in REGIMES for w, a in WIDTHS],
         [Epoch(1, 2.0, 0.0, 10.0, 10.0), Epoch(2, 1.0, 0.1, 30.0, 20.0 + seed)],
         [Norms(float(epoch), 1.0, 3.0, 2.0, 3.0, 2.0, 0.5, 0.5) for epoch in range(3)],
         [Change(kind, size, 0.1, 0.2) for kind in ("sign", "quantized") for size in (0.5, 1.0)],
@@ -45,7 +46,7 @@ def results(*tops):
 def test_the_page_is_whole_and_needs_nothing_from_elsewhere():
     page = Page(report.html(results(80.0, 70.0, 60.0)))
     assert page.open == []
-    assert len(page.images) == 5
+    assert len(page.images) == 4
     assert all(image["alt"] for image in page.images)
     assert all(link.startswith("data:") for link in page.links)
 
@@ -56,19 +57,19 @@ def test_texts_are_escaped():
     assert "a <small> set" not in page
 
 
-def test_the_table_has_equal_widths_and_those_of_the_weights_alone():
+def test_the_table_has_every_regime_and_width_and_what_training_cost():
     header, rows = report.accuracy_table(results(80.0, 70.0))
-    widths = ("float", "(8, 8)", "(4, 4)", "(3, 3)", "(4, float)", "(3, float)")
-    assert header == ("method", *widths, "seeds")
-    assert [row[0] for row in rows] == ["plain", "gradl1"]
-    assert (rows[0][1], rows[0][-1]) == ("81.0 ± 1.4", "2")
+    widths = ("float", "(8, 8)", "(4, 4)", "(3, 3)", "(4, float)")
+    assert header == ("regime", "method", *widths, "seeds", "time")
+    assert [row[:2] for row in rows] == [(r, m) for r in REGIMES for m in ("plain", "gradl1")]
+    assert (rows[0][2], rows[0][-2:]) == ("81.0 ± 1.4", ("2", "1.00x"))
 
 
 @pytest.mark.parametrize(("tops", "best"), [((80.0, 70.0), "plain"), ((70.0, 80.0), "gradl1")])
 def test_the_leader_is_named_whoever_it_is(tops, best):
     other = "gradl1" if best == "plain" else "plain"
     line = report.verdict(results(*tops))[0]
-    assert line == f"float: highest mean has {best}, 81.0 ± 1.4 %; {other} 71.0 ± 1.4 %."
+    assert line == f"per tensor, float: highest mean has {best}, 81.0 ± 1.4 %; {other} 71.0 ± 1.4 %."
 
 
 def test_times_are_those_of_the_epochs_in_which_the_method_is_at_work():
@@ -77,6 +78,7 @@ def test_times_are_those_of_the_epochs_in_which_the_method_is_at_work():
 
 def test_widths_that_some_runs_lack_are_not_shown():
     whole, short = run("plain", 0, 80.0), run("gradl1", 0, 70.0)
-    short = replace(short, rows=[row for row in short.rows if row.w != 3])
+    short = replace(short, rows=[r for r in short.rows if r.w != 3 and r.regime == "calibrated"])
+    assert Results([whole, short]).regimes == ["calibrated"]
     assert (3, 3) not in Results([whole, short]).widths
     assert (4, 4) in Results([whole, short]).widths

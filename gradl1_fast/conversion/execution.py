@@ -33,7 +33,7 @@ def fused(container: nn.Module, graph: fx.Graph) -> fx.Graph:
     copy.owning_module = container  # type: ignore[assignment]  # what is impure depends on the modules called
     for node in list(copy.nodes):  # layers on both sides of an identity are given one tensor
         if hands_on(container, node):
-            node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+            node.replace_all_uses_with(node.all_input_nodes[0])
             copy.erase_node(node)
     fuse(container, copy, batch_norm_act)
     return copy

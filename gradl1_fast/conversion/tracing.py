@@ -14,7 +14,13 @@ from gradl1_fast.conversion.unchanged import NotTraceableError
 from gradl1_fast.nn.layers import QuantizedLayer
 from gradl1_fast.nn.sharing import join
 
-_OTHER_SHAPE = {"contiguous", "flatten", "permute", "reshape", "squeeze", "transpose", "unsqueeze", "view"}
+# What hands on the values of a tensor, all of them, in another shape or order; see gradl1_fast.nn.inputs.
+_SAME_VALUES = {
+    *("channel_shuffle", "clone", "contiguous", "detach", "flatten", "flip", "moveaxis", "movedim"),
+    *("permute", "pixel_shuffle", "pixel_unshuffle", "ravel", "reshape", "reshape_as", "roll", "rot90"),
+    *("squeeze", "swapaxes", "swapdims", "t", "transpose", "unflatten", "unsqueeze", "view", "view_as"),
+}
+_SAME_VALUES_MODULES = (nn.Flatten, nn.Identity, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle)
 
 __all__ = ["Part", "parts_of", "share_sites"]
 
@@ -97,11 +103,11 @@ def _past_identities(root: nn.Module, node: fx.Node) -> fx.Node:
 
 
 def _origin(root: nn.Module, node: fx.Node) -> fx.Node:
-    """Return the node whose values a node hands on in another shape."""
+    """Return the node whose values a node hands on in another shape or order."""
     while node.all_input_nodes:
         module, operation = module_of(root, node), operation_of(node)
         name = getattr(operation, "__name__", operation)
-        if not isinstance(module, nn.Flatten | nn.Identity) and name not in _OTHER_SHAPE:
+        if not isinstance(module, _SAME_VALUES_MODULES) and name not in _SAME_VALUES:
             break
         node = node.all_input_nodes[0]
     return node

@@ -367,7 +367,7 @@ class Add(Operation):
         if one.dtype != other.dtype:
             raise NotFittingError("a sum has parts of two types")
         run.values[self.out] = y = one + other
-        if run.saved is not None and not one.shape == other.shape:
+        if run.saved is not None and one.shape != other.shape:
             run.saved[self.index] = one.shape, other.shape, y.shape
 
     @override

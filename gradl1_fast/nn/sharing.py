@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from gradl1_fast.nn.arming import is_recomputing
+from gradl1_fast.nn.inputs import is_network_input, mark_input
 
 if TYPE_CHECKING:
     from gradl1_fast.nn.layers import QuantizedLayer
@@ -44,10 +45,6 @@ class _Note:
     is_itself: bool
     layers: set[int]
     hooks: weakref.ref[Any] | None
-
-
-# What is marked, and its version, by the values; while a tensor lives, so does the one that it is a view of.
-_inputs: dict[tuple[int, int, int], tuple[weakref.ref[Tensor], int]] = {}
 
 
 def pass_through(layer: QuantizedLayer, x: Tensor) -> Tensor:
@@ -86,7 +83,7 @@ def _begin_pass(quantizer: ActivationQuantizer) -> None:
 
 def _look_for_input(quantizer: ActivationQuantizer, x: Tensor) -> bool:
     """Return whether ``x`` is the network's input; take note of what the site is given."""
-    if _is_input(x):
+    if is_network_input(x):
         quantizer.is_input = not quantizer.is_mixed
         return True
     if quantizer.is_input and x.requires_grad:  # what depends on parameters is no data
@@ -120,32 +117,6 @@ def _while_compiling(quantizer: ActivationQuantizer, x: Tensor) -> Tensor:
     result = quantizer(x)
     of_tensor._gradl1_note = quantizer, result
     return result
-
-
-def mark_input(x: Tensor) -> None:
-    """Note that a tensor is the input of a network: its site is no activation's."""
-    if not x.is_inference():
-        values = _values_of(x)
-        _inputs[values] = weakref.ref(x, lambda reference: _forget_input(values, reference)), x._version
-
-
-def _forget_input(values: tuple[int, int, int], reference: weakref.ref[Tensor]) -> None:
-    if values in _inputs and _inputs[values][0] is reference:
-        del _inputs[values]
-
-
-def _is_input(x: Tensor) -> bool:
-    """Return whether a tensor is what was marked as an input, in whatever shape, and has not changed."""
-    if not _inputs or x.is_inference():
-        return False
-    marked = _inputs.get(_values_of(x))
-    return marked is not None and marked[0]() is not None and marked[1] == x._version
-
-
-def _values_of(x: Tensor) -> tuple[int, int, int]:
-    """Return what is the same for a tensor and a view of all of it, in another shape or order of axes."""
-    whole = x._base if x._is_view() else x
-    return id(whole), int(x.storage_offset()), x.numel()
 
 
 def _note_on(x: Tensor, layer: int, quantizer: ActivationQuantizer) -> _Note | None:

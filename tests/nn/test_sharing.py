@@ -12,9 +12,11 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import gradl1_fast as gl
-from gradl1_fast.nn import sharing
+from gradl1_fast.nn import inputs, sharing
 from gradl1_fast.nn.arming import armings_of
 from gradl1_fast.nn.sites import named_quantizers
 from tests.conversion.runs import assert_equal_steps, assert_same, built, loss_of, penalised, truth
@@ -289,35 +291,118 @@ def test_two_models_may_be_given_one_batch() -> None:
         torch.testing.assert_close(models[1](x), expected)
 
 
-class Branching(nn.Module):
-    """Looks at its values, so that only a forward pass can tell what its layers are given."""
+class Reading(nn.Module):
+    """Its first layer is given what ``read`` makes of the input; the last one looks at values, if told to."""
 
-    def __init__(self) -> None:
+    def __init__(self, read: Callable[[Tensor], Tensor], *, branches: bool) -> None:
         super().__init__()
-        self.first, self.second = nn.Linear(16, 8), nn.Linear(8, 2)
+        self.first, self.second = nn.Linear(16, 16), nn.Linear(16, 2)
+        self.read, self.branches = read, branches
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.first(x.flatten(1))
-        return self.second(y if y.sum() > 0 else -y)
+        y = self.first(self.read(x)).tanh()
+        return self.second(-y if self.branches and y.sum() > 1e9 else y)
+
+
+class Inside(nn.Module):
+    """Hands on a copy of its input to a part that can be traced, as it cannot be itself."""
+
+    def __init__(self, read: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.read, self.part = read, Reading(nn.Identity(), branches=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.part(self.read(x) if x.sum() < 1e9 else x)
+
+
+INPUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "view": lambda x: x.flatten(1),
+    "permuted copy": lambda x: x.permute(0, 2, 1).flatten(1),
+    "reshaped copy": lambda x: x.transpose(1, 2).reshape(-1, 16),
+    "contiguous": lambda x: x.transpose(1, 2).contiguous().view(-1, 16),
+    "clone": lambda x: x.clone().unflatten(0, (-1, 1)).flatten(1),
+    "other order": lambda x: x.flip(1).movedim(2, 1).flatten(1),
+    "function": lambda x: torch.flatten(torch.swapaxes(x, 1, 2), 1),
+    "pixels": lambda x: nn.functional.pixel_unshuffle(x.unsqueeze(1), 2).flatten(1),
+}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "scaled": lambda x: (x * 2).flatten(1),
+    "part": lambda x: torch.cat([x[:, :2], x[:, :2]], 1).flatten(1),
+    "relu": lambda x: x.relu().flatten(1),
+}
+
+
+def variants(read: Callable[[Tensor], Tensor]) -> list[nn.Module]:
+    torch.manual_seed(0)
+    parts = Reading(read, branches=False), Reading(read, branches=True), Inside(read)
+    return [gl.convert(part) for part in parts]
+
+
+def kinds(model: nn.Module) -> dict[str, bool]:
+    return {n.removeprefix("part."): q.is_input for n, q in named_quantizers(model).items()}
+
+
+@pytest.mark.parametrize("name", [*INPUTS, *ACTIVATIONS])
+@pytest.mark.parametrize("how", ["penalty", "penalty on data with a gradient", "calibrate"])
+def test_a_copy_of_the_input_is_the_input_traced_or_not(name: str, how: str) -> None:
+    expected = {"first.input": name in INPUTS, "second.input": False}
+    assert kinds(variants((INPUTS | ACTIVATIONS)[name])[0]) == expected  # traced, before any pass
+    for model in variants((INPUTS | ACTIVATIONS)[name]):
+        x = torch.randn(6, 4, 4, requires_grad="gradient" in how)
+        if how == "calibrate":
+            gl.calibrate(model, [x])
+        else:
+            found = penalised(model, lambda m: m(x).square().mean())  # noqa: B023  # it runs at once
+            assert {n.removeprefix("part.") for n in found.terms} == {
+                *("first.weight", "second.weight"),
+                *(n.removesuffix(".input") for n, is_input in expected.items() if not is_input),
+            }
+        assert kinds(model) == expected
 
 
 BATCHES: dict[str, Callable[[Tensor], Tensor]] = {
     "whole": lambda data: data,
     "slice": lambda data: data[2:5],
     "view of a slice": lambda data: data[1:].flatten(1)[:2].unflatten(1, (4, 4)),
+    "every other": lambda data: data[::2],
 }
 
 
 @pytest.mark.parametrize("batch", BATCHES)
 def test_the_input_is_known_in_whatever_shape_it_comes(batch: str) -> None:
     x = BATCHES[batch](torch.randn(6, 4, 4))
-    model = gl.convert(Branching())
-    penalised(model, lambda m: m(x).square().mean())
-    assert sites(model) == {"second"}
+    for name in ("view", "permuted copy"):
+        model = gl.convert(Reading(INPUTS[name], branches=True))
+        penalised(model, lambda m: m(x).square().mean())
+        assert sites(model) == {"second"}
+
+
+def test_values_that_tell_nothing_make_no_input() -> None:
+    for x in (torch.zeros(6, 4, 4), torch.full((6, 4, 4), torch.nan)):
+        model = gl.convert(Reading(lambda x: (x * 2).flatten(1), branches=True))
+        penalised(model, lambda m: m(x).square().mean())  # noqa: B023  # it runs at once
+        assert sites(model) == {"first", "second"}
+
+
+@pytest.mark.parametrize("seen", ["make_fx", "vmap", "fake"])
+def test_where_values_cannot_be_looked_at_a_copy_is_none(seen: str) -> None:
+    model = gl.convert(Reading(INPUTS["permuted copy"], branches=False))
+    model.first.input_quantizer.is_input, x = False, torch.randn(6, 4, 4)
+    gl.calibrate(model, [x])
+    gl.set_bits(model, w=4, a=4)
+    inputs.mark_input(x)
+    if seen == "make_fx":
+        make_fx(model)(x)
+    elif seen == "vmap":
+        torch.vmap(model)(x.unsqueeze(1))
+    else:
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            inputs.mark_input(fake := mode.from_tensor(x))
+            model(fake)
 
 
 def test_marks_of_inputs_do_not_outlive_them() -> None:
-    data, before = torch.randn(64, 4), len(sharing._inputs)
+    data, before = torch.randn(64, 4), len(inputs._marks)
     for i in range(64):
-        sharing.mark_input(data[i : i + 1])
-    assert len(sharing._inputs) == before
+        inputs.mark_input(data[i : i + 1])
+    assert len(inputs._marks) == before

@@ -26,6 +26,11 @@ def test_help_teaches_by_an_example(args):
     assert "gradl1 demo" in result.output or "gradl1 info" in result.output
 
 
+@pytest.mark.parametrize("command", ["sweep", "export"])
+def test_help_says_that_the_input_keeps_8_bits(command):
+    assert "network's input keeps 8 bits" in " ".join(gradl1(command, "--help").output.split())
+
+
 def test_help_of_the_demo_says_how_long_it_takes():
     assert "minutes" in gradl1("demo", "--help").output
 

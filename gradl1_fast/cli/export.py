@@ -66,6 +66,8 @@ def export(
 ) -> None:
     """Write a trained network as a file with integer weights, and check what the file computes.
 
+    The network's input keeps 8 bits where activations get fewer.
+
     Batch norms are folded into the convolutions. The written network runs on
     test images, ONNX in a plain session of onnxruntime, and must agree with
     the simulation of this library: codes of activations at most 1 apart,

@@ -21,7 +21,7 @@ _EPILOG = """[bold]Examples[/bold]
 
 gradl1 sweep runs/digits
 
-gradl1 sweep runs/digits --bits float,8,4,3 --ranges mse --weight-ranges mse
+gradl1 sweep runs/digits --bits float,8,4,3 --no-prepare
 
 gradl1 sweep runs/fashion --images 10000 --size 60000
 """
@@ -45,6 +45,14 @@ def sweep(
     weight_ranges: Annotated[
         str | None, typer.Option(help="Find ranges of weights, such as mse; by default their own.")
     ] = None,
+    prepare: Annotated[
+        bool,
+        typer.Option(
+            "--prepare/--no-prepare",
+            help="Do what costs no training: a range for each channel of a weight, ranges of least squared "
+            "error, batch-norm statistics at each pair of widths.",
+        ),
+    ] = True,
     fold: Annotated[bool, typer.Option("--fold", help="Fold batch norms into convolutions first.")] = False,
     size: Annotated[
         float | None,
@@ -54,9 +62,13 @@ def sweep(
 ) -> None:
     """Evaluate a finished run at every width, and write a report.
 
-    Prints the test accuracy for every pair of widths. The report adds what
+    Prints the test accuracy for every pair of widths, after the steps that
+    cost no training (gradl1_fast.prepare). The input of the network keeps 8
+    bits when activations get fewer. The report adds what
     each tensor loses when it alone is quantized, the ranges, and step times
     gradient norm of each tensor.
+
+    The network's input keeps 8 bits where activations get fewer.
 
     Quantization is simulated in floating point. It shows what a width costs in
     accuracy; it is slower than float, not faster.
@@ -71,6 +83,7 @@ def sweep(
             ranges=ranges,
             weight_ranges=weight_ranges,
             fold=fold,
+            prepare=prepare,
             size=size,
         )
         run = runs.load(folder)

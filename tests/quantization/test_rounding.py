@@ -66,7 +66,7 @@ def test_gptq_is_what_its_definition_says(block: int, order: bool) -> None:
     assert not torch.equal(codes, p.nearest(p.weight))
 
 
-METHODS: dict[str, gl.rounding.Method] = {"gptq": GPTQ(), "adaround": AdaRound(steps=100)}
+METHODS: dict[str, gl.rounding.RoundingMethod] = {"gptq": GPTQ(), "adaround": AdaRound(steps=100)}
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -175,12 +175,18 @@ def outputs(model: nn.Module) -> dict[str, Tensor]:
     return {str(w): output(model, w) for w in (3, 4, None)}
 
 
+def statistics(model: nn.Module) -> list[Tensor]:
+    return [b for name, b in model.named_buffers() if "running" in name or "tracked" in name]
+
+
 @pytest.mark.filterwarnings("ignore:the weights of .* have changed")  # those of the model made by hand
 @pytest.mark.parametrize("method", [GPTQ(inputs="float"), AdaRound(steps=20)], ids=["gptq", "adaround"])
 @pytest.mark.parametrize("per_channel", [True, False])
-def test_the_codes_are_what_the_model_computes_with(per_channel: bool, method: gl.rounding.Method) -> None:
+def test_the_codes_are_what_the_model_computes_with(
+    per_channel: bool, method: gl.rounding.RoundingMethod
+) -> None:
     model = calibrated(per_channel)
-    nearest = outputs(model)
+    nearest, buffers = outputs(model), [b.clone() for b in statistics(model)]
     report = gl.round_weights(model, [X], w=3, a=4, method=method)
     assert [row.name for row in report.rows] == list(layers(model))
     assert all(row.chosen <= row.nearest for row in report.rows)
@@ -189,11 +195,28 @@ def test_the_codes_are_what_the_model_computes_with(per_channel: bool, method: g
     now = outputs(model)
     with gl.bits(by_hand(model, 3), w=None, a=4) as plain, torch.no_grad():
         torch.testing.assert_close(now["3"], plain(X))
+    assert all(torch.equal(b, now_b) for b, now_b in zip(buffers, statistics(model), strict=True))
     assert not torch.allclose(now["3"], nearest["3"])
     assert all(torch.equal(now[w], nearest[w]) for w in ("4", "None"))
     assert "rounded=[3]" in repr(layers(model)["0"].weight_quantizer)
     gl.clear_rounding(model)
     assert torch.equal(outputs(model)["3"], nearest["3"])
+
+
+@pytest.mark.parametrize("inputs", ["rounded", "renormalised"])
+def test_a_layer_makes_up_for_errors_of_those_before(inputs: str) -> None:
+    distances = {}
+    for where in ("float", inputs):
+        model = calibrated()
+        gl.round_weights(model, [X], w=3, a=4, method=GPTQ(inputs=where))
+        norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+        with gl.bits(model, w=None, a=None), torch.no_grad():
+            exact = model(X)
+        for norm in norms if inputs == "renormalised" else ():
+            norm.training, norm.track_running_stats = True, False
+        with gl.bits(model, w=3, a=4), torch.no_grad():
+            distances[where] = float((model(X) - exact).norm())
+    assert distances[inputs] < 0.8 * distances["float"]
 
 
 COPIES: dict[str, Callable[[nn.Module, Path], nn.Module]] = {
@@ -429,7 +452,9 @@ def test_bad_arguments_and_data_leave_the_codes(tmp_path: Path) -> None:
     assert all(torch.equal(now[w], before[w]) for w in before)
     with pytest.raises(ValueError, match="GPTQ: damping must be more than 0"):
         GPTQ(damping=0)
-    with pytest.raises(ValueError, match="AdaRound: inputs must be one of 'float', 'rounded'"):
+    with pytest.raises(
+        ValueError, match="AdaRound: inputs must be one of 'renormalised', 'rounded', 'float'"
+    ):
         AdaRound(inputs="quantized")
     with pytest.raises(ValueError, match="round_weights: the model is not converted"):
         gl.round_weights(VGG.make(), [X], w=3)

@@ -7,8 +7,7 @@
 """
 
 from gradl1_fast.quantization.rounding.adaround import AdaRound
-from gradl1_fast.quantization.rounding.base import Method, Problem
-from gradl1_fast.quantization.rounding.choice import choose
+from gradl1_fast.quantization.rounding.base import Problem, RoundingMethod
 from gradl1_fast.quantization.rounding.gptq import GPTQ
 
-__all__ = ["GPTQ", "AdaRound", "Method", "Problem", "choose"]
+__all__ = ["GPTQ", "AdaRound", "Problem", "RoundingMethod"]

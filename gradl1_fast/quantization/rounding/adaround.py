@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gradl1_fast import _checks as check
 from gradl1_fast._progress import track
-from gradl1_fast.quantization.rounding.base import INPUTS, Method, Problem
+from gradl1_fast.quantization.rounding.base import INPUTS, Problem, RoundingMethod
 
 __all__ = ["AdaRound"]
 
@@ -25,7 +25,7 @@ _BETA = 20.0, 2.0
 _WARM = 0.2  # share of the steps before the regulariser
 
 
-class AdaRound(Method):
+class AdaRound(RoundingMethod):
     """Learns for each value of a weight whether it is rounded down or up. Minutes a network.
 
     Args:
@@ -36,7 +36,7 @@ class AdaRound(Method):
     """
 
     def __init__(
-        self, *, steps: int = 1000, lr: float = 0.05, strength: float = 1.0, inputs: str = "rounded"
+        self, *, steps: int = 1000, lr: float = 0.05, strength: float = 1.0, inputs: str = "renormalised"
     ) -> None:
         self.steps = check.count("AdaRound: steps", steps)
         self.lr = check.coefficient("AdaRound: lr", lr)

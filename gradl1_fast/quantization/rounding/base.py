@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["INPUTS", "Method", "Problem"]
+__all__ = ["INPUTS", "Method", "Problem", "RoundingMethod"]
 
-INPUTS = "float", "rounded"
+INPUTS = "renormalised", "rounded", "float"
 
 
 @dataclass(frozen=True)
@@ -54,14 +54,14 @@ class Problem:
         return torch.where((self.errors(codes) < self.errors(others))[..., None], codes, others)
 
 
-class Method:
+class RoundingMethod:
     """How codes of a weight are chosen; a subclass overrides :meth:`codes`.
 
     Attributes:
-        inputs: what layers are given, ``"rounded"`` or ``"float"``; see :class:`gradl1_fast.rounding.GPTQ`.
+        inputs: what layers are given; see :class:`gradl1_fast.rounding.GPTQ`.
     """
 
-    inputs: str = "rounded"
+    inputs: str = "renormalised"
 
     def codes(self, problem: Problem) -> Tensor:
         """Return codes, whole numbers within the grid, in the shape of the problem's weight."""
@@ -70,3 +70,6 @@ class Method:
 
 def _quadratic(rows: Tensor, moments: Tensor) -> Tensor:
     return ((rows @ moments) * rows).sum(-1)
+
+
+Method = RoundingMethod  # the name inside this package's users; the public one says what it is a method of

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from gradl1_fast.quantization.rounding.adaround import AdaRound
-from gradl1_fast.quantization.rounding.base import Method
+from gradl1_fast.quantization.rounding.base import RoundingMethod
 from gradl1_fast.quantization.rounding.gptq import GPTQ
 
 __all__ = ["NAMES", "choose"]
 
-NAMES: dict[str, type[Method]] = {"gptq": GPTQ, "adaround": AdaRound}
+NAMES: dict[str, type[RoundingMethod]] = {"gptq": GPTQ, "adaround": AdaRound}
 
 
-def choose(what: str, method: str | Method) -> Method:
+def choose(what: str, method: str | RoundingMethod) -> RoundingMethod:
     """Return the method that was asked for; ``what`` names the caller.
 
     Raises:
@@ -22,7 +22,7 @@ def choose(what: str, method: str | Method) -> Method:
         if method not in NAMES:
             raise ValueError(f"{what}: method must be one of {', '.join(map(repr, NAMES))}, got {method!r}")
         return NAMES[method]()
-    if not isinstance(method, Method):
+    if not isinstance(method, RoundingMethod):
         raise TypeError(
             f"{what}: method must be a name or an object of gradl1_fast.rounding, got {method!r:.100}"
         )

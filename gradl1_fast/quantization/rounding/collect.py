@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from gradl1_fast.nn.foreign import Product, product_in
 from gradl1_fast.nn.layers import QuantizedLayer
@@ -49,18 +50,25 @@ class Data:
         self._run(collect)
         return found
 
-    def as_rounded(self, layers: Mapping[str, QuantizedLayer]) -> SecondMoments:
+    def as_rounded(self, layers: Mapping[str, QuantizedLayer], *, renormalise: bool) -> SecondMoments:
         """Return the moments of layers with one weight at the widths, against those in float.
 
         A layer further on is not run. Where a call has no counterpart of the same shape in float, it counts
         as its own.
+
+        Args:
+            layers: by name.
+            renormalise: let batch norms at the widths use the statistics of each batch.
         """
+        statistics = _batch_statistics if renormalise else contextlib.nullcontext
         moments = SecondMoments()
 
         def collect(_model: nn.Module, batch: Any) -> None:
             exact = self._products(layers, batch, None, None)
             counts = {name: len(products) for name, products in exact.items()}
-            for name, products in self._products(layers, batch, *self._widths, counts).items():
+            with statistics(self._model):
+                given = self._products(layers, batch, *self._widths, counts)
+            for name, products in given.items():
                 for i, product in enumerate(products):
                     others = exact.get(name, [])[i : i + 1]
                     fits = bool(others) and others[0].x.shape == product.x.shape
@@ -86,6 +94,20 @@ class Data:
         with bits(self._model, w=w, a=a), _noted(layers, found, counts), contextlib.suppress(_Enough):
             call(self._model, batch, self._forward)
         return found
+
+
+@contextlib.contextmanager
+def _batch_statistics(model: nn.Module) -> Iterator[None]:
+    """Let batch norms use the statistics of the batch, and keep none of them, for the block."""
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    before = [(norm.training, norm.track_running_stats) for norm in norms]
+    for norm in norms:
+        norm.training, norm.track_running_stats = True, False
+    try:
+        yield
+    finally:
+        for norm, state in zip(norms, before, strict=True):
+            norm.training, norm.track_running_stats = state
 
 
 class _Enough(BaseException):

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from gradl1_fast import _checks as check
-from gradl1_fast.quantization.rounding.base import INPUTS, Method, Problem
+from gradl1_fast.quantization.rounding.base import INPUTS, Problem, RoundingMethod
 
 __all__ = ["GPTQ"]
 
 
-class GPTQ(Method):
+class GPTQ(RoundingMethod):
     """Rounds the columns of a weight in order, with error feedback. Closed form, seconds a layer.
 
     Args:
@@ -26,11 +26,14 @@ class GPTQ(Method):
         order: round the columns with the largest ``H[i, i]`` first, which measured better on every layer.
         inputs: what the layer is given. ``"rounded"``: what layers that are rounded already and quantized
             activations give it, so that it makes up for their errors too; the data pass through the model
-            once for each layer. ``"float"``: what it is given in float, in one pass for all layers.
+            once for each layer. ``"renormalised"``: the same, with batch norms that normalise each batch by
+            its own statistics, as they will once :func:`gradl1_fast.reestimate_batch_norm` was called;
+            batches then have at least a hundred examples. ``"float"``: what it is given in float, in one pass
+            for all layers.
     """
 
     def __init__(
-        self, *, damping: float = 0.01, block: int = 128, order: bool = True, inputs: str = "rounded"
+        self, *, damping: float = 0.01, block: int = 128, order: bool = True, inputs: str = "renormalised"
     ) -> None:
         self.damping = check.coefficient("GPTQ: damping", damping)
         if not self.damping:

@@ -14,7 +14,7 @@ from gradl1_fast.nn.layers import QuantizedLayer
 from gradl1_fast.nn.sites import named_layers
 from gradl1_fast.quantization._modes import Forward
 from gradl1_fast.quantization.bits import Widths, bits, widths_of
-from gradl1_fast.quantization.rounding.base import Method, Problem
+from gradl1_fast.quantization.rounding.base import Problem, RoundingMethod
 from gradl1_fast.quantization.rounding.choice import choose
 from gradl1_fast.quantization.rounding.collect import Data
 from gradl1_fast.quantization.rounding.report import Rounding, RoundingRow
@@ -31,7 +31,7 @@ def round_weights(
     *,
     w: Widths,
     a: Widths = None,
-    method: str | Method = "gptq",
+    method: str | RoundingMethod = "gptq",
     forward: Forward | None = None,
 ) -> Rounding:
     """Choose and store codes of the weights at a width that change the outputs of layers less than nearest.
@@ -124,7 +124,7 @@ class _Rounder:
     """
 
     def __init__(
-        self, layers: Mapping[str, QuantizedLayer], widths: Mapping[str, int], method: Method
+        self, layers: Mapping[str, QuantizedLayer], widths: Mapping[str, int], method: RoundingMethod
     ) -> None:
         self._layers, self._widths, self._method = layers, widths, method
 
@@ -136,8 +136,9 @@ class _Rounder:
         in_float = data.in_float(self._layers)
         rows = []
         for names in track(dict.fromkeys(groups[name] for name in in_float), "round_weights"):
-            if self._method.inputs == "rounded":
-                moments = data.as_rounded({name: self._layers[name] for name in names})
+            if self._method.inputs != "float":
+                shared = {name: self._layers[name] for name in names}
+                moments = data.as_rounded(shared, renormalise=self._method.inputs == "renormalised")
             else:
                 moments = SecondMoments.sum([in_float[name] for name in names if name in in_float])
             rows.append(self._round(names, moments))

@@ -15,7 +15,7 @@ from gradl1_fast._progress import track
 from gradl1_fast.nn.sharing import mark_input
 from gradl1_fast.quantization.bits import bits
 
-__all__ = ["Forward", "at_present_widths", "call", "call_with", "evaluation", "moved", "run"]
+__all__ = ["Forward", "at_present_widths", "call", "call_with", "evaluation", "lasting", "moved", "run"]
 
 Forward = Callable[[nn.Module, Any], Any]
 
@@ -70,6 +70,17 @@ def run(
         count += 1
     if not count:
         raise ValueError(f"{what}: got no batches; an iterator that was used before is empty")
+
+
+def lasting(what: str, batches: Iterable[Any]) -> Iterable[Any]:
+    """Return batches that can be gone through several times; ``what`` names the caller.
+
+    Raises:
+        TypeError: they are an iterator.
+    """
+    if iter(batches) is batches:
+        raise TypeError(f"{what}: batches can be gone through only once; give a list or a loader")
+    return batches
 
 
 def call(model: nn.Module, batch: Any, forward: Forward | None = None) -> Any:

@@ -76,13 +76,16 @@ def scaled(layer: QuantizedLayer, values: dict[str, Tensor]) -> dict[str, Tensor
 
     Args:
         layer: with a bias.
-        values: ``factor`` and ``shift``, ``(C,)``.
+        values: ``shift`` and, where the weight has one range for each output channel, ``factor``, ``(C,)``.
     """
     assert layer.bias is not None
     weight, bias = layer.weight.detach().double(), layer.bias.detach().double()
-    factor, shift = (values[name].to(weight) for name in ("factor", "shift"))
+    shift, factor = values["shift"].to(bias), values.get("factor")
+    if factor is None:
+        return {"bias": bias + shift}
+    factor = factor.to(bias)
     tensors = {"weight": weight * along(factor, layer, weight), "bias": bias * factor + shift}
     clip = layer.weight_quantizer.clip
-    if clip is not None and layer.weight_quantizer.axis is not None:
-        tensors["weight_quantizer.clip"] = clip.double() * factor
+    if clip is not None:
+        tensors["weight_quantizer.clip"] = clip.double() * factor.abs()
     return tensors

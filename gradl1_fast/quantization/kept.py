@@ -20,6 +20,7 @@ from gradl1_fast.nn.sites import named_layers, named_quantizers
 from gradl1_fast.quantization._sites import every_site
 from gradl1_fast.quantization.folded import scaled
 from gradl1_fast.quantization.freshness import is_fresh, is_rounded, remember_weights
+from gradl1_fast.quantization.rounding.kept import rescaled
 
 __all__ = [
     "Values",
@@ -151,7 +152,7 @@ def _put_in(module: nn.Module, values: Values) -> None:
     tensors = scaled(module, values) if isinstance(module, QuantizedLayer) else values
     before = {name: _get(module, name) for name in tensors}
     vars(module)[_IN_FLOAT] = before, values
-    with _ranges_kept(module):
+    with _rest_kept(module, tensors):
         for name, tensor in tensors.items():
             _set(module, name, tensor.detach().to(before[name], copy=True))
 
@@ -161,7 +162,7 @@ def _take_out(module: nn.Module) -> None:
     if _IN_FLOAT not in vars(module):
         return
     before, values = vars(module).pop(_IN_FLOAT)
-    with _ranges_kept(module):
+    with _rest_kept(module, before):
         for name, value in before.items():
             now = _get(module, name)
             if name in values and not is_rounded(now, values[name]):
@@ -171,12 +172,16 @@ def _take_out(module: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def _ranges_kept(module: nn.Module) -> Iterator[None]:
-    """Let ranges of activations belong to a layer after the block if they did before."""
-    fresh = isinstance(module, QuantizedLayer) and is_fresh(module)
-    yield
+def _rest_kept(module: nn.Module, changed: Values) -> Iterator[None]:
+    """Let ranges of activations and rounded codes belong to a layer after the block if they did before."""
+    if not isinstance(module, QuantizedLayer) or "weight" not in changed:
+        yield
+        return
+    fresh = is_fresh(module)
+    with rescaled(module):
+        yield
     if fresh:
-        remember_weights([module])  # type: ignore[list-item]
+        remember_weights([module])
 
 
 def _get(module: nn.Module, name: str) -> Tensor:

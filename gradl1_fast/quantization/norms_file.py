@@ -101,7 +101,7 @@ def load_batch_norms(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
 def _kinds_of(module: Any) -> tuple[str, ...]:
     if folded_norm(module) is not None:
-        return "factor", "shift"
+        return ("shift",) if module.weight_quantizer.axis is None else ("factor", "shift")
     tracks = isinstance(module, _BatchNorm) and module.running_mean is not None
     return ("running_mean", "running_var") if tracks else ()
 

@@ -14,7 +14,7 @@ from gradl1_fast.conversion.convert import convert
 from gradl1_fast.nn.copies import copy_converted
 from gradl1_fast.nn.layers import QEmbedding, QuantizedLayer
 from gradl1_fast.nn.sites import named_layers, named_quantizers
-from gradl1_fast.quantization._modes import Forward, call, evaluation
+from gradl1_fast.quantization._modes import Forward, call, evaluation, lasting
 from gradl1_fast.quantization.bias_correction import correct_bias
 from gradl1_fast.quantization.bits import INPUT_BITS, Widths, bits, check_width, set_bits, width_at
 from gradl1_fast.quantization.calibration import calibrate, calibrate_weights
@@ -146,7 +146,7 @@ def prepare(
     Source: the steps are those of Nagel et al. 2021, arXiv 2106.08295 (a white paper on quantization), and
     Sun et al. 2019, arXiv 1905.07671 (re-estimation).
     """
-    batches = _lasting(batches)
+    batches = lasting("prepare", batches)
     if ends is not None and (isinstance(w, Mapping) or isinstance(a, Mapping)):
         raise ValueError("prepare: ends goes with one width for all weights and one for all activations")
     check_width("prepare: ends", ends)
@@ -160,14 +160,6 @@ def prepare(
     plan.correct(bias_correction)
     set_bits(plan.model, **plan.widths)
     return Preparation(plan.model, plan.steps, plan.remarks)
-
-
-def _lasting(batches: Iterable[Any]) -> Iterable[Any]:
-    if iter(batches) is batches:
-        raise TypeError(
-            "prepare: batches can be gone through only once; give a list or a loader, not an iterator"
-        )
-    return batches
 
 
 def _copy(model: nn.Module) -> nn.Module:

@@ -215,7 +215,8 @@ class _OfLayer:
 
     def values(self) -> Values:
         """Return what the layer is to keep."""
-        return dict(zip(("factor", "shift"), self.norm.again(*self.moments, scale=self.scale), strict=True))
+        factor, shift = self.norm.again(*self.moments, scale=self.scale)
+        return {"factor": factor, "shift": shift} if self.scale else {"shift": shift}
 
 
 def _of(module: Any) -> _OfNorm | _OfLayer:

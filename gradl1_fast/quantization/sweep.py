@@ -17,10 +17,11 @@ from gradl1_fast import _checks as check
 from gradl1_fast import _json
 from gradl1_fast._plots import heat_map, new_figure, save, width_name
 from gradl1_fast._progress import track
-from gradl1_fast.quantization._modes import moved
+from gradl1_fast.quantization._modes import lasting, moved
 from gradl1_fast.quantization.bits import INPUT_BITS, bits, check_width
 from gradl1_fast.quantization.freshness import warn_if_stale
 from gradl1_fast.quantization.parallel import parallel_map
+from gradl1_fast.quantization.reestimation import reestimate_batch_norm
 
 __all__ = ["Row", "Table", "sweep"]
 
@@ -104,6 +105,7 @@ def sweep(
     *,
     batches: Iterable[Any] | None = None,
     input_bits: int | None = INPUT_BITS,
+    reestimate: Iterable[Any] | None = None,
     workers: int = 1,
     progress: bool = True,
 ) -> Table:
@@ -122,6 +124,8 @@ def sweep(
         batches: data, gone through once for all widths: worthwhile where to read them takes time. Tensors are
             moved to the device of the model.
         input_bits: least bits of the network's input, see :func:`gradl1_fast.set_bits`; rows say ``(w, a)``.
+        reestimate: batches as of :func:`gradl1_fast.reestimate_batch_norm`, which is called at each width
+            before; the model keeps what it finds. None uses what the model keeps already.
         workers: how many widths are evaluated at once, by threads that share the weights and divide torch's
             threads among them. Worthwhile on many cores, for networks too small to use them all; ``evaluate``
             must then be safe to call from several threads, and the model in evaluation mode. Not with
@@ -129,8 +133,9 @@ def sweep(
         progress: show a progress bar where there is a terminal and rich is installed.
 
     Raises:
-        TypeError: a width is not a pair of numbers of bits, ``workers`` is no int, ``evaluate`` is no
-            function, or returned no number or, with ``batches``, no pair.
+        TypeError: a width is not a pair of numbers of bits, ``workers`` is no int, ``reestimate`` can be gone
+            through only once, ``evaluate`` is no function, or returned no number or, with ``batches``, no
+            pair.
         ValueError: there is no width or no batch, a width or ``workers`` is out of range, or there are
             several workers and ``batches``, or a module in training mode.
         RuntimeError: an activation has no range yet.
@@ -156,6 +161,8 @@ def sweep(
     check_width("sweep: input_bits", input_bits)
     if any(a is not None for _, a in checked):
         warn_if_stale(model)  # once, rather than in the replica of each worker
+    if reestimate is not None:
+        _reestimate(model, checked, input_bits, lasting("sweep: reestimate", reestimate), progress)
     before = [(name, buffer, buffer.clone()) for name, buffer in model.named_buffers()]
     run = _Run(model, evaluate, checked, input_bits)
     table = run.table(batches, workers, progress)
@@ -167,6 +174,15 @@ def sweep(
             stacklevel=2,
         )
     return table
+
+
+def _reestimate(
+    model: nn.Module, widths: Sequence[Width], input_bits: int | None, batches: Iterable[Any], progress: bool
+) -> None:
+    for w, a in track(widths, "batch norms", total=len(widths), show=progress):
+        with bits(model, w=w, a=a, input_bits=input_bits):
+            if (w, a) != (None, None):
+                reestimate_batch_norm(model, batches)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from gradl1_fast import _checks as check
 from gradl1_fast import functional
+from gradl1_fast.nn.copies import copy_converted
 from gradl1_fast.nn.sites import named_layers, named_quantizers
 from gradl1_fast.quantization import (
     Folding,
@@ -46,6 +47,8 @@ class Settings:
         ranges: how to find the ranges of activations anew, by name; None keeps those of the run.
         weight_ranges: how to find ranges of weights, by name; None keeps those of the run.
         fold: fold batch norms first.
+        prepare: do what costs no training: one range for each output channel of a weight, ranges of least
+            squared error unless others are named, and batch-norm statistics at each pair of widths.
         size: budget for the bytes of the weights of a mixed-precision search, or None.
     """
 
@@ -55,6 +58,7 @@ class Settings:
     ranges: str | None = None
     weight_ranges: str | None = None
     fold: bool = False
+    prepare: bool = False
     size: float | None = None
 
 
@@ -99,17 +103,22 @@ def run(model: nn.Module, data: Dataset, settings: Settings, *, progress: bool =
     check.bits(settings.alone, "alone")
     test = _spread(data.test, settings.images)
     train = _spread(data.train, _CALIBRATION_IMAGES)
-    if settings.ranges is not None:  # before folding, which leaves no batch norms to find ranges from
-        _calibrate(model, train[0], settings.ranges)
+    activation_ranges, weight_ranges = settings.ranges, settings.weight_ranges
+    if settings.prepare:
+        model = _by_channel(model)
+        activation_ranges, weight_ranges = activation_ranges or "mse", weight_ranges or "mse"
+    if activation_ranges is not None:  # before folding, which leaves no batch norms to find ranges from
+        _calibrate(model, train[0], activation_ranges)
     folding = fold_batch_norm(model, train[0][:_BATCH]) if settings.fold else None
     model = model if folding is None else folding.model
-    if settings.weight_ranges is not None:
-        calibrate_weights(model, ranges=settings.weight_ranges)
+    if weight_ranges is not None:
+        calibrate_weights(model, ranges=weight_ranges)
     batches = list(zip(test[0].split(_BATCH), test[1].split(_BATCH), strict=True))
     widths = [(w, a) for w in settings.bits for a in settings.bits]
     # First, since it may be refused.
     plan = None if settings.size is None else _search(model, batches, settings.size, progress)
-    table = sweep(model, _right, widths, batches=batches, progress=progress)
+    reestimate = train[0].split(_BATCH) if settings.prepare else None
+    table = sweep(model, _right, widths, batches=batches, reestimate=reestimate, progress=progress)
     bits = (settings.alone,)
     return Results(
         settings,
@@ -121,6 +130,15 @@ def run(model: nn.Module, data: Dataset, settings: Settings, *, progress: bool =
         folding,
         plan,
     )
+
+
+def _by_channel(model: nn.Module) -> nn.Module:
+    """Return a copy that quantizes each output channel of a weight in a range of its own."""
+    copy = copy_converted(model)
+    for layer in named_layers(copy).values():
+        layer.weight_quantizer.set_clip(None)
+        layer.weight_quantizer.axis = layer.out_axis
+    return copy
 
 
 def _calibrate(model: nn.Module, images: Tensor, name: str) -> None:

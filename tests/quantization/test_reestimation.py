@@ -122,6 +122,22 @@ def test_a_folded_model_computes_what_the_unfolded_one_does(network: Network, st
             torch.testing.assert_close(again.model(x), model(x), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("per_channel", [True, False])
+def test_rounded_codes_stay_those_of_a_folded_layer(per_channel: bool) -> None:
+    model = gl.fold_batch_norm(calibrated(VGG, per_channel=per_channel), VGG.batch()[0]).model
+    gl.round_weights(model, batches(VGG), w=3)
+    with gl.bits(model, w=3, a=None):
+        quantizer, weight = model[0].weight_quantizer, model[0].weight
+        codes, before = quantizer.codes_of(weight, 3).clone(), model(VGG.batch()[0])
+        gl.reestimate_batch_norm(model, batches(VGG))
+        assert (model[0].weight is weight) == (not per_channel)
+        assert torch.equal(quantizer.codes_of(model[0].weight, 3), codes)
+        assert not torch.equal(model(VGG.batch()[0]), before)
+        again = model(VGG.batch()[0])
+    with gl.bits(model, w=3, a=None):
+        assert torch.equal(model(VGG.batch()[0]), again)
+
+
 def test_with_one_range_for_a_tensor_a_folded_layer_gets_its_mean_back() -> None:
     model = gl.fold_batch_norm(calibrated(VGG, per_channel=False), VGG.batch()[0]).model
     beta = VGG.make()[1].bias

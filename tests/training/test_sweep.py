@@ -102,8 +102,24 @@ def test_ranges_from_batch_norms_take_the_images_as_known():
     assert found.plan is None
 
 
+def test_what_costs_no_training_is_done_at_every_width():
+    model, (images, labels) = network(), DIGITS.test
+    settings = sweep.Settings(bits=(None, 3), images=150, prepare=True)
+    found = sweep.run(model, DIGITS, settings, progress=False)
+    places = torch.linspace(0, len(labels) - 1, 150).round().long()
+    train = DIGITS.train[0]
+    batches = train[torch.linspace(0, len(train) - 1, min(1000, len(train))).round().long()].split(200)
+    for w, a in ((3, 3), (3, None)):
+        prepared = gl.prepare(model, batches, w=w, a=a).model
+        expected = accuracy(prepared, (images[places], labels[places]))
+        assert found.table[w, a] == pytest.approx(expected)
+    assert next(m for m in model.modules() if isinstance(m, gl.nn.WeightQuantizer)).axis is None
+
+
 def test_the_command_prints_the_table_and_writes_the_page(folder):
-    result = gradl1("sweep", folder, "--bits", "float, 8,3", "--images", "100", "--size", "2000")
+    result = gradl1(
+        "sweep", folder, "--bits", "float, 8,3", "--images", "100", "--size", "2000", "--no-prepare"
+    )
     assert result.exit_code == 0, result.output
     assert "Test accuracy in %" in result.output
     assert "A width for each layer" in result.output

@@ -61,3 +61,4 @@ def replaced_at(
     finally:
         for quantizer in quantizers.values():
             quantizer.move = None
+            quantizer.arming.notes.clear()  # one whose result is a view of its tensor keeps both alive

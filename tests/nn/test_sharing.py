@@ -19,6 +19,7 @@ import gradl1_fast as gl
 from gradl1_fast.nn import inputs, sharing
 from gradl1_fast.nn.arming import armings_of
 from gradl1_fast.nn.sites import named_quantizers
+from gradl1_fast.training.objectives.activations import seen_at_sites
 from tests.conversion.runs import assert_equal_steps, assert_same, built, loss_of, penalised, truth
 
 
@@ -406,3 +407,13 @@ def test_marks_of_inputs_do_not_outlive_them() -> None:
     for i in range(64):
         inputs.mark_input(data[i : i + 1])
     assert len(inputs._marks) == before
+
+
+def test_tensors_seen_at_sites_do_not_outlive_the_pass() -> None:
+    model = gl.convert(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)))
+    with seen_at_sites(model) as seen:
+        y = model(torch.randn(2, 4))
+    given = weakref.ref(seen[0][1]._base)
+    del seen, y
+    gc.collect()
+    assert given() is None

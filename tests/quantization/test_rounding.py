@@ -357,7 +357,9 @@ def test_folding_keeps_codes_of_channels_and_says_what_it_drops() -> None:
     expected = output(model, 3, None)
     torch.testing.assert_close(output(folding.model, 3, None), expected, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(output(gl.fold_batch_norm(calibrated()).model, 3, None), expected, rtol=1e-2)
-    dropped = gl.fold_batch_norm(rounded(per_channel=False))
+    of_tensors = gl.convert(VGG.make(DTYPE).eval())
+    gl.round_weights(of_tensors, [X], w=3)
+    dropped = gl.fold_batch_norm(of_tensors)
     assert dropped.without_rounding == ["0", "3", "7"]
     assert "0: rounded to nearest again" in str(dropped)
     assert layers(dropped.model)["12"].weight_quantizer.rounded

@@ -111,6 +111,13 @@ def write_run(folder: Path) -> None:
     save_weights(model.state_dict(), run.weights, {"classes": "10", "channels": "1"})
 
 
+def write_codes(folder: Path) -> None:
+    """Write ranges, and codes of the weights at one width."""
+    model = calibrated()
+    gl.round_weights(model, [images()], w=3, method=gl.rounding.GPTQ(inputs="float"))
+    gl.save_ranges(model, folder / RANGES)
+
+
 def write_results(folder: Path) -> None:
     """Write the results of an experiment of one run."""
     row = Row("plain", 0, "calibrated", None, 8, 91.5)
@@ -226,6 +233,7 @@ READERS = {
         Reader("run weights", WEIGHTS, write_run, runs.load, "safetensors"),
         Reader("weights file", WEIGHTS, write_run, loading(load_weights, WEIGHTS), "safetensors"),
         Reader("ranges file", RANGES, write_run, loading(gl.load_ranges, RANGES), "safetensors"),
+        Reader("codes in a ranges file", RANGES, write_codes, loading(gl.load_ranges, RANGES), "safetensors"),
         Reader("batch norms file", NORMS, write_run, loading(gl.load_batch_norms, NORMS), "safetensors"),
         any_bit(8),
         any_bit(3),

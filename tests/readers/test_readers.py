@@ -27,7 +27,8 @@ _HEADER = {"duplicate entry", "fact in other digits"}  # of two entries JSON tak
 _FACTS = _HEADER | {"large fact", "long fact"}  # of no meaning but for a run
 HARMLESS: dict[str, set[str]] = {
     "run weights": _HEADER,
-    **dict.fromkeys(("checkpoint weights", "weights file", "ranges file"), _FACTS),
+    **dict.fromkeys(("checkpoint weights", "weights file", "batch norms file"), _FACTS),
+    **dict.fromkeys(("ranges file", "codes in a ranges file"), _FACTS),
     **dict.fromkeys(("any-bit file at 8 bits", "any-bit file at 3 bits"), _FACTS),
     "recipe": {  # nothing is made of it yet, no network either
         *("empty", f"training.epochs = {2**63}", "model.width = 1000000000000", "model.width = 100000"),

@@ -45,7 +45,8 @@ def round_weights(
     straight-through gradient of nearest) and export. At other widths nothing changes; call this once for
     each. They belong to the weights and ranges that are there: when one has changed, using the codes raises.
     :func:`gradl1_fast.save_ranges` keeps them, :func:`clear_rounding` removes them, and so does another call
-    for the same width, at its start. Re-estimate batch norms afterwards, not before.
+    for the same width, at its start. Behind layers that are rounded, batch norms need other statistics: call
+    :func:`gradl1_fast.reestimate_batch_norm` afterwards.
 
     Embeddings and transposed convolutions stay rounded to nearest, and so does a layer that no batch
     reaches; the result names them. Layers that share a weight, on the same grid, share the codes. No output

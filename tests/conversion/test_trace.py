@@ -67,6 +67,27 @@ def test_nothing_is_left_of_an_attempt() -> None:
     assert not [name for name in vars(converted) if name.startswith("_tensor_constant")]
 
 
+class OtherMemory(nn.Module):
+    """Gives a parameter other memory, by no operation that is seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 3, bias=False)
+        self.tensors = [self.linear.weight, torch.ones(3, 3)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.tensors[0].data = self.tensors[1]
+        return self.linear(x)
+
+
+def test_memory_that_an_attempt_replaces_is_given_back() -> None:
+    model = gl.convert(OtherMemory())
+    before = model.linear.weight.detach().clone()
+    with pytest.raises(NotTraceableError, match=r"changes linear\.weight"):
+        trace(model)
+    assert torch.equal(model.linear.weight, before)
+
+
 class Branching(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x if x.sum() > -1e9 else 2 * x

@@ -155,18 +155,18 @@ class _Rounder:
         problem = rows.problem(moments)
         if not all(bool(t.isfinite().all()) for t in (problem.weight, problem.moments)):
             raise ValueError(f"round_weights: the input or the weight of {first!r} holds NaN or infinity")
-        codes = self._method.codes(problem)
+        nearest = rows.nearest(problem)
+        codes = problem.better(self._method.codes(problem), nearest)
         for name in names:
             Rows(self._layers[name], self._widths[name]).store(codes, name)
-        return RoundingRow(first, self._widths[first], *_relative(problem, codes))
+        return RoundingRow(first, self._widths[first], *_relative(problem, nearest, codes))
 
 
-def _relative(problem: Problem, codes: Tensor) -> tuple[float, float]:
+def _relative(problem: Problem, nearest: Tensor, codes: Tensor) -> tuple[float, float]:
     """Return the errors with nearest codes and with others over the mean square of the output."""
     power = float(problem.power().sum())
-    errors = (float(problem.errors(c).sum()) for c in (problem.nearest(problem.weight), codes))
-    nearest, chosen = (error / power if power else 0.0 for error in errors)
-    return nearest, chosen
+    before, after = (float(problem.errors(each).sum()) for each in (nearest, codes))
+    return (before / power, after / power) if power else (0.0, 0.0)
 
 
 @contextlib.contextmanager

@@ -61,6 +61,10 @@ class Rows:
             rows = rows + _correction(rows, own, cross)
         return Problem(rows, own, self.scale, self._q_min, self._q_max)
 
+    def nearest(self, problem: Problem) -> Tensor:
+        """Return the codes of the weight that it has otherwise."""
+        return problem.nearest(self.of(self._weight.double()))
+
     def of(self, weight: Tensor) -> Tensor:
         """Return a tensor in the shape of the weight as rows, ``(groups, rows, columns)``."""
         rows = weight.movedim(self._layer.out_axis, 0).flatten(1)

@@ -25,6 +25,7 @@ from gradl1_fast.nn.layers import (
     QLinear,
     QuantizedLayer,
 )
+from gradl1_fast.nn.references import redirect
 from gradl1_fast.nn.sites import name_sites
 from gradl1_fast.nn.twins import copy_structure
 
@@ -145,7 +146,9 @@ def _replaced(tree: nn.Module, per_channel: bool, arming: Arming) -> nn.Module:
     for parent in list(tree.modules()):
         for name, child in parent._modules.items():
             parent._modules[name] = child if child is None else twins.get(id(child), child)
-    return twins.get(id(tree), tree)
+    root = twins.get(id(tree), tree)
+    redirect(root, twins)
+    return root
 
 
 def _twin(module: nn.Module, per_channel: bool, arming: Arming) -> nn.Module | None:

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from gradl1_fast.nn.stand_in import StandIn
+from gradl1_fast.nn.references import redirect
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -44,16 +44,21 @@ def shallow_copy(module: nn.Module) -> nn.Module:
     return twin
 
 
-def copy_structure(module: nn.Module, memo: dict[int, nn.Module] | None = None) -> nn.Module:
+def copy_structure(module: nn.Module) -> nn.Module:
     """Return a copy of the tree of modules around the same parameters and buffers.
 
-    A module that stands in several places does so in the copy as well.
+    A module that stands in several places does so in the copy as well, and methods, containers and closures
+    among the attributes lead to modules of the copy where they led to modules of the tree.
     """
-    memo = {} if memo is None else memo
-    if id(module) not in memo:
-        memo[id(module)] = twin = shallow_copy(module)
+    copies: dict[int, nn.Module] = {}
+    copy = _copied(module, copies)
+    redirect(copy, copies)
+    return copy
+
+
+def _copied(module: nn.Module, copies: dict[int, nn.Module]) -> nn.Module:
+    if id(module) not in copies:
+        copies[id(module)] = twin = shallow_copy(module)
         for name, child in module._modules.items():
-            twin._modules[name] = None if child is None else copy_structure(child, memo)
-        if isinstance(vars(twin).get("weight"), StandIn):
-            vars(twin)["weight"] = StandIn.of(twin._modules["weight_quantizer"])
-    return memo[id(module)]
+            twin._modules[name] = None if child is None else _copied(child, copies)
+    return copies[id(module)]

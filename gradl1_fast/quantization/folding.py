@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from gradl1_fast.nn.copies import copy_converted
 from gradl1_fast.nn.layers import QuantizedLayer
+from gradl1_fast.nn.references import redirect
 from gradl1_fast.nn.second_pass import RandomState
 from gradl1_fast.nn.sites import named_layers
 from gradl1_fast.quantization._modes import Forward, call_with, evaluation
@@ -170,6 +171,7 @@ def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
         for name, child in parent._modules.items():
             if child is old:
                 parent._modules[name] = new
+    redirect(model, {id(old): new})
 
 
 def _compare(

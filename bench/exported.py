@@ -26,7 +26,7 @@ from torch import Tensor, nn
 import gradl1_fast as gl
 from bench import results
 from bench.measure import quantiles
-from gradl1_fast.quantization.export import compare, prepare
+from gradl1_fast.quantization.export import compare, simulate
 from gradl1_fast.quantization.export.agreement import Agreement
 from gradl1_fast.quantization.export.arguments import Arguments
 from gradl1_fast.quantization.export.onnx_file import Exported, write_onnx
@@ -127,7 +127,7 @@ def _exported(
 ) -> Iterator[tuple[str, Exported]]:
     program = template = None
     for w, a in widths:
-        prepared = prepare(model, images, w=w, a=a)
+        prepared = simulate(model, images, w=w, a=a)
         if program is None:
             program = trace(prepared, images, batch=True, sizes=False, joints=True)
             program.find_ranges(Arguments.of(images), program.grids(prepared))

@@ -21,7 +21,7 @@ from gradl1_fast.quantization.calibration import calibrate, calibrate_weights
 from gradl1_fast.quantization.kept import forget_width
 from gradl1_fast.quantization.ranges.base import Range
 from gradl1_fast.quantization.reestimation import reestimate_batch_norm
-from gradl1_fast.quantization.rounding.base import Method
+from gradl1_fast.quantization.rounding.base import RoundingMethod
 from gradl1_fast.quantization.rounding.round import round_weights
 from gradl1_fast.quantization.sliced import refuse_sliced
 
@@ -81,7 +81,7 @@ def prepare(
     higher_is_better: bool = True,
     ranges: str | Range = "mse",
     weight_ranges: str | Range = "mse",
-    rounding: str | Method | None = None,
+    rounding: str | RoundingMethod | None = None,
     bias_correction: bool | None = None,
     ends: int | None = None,
     input_bits: int | None = INPUT_BITS,
@@ -277,7 +277,7 @@ class _Preparing:
             layer.weight_quantizer.set_clip(None)
             layer.weight_quantizer.axis = layer.out_axis if per_channel else None
 
-    def round(self, rounding: str | Method) -> None:
+    def round(self, rounding: str | RoundingMethod) -> None:
         """Round weights beyond nearest."""
         a = self.widths["a"]
         done = round_weights(

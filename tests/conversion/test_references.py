@@ -1,4 +1,4 @@
-"""What leads back into a model from its attributes leads into the converted one: nothing of the original runs."""
+"""What leads back into a model from its attributes leads into the converted one; nothing else runs."""
 
 from __future__ import annotations
 

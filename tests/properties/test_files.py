@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import gradl1_fast as gl
 from gradl1_fast.nn.sites import named_layers
-from gradl1_fast.quantization.export import compare, compare_torch, export_onnx, export_torch, prepare
+from gradl1_fast.quantization.export import compare, compare_torch, export_onnx, export_torch, simulate
 from tests.properties.build import batch, make
 from tests.properties.examples import examples
 from tests.properties.grammar import EXPORTABLE, Network, networks
@@ -56,7 +56,7 @@ def test_a_program_computes_what_the_simulation_says(
     network: Network, w: int | None, a: int | None, per_channel: bool
 ) -> None:
     model, x = converted(network, per_channel=per_channel), batch(network, torch.float32)[0]
-    prepared = prepare(model, x, w=w, a=a)
+    prepared = simulate(model, x, w=w, a=a)
     found = compare_torch(export_torch(prepared, x), prepared, x)
     assert found.outputs < 1e-5
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 import gradl1_fast as gl
-from gradl1_fast.quantization.export import NotExportableError, compare, prepare
+from gradl1_fast.quantization.export import NotExportableError, compare, simulate
 from gradl1_fast.quantization.export.arguments import Arguments
 from gradl1_fast.quantization.export.onnx_file import write_onnx
 from gradl1_fast.quantization.export.onnx_graph import to_onnx
@@ -38,7 +38,7 @@ def exported(original: nn.Module, model: nn.Module, batch: Any) -> str | None:
     gl.calibrate(converted, [batch])
     program = template = None
     for w, a in WIDTHS:
-        prepared = prepare(converted, batch, w=w, a=a)
+        prepared = simulate(converted, batch, w=w, a=a)
         if program is None:
             program = trace(prepared, batch, batch=True, sizes=False, joints=True)
             program.find_ranges(Arguments.of(batch), program.grids(prepared))

@@ -4,7 +4,7 @@ from gradl1_fast.quantization.export.agreement import Agreement, compare, compar
 from gradl1_fast.quantization.export.any_bit_file import AnyBitFile
 from gradl1_fast.quantization.export.formats import FORMATS, Details, Format
 from gradl1_fast.quantization.export.onnx_file import Exported, export_onnx
-from gradl1_fast.quantization.export.prepared import NotExportableError, Prepared, prepare
+from gradl1_fast.quantization.export.prepared import NotExportableError, Prepared, simulate
 from gradl1_fast.quantization.export.torch_file import export_torch
 
 __all__ = [
@@ -20,5 +20,5 @@ __all__ = [
     "compare_torch",
     "export_onnx",
     "export_torch",
-    "prepare",
+    "simulate",
 ]

@@ -22,7 +22,7 @@ from gradl1_fast.quantization.export.integers import session
 from gradl1_fast.quantization.export.marks import Grid
 from gradl1_fast.quantization.export.onnx_graph import to_onnx
 from gradl1_fast.quantization.export.packages import onnx, onnx_ir, onnxscript
-from gradl1_fast.quantization.export.prepared import NotExportableError, Prepared, prepare
+from gradl1_fast.quantization.export.prepared import NotExportableError, Prepared, simulate
 from gradl1_fast.quantization.export.program import Program, trace
 from gradl1_fast.quantization.export.speed import integer_layers, latencies
 
@@ -123,7 +123,7 @@ def export_onnx(
         package()
     if runtime not in _RUNTIMES:
         raise ValueError(f"runtime must be one of {', '.join(map(repr, _RUNTIMES))}, got {runtime!r}")
-    prepared = prepare(model, inputs, w=w, a=a, input_bits=input_bits)
+    prepared = simulate(model, inputs, w=w, a=a, input_bits=input_bits)
     joints = runtime == "onnxruntime"
     program = trace(prepared, inputs, batch=dynamic_batch, sizes=dynamic_size, joints=joints)
     program.find_ranges(Arguments.of(inputs), program.grids(prepared))

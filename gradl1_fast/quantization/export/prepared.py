@@ -21,7 +21,7 @@ from gradl1_fast.quantization.folding import Folding, fold_batch_norm
 from gradl1_fast.quantization.kept import kept_values
 from gradl1_fast.quantization.sliced import SlicedWeight
 
-__all__ = ["NotExportableError", "Prepared", "prepare"]
+__all__ = ["NotExportableError", "Prepared", "simulate"]
 
 
 class NotExportableError(ValueError):
@@ -60,10 +60,10 @@ class Prepared:
         return f"w{_one(self.w)} a{_one(self.a)}"
 
 
-def prepare(
+def simulate(
     model: nn.Module, inputs: Any, *, w: Widths = None, a: Widths = None, input_bits: int | None = 8
 ) -> Prepared:
-    """Fold the batch norms of a model into a copy of it and set the widths of that.
+    """Return what an exported model must agree with: a copy with batch norms folded, at its widths.
 
     Args:
         model: a converted model in evaluation mode, in float32, calibrated if ``a`` is given. It stays as

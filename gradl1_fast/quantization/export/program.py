@@ -127,7 +127,7 @@ def trace(prepared: Prepared, inputs: Any, *, batch: bool, sizes: bool, joints: 
     """Trace a prepared model.
 
     Args:
-        prepared: of :func:`gradl1_fast.quantization.export.prepare`.
+        prepared: of :func:`gradl1_fast.quantization.export.simulate`.
         inputs: a batch.
         batch: leave the size of the batch free; where that is refused it is fixed, with a remark.
         sizes: leave height and width free.

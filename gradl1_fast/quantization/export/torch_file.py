@@ -21,7 +21,7 @@ from gradl1_fast.quantization.export.agreement import Agreement, compare_torch
 from gradl1_fast.quantization.export.arguments import Arguments
 from gradl1_fast.quantization.export.formats import Format, register
 from gradl1_fast.quantization.export.marks import MARK, Grid
-from gradl1_fast.quantization.export.prepared import Prepared, prepare
+from gradl1_fast.quantization.export.prepared import Prepared, simulate
 from gradl1_fast.quantization.export.program import Program, export_program, trace
 
 __all__ = ["export_torch"]
@@ -36,7 +36,7 @@ def export_torch(
     grids in float.
 
     Args:
-        prepared: of :func:`gradl1_fast.quantization.export.prepare`.
+        prepared: of :func:`gradl1_fast.quantization.export.simulate`.
         inputs: a batch.
         dynamic_batch: leave the size of the batch free; fixed where the model does not allow it.
         dynamic_size: leave height and width free.
@@ -140,7 +140,7 @@ class TorchFile:
 
 
 def _write(model: nn.Module, inputs: Any, *, w: Widths = None, a: Widths = None) -> TorchFile:
-    prepared = prepare(model, inputs, w=w, a=a)
+    prepared = simulate(model, inputs, w=w, a=a)
     remarks = prepared.remarks()
     if any(width is not None and width < 8 for width in prepared.w.values()):
         remarks.append("codes of less than 8 bits take a byte each: PyTorch has no narrower integers")

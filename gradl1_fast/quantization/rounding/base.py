@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["INPUTS", "Method", "Problem", "RoundingMethod"]
+__all__ = ["INPUTS", "Problem", "RoundingMethod"]
 
 INPUTS = "renormalised", "rounded", "float"
 
@@ -70,6 +70,3 @@ class RoundingMethod:
 
 def _quadratic(rows: Tensor, moments: Tensor) -> Tensor:
     return ((rows @ moments) * rows).sum(-1)
-
-
-Method = RoundingMethod  # the name inside this package's users; the public one says what it is a method of

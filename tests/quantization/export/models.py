@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import gradl1_fast as gl
 from gradl1_fast.nn.sites import named_quantizers
-from gradl1_fast.quantization.export import Exported, prepare
+from gradl1_fast.quantization.export import Exported, simulate
 from gradl1_fast.quantization.export.arguments import Arguments
 from gradl1_fast.quantization.export.onnx_file import write_onnx
 from gradl1_fast.quantization.export.onnx_graph import to_onnx
@@ -64,14 +64,14 @@ def network(which: Network) -> tuple[nn.Module, Tensor]:
 @functools.cache
 def _traced(which: Network, joints: bool) -> tuple[Program, Any]:
     model, x = network(which)
-    program = trace(prepare(model, x), x, batch=True, sizes=False, joints=joints)
+    program = trace(simulate(model, x), x, batch=True, sizes=False, joints=joints)
     return program, to_onnx(program)
 
 
 def exported(which: Network, w: Any, a: Any, *, joints: bool = True, **options: Any) -> Exported:
     """Do what ``export_onnx`` does, on a trace that is shared."""
     model, x = network(which)
-    prepared = prepare(model, x, w=w, a=a, **options)
+    prepared = simulate(model, x, w=w, a=a, **options)
     program, template = _traced(which, joints)
     program.find_ranges(Arguments.of(x), program.grids(prepared))
     return write_onnx(prepared, program, template, integers=joints)

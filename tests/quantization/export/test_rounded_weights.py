@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import gradl1_fast as gl
-from gradl1_fast.quantization.export import FORMATS, prepare
+from gradl1_fast.quantization.export import FORMATS, simulate
 from gradl1_fast.quantization.export.integers import prevent_overflow
 from tests.networks import VGG
 
@@ -64,7 +64,7 @@ def test_an_onnx_file_has_the_codes(a: int | None) -> None:
 
 
 def test_codes_that_folding_drops_are_remarked_on() -> None:
-    prepared: Any = prepare(rounded(per_channel=False), X, w=4, a=8)
+    prepared: Any = simulate(rounded(per_channel=False), X, w=4, a=8)
     assert "0: folding changed its grid, so that it is rounded to nearest" in prepared.remarks()
     assert not prepared.model.get_submodule("0").weight_quantizer.rounded
     assert prepared.model.get_submodule("12").weight_quantizer.rounded

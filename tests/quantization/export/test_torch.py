@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from gradl1_fast.quantization.export import FORMATS, NotExportableError, compare_torch, export_torch, prepare
+from gradl1_fast.quantization.export import FORMATS, NotExportableError, compare_torch, export_torch, simulate
 from tests.networks import NO_NORM
 from tests.quantization.export.models import RESIDUAL, Branching, OfDict, calibrated, inputs, network
 
 
 def test_the_program_computes_what_the_simulation_says_without_this_library(tmp_path: Path) -> None:
     model, x = network(RESIDUAL)
-    prepared = prepare(model, x, w=4, a=8)
+    prepared = simulate(model, x, w=4, a=8)
     data = export_torch(prepared, x)
     found = compare_torch(data, prepared, x)
     assert found.outputs < 1e-5
@@ -56,4 +56,4 @@ def test_a_dictionary_goes_in() -> None:
 def test_what_cannot_be_exported() -> None:
     x = inputs(4, 4)
     with pytest.raises(NotExportableError, match=r"torch\.export refuses part"):
-        export_torch(prepare(calibrated(Branching(), x), x, w=4, a=None), x)
+        export_torch(simulate(calibrated(Branching(), x), x, w=4, a=None), x)

@@ -1,0 +1,114 @@
+"""Tables of accuracy in the pages, made from the committed results of ``gradl1 experiment``.
+
+    python -m docs_site.accuracy FOLDER NAME    # keep the runs of a folder first
+    python -m docs_site.accuracy                # rewrite the tables
+
+Nothing is measured.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+from bench.pages import between
+from gradl1_fast import _json
+from gradl1_fast.training.experiment import Results
+
+__all__ = ["PAGE", "keep", "rewritten", "section"]
+
+DOCS = Path(__file__).parent.parent / "docs"
+PAGE = DOCS / "before-training.md"
+NAMES = ("fashion-mnist", "fashion-mnist-depthwise", "fashion-mnist-resnet")
+
+Row = dict[str, Any]
+
+
+def keep(folder: Path, name: str) -> None:
+    """Write the accuracies of finished runs, what training cost, and where they were made."""
+    results = Results(
+        run for path in sorted(folder.glob("*-seed-*.json")) for run in Results.read_runs(path).runs
+    )
+    seconds = {
+        f"{run.method} {run.seed}": round(sum(epoch.cpu_seconds for epoch in run.epochs), 1)
+        for run in results.runs
+    }
+    first = results.runs[0]
+    kept = {
+        "settings": {key: first.settings[key] for key in ("model", "training", "images", "calibration")},
+        "penalty": {run.method: run.settings["penalty"] for run in results.runs},
+        "environment": first.environment,
+        "cpu_seconds": seconds,
+        "rows": [vars(row) for row in results.rows],
+    }
+    _file(name).write_text(_json.dumps(kept).replace('{"method": ', '\n{"method": ') + "\n")
+
+
+def rewritten(text: str) -> str:
+    """Return a page with its tables made anew, for the networks that have results."""
+    for name in NAMES:
+        if _file(name).exists() and _marks(name)[0] in text:
+            text = between(text, _marks(name), section(name), PAGE.name)
+    return text
+
+
+def _file(name: str) -> Path:
+    return DOCS / "results" / f"accuracy-{name}.json"
+
+
+def _marks(name: str) -> tuple[str, str]:
+    return f"<!-- accuracy of {name}: written by python -m docs_site.accuracy -->", f"<!-- end of {name} -->"
+
+
+def section(name: str) -> str:
+    """Return the table of a network: for each regime a line for each method."""
+    kept = json.loads(_file(name).read_text())
+    rows = kept["rows"]
+    widths = list(dict.fromkeys((row["w"], row["a"]) for row in rows))
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    header = ["regime", "training", *map(_name, widths), "time"]
+    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
+    for regime in dict.fromkeys(row["regime"] for row in rows):
+        for method in methods:
+            cells = [_cell(rows, method, regime, width) for width in widths]
+            lines.append("| " + " | ".join([regime, method, *cells, _cost(kept, method)]) + " |")
+    seeds = len({row["seed"] for row in rows})
+    return "\n".join([*lines, "", f"{seeds} seed(s), mean ± standard deviation of the sample."])
+
+
+def _name(width: tuple[int | None, int | None]) -> str:
+    w, a = ("float" if bits is None else str(bits) for bits in width)
+    return "float" if w == a == "float" else f"({w}, {a})"
+
+
+def _cell(rows: list[Row], method: str, regime: str, width: tuple[int | None, int | None]) -> str:
+    values = [
+        row["top1"]
+        for row in rows
+        if (row["method"], row["regime"], (row["w"], row["a"])) == (method, regime, width)
+    ]
+    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.1f}{spread}"
+
+
+def _cost(kept: dict[str, Any], method: str) -> str:
+    """Return the computing time of a training over that of plain training with the same seeds."""
+    seconds = kept["cpu_seconds"]
+    seeds = [key.split()[1] for key in seconds if key.split()[0] == method]
+    pairs = [(seconds[f"{method} {s}"], seconds.get(f"plain {s}")) for s in seeds]
+    ratios = [own / plain for own, plain in pairs if plain]
+    return f"{statistics.fmean(ratios):.2f}" if ratios else "-"
+
+
+def main() -> None:
+    """Do what the arguments ask for."""
+    if len(sys.argv) == 3:
+        keep(Path(sys.argv[1]), sys.argv[2])
+    PAGE.write_text(rewritten(PAGE.read_text()))
+
+
+if __name__ == "__main__":
+    main()

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bench.tables import number
-from bench.workloads import TITLES
+from bench.workloads import LAUNCH_BOUND, TITLES
 
-__all__ = ["between", "of_first_sizes", "ratios"]
+__all__ = ["between", "of_first_sizes", "of_launches", "ratios"]
 
 Row = dict[str, Any]
 
@@ -35,6 +35,14 @@ def of_first_sizes(rows: Sequence[Row]) -> list[Row]:
     return [r for r in rows if r["size"] == sizes[r["operation"]] and r["dtype"] != "tf32"]
 
 
+def of_launches(rows: Sequence[Row]) -> list[Row]:
+    """Return the rows of the first network at a size at which only issuing operations counts."""
+    small = [
+        r for r in rows if (r["operation"], r["size"]) in {(w.network, w.numbers()) for w in LAUNCH_BOUND}
+    ]
+    return [r for r in small if r["operation"] == small[0]["operation"]]
+
+
 def ratios(rows: Sequence[Row], title: str, providers: Mapping[str, str]) -> list[str]:
     """Return times over the plain step's in Markdown: a line for each provider, a column for each network.
 
@@ -43,16 +51,17 @@ def ratios(rows: Sequence[Row], title: str, providers: Mapping[str, str]) -> lis
         title: of the first column.
         providers: those that are shown if they were measured, in this order, and how they are called.
     """
-    networks = list(dict.fromkeys(row["operation"] for row in rows))
-    found = {(row["provider"], row["operation"]): row for row in rows}
-    lines = [
-        "| " + " | ".join([title, *(f"{TITLES[n]}" for n in networks)]) + " |",
-        "|---" * (len(networks) + 1) + "|",
-    ]
+    columns = list(dict.fromkeys((row["operation"], row["size"]) for row in rows))
+    found = {(row["provider"], row["operation"], row["size"]): row for row in rows}
+    first: dict[str, str] = {}
+    for network, size in columns:
+        first.setdefault(network, size)
+    names = [TITLES[n] if first[n] == size else f"{TITLES[n]}, launches alone" for n, size in columns]
+    lines = ["| " + " | ".join([title, *names]) + " |", "|---" * (len(columns) + 1) + "|"]
     for provider, words in providers.items():
-        values = [found.get((provider, n), {}).get("ratio_to_plain") for n in networks]
+        values = [found.get((provider, *column), {}).get("ratio_to_plain") for column in columns]
         if any(value is not None for value in values):
-            mark = "**" if provider == "gradl1_fast" else ""
+            mark = "**" if words.startswith("**") else ""
             cells = [f"{mark}{number(v, '.2f')}{mark}" if v is not None else "-" for v in values]
             lines.append("| " + " | ".join([words, *cells]) + " |")
     return lines

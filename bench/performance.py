@@ -14,7 +14,7 @@ from typing import Any
 from bench import results
 from bench.pages import between, of_first_sizes, ratios
 from bench.processes import HERE
-from bench.readme import PROVIDERS
+from bench.readme import PROVIDERS, RECOMMENDED
 from bench.tables import number
 from bench.workloads import TITLES
 
@@ -27,7 +27,8 @@ RESULTS = HERE / "bench" / "results"
 # What the first page shows, in this order, and how it calls it.
 SHORT = {
     "plain": "plain training step",
-    "gradl1_fast": "**gradl1_fast**, exact",
+    RECOMMENDED: '**gradl1_fast, as recommended** (`scale="step"`), exact',
+    "gradl1_fast": 'gradl1_fast, `scale="none"`, exact',
     "gradl1_fast, every=4": "gradl1_fast, every fourth step",
     "eager double backprop": "double backprop in eager PyTorch",
     "eager double backprop, NCHW": "the same, NCHW",
@@ -171,7 +172,7 @@ def _share(value: float | None, of: float | None) -> str:
 
 def _costs() -> str:
     """Return the table of the first page: of the first device, each network's first size."""
-    folder = _folders()[0] / "step"
+    folder = results.newest(folder / "step" for folder in _folders())
     rows = results.read(folder)
     lines = ratios(of_first_sizes(rows), "time of a step, plain = 1", SHORT)
     name = results.device_of(results.read_environment(folder), rows).partition(", torch")[0]

@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from bench import plots, results
-from bench.pages import between, of_first_sizes, ratios
+from bench.pages import between, of_first_sizes, of_launches, ratios
 from bench.processes import HERE
 from bench.workloads import TITLES
 
@@ -18,9 +18,20 @@ __all__ = ["BEGIN", "END", "main", "rewritten", "section"]
 
 BEGIN, END = "<!-- speed: written by python -m bench.readme -->", "<!-- end of speed -->"
 RESULTS = HERE / "bench" / "results"
+RECOMMENDED = 'gradl1_fast, scale="step"'
 # Rows of the table where the results have them, in this order, and how it calls them.
+ROWS = {
+    "plain": "plain training step",
+    RECOMMENDED: '**gradl1_fast, as recommended** (`scale="step"`)',
+    "gradl1_fast": 'gradl1_fast, `scale="none"`',
+    "gradl1_fast, every=4": 'gradl1_fast, `scale="none"`, every fourth step',
+    "finite difference": "finite difference (approximate)",
+    "eager double backprop": "double backprop in eager PyTorch",
+}
+# The same of the page on speed.
 PROVIDERS = {
     "plain": "plain training step",
+    RECOMMENDED: 'gradl1_fast, `scale="step"`, as recommended',
     "gradl1_fast": "**gradl1_fast**",
     "gradl1_fast, reference": "gradl1_fast without its compiled loops",
     "gradl1_fast, every=4": "gradl1_fast, every fourth step",
@@ -54,8 +65,8 @@ def rewritten(text: str) -> str:
 
 
 def section() -> str:
-    """Return the section: for each device a table, a chart, and where the numbers come from."""
-    return "\n\n".join(_device(folder) for folder in _measured())
+    """Return the section: of the newest results a table, a chart, and where the numbers come from."""
+    return _device(results.newest(_measured()))
 
 
 def _measured() -> list[Path]:
@@ -63,18 +74,20 @@ def _measured() -> list[Path]:
 
 
 def _device(folder: Path) -> str:
-    rows = of_first_sizes(results.read(folder))
+    everything = results.read(folder)
+    rows = [*of_first_sizes(everything), *of_launches(everything)]
     place = folder.relative_to(HERE).as_posix()
     sizes = dict.fromkeys(f"{TITLES[row['operation']]} of {row['size']}" for row in rows)
     name = results.device_of(results.read_environment(folder), rows)
     return "\n".join(
         [
-            *ratios(rows, f"time of a step, plain = 1 ({name})", PROVIDERS),
+            *ratios(rows, f"time of a step, plain = 1 ({name})", ROWS),
             "",
             f"![Time of a step by every provider]({place}/chart.svg)",
             "",
-            f'{"; ".join(sizes)}. The penalty is on weights and activations, with `scale="none"`. '
-            "A peer that is not in the table has not been measured here.",
+            f"{'; '.join(sizes)}. The penalty is on weights and activations. *Launches alone*: a network so "
+            "small that issuing its operations is all that takes time, as on a GPU. "
+            "[All rows, sizes and peers](docs/performance.md).",
             "",
             f"Measured by `make bench`; each row, its spread, memory and gradient error: [{place}]({place}).",
         ]

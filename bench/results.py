@@ -17,7 +17,7 @@ import torch
 from bench.processes import HERE
 from gradl1_fast import _environment, _json
 
-__all__ = ["KEYS", "device_name", "device_of", "read", "read_environment", "write", "write_json"]
+__all__ = ["KEYS", "device_name", "device_of", "newest", "read", "read_environment", "write", "write_json"]
 
 Row = dict[str, Any]
 # What a row is about; everything else in it is a measurement.
@@ -61,6 +61,11 @@ def read(folder: Path) -> list[Row]:
 def read_environment(folder: Path) -> dict[str, Any]:
     """Return the environment that the rows of a folder were measured in."""
     return json.loads((folder / "environment.json").read_text())
+
+
+def newest(folders: Iterable[Path]) -> Path:
+    """Return the folder whose results are the latest; those of before dates were kept come first."""
+    return max(folders, key=lambda folder: read_environment(folder).get("measured", {}).get("date", ""))
 
 
 def device_of(environment: dict[str, Any], rows: Sequence[Row]) -> str:

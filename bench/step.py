@@ -16,7 +16,7 @@ from bench.measure import quantiles
 from bench.oracle import true_gradients
 from bench.processes import LostError, Process, interleaved
 from bench.providers import PLAIN, PROVIDERS, Provider
-from bench.workloads import Workload
+from bench.workloads import LAUNCH_BOUND, Workload
 from gradl1_fast._progress import track
 
 __all__ = ["SMOKE", "Settings", "empty_row", "gate", "measure", "prepare", "truths", "workloads"]
@@ -28,12 +28,6 @@ MEASURED = ("peak_bytes", "operator_calls", "bytes_moved")
 # Widths and batches that two CPU cores step through in a fraction of a second; on a GPU the real networks.
 _CPU = [("vgg_like", 32, 32), ("resnet18", 32, 32), ("resnet50", 16, 16), ("mobilenet_v2", 16, 16)]
 _GPU = [("vgg_like", 64, 256), ("resnet18", 64, 256), ("resnet50", 64, 128), ("mobilenet_v2", 32, 128)]
-# So small that only issuing operations counts, as for a small network on a GPU.
-_LAUNCH_BOUND = [
-    Workload("resnet18", 2, 2, 8),
-    Workload("resnet50", 2, 2, 8),
-    Workload("mobilenet_v2", 4, 2, 8),
-]
 # The deep ones larger: with a handful of values for a batch norm no gradient in float32 is right.
 SMOKE = [
     Workload("vgg_like", 4, 4, 16),
@@ -79,7 +73,7 @@ def workloads(device: str) -> list[Workload]:
         cifar = [Workload(*sizes, 32, device=device) for sizes in _GPU]
         return cifar + [replace(w, batch=w.batch // 4, size=224) for w in cifar]
     cifar = [Workload(*sizes, 32) for sizes in _CPU]
-    return cifar + [replace(w, batch=4, size=96) for w in cifar] + _LAUNCH_BOUND
+    return cifar + [replace(w, batch=4, size=96) for w in cifar] + LAUNCH_BOUND
 
 
 def measure(

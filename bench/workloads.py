@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["NETWORKS", "TITLES", "Task", "Workload", "stack"]
+__all__ = ["LAUNCH_BOUND", "NETWORKS", "TITLES", "Task", "Workload", "stack"]
 
 CLASSES = 10
 
@@ -136,3 +136,11 @@ class Task:
         on = self.autocast is not None
         with torch.autocast(self.x.device.type, dtype=self.autocast or torch.bfloat16, enabled=on):
             return F.cross_entropy(model(self.x), self.y)
+
+
+# So small that only issuing operations counts, as for a small network on a GPU.
+LAUNCH_BOUND = [
+    Workload("resnet18", 2, 2, 8),
+    Workload("resnet50", 2, 2, 8),
+    Workload("mobilenet_v2", 4, 2, 8),
+]

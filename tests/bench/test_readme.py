@@ -9,6 +9,9 @@ import pytest
 
 from bench import readme, results
 from bench.processes import HERE
+from bench.workloads import LAUNCH_BOUND
+
+LAUNCHES = LAUNCH_BOUND[0].numbers()
 
 
 def row(provider: str, operation: str, ratio: float | None, size: str = "small") -> dict[str, object]:
@@ -31,6 +34,9 @@ def test_the_table_shows_what_was_measured_and_nothing_else(
         row("plain", "resnet18", 1.0),
         row("gradl1_fast", "resnet18", 3.214),
         row("JAX, grad of grad", "resnet18", None),
+        row('gradl1_fast, scale="step"', "resnet18", 3.5),
+        row("plain", "resnet18", 1.0, size=LAUNCHES),
+        row("eager double backprop", "resnet18", 6.25, size=LAUNCHES),
         row("plain", "vgg_like", 1.0),
         row("eager double backprop", "vgg_like", 5.5),
         row("gradl1_fast", "vgg_like", 9.0, size="large"),
@@ -42,12 +48,13 @@ def test_the_table_shows_what_was_measured_and_nothing_else(
     monkeypatch.setattr(readme, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(readme, "HERE", tmp_path)
     lines = readme.section().splitlines()
-    assert lines[:5] == [
-        "| time of a step, plain = 1 (a toaster) | ResNet-18 | VGG-like |",
-        "|---|---|---|",
-        "| plain training step | 1.00 | 1.00 |",
-        "| **gradl1_fast** | **3.21** | - |",
-        "| double backprop in eager PyTorch | - | 5.50 |",
+    assert lines[:6] == [
+        "| time of a step, plain = 1 (a toaster) | ResNet-18 | VGG-like | ResNet-18, launches alone |",
+        "|---|---|---|---|",
+        "| plain training step | 1.00 | 1.00 | 1.00 |",
+        '| **gradl1_fast, as recommended** (`scale="step"`) | **3.50** | - | - |',
+        '| gradl1_fast, `scale="none"` | 3.21 | - | - |',
+        "| double backprop in eager PyTorch | - | 5.50 | 6.25 |",
     ]
     assert "JAX" not in "".join(lines)
     text = f"before {readme.BEGIN} old {readme.END} after"

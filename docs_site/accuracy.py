@@ -68,7 +68,7 @@ def section(name: str) -> str:
     kept = json.loads(_file(name).read_text())
     rows = kept["rows"]
     widths = list(dict.fromkeys((row["w"], row["a"]) for row in rows))
-    methods = list(dict.fromkeys(row["method"] for row in rows))
+    methods = sorted(dict.fromkeys(row["method"] for row in rows), key=lambda method: method != "plain")
     header = ["regime", "training", *map(_name, widths), "time"]
     lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
     for regime in dict.fromkeys(row["regime"] for row in rows):

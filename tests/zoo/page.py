@@ -30,6 +30,8 @@ in an environment of its own; `make zoo ARGS="--only resnet"` runs some of the m
   the simulation, within the [bounds](export.md#the-comparison). A dash: `torch.export` refuses the model.
 - *any-bit*: a file, read at 4 bits, gives the outputs of the weights that its rule names.
 
+A dot stands for a check that was not made in this run, a dash for one that has no meaning for the model.
+
 """
 LINES = {
     "identical": ("convert", "identity", "outputs", "outputs with recipe"),
@@ -44,7 +46,7 @@ REMARKS = {
     "fold": "not folded",
 }
 HEADER = ("identical", "penalty", "quantized", "planned", "folded", "widths", "export", "any-bit")
-NOT_APPLICABLE = "-"
+NOT_APPLICABLE, NOT_MADE = "-", "·"
 PACKAGES = ("torch", "torchvision", "timm", "transformers", "onnxruntime")
 
 
@@ -75,9 +77,12 @@ def _by_family(results: dict[str, Result], families: Iterable[str]) -> str:
 
 def _count(column: str, members: list[Result]) -> str:
     """Count ticks, or average a share."""
-    cells = [_cell(column, result) for result in members]
+    cells = [cell for result in members if (cell := _cell(column, result)) != NOT_MADE]
+    if not cells:
+        return NOT_MADE
     if column in LINES:
-        return str(cells.count("✓"))
+        made = "" if len(cells) == len(members) else f" of {len(cells)}"
+        return f"{cells.count('✓')}{made}"
     firsts = [int(cell.split()[0].rstrip("%")) for cell in cells if "%" in cell.split()[0]]
     return f"{sum(firsts) / len(firsts):.0f}%" if firsts else NOT_APPLICABLE
 
@@ -100,9 +105,9 @@ def _remark(result: Result) -> str:
 def _cell(column: str, result: Result) -> str:
     if column in LINES:
         made = [record for check in LINES[column] if (record := record_of(result, check))]
-        return "✓" if made and all(record["ok"] for record in made) else "✗"
+        return "✗" if not all(record["ok"] for record in made) else "✓" if made else NOT_MADE
     checks = {"planned": ("plans", "plans with recipe"), "folded": ("fold",)}.get(column, (column,))
-    return " / ".join(_share(record) for check in checks if (record := record_of(result, check))) or "✗"
+    return " / ".join(_share(record) for check in checks if (record := record_of(result, check))) or NOT_MADE
 
 
 def _share(record: dict[str, Any]) -> str:

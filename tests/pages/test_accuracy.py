@@ -1,0 +1,48 @@
+"""Tables of accuracy in the pages are those of the committed results."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from docs_site import accuracy
+from gradl1_fast.training.experiment import Results, Row, Run
+from gradl1_fast.training.experiment.session import Epoch
+
+
+def test_the_page_is_up_to_date() -> None:
+    text = accuracy.PAGE.read_text()
+    assert accuracy.rewritten(text) == text, "run python -m docs_site.accuracy"
+
+
+def run(method: str, seed: int, top1: float, seconds: float) -> Run:
+    settings = {"model": {}, "training": {}, "images": 1, "calibration": 2, "penalty": {"epochs": 1}}
+    rows = [Row(method, seed, "calibrated", w, a, top1 + seed) for w, a in ((None, None), (3, 4), (2, None))]
+    epochs = [Epoch(1, 1.0, 0.0, 9.0, seconds), Epoch(2, 1.0, 0.0, 9.0, seconds)]
+    return Run(method, seed, settings, rows, epochs, [], [], [], {"devices": {}})
+
+
+def test_a_table_has_means_deviations_and_what_training_cost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "results").mkdir()
+    monkeypatch.setattr(accuracy, "DOCS", tmp_path)
+    for method, top1, seconds in (("plain", 80.0, 10.0), ("gradl1", 90.0, 15.0)):
+        for seed in (0, 2):
+            Results([run(method, seed, top1, seconds)]).write_runs(tmp_path / f"{method}-seed-{seed}.json")
+    accuracy.keep(tmp_path, "fashion-mnist-resnet")
+    assert accuracy.section("fashion-mnist-resnet").splitlines() == [
+        "| regime | training | float | (3, 4) | (2, float) | time |",
+        "|---|---|---|---|---|---|",
+        "| calibrated | plain | 81.0 ± 1.4 | 81.0 ± 1.4 | 81.0 ± 1.4 | 1.00 |",
+        "| calibrated | gradl1 | 91.0 ± 1.4 | 91.0 ± 1.4 | 91.0 ± 1.4 | 1.50 |",
+        "",
+        "2 seed(s), mean ± standard deviation of the sample.",
+    ]
+    begin, end = accuracy._marks("fashion-mnist-resnet")
+    page = accuracy.rewritten(f"a\n{begin}\nold\n{end}\nb")
+    assert page == f"a\n{begin}\n{accuracy.section('fashion-mnist-resnet')}\n{end}\nb"
+    kept = json.loads((tmp_path / "results" / "accuracy-fashion-mnist-resnet.json").read_text())
+    assert kept["cpu_seconds"] == {"gradl1 0": 30.0, "gradl1 2": 30.0, "plain 0": 20.0, "plain 2": 20.0}

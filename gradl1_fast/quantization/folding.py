@@ -36,6 +36,8 @@ class Folding:
         without_range: layers whose stored weight range no longer fits, and was dropped.
         without_rounding: layers whose codes of :func:`gradl1_fast.round_weights` no longer fit: they are
             rounded to nearest.
+        statistics: of batch norms that :func:`gradl1_fast.reestimate_batch_norm` found: ``"in use"`` if those
+            of the present widths were folded in, for float too; ``"left behind"`` if there were others only.
         difference: largest difference between the outputs before and after, and ``scale`` the largest
             output before; None if no inputs were given.
         scale: see ``difference``.
@@ -46,6 +48,7 @@ class Folding:
     refused: dict[str, str] = field(default_factory=dict)
     without_range: list[str] = field(default_factory=list)
     without_rounding: list[str] = field(default_factory=list)
+    statistics: str = ""
     difference: float | None = None
     scale: float | None = None
 
@@ -54,6 +57,7 @@ class Folding:
         lines = [f"{bn}: folded into {conv}" for bn, conv in self.folded.items()]
         lines += [f"{bn}: not folded: {reason}" for bn, reason in self.refused.items()]
         lines += [f"{name}: its stored weight range was dropped" for name in self.without_range]
+        lines += [f"re-estimated statistics: {self.statistics}"] if self.statistics else []
         lines += [f"{name}: rounded to nearest again" for name in self.without_rounding]
         if self.difference is not None:
             lines.append(
@@ -117,8 +121,14 @@ def fold_batch_norm(model: nn.Module, inputs: Any = None, *, forward: Forward | 
     if not any(isinstance(m, QuantizedLayer) for m in model.modules()):
         raise ValueError("fold_batch_norm: the model is not converted: call gradl1_fast.convert(model) first")
     model = copy_converted(model)
-    settle_values(model)
-    result = Folding(copy_converted(model))
+    statistics = settle_values(model)
+    result = Folding(copy_converted(model), statistics=statistics)
+    if statistics == "left behind":
+        warnings.warn(
+            "fold_batch_norm: statistics that were re-estimated for other widths than the present ones are "
+            "left behind: fold at the width, or call reestimate_batch_norm with the folded model",
+            stacklevel=2,
+        )
     watch = None if inputs is None else _watched(result.model, inputs, forward)
     neighbours = Neighbours(result.model, watch)
     result.refused = neighbours.refused

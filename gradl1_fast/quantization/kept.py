@@ -32,6 +32,7 @@ __all__ = [
     "mark_weights",
     "put_back_float",
     "settle_values",
+    "use_after_loading",
     "use_values",
     "width_of",
 ]
@@ -40,6 +41,7 @@ Values = dict[str, Tensor]
 
 _KEPT = "values_by_width"  # in the table of a module, which copies and pickles it; never changed in place
 _IN_FLOAT = "values_in_float"  # those in whose place others are now
+_IS_ROOT = "uses_values_after_loading"
 _MARK = "values_found_with"
 
 
@@ -72,6 +74,17 @@ def _one(widths: Iterable[int | None]) -> int | str | None:
     if len(distinct) > 1:
         return "mixed"
     return distinct.pop() if distinct else "none"
+
+
+def use_after_loading(model: nn.Module) -> None:
+    """Let a model use its values again after a state dict was loaded into it."""
+    if not vars(model).get(_IS_ROOT):
+        vars(model)[_IS_ROOT] = True
+        model.register_load_state_dict_post_hook(_after_loading)
+
+
+def _after_loading(model: nn.Module, _keys: Any) -> None:
+    use_values(model)
 
 
 def keep_values(module: nn.Module, width: str, values: Values) -> None:
@@ -108,8 +121,12 @@ def use_values(model: nn.Module) -> None:
     keepers = _keepers(model)
     if not keepers:
         return
-    put_back_float(model)
+    for module in keepers:
+        if isinstance(module, QuantizedLayer):  # marks are of the weights in float
+            _take_out(module)
     stale = [name or "the layer" for name, m in named_layers(model).items() if not is_fresh(m, _MARK)]
+    for module in keepers:
+        _take_out(module, trained=bool(stale))
     if stale:
         drop_values(model)
         warnings.warn(
@@ -132,11 +149,18 @@ def forget_width(model: nn.Module) -> None:
         vars(module)[_KEPT] = {key: values for key, values in kept_values(module).items() if key != width}
 
 
-def settle_values(model: nn.Module) -> None:
-    """Let the values in use be those of float from now on, and forget all others; for a copy of a model."""
-    for module in _keepers(model):
+def settle_values(model: nn.Module) -> str:
+    """Let the values in use be those of float from now on, and forget all others; for a copy of a model.
+
+    Returns:
+        ``"in use"`` where there were some, ``"left behind"`` where all were of other widths, or nothing.
+    """
+    keepers = _keepers(model)
+    in_use = any(_IN_FLOAT in vars(module) for module in keepers)
+    for module in keepers:
         vars(module).pop(_IN_FLOAT, None)
         del vars(module)[_KEPT]
+    return "in use" if in_use else "left behind" if keepers else ""
 
 
 def mark_weights(model: nn.Module) -> None:
@@ -157,18 +181,28 @@ def _put_in(module: nn.Module, values: Values) -> None:
             _set(module, name, tensor.detach().to(before[name], copy=True))
 
 
-def _take_out(module: nn.Module) -> None:
-    """Put the values of float back, on the device and in the type that the module has now."""
+def _take_out(module: nn.Module, *, trained: bool = False) -> None:
+    """Put the values of float back, on the device and in the type that the module has now.
+
+    Statistics that passes in training mode have moved at the width are kept for it; where weights were
+    trained meanwhile they become those of float: none are newer.
+    """
     if _IN_FLOAT not in vars(module):
         return
     before, values = vars(module).pop(_IN_FLOAT)
+    moved: Values = {}
     with _rest_kept(module, before):
         for name, value in before.items():
             now = _get(module, name)
             if name in values and not is_rounded(now, values[name]):
-                continue  # training at the width has moved the statistics: they are the newest
+                moved[name] = now
+                if trained:
+                    continue
             same = (value.device, value.dtype) == (now.device, now.dtype)
             _set(module, name, value if same else value.to(now))
+    if moved:
+        kept = kept_values(module).items()
+        vars(module)[_KEPT] = {width: {**v, **moved} if v is values else v for width, v in kept}
 
 
 @contextlib.contextmanager

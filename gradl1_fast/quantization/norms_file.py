@@ -20,6 +20,7 @@ from gradl1_fast.quantization.kept import (
     kept_values,
     mark_weights,
     put_back_float,
+    use_after_loading,
     use_values,
 )
 from gradl1_fast.quantization.partial_file import Entry, PartialFile
@@ -53,7 +54,7 @@ def save_batch_norms(model: nn.Module, path: str | os.PathLike[str]) -> None:
         raise ImportError(f"files of batch norms need safetensors: {install('export')}") from error
     widths: dict[str, int] = {}
     entries: dict[str, Tensor] = {}
-    for name, module in model.named_modules():
+    for name, module in _plain(model).named_modules():
         for width, values in kept_values(module).items():
             number = widths.setdefault(width, len(widths))
             for kind, value in values.items():
@@ -81,6 +82,7 @@ def load_batch_norms(model: nn.Module, path: str | os.PathLike[str]) -> None:
         ValueError: the file is damaged or does not fit the model; the message names the file and the entry.
             The model is then as it was.
     """
+    model = _plain(model)
     modules = {name: m for name, m in model.named_modules() if _kinds_of(m)}
     with PartialFile(path) as file:
         file.check_metadata(METADATA)
@@ -96,7 +98,14 @@ def load_batch_norms(model: nn.Module, path: str | os.PathLike[str]) -> None:
     for (name, width), values in found.items():
         keep_values(modules[name], width, values)
     mark_weights(model)
+    use_after_loading(model)
     use_values(model)
+
+
+def _plain(model: nn.Module) -> nn.Module:
+    """Return the model inside what ``torch.compile`` returned, whose names are longer."""
+    inner = model._modules.get("_orig_mod")
+    return model if inner is None else inner
 
 
 def _kinds_of(module: Any) -> tuple[str, ...]:

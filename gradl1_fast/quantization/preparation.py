@@ -63,7 +63,7 @@ class Preparation:
         """Return a line for each step, and one for each remark."""
         width = max(len(step.name) for step in self.steps)
         lines = [f"{step.name:<{width}}  {_shown(step)}".rstrip() for step in self.steps]
-        return "\n".join([*lines, *self.remarks])
+        return "\n".join([*lines, *self.remarks, "the model is at the widths asked for"])
 
 
 def _shown(step: Step) -> str:
@@ -287,9 +287,11 @@ class _Preparing:
         self.note(f"rounding: {_name(rounding)}")
 
     def reestimate(self) -> None:
-        """Estimate batch norms at the widths."""
+        """Estimate batch norms at the widths, but not those of float, which are shared with the model."""
+        if self.widths["w"] is None and self.widths["a"] is None:
+            return
         with bits(self.model, **self.widths), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*has no batch norm")
+            warnings.filterwarnings("ignore", message=".*no batch norm")
             done = reestimate_batch_norm(self.model, self._batches, forward=self._forward)
         self.remarks += [f"{name}: statistics left: {why}" for name, why in done.left.items()]
         self._has_norms = bool(done.norms)

@@ -23,6 +23,7 @@ from gradl1_fast.quantization.kept import (
     keep_values,
     mark_weights,
     put_back_float,
+    use_after_loading,
     use_values,
     width_of,
 )
@@ -63,7 +64,8 @@ def reestimate_batch_norm(
 
     The statistics are the means over the batches of each batch's mean and unbiased variance, as of
     :func:`torch.optim.swa_utils.update_bn`. Only batch norms run as in training: dropout is off. At float
-    widths the running statistics themselves are estimated anew.
+    widths the running statistics themselves are estimated anew, also those of the model that was converted,
+    which are the same tensors.
 
     Where a batch norm was folded, the layer that took it in gets its output normalised again: by its bias,
     and with one range for each output channel by the scale of its weight too, whose codes stay what they
@@ -106,7 +108,10 @@ def reestimate_batch_norm(
     result, width = Reestimation(), width_of(model)
     norms = _norms(model, result, width)
     if not norms and not result.left:
-        warnings.warn("reestimate_batch_norm: the model has no batch norm: nothing to do", stacklevel=2)
+        warnings.warn(
+            "reestimate_batch_norm: there is no batch norm among the model's modules: nothing to do",
+            stacklevel=2,
+        )
         return result
     estimates = {name: _of(module) for name, module in norms.items()}
     put_back_float(model)
@@ -119,6 +124,13 @@ def reestimate_batch_norm(
                 estimate.start()
             run(model, batches, "reestimate_batch_norm", forward)
         _keep(model, estimates, width, result)
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise ValueError(
+            "reestimate_batch_norm: a batch norm is given a single value a channel, which has no variance: "
+            "give larger batches; a loader leaves a small last one out with drop_last=True"
+        ) from error
     finally:
         use_values(model)
     return result
@@ -245,6 +257,7 @@ def _keep(model: nn.Module, estimates: dict[str, Any], width: str | None, result
     result.norms = list(found)
     if width is not None:
         mark_weights(model)
+        use_after_loading(model)
 
 
 def _over_ranks(mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:

@@ -76,7 +76,7 @@ def test_the_report_says_what_each_step_changed() -> None:
     assert values[0] == 0
     assert values[-1] == distance(prepared.model)
     assert values[-1] < 0.8 * values[1]
-    assert str(prepared).splitlines()[-1].startswith("batch-norm statistics at the width")
+    assert str(prepared).splitlines()[-2].startswith("batch-norm statistics at the width")
     assert not any(step.value for step in gl.prepare(VGG.make(), batches(VGG), w=3, a=8).steps)
 
 
@@ -100,6 +100,13 @@ def test_biases_are_corrected_where_there_is_no_batch_norm(wanted: bool | None) 
         assert corrected == (wanted is True or (wanted is None and network is NO_NORM))
         assert (prepared.model[0].bias is not None and network is VGG) == (corrected and network is VGG)
     assert "no batch norm to re-estimate" in gl.prepare(NO_NORM.make(), batches(NO_NORM), w=3, a=3).remarks
+
+
+def test_in_float_nothing_of_the_model_changes() -> None:
+    model, x = VGG.make().eval(), VGG.batch()[0]
+    before = model(x)
+    assert torch.equal(gl.prepare(model, batches(VGG), w=None, a=None).model(x), before)
+    assert torch.equal(model(x), before)
 
 
 def test_first_and_last_layer_as_chosen() -> None:

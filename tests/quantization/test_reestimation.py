@@ -116,6 +116,7 @@ def test_a_folded_model_computes_what_the_unfolded_one_does(network: Network, st
             torch.testing.assert_close(folded(x), model(x), rtol=1e-9, atol=1e-9)
     with gl.bits(model, w=3, a=None):  # folded at the width, for good
         again = gl.fold_batch_norm(model, x)
+        assert again.statistics == "in use"
         assert again.difference is not None
         assert again.difference < 1e-9
         with gl.bits(again.model, w=3, a=None):
@@ -136,6 +137,16 @@ def test_rounded_codes_stay_those_of_a_folded_layer(per_channel: bool) -> None:
         again = model(VGG.batch()[0])
     with gl.bits(model, w=3, a=None):
         assert torch.equal(model(VGG.batch()[0]), again)
+
+
+def test_folding_at_another_width_leaves_statistics_behind_and_says_so() -> None:
+    model = calibrated(VGG)
+    with gl.bits(model, w=3, a=None):
+        gl.reestimate_batch_norm(model, batches(VGG))
+    with pytest.warns(UserWarning, match="left behind: fold at the width"):
+        folding = gl.fold_batch_norm(model)
+    assert "re-estimated statistics: left behind" in str(folding)
+    assert not gl.fold_batch_norm(calibrated(VGG)).statistics
 
 
 def test_with_one_range_for_a_tensor_a_folded_layer_gets_its_mean_back() -> None:
@@ -200,12 +211,19 @@ def test_what_is_loaded_at_a_width_is_the_network_in_float() -> None:
     model, x = calibrated(VGG), VGG.batch()[0]
     gl.set_bits(model, w=3, a=3)
     gl.reestimate_batch_norm(model, batches(VGG))
+    expected = model(x)
     other = VGG.make().eval()
     for norm in (m for m in other.modules() if isinstance(m, nn.BatchNorm2d)):
         nn.init.constant_(norm.running_mean, 0.25)
     model.load_state_dict(other.state_dict())
-    gl.set_bits(model, w=None, a=None)
-    assert torch.equal(model(x), other(x))
+    assert torch.equal(model(x), expected)  # the weights are the same, and so are the statistics of the width
+    with gl.bits(model, w=None, a=None):
+        assert torch.equal(model(x), other(x))
+    state = model.state_dict()
+    state["0.weight"] = 2 * state["0.weight"]
+    with pytest.warns(UserWarning, match="weights of 0 have changed since batch norms"):
+        model.load_state_dict(state)
+    assert float(model[1].running_mean[0]) == 0.25
 
 
 def test_statistics_that_training_at_the_width_has_moved_stay() -> None:
@@ -214,9 +232,19 @@ def test_statistics_that_training_at_the_width_has_moved_stay() -> None:
     gl.reestimate_batch_norm(model, batches(VGG))
     model.train()
     model(x)
-    moved = model[1].running_mean.clone()
+    moved, in_float = model[1].running_mean.clone(), VGG.make()[1].running_mean
+    assert torch.equal(model.state_dict()["1.running_mean"], in_float)
     gl.set_bits(model, w=None, a=None)
+    assert torch.equal(model[1].running_mean, in_float)
+    gl.set_bits(model, w=3, a=3)
     assert torch.equal(model[1].running_mean, moved)
+    with torch.no_grad():
+        model[0].weight *= 1.5
+    model(x)
+    trained = model[1].running_mean.clone()
+    with pytest.warns(UserWarning, match="have changed since"):
+        gl.set_bits(model, w=None, a=None)
+    assert torch.equal(model[1].running_mean, trained)
 
 
 class Sparse(nn.Module):
@@ -257,6 +285,9 @@ def test_not_a_number_is_refused_and_nothing_is_changed() -> None:
     gl.set_bits(model, w=3, a=None)
     gl.reestimate_batch_norm(model, batches(VGG))
     before = model(x)
+    tiny = gl.convert(nn.Sequential(nn.Flatten(), nn.Linear(192, 4), nn.BatchNorm1d(4)).double())
+    with pytest.raises(ValueError, match="single value a channel"):
+        gl.reestimate_batch_norm(tiny, [x, x[:1]])
     for bad, error in (([x * float("nan")], "'1' holds NaN"), ([], "no batches")):
         with pytest.raises(ValueError, match=error):
             gl.reestimate_batch_norm(model, bad)
@@ -345,9 +376,10 @@ def test_a_file_holds_every_width_and_a_narrow_model_takes_its_own(tmp_path: Pat
             gl.reestimate_batch_norm(model, batches(VGG))
             expected[w, a] = model(x)
     gl.save_batch_norms(model, path)
+    gl.save_batch_norms(torch.compile(model, backend="eager"), path)
     other = calibrated(VGG)
     gl.set_bits(other, w=3, a=3)
-    gl.load_batch_norms(other, path)
+    gl.load_batch_norms(torch.compile(other, backend="eager"), path)
     assert torch.equal(other(x), expected[3, 3])
     with gl.bits(other, w=4, a=None):
         assert torch.equal(other(x), expected[4, None])

@@ -9,6 +9,7 @@ from typing import TypeVar
 from torch import nn
 
 from gradl1_fast.nn.references import redirect
+from gradl1_fast.nn.stand_in import StandIn
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -61,4 +62,6 @@ def _copied(module: nn.Module, copies: dict[int, nn.Module]) -> nn.Module:
         copies[id(module)] = twin = shallow_copy(module)
         for name, child in module._modules.items():
             twin._modules[name] = None if child is None else _copied(child, copies)
+        if isinstance(vars(twin).get("weight"), StandIn):
+            vars(twin)["weight"] = StandIn.of(twin._modules["weight_quantizer"])
     return copies[id(module)]

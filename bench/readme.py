@@ -28,6 +28,9 @@ ROWS = {
     "finite difference": "finite difference (approximate)",
     "eager double backprop": "double backprop in eager PyTorch",
 }
+LAUNCHES = (
+    "*Launches alone*: a network so small that issuing its operations is all that takes time, as on a GPU. "
+)
 # The same of the page on speed.
 PROVIDERS = {
     "plain": "plain training step",
@@ -75,7 +78,9 @@ def _measured() -> list[Path]:
 
 def _device(folder: Path) -> str:
     everything = results.read(folder)
-    rows = [*of_first_sizes(everything), *of_launches(everything)]
+    alone = of_launches(everything)
+    rows = [*of_first_sizes(everything), *alone]
+    launches = LAUNCHES if alone else ""
     place = folder.relative_to(HERE).as_posix()
     sizes = dict.fromkeys(f"{TITLES[row['operation']]} of {row['size']}" for row in rows)
     name = results.device_of(results.read_environment(folder), rows)
@@ -85,8 +90,7 @@ def _device(folder: Path) -> str:
             "",
             f"![Time of a step by every provider]({place}/chart.svg)",
             "",
-            f"{'; '.join(sizes)}. The penalty is on weights and activations. *Launches alone*: a network so "
-            "small that issuing its operations is all that takes time, as on a GPU. "
+            f"{'; '.join(sizes)}. The penalty is on weights and activations. {launches}"
             "[All rows, sizes and peers](docs/performance.md).",
             "",
             f"Measured by `make bench`; each row, its spread, memory and gradient error: [{place}]({place}).",

@@ -24,7 +24,7 @@ _METHODS = "\n".join(f"- {name}: {method.text}\n" for name, method in experiment
 _REGIMES = "\n".join(f"- {name}: {regime.text}\n" for name, regime in experiments.REGIMES.items())
 _HELP = f"""Train a network by each method, quantize each to many widths, and compare.
 
-On Fashion-MNIST one network takes two to five minutes of one CPU core.
+On Fashion-MNIST one network takes five to fifteen minutes of one CPU core.
 The same seed and settings give the same rows on the same computer.
 Each finished run is kept in the folder --out: the same command goes on
 after an interruption.

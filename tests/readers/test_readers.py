@@ -36,7 +36,14 @@ HARMLESS: dict[str, set[str]] = {
         *("penalty.settings = {lambda_w = nan}", "penalty.settings = {'' = 1}"),
     },
     "results": {
-        *("method = a", "seed = 1", "settings = {'a': 1}", "row.method = a", "row.regime = a", "row.top1 = inf"),
+        *(
+            "method = a",
+            "seed = 1",
+            "settings = {'a': 1}",
+            "row.method = a",
+            "row.regime = a",
+            "row.top1 = inf",
+        ),
         *(f"row.{key} = -1" for key in ("seed", "w", "a", "top1")),
         *("row.w = None", "row.a = None"),
     },

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from gradl1_fast import _json
 from gradl1_fast._checks import some
 from gradl1_fast.nn.layers import QuantizedLayer
 from gradl1_fast.nn.sites import named_layers, named_quantizers
@@ -56,7 +57,8 @@ def width_of(model: nn.Module) -> str | None:
     others = _one(q.bits for q in quantizers if not q.is_input)
     activations = {"a": sites} if "mixed" in (inputs, others) else {"a": others, "input": inputs}
     w = _one(weights.values())
-    return json.dumps({"w": weights if w == "mixed" else w, **activations}, sort_keys=True)
+    described = {"w": weights if w == "mixed" else w, **activations}
+    return _json.dumps(dict(sorted(described.items())))
 
 
 def is_width(text: object) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from gradl1_fast import _files
+from gradl1_fast import _files, _json
 from gradl1_fast._extras import install
 from gradl1_fast.quantization.folded import folded_norm
 from gradl1_fast.quantization.kept import (
@@ -64,7 +64,7 @@ def save_batch_norms(model: nn.Module, path: str | os.PathLike[str]) -> None:
             "save_batch_norms: the model keeps no statistics of a width: call "
             "gradl1_fast.reestimate_batch_norm(model, batches) first"
         )
-    _files.write_bytes(path, save(entries, metadata={**METADATA, "widths": json.dumps(list(widths))}))
+    _files.write_bytes(path, save(entries, metadata={**METADATA, "widths": _json.dumps(list(widths))}))
 
 
 def load_batch_norms(model: nn.Module, path: str | os.PathLike[str]) -> None:

@@ -16,7 +16,9 @@ from typing import Any
 
 from bench.pages import between
 from gradl1_fast import _json
+from gradl1_fast._plots import width_name
 from gradl1_fast.training.experiment import Results
+from gradl1_fast.training.experiment.results import Spread
 
 __all__ = ["PAGE", "keep", "rewritten", "section"]
 
@@ -80,7 +82,7 @@ def section(name: str) -> str:
 
 
 def _name(width: tuple[int | None, int | None]) -> str:
-    w, a = ("float" if bits is None else str(bits) for bits in width)
+    w, a = map(width_name, width)
     return "float" if w == a == "float" else f"({w}, {a})"
 
 
@@ -90,8 +92,7 @@ def _cell(rows: list[Row], method: str, regime: str, width: tuple[int | None, in
         for row in rows
         if (row["method"], row["regime"], (row["w"], row["a"])) == (method, regime, width)
     ]
-    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.1f}{spread}"
+    return str(Spread(tuple(values)))
 
 
 def _cost(kept: dict[str, Any], method: str) -> str:

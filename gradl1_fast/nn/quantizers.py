@@ -13,7 +13,7 @@ from gradl1_fast import functional as F
 from gradl1_fast._checks import MAX_BITS
 from gradl1_fast._dtypes import sum_dtype
 from gradl1_fast.nn.arming import Arming
-from gradl1_fast.nn.codes import codes, values
+from gradl1_fast.nn.codes import along, codes, values
 from gradl1_fast.nn.hooks import has_hooks, has_own_forward
 from gradl1_fast.nn.rounded import MadeFor
 from gradl1_fast.ops.tap import alias
@@ -172,9 +172,7 @@ class WeightQuantizer(_Quantizer):
         It has a shape that broadcasts against the weight.
         """
         scale = F.quantization_grid(*F.value_range(weight, self.axis), bits, symmetric=True)[0]
-        if self.axis is None:
-            return scale
-        return scale.reshape([-1 if i == self.axis else 1 for i in range(weight.dim())])
+        return along(scale, weight, self.axis)
 
     def extra_repr(self) -> str:
         """Return what ``print(model)`` shows of this quantizer."""

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from gradl1_fast.nn.codes import along
 from gradl1_fast.nn.layers import QuantizedLayer
 from gradl1_fast.nn.twins import shallow_copy
 
-__all__ = ["Absorption", "along", "is_batch_norm", "is_neutral"]
+__all__ = ["Absorption", "along_outputs", "is_batch_norm", "is_neutral"]
 
 _PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _NEUTRAL = {"running_mean": 0.0, "running_var": 1.0, "weight": 1.0, "bias": 0.0}
@@ -71,7 +72,9 @@ class Absorption:
         if layer.bias is not None:
             bias = bias + layer.bias.detach().double() * self._factor
         weight, requires_grad = layer.weight.detach(), layer.weight.requires_grad
-        layer.weight = _parameter(weight.double() * along(self._factor, layer, weight), weight, requires_grad)
+        layer.weight = _parameter(
+            weight.double() * along_outputs(self._factor, layer, weight), weight, requires_grad
+        )
         layer.bias = _parameter(bias, weight, requires_grad)
         return self._scale_range()
 
@@ -87,8 +90,7 @@ class Absorption:
         return _are_close(scratch(x), expected)
 
     def _mapped(self, y: Tensor) -> Tensor:
-        shape = [-1 if i == 1 else 1 for i in range(y.dim())]
-        return (y.double() * self._factor.reshape(shape) + self._shift.reshape(shape)).to(y.dtype)
+        return (y.double() * along(self._factor, y, 1) + along(self._shift, y, 1)).to(y.dtype)
 
     def _scale_range(self) -> bool:
         quantizer = self._layer.weight_quantizer
@@ -114,11 +116,11 @@ class Absorption:
         return False
 
 
-def along(factor: Tensor, layer: QuantizedLayer, weight: Tensor) -> Tensor:
+def along_outputs(factor: Tensor, layer: QuantizedLayer, weight: Tensor) -> Tensor:
     """Return a factor for each output channel in a shape that broadcasts against the weight."""
     axis, groups = layer.out_axis, getattr(layer, "groups", 1)
     if axis == 0 or groups == 1:
-        return factor.reshape([-1 if i == axis else 1 for i in range(weight.dim())])
+        return along(factor, weight, axis)
     # A transposed convolution: the rows of a group have the output channels of that group.
     rows = factor.reshape(groups, -1).repeat_interleave(weight.shape[0] // groups, dim=0)
     return rows.reshape(*rows.shape, *[1] * (weight.dim() - 2))

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from gradl1_fast.nn.codes import along
+
 __all__ = ["WIDTH", "decode", "encode", "pack", "plane_bytes", "unpack"]
 
 WIDTH = 8
@@ -27,7 +29,7 @@ def encode(weight: Tensor, scale: Tensor, axis: int | None = 0) -> Tensor:
         scale: a step of the 8-bit grid: a scalar, or one value for each channel.
         axis: of the channels, where there are several steps.
     """
-    codes = torch.round(weight.to(scale.dtype) / _along(scale, weight, axis)).clamp(1 - _HALF, _HALF - 1)
+    codes = torch.round(weight.to(scale.dtype) / along(scale, weight, axis)).clamp(1 - _HALF, _HALF - 1)
     return (codes + _HALF).to(torch.uint8)
 
 
@@ -36,7 +38,7 @@ def decode(codes: Tensor, scale: Tensor, bits: int, axis: int | None = 0) -> Ten
     cut = WIDTH - bits
     kept = (codes >> cut) << cut
     middle = kept.to(scale.dtype) + ((2**cut - 1) / 2 - _HALF)
-    return middle.mul_(_along(scale, codes, axis))
+    return middle.mul_(along(scale, codes, axis))
 
 
 def plane_bytes(numel: int) -> int:
@@ -62,11 +64,6 @@ def unpack(planes: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
         bits = (plane[:, None] >> _shifts(plane)) & 1
         codes |= bits.flatten()[:numel] << (7 - number)
     return codes.reshape(tuple(shape))
-
-
-def _along(scale: Tensor, x: Tensor, axis: int | None) -> Tensor:
-    """Return ``scale`` in a shape that broadcasts against ``x``, whose channels are on ``axis``."""
-    return scale.reshape([-1 if i == axis else 1 for i in range(x.dim())]) if scale.dim() else scale
 
 
 def _shifts(like: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from gradl1_fast.quantization.ranges.batch_norm import BatchNormStatistics
 from gradl1_fast.quantization.ranges.choice import choose
 from gradl1_fast.quantization.sliced import refuse_sliced
 
-__all__ = ["calibrate", "calibrate_weights", "observed", "quantizers_of", "set_range"]
+__all__ = ["calibrate", "calibrate_weights", "observed", "quantizers_of", "set_per_channel", "set_range"]
 
 Ends = tuple[Tensor, Tensor]
 
@@ -132,6 +132,13 @@ def calibrate_weights(model: nn.Module, *, ranges: str | Range = "mse") -> None:
     }
     for name, layer in layers.items():
         layer.weight_quantizer.set_clip(None if isinstance(method, MinMax) else clips[name])
+
+
+def set_per_channel(model: nn.Module, per_channel: bool) -> None:
+    """Give each weight a range for each output channel, or one for the tensor; stored ranges are dropped."""
+    for layer in named_layers(model).values():
+        layer.weight_quantizer.set_clip(None)
+        layer.weight_quantizer.axis = layer.out_axis if per_channel else None
 
 
 def quantizers_of(model: nn.Module) -> dict[str, ActivationQuantizer]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gradl1_fast.nn.layers import QuantizedLayer
-from gradl1_fast.quantization.absorption import along
+from gradl1_fast.quantization.absorption import along_outputs
 
 __all__ = ["FoldedNorm", "divide_norm", "folded_norm", "remember_norm", "scaled"]
 
@@ -84,7 +84,7 @@ def scaled(layer: QuantizedLayer, values: dict[str, Tensor]) -> dict[str, Tensor
     if factor is None:
         return {"bias": bias + shift}
     factor = factor.to(bias)
-    tensors = {"weight": weight * along(factor, layer, weight), "bias": bias * factor + shift}
+    tensors = {"weight": weight * along_outputs(factor, layer, weight), "bias": bias * factor + shift}
     clip = layer.weight_quantizer.clip
     if clip is not None:
         tensors["weight_quantizer.clip"] = clip.double() * factor.abs()

@@ -42,6 +42,7 @@ Values = dict[str, Tensor]
 
 _KEPT = "values_by_width"  # in the table of a module, which copies and pickles it; never changed in place
 _IN_FLOAT = "values_in_float"  # those in whose place others are now
+_IS_KEEPER = "keeps_float_in_its_state_dict"
 _IS_ROOT = "uses_values_after_loading"
 _MARK = "values_found_with"
 
@@ -91,7 +92,8 @@ def _after_loading(model: nn.Module, _keys: Any) -> None:
 
 def keep_values(module: nn.Module, width: str, values: Values) -> None:
     """Keep values for a width; they are in use after the next :func:`use_values`."""
-    if _KEPT not in vars(module):
+    if not vars(module).get(_IS_KEEPER):
+        vars(module)[_IS_KEEPER] = True  # once, though all values may be dropped and others kept
         module.register_state_dict_post_hook(_write_float)
         module.register_load_state_dict_pre_hook(_read_float)
     vars(module)[_KEPT] = {**kept_values(module), width: values}

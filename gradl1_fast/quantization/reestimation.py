@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from gradl1_fast.nn.codes import along
 from gradl1_fast.nn.layers import QuantizedLayer
 from gradl1_fast.nn.sites import named_layers
 from gradl1_fast.quantization._modes import Forward, at_present_widths, run
@@ -117,11 +118,9 @@ def reestimate_batch_norm(
     put_back_float(model)
     try:
         with contextlib.ExitStack() as stack:
-            for estimate in estimates.values():
-                stack.enter_context(estimate.taken())
             stack.enter_context(at_present_widths(model))
             for estimate in estimates.values():
-                estimate.start()
+                stack.enter_context(estimate.taken())
             run(model, batches, "reestimate_batch_norm", forward)
         _keep(model, estimates, width, result)
     except ValueError as error:
@@ -169,11 +168,11 @@ class _OfNorm:
 
     @contextlib.contextmanager
     def taken(self) -> Iterator[None]:
-        """Give the batch norm tables of its own for the block."""
+        """Give the batch norm tables of its own for the block, and let it run as in training."""
         norm = self.norm
         before, momentum = dict(norm._buffers), norm.momentum
         norm._buffers |= dict(zip(self._names, self._fresh, strict=True))
-        norm.momentum = None
+        norm.momentum, norm.training = None, True
         try:
             yield
             self.moments = norm.running_mean, norm.running_var
@@ -181,10 +180,6 @@ class _OfNorm:
         finally:
             norm._buffers |= before
             norm.momentum = momentum
-
-    def start(self) -> None:
-        """Run as in training from now on."""
-        self.norm.training = True
 
     def values(self) -> Values:
         """Return what the batch norm is to keep."""
@@ -209,15 +204,11 @@ class _OfLayer:
         finally:
             hook.remove()
 
-    def start(self) -> None:
-        """Nothing to begin with."""
-
     def _normalised(self, _layer: Any, _args: Any, y: Tensor) -> Tensor:
         values = y.detach().transpose(0, 1).flatten(1).double()
         mean, variance = values.mean(1), values.var(1, correction=0)
         self._add(mean, variance * values.shape[1] / max(values.shape[1] - 1, 1))
-        shape = [-1 if i == 1 else 1 for i in range(y.dim())]
-        factor, shift = (t.reshape(shape).to(y) for t in self.norm.again(mean, variance, scale=self.scale))
+        factor, shift = (along(t, y, 1).to(y) for t in self.norm.again(mean, variance, scale=self.scale))
         return y * factor + shift
 
     def _add(self, mean: Tensor, variance: Tensor) -> None:

@@ -26,6 +26,7 @@ from gradl1_fast.quantization import (
     sensitivity,
     sweep,
 )
+from gradl1_fast.quantization.calibration import set_per_channel
 from gradl1_fast.training.data import Batch, Dataset
 from gradl1_fast.training.norms import step_norms
 
@@ -105,7 +106,8 @@ def run(model: nn.Module, data: Dataset, settings: Settings, *, progress: bool =
     train = _spread(data.train, _CALIBRATION_IMAGES)
     activation_ranges, weight_ranges = settings.ranges, settings.weight_ranges
     if settings.prepare:
-        model = _by_channel(model)
+        model = copy_converted(model)
+        set_per_channel(model, True)
         activation_ranges, weight_ranges = activation_ranges or "mse", weight_ranges or "mse"
     if activation_ranges is not None:  # before folding, which leaves no batch norms to find ranges from
         _calibrate(model, train[0], activation_ranges)
@@ -130,15 +132,6 @@ def run(model: nn.Module, data: Dataset, settings: Settings, *, progress: bool =
         folding,
         plan,
     )
-
-
-def _by_channel(model: nn.Module) -> nn.Module:
-    """Return a copy that quantizes each output channel of a weight in a range of its own."""
-    copy = copy_converted(model)
-    for layer in named_layers(copy).values():
-        layer.weight_quantizer.set_clip(None)
-        layer.weight_quantizer.axis = layer.out_axis
-    return copy
 
 
 def _calibrate(model: nn.Module, images: Tensor, name: str) -> None:

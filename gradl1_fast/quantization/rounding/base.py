@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -54,7 +55,7 @@ class Problem:
         return torch.where((self.errors(codes) < self.errors(others))[..., None], codes, others)
 
 
-class RoundingMethod:
+class RoundingMethod(ABC):
     """How codes of a weight are chosen; a subclass overrides :meth:`codes`.
 
     Attributes:
@@ -63,9 +64,9 @@ class RoundingMethod:
 
     inputs: str = "renormalised"
 
+    @abstractmethod
     def codes(self, problem: Problem) -> Tensor:
         """Return codes, whole numbers within the grid, in the shape of the problem's weight."""
-        raise NotImplementedError
 
 
 def _quadratic(rows: Tensor, moments: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from gradl1_fast.nn.copies import copy_converted
-from gradl1_fast.nn.sites import named_layers, named_quantizers
+from gradl1_fast.nn.sites import named_quantizers
 from gradl1_fast.quantization import (
     bits,
     calibrate,
@@ -17,6 +17,7 @@ from gradl1_fast.quantization import (
     reestimate_batch_norm,
     round_weights,
 )
+from gradl1_fast.quantization.calibration import set_per_channel
 
 __all__ = ["REGIMES", "Regime", "evaluate"]
 
@@ -78,8 +79,7 @@ def evaluate(
         batch_size: images in a batch of calibration.
     """
     copy = copy_converted(model)
-    for layer in named_layers(copy).values():
-        layer.weight_quantizer.axis = layer.out_axis if regime.per_channel else None
+    set_per_channel(copy, regime.per_channel)
     batches = images.split(batch_size)
     if regime.calibrated:
         calibrate(copy, batches, ranges="mse")

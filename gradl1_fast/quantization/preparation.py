@@ -17,7 +17,7 @@ from gradl1_fast.nn.sites import named_layers, named_quantizers
 from gradl1_fast.quantization._modes import Forward, call, evaluation, lasting
 from gradl1_fast.quantization.bias_correction import correct_bias
 from gradl1_fast.quantization.bits import INPUT_BITS, Widths, bits, check_width, set_bits, width_at
-from gradl1_fast.quantization.calibration import calibrate, calibrate_weights
+from gradl1_fast.quantization.calibration import calibrate, calibrate_weights, set_per_channel
 from gradl1_fast.quantization.kept import forget_width
 from gradl1_fast.quantization.ranges.base import Range
 from gradl1_fast.quantization.reestimation import reestimate_batch_norm
@@ -257,11 +257,12 @@ class _Preparing:
     def find_ranges(self, a: Widths, ranges: str | Range, weight_ranges: str | Range) -> None:
         """Find ranges of weights and activations."""
         with_activations = a is not None
-        self._set_axis(per_channel=False)
+        set_per_channel(self.model, False)
         if with_activations:
             self._calibrate("min_max")
+        self._begin_anew()
         self.note("one range for a tensor, smallest to largest value")
-        self._set_axis(per_channel=True)
+        set_per_channel(self.model, True)
         self.note("one range for each output channel of a weight")
         if with_activations:
             self._calibrate(ranges)
@@ -269,13 +270,17 @@ class _Preparing:
         calibrate_weights(self.model, ranges=weight_ranges)
         self.note(f"ranges of weights: {_name(weight_ranges)}")
 
+    def _begin_anew(self) -> None:
+        """Forget what an earlier preparation found for these widths: it belongs to other ranges."""
+        with bits(self.model, **self.widths):
+            forget_width(self.model)
+            for layer in named_layers(self.model).values():
+                quantizer = layer.weight_quantizer
+                if quantizer.bits is not None:
+                    quantizer.set_rounded(quantizer.bits, None)
+
     def _calibrate(self, ranges: str | Range) -> None:
         calibrate(self.model, self._batches, ranges=ranges, forward=self._forward)
-
-    def _set_axis(self, *, per_channel: bool) -> None:
-        for layer in named_layers(self.model).values():
-            layer.weight_quantizer.set_clip(None)
-            layer.weight_quantizer.axis = layer.out_axis if per_channel else None
 
     def round(self, rounding: str | RoundingMethod) -> None:
         """Round weights beyond nearest."""

@@ -65,6 +65,15 @@ def test_another_width_keeps_both() -> None:
             assert torch.equal(second.model(x), by_hand(VGG, w, a)(x))
 
 
+def test_the_same_width_again_begins_anew() -> None:
+    model, options = trained(VGG), {"w": 3, "a": 4, "criterion": distance, "higher_is_better": False}
+    first = gl.prepare(model, batches(VGG), rounding="gptq", **options)
+    second = gl.prepare(first.model, batches(VGG), rounding="gptq", **options)
+    nearest = gl.prepare(first.model, batches(VGG), **options)
+    assert second.steps == first.steps
+    assert nearest.steps == gl.prepare(model, batches(VGG), **options).steps
+
+
 def distance(model: nn.Module) -> float:
     x = VGG.batch()[0]
     return float((model(x) - trained(VGG)(x)).detach().norm())

@@ -17,6 +17,7 @@ from gradl1_fast.quantization.bits import Widths, bits, widths_of
 from gradl1_fast.quantization.rounding.base import Problem, RoundingMethod
 from gradl1_fast.quantization.rounding.choice import choose
 from gradl1_fast.quantization.rounding.collect import Data
+from gradl1_fast.quantization.rounding.kept import drop_rounding
 from gradl1_fast.quantization.rounding.report import Rounding, RoundingRow
 from gradl1_fast.quantization.rounding.second_moments import SecondMoments
 from gradl1_fast.quantization.rounding.weights import Rows, reason_against, tied
@@ -109,10 +110,10 @@ def clear_rounding(model: nn.Module, *, w: int | None = None) -> None:
         w: the width; None for all.
     """
     for layer in named_layers(model).values():
-        quantizer = layer.weight_quantizer
-        for width in list(quantizer.rounded):
-            if w in (None, width):
-                quantizer.set_rounded(width, None)
+        if w is None:
+            drop_rounding(layer)
+        else:
+            layer.weight_quantizer.set_rounded(w, None)
 
 
 class _Rounder:
@@ -171,14 +172,13 @@ def _relative(problem: Problem, nearest: Tensor, codes: Tensor) -> tuple[float, 
 
 @contextlib.contextmanager
 def _codes_back_on_error(layers: Mapping[str, QuantizedLayer]) -> Iterator[None]:
-    quantizers = [layer.weight_quantizer for layer in layers.values()]
-    before = [[(b, codes, q.made_for(b)) for b, codes in q.rounded.items()] for q in quantizers]
+    quantizers = {name: layer.weight_quantizer for name, layer in layers.items()}
+    before = {n: [(b, codes, q.made_for(b)) for b, codes in q.rounded.items()] for n, q in quantizers.items()}
     try:
         yield
     except BaseException:
-        for quantizer, kept in zip(quantizers, before, strict=True):
-            for width in list(quantizer.rounded):
-                quantizer.set_rounded(width, None)
-            for stored in kept:
-                quantizer.set_rounded(*stored)
+        for name, layer in layers.items():
+            drop_rounding(layer)
+            for stored in before[name]:
+                quantizers[name].set_rounded(*stored)
         raise

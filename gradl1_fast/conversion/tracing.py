@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 from torch import fx, nn
 
-from gradl1_fast.conversion.graphs import changes_in_place, layer_of, module_of, operation_of
+from gradl1_fast.conversion.graphs import changes_in_place, kind_of, layer_of, module_of, operation_of
 from gradl1_fast.conversion.trace import Traced, is_holder, is_leaf, trace
 from gradl1_fast.conversion.unchanged import NotTraceableError
 from gradl1_fast.nn.layers import QuantizedLayer
+from gradl1_fast.nn.quantizers import ActivationQuantizer
 from gradl1_fast.nn.sharing import join
 
 # What hands on the values of a tensor, all of them, in another shape or order; see gradl1_fast.nn.inputs.
@@ -21,6 +22,13 @@ _SAME_VALUES = {
     *("squeeze", "swapaxes", "swapdims", "t", "transpose", "unflatten", "unsqueeze", "view", "view_as"),
 }
 _SAME_VALUES_MODULES = (nn.Flatten, nn.Identity, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle)
+
+# What computes, though data in the right range come out as they went in: those of pictures are not negative.
+_COMPUTES = {
+    *("abs", "clamp", "clampmax", "clampmin", "clip", "hardtanh", "leakyrelu", "maximum"),
+    *("minimum", "prelu", "relu", "relu6", "threshold"),
+    *(f"{kind}pool{n}d" for kind in ("max", "avg", "adaptivemax", "adaptiveavg") for n in (1, 2, 3)),
+}
 
 __all__ = ["Part", "parts_of", "share_sites"]
 
@@ -80,7 +88,7 @@ def _share(root: nn.Module, graph: fx.Graph, *, is_root: bool) -> None:
         if _changes_its_input(root, node)
     }
     first: dict[fx.Node, QuantizedLayer] = {}
-    given: defaultdict[int, set[bool]] = defaultdict(set)  # whether a site is given the network's input
+    given: defaultdict[ActivationQuantizer, set[str]] = defaultdict(set)  # what each site is given
     for node in graph.nodes:
         layer = layer_of(root, node)
         if layer is None or layer.input_quantizer is None or not node.all_input_nodes:
@@ -89,10 +97,12 @@ def _share(root: nn.Module, graph: fx.Graph, *, is_root: bool) -> None:
         leader = first.setdefault(source, layer)
         if leader is not layer and source not in changed and leader.input_quantizer is not None:
             join(layer, leader.input_quantizer)
-        layer.input_quantizer.is_known = True
-        given[id(layer.input_quantizer)].add(is_root and _origin(root, source).op == "placeholder")
-        layer.input_quantizer.is_input = given[id(layer.input_quantizer)] == {True}
-        layer.input_quantizer.is_mixed = len(given[id(layer.input_quantizer)]) == 2
+        given[layer.input_quantizer].add(_kind_of(root, source, is_root=is_root))
+    for quantizer, kinds in given.items():
+        quantizer.is_known = True
+        quantizer.is_input = kinds == {"input"}
+        quantizer.is_mixed = "input" in kinds and len(kinds) > 1
+        quantizer.is_computed = kinds == {"computed"}
 
 
 def _past_identities(root: nn.Module, node: fx.Node) -> fx.Node:
@@ -111,6 +121,14 @@ def _origin(root: nn.Module, node: fx.Node) -> fx.Node:
             break
         node = node.all_input_nodes[0]
     return node
+
+
+def _kind_of(root: nn.Module, node: fx.Node, *, is_root: bool) -> str:
+    """Return whether a tensor is the network's input, is computed, or has values that may be the input's."""
+    origin = _origin(root, node)
+    if is_root and origin.op == "placeholder":
+        return "input"
+    return "computed" if kind_of(root, origin).lower().replace("_", "") in _COMPUTES else "unknown"
 
 
 def _changes_its_input(root: nn.Module, node: fx.Node) -> bool:

@@ -199,6 +199,7 @@ class ActivationQuantizer(_Quantizer):
         is_mixed: whether a layer of the site is given the network's input in one call and an activation in
             another. The site is then one of an activation, and no penalty measures the call with the input.
         is_known: whether a forward pass in eager mode, or a trace, has shown which layers share the site.
+        is_computed: whether a trace has shown that the tensor is an activation, whatever its values.
         name: of the site, for messages; ``<first layer>.input``.
         arming: the switch of the model; measures while it is on.
         probe: the scalar leaf whose gradient is ``sum |dL/dy|`` where a penalty on activations measures.
@@ -217,6 +218,7 @@ class ActivationQuantizer(_Quantizer):
         self.is_input = is_input
         self.is_mixed = False
         self.is_known = False
+        self.is_computed = False
         self.name = "input"
         self.step_bits: int | None = None
         self.observer: Observer | None = None

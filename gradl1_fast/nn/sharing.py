@@ -83,7 +83,7 @@ def _begin_pass(quantizer: ActivationQuantizer) -> None:
 
 def _look_for_input(quantizer: ActivationQuantizer, x: Tensor) -> bool:
     """Return whether ``x`` is the network's input; take note of what the site is given."""
-    if is_network_input(x):
+    if not quantizer.is_computed and is_network_input(x):
         quantizer.is_input = not quantizer.is_mixed
         return True
     if quantizer.is_input and x.requires_grad:  # what depends on parameters is no data

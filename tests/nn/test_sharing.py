@@ -378,6 +378,13 @@ def test_the_input_is_known_in_whatever_shape_it_comes(batch: str) -> None:
         assert sites(model) == {"second"}
 
 
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.ReLU6(), nn.MaxPool2d(1), nn.Hardtanh(0, 1)])
+def test_what_is_computed_is_an_activation_also_where_it_changes_no_value(activation: nn.Module) -> None:
+    model = gl.convert(nn.Sequential(activation, nn.Flatten(), nn.Linear(16, 4), nn.ReLU(), nn.Linear(4, 4)))
+    penalised(model, lambda m: m(torch.rand(6, 4, 4)).square().mean())
+    assert sites(model) == {"2", "4"}
+
+
 def test_values_that_tell_nothing_make_no_input() -> None:
     for x in (torch.zeros(6, 4, 4), torch.full((6, 4, 4), torch.nan)):
         model = gl.convert(Reading(lambda x: (x * 2).flatten(1), branches=True))

@@ -52,6 +52,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--write", action="store_true", help="write docs/compatibility.md")
     parser.add_argument("--list", action="store_true", help="list the models and their families")
     parser.add_argument("--checks", metavar="REGEX", default="", help="checks whose name contains it")
+    parser.add_argument(
+        "--exports",
+        choices=["family", "all"],
+        default="family",
+        help="how many models to export",
+    )
     parser.add_argument("--jobs", type=int, default=Limits.jobs, help="models side by side")
     parser.add_argument("--seconds", type=float, default=Limits.seconds, help="limit for one model")
     parser.add_argument("--gigabytes", type=float, default=Limits.memory / 2**30, help="limit for one model")
@@ -73,7 +79,8 @@ def _read(path: Path | None) -> dict[str, Any]:
 
 
 def _run(names: list[str], results: dict[str, Any], arguments: argparse.Namespace) -> None:
-    limits = Limits(arguments.seconds, int(arguments.gigabytes * 2**30), arguments.jobs, arguments.checks)
+    memory = int(arguments.gigabytes * 2**30)
+    limits = Limits(arguments.seconds, memory, arguments.jobs, arguments.checks, arguments.exports)
     with Progress(len(names)) as progress:
         for task in run_all(names, limits):
             results[task.name] = _result(task)

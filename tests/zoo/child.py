@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
 import resource
 import time
 import traceback
 import warnings
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -24,8 +23,8 @@ from tests.zoo.subjects import recipe_of
 Record = dict[str, Any]
 
 
-def work(name: str, results: Connection, memory: int, checks: str = "") -> None:
-    """Check a model; send a record for each check whose name contains a pattern, then None."""
+def work(name: str, results: Connection, memory: int, checks: Sequence[str]) -> None:
+    """Check a model; send a record for each of some checks, then None."""
     torch.set_num_threads(1)
     resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
     for record in records(MODELS[name], checks):
@@ -33,12 +32,11 @@ def work(name: str, results: Connection, memory: int, checks: str = "") -> None:
     results.send(None)
 
 
-def records(entry: Entry, checks: str = "") -> Iterator[Record]:
+def records(entry: Entry, checks: Sequence[str]) -> Iterator[Record]:
     """Check a model as it is, then with dropout and drop path if its factory has them."""
-    chosen = [name for name in CHECKS if re.search(checks, name)]
-    converted = yield from _records(entry, chosen, with_recipe=False)
+    converted = yield from _records(entry, checks, with_recipe=False)
     if converted and entry.recipe and recipe_of(entry):
-        yield from _records(entry, [name for name in OF_RECIPE if name in chosen], with_recipe=True)
+        yield from _records(entry, [name for name in OF_RECIPE if name in checks], with_recipe=True)
 
 
 def _records(entry: Entry, names: Iterable[str], *, with_recipe: bool) -> Generator[Record, None, bool]:

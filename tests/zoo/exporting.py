@@ -24,7 +24,7 @@ def exported(original: nn.Module, model: nn.Module, batch: Any) -> str | None:
     """Export a model at each pair of widths and compare the file with the simulation.
 
     Args:
-        original: what ``torch.export`` is asked to take first.
+        original: what ``torch.export`` is asked to take if the converted network cannot be exported.
         model: the same network; it is converted here, in float32.
         batch: its inputs.
 
@@ -32,8 +32,16 @@ def exported(original: nn.Module, model: nn.Module, batch: Any) -> str | None:
         None where ``torch.export`` does not take the original; else what is wrong, or nothing.
     """
     batch = _in_float32(batch)
-    if not _is_taken(copy.deepcopy(original).float().eval(), batch):
+    try:
+        return _faults(model, batch)
+    except NotExportableError:
+        if _is_taken(copy.deepcopy(original).float().eval(), batch):
+            raise
         return None
+
+
+def _faults(model: nn.Module, batch: Any) -> str:
+    """Return what is wrong with the files, or nothing."""
     converted = gl.convert(copy.deepcopy(model).float().eval())
     gl.calibrate(converted, [batch])
     program = template = None

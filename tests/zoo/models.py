@@ -211,3 +211,9 @@ MODELS: dict[str, Entry] = {
     entry.name: entry
     for entry in (*CONVOLUTIONAL, *MOBILE, *ATTENTION, *TORCHVISION, *LANGUAGE, *SPEECH_AND_VISION)
 }
+
+
+def is_first_of_family(name: str) -> bool:
+    """Return whether a model is the first one listed of its family."""
+    family = MODELS[name].family
+    return name == next(entry.name for entry in MODELS.values() if entry.family == family)

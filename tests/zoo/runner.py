@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -11,20 +12,35 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
 
+from tests.zoo.checks import CHECKS
 from tests.zoo.child import Record, work
+from tests.zoo.models import is_first_of_family
 
 # Imported once, by the process from which the others are forked.
-PRELOAD = ["tests.zoo.child", "timm", "torchvision", "transformers"]
+PRELOAD = [
+    *("tests.zoo.child", "timm", "torchvision", "transformers"),
+    *("torch._dynamo", "torch.export", "torch.onnx._internal.exporter._core"),
+    *("onnxruntime", "onnxscript.function_libs.torch_lib.ops"),
+]
 
 
 @dataclass
 class Limits:
-    """Seconds and bytes that a model may take, how many run side by side, and which checks are made."""
+    """What may be used, and what is checked.
+
+    Attributes:
+        seconds: that a model may take.
+        memory: in bytes, likewise.
+        jobs: models side by side.
+        checks: a pattern in the names of those to make.
+        exports: which models are exported: ``"family"``, the first of each, or ``"all"``.
+    """
 
     seconds: float = 150
     memory: int = 8 * 2**30
     jobs: int = 2
     checks: str = ""
+    exports: str = "family"
 
 
 @dataclass
@@ -82,7 +98,10 @@ def run_all(names: Sequence[str], limits: Limits) -> Iterator[Task]:
 
 def _start(context: multiprocessing.context.ForkServerContext, name: str, limits: Limits) -> Task:
     results, sender = context.Pipe(duplex=False)
-    process = context.Process(target=work, args=(name, sender, limits.memory, limits.checks), daemon=True)
+    checks = [check for check in CHECKS if re.search(limits.checks, check)]
+    if limits.exports == "family" and not is_first_of_family(name):
+        checks = [check for check in checks if check != "export"]
+    process = context.Process(target=work, args=(name, sender, limits.memory, checks), daemon=True)
     process.start()
     sender.close()
     return Task(name, process, results)

@@ -132,7 +132,7 @@ def test_the_experiment_prints_its_table_and_writes_its_rows(tmp_path):
     result = gradl1("experiment", *arguments, "--out", str(tmp_path / "runs"))
     assert result.exit_code == 0, result.output
     assert "gradl1, quantized" in result.output
-    assert "highest mean has" in result.output
+    assert "best is" in result.output
     found = json.loads(rows.read_text())
     assert {row["method"] for row in found} == {"plain", "gradl1"}
     assert len(found) == 2 * 3 * 4

@@ -73,7 +73,7 @@ def test_a_mismatch_fails_and_nothing_is_written(
     monkeypatch.setattr(command.agreement, "TOP_1", 1.5)
     result = gradl1(run, "--out", tmp_path / "file", "--format", "any-bit")
     assert result.exit_code == 1
-    assert "nothing is written: top-1 agreement is 100.00 %, needed is 150 %" in result.output
+    assert "no file was written: top-1 agreement is 100.00 %, required is 150 %" in result.output
     assert result.output.count("gradl1:") == 1
     assert not list(tmp_path.iterdir())
 
@@ -87,7 +87,7 @@ def test_too_large_a_loss_of_accuracy_fails_and_nothing_is_written(
     out.unlink()
     result = gradl1(run, "--out", out, "--format", "any-bit", "--max-drop", 1)
     assert result.exit_code == 1
-    assert "nothing is written: accuracy falls from 99.00 to " in result.output
+    assert "no file was written: accuracy drops from 99.00 to " in result.output
     assert not list(tmp_path.iterdir())
 
 
@@ -107,7 +107,7 @@ def test_widths_are_asked_for(run: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     [
         (("--w", 9), "export has widths 1 to 8 and 16, got 9"),
         (("--format", "any-bit", "--w", 4), "an any-bit file holds every width"),
-        (("--w", 4, "--out", "/nowhere/x.onnx"), "gradl1: /nowhere: there is no such folder to write to"),
+        (("--w", 4, "--out", "/nowhere/x.onnx"), "gradl1: /nowhere: the folder to write to does not exist"),
     ],
 )
 def test_what_is_refused(run: Path, arguments: tuple[object, ...], message: str) -> None:

@@ -97,7 +97,7 @@ def test_a_finished_run_may_be_resumed_and_says_the_same(finished):
 
 
 def test_a_folder_with_a_run_is_not_written_over(finished):
-    assert "holds a run already" in refused("--out", finished[0])
+    assert "already holds a run" in refused("--out", finished[0])
 
 
 def test_nothing_to_resume(tmp_path):
@@ -205,16 +205,16 @@ MISTAKES = pytest.mark.parametrize(
         (["--epochs", "0"], "epochs must be 1 or more"),
         (["--epochs", "5"], "penalty.epochs must be at most training.epochs, 5, got 10"),
         (["--method", "lasso"], "objective must be one of"),
-        (["--setting", "beta"], "a setting is written NAME=VALUE, got 'beta'"),
+        (["--setting", "beta"], "--setting must be NAME=VALUE, got 'beta'"),
         (["--setting", "beta=1"], "its settings are lambda_w"),
         (["--penalty-from", "30"], "--penalty-from must be from 1 to 20"),
-        (["--penalty-from", "3", "--penalty-epochs", "3"], "exclude each other"),
+        (["--penalty-from", "3", "--penalty-epochs", "3"], "--penalty-from or --penalty-epochs, not both"),
         (["--data-set", "mnist"], "data must be one of"),
         (["--data-set", "cifar10"], "Get CIFAR-10"),
         (["--model", "lenet"], "model must be one of"),
         (["--cuda-graph", "--device", "cpu"], "cuda_graph needs an NVIDIA GPU"),
         (["--device", "gpu"], "device must be cpu, cuda or cuda:N"),
-        (["--batch-size", "2000"], "2000 is more than all 1200 images"),
+        (["--batch-size", "2000"], "2000 is more than the 1200 training images"),
         (["--model", "mobilenet_like", "--width", "4", "--batch-size", "1"], "more than 1 value per channel"),
     ],
 )
@@ -293,7 +293,9 @@ def test_a_dry_run_of_a_resumption_reads_the_checkpoint(finished, tmp_path):
     assert result.exit_code == 0, result.output
     state = next((folder / "checkpoint").glob("step-*/state.pt"))
     state.write_bytes(state.read_bytes()[:1000])
-    assert "state.pt: not a whole file" in refused("--dry-run", "--resume", folder, "--device", "cpu")
+    assert "state.pt: truncated or corrupt checkpoint" in refused(
+        "--dry-run", "--resume", folder, "--device", "cpu"
+    )
 
 
 def test_without_tensorboard_it_says_so_and_goes_on(tmp_path, monkeypatch):

@@ -45,7 +45,7 @@ def _line(console: Console) -> Stage:
                 seconds = time.perf_counter() - start
                 console.print(f"{what}: {total} done in {seconds:.0f} s", highlight=False, markup=False)
 
-        console.print(f"{what}: begins, {total} parts", highlight=False, markup=False)
+        console.print(f"{what}: {total} to do", highlight=False, markup=False)
         return after_part
 
     return stage

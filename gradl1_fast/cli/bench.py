@@ -32,14 +32,12 @@ bench = typer.Typer(
 app.add_typer(bench, name="bench")
 
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
-Rounds = Annotated[int, typer.Option(min=2, help="Timed repetitions of each provider, taken in turn.")]
-Smoke = Annotated[bool, typer.Option("--smoke", help="Tiny sizes: shows that everything runs, no more.")]
-Networks = Annotated[
-    list[str] | None, typer.Option(help="Measure this network alone; may be given several times.")
-]
+Rounds = Annotated[int, typer.Option(min=2, help="Timed repetitions per provider; providers take turns.")]
+Smoke = Annotated[bool, typer.Option("--smoke", help="Tiny sizes, to check that everything runs.")]
+Networks = Annotated[list[str] | None, typer.Option(help="Measure only this network; may be repeated.")]
 Deep = Annotated[
     bool,
-    typer.Option("--deep", help="Compile every network; otherwise what compiles runs on the first alone."),
+    typer.Option("--deep", help="Measure compiled providers on every network, not only on the first."),
 ]
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the list of rows to this file.")]
 Out = Annotated[
@@ -126,7 +124,7 @@ def scale(
 
 @bench.command(epilog="Example: gradl1 bench compare HEAD~1")
 def compare(
-    base: Annotated[str, typer.Argument(help="A revision as git understands it.")],
+    base: Annotated[str, typer.Argument(help="A git revision.")],
     smoke: Smoke = False,
     device: Device = "cpu",
     rounds: Rounds = 15,

@@ -20,11 +20,9 @@ __all__ = ["demo"]
 @app.command(epilog="Example: gradl1 demo --out digits-report --seeds 5")
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for report.html and results.json.")] = Path("gradl1-demo"),
-    seeds: Annotated[
-        int, typer.Option(min=1, help="Pairs of networks to train; more tell more, and take longer.")
-    ] = 5,
+    seeds: Annotated[int, typer.Option(min=1, help="Pairs of networks to train.")] = 5,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Tiny settings, a few seconds: shows that it runs, no more.")
+        bool, typer.Option("--quick", help="Tiny settings, to check that it runs (a few seconds).")
     ] = False,
 ) -> None:
     """Train twin networks on handwritten digits, with and without the penalty, and quantize both.

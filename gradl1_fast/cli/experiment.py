@@ -42,7 +42,7 @@ _EXAMPLE = "Example: gradl1 experiment fashion-mnist --methods plain,gradl1 --se
 def experiment(
     name: Annotated[str, typer.Argument(help=f"What to train on: {' or '.join(experiments.EXPERIMENTS)}.")],
     methods: Annotated[
-        str, typer.Option(help="Methods, with commas between them, or: all. The list is above.")
+        str, typer.Option(help="Comma-separated methods from the list above, or all.")
     ] = "plain,gradl1",
     seeds: Annotated[int, typer.Option(min=1, help="Networks of each method; the seeds are 0, 1, ...")] = 3,
     json: Annotated[
@@ -52,16 +52,16 @@ def experiment(
         ),
     ] = None,
     out: Annotated[
-        Path, typer.Option(help="Folder for report.html and one file a run; runs found there are kept.")
+        Path, typer.Option(help="Folder for report.html and one file per run; runs already there are kept.")
     ] = Path("gradl1-experiment"),
     data: Annotated[
-        Path | None, typer.Option(help="Folder of the data set, where it is not in its usual place.")
+        Path | None, typer.Option(help="Folder of the data set, if it is not in its usual place.")
     ] = None,
     regimes: Annotated[
-        str, typer.Option(help="Regimes, with semicolons between them, or: all. The list is above.")
+        str, typer.Option(help="Semicolon-separated regimes from the list above, or all.")
     ] = "; ".join(DEFAULT_REGIMES),
     quick: Annotated[
-        bool, typer.Option("--quick", help="Tiny settings, seconds a method: shows that it runs, no more.")
+        bool, typer.Option("--quick", help="Tiny settings, to check that it runs (seconds per method).")
     ] = False,
 ) -> None:
     """Train a network by each method, quantize all of them to many widths, and compare."""

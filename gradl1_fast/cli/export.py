@@ -34,14 +34,14 @@ _ASKED = "which widths? Give --w and --a, such as --w 8 --a 8, or --w 4 for weig
 
 @app.command(epilog=_EPILOG)
 def export(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run, of gradl1 train.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished gradl1 train run.")],
     w: Annotated[
         int | None,
-        typer.Option(help="Bits of the weights: 1 to 8 or 16. Without it, float.", show_default=False),
+        typer.Option(help="Bits of the weights, 1 to 8 or 16. Default: float.", show_default=False),
     ] = None,
     a: Annotated[
         int | None,
-        typer.Option(help="Bits of the activations: 1 to 8 or 16. Without it, float.", show_default=False),
+        typer.Option(help="Bits of the activations, 1 to 8 or 16. Default: float.", show_default=False),
     ] = None,
     format: Annotated[
         str,
@@ -51,32 +51,32 @@ def export(
         ),
     ] = "onnx",
     out: Annotated[
-        Path | None, typer.Option(help="File to write. By default in RUN.", show_default=False)
+        Path | None, typer.Option(help="File to write. Default: a file in RUN.", show_default=False)
     ] = None,
-    inputs: Annotated[int, typer.Option(min=1, help="How many test images are compared.")] = 500,
+    inputs: Annotated[int, typer.Option(min=1, help="Number of test images to compare.")] = 500,
     max_drop: Annotated[
         float | None,
         typer.Option(
             min=0,
             metavar="POINTS",
-            help="Write nothing if accuracy falls by more than this from float.",
+            help="Write nothing if accuracy drops more than this below float.",
             show_default=False,
         ),
     ] = None,
 ) -> None:
     """Write a trained network as a file with integer weights, and check what the file computes.
 
-    The network's input keeps 8 bits where activations get fewer.
+    The network's input keeps 8 bits when activations have fewer.
 
-    Batch norms are folded into the convolutions. The written network runs on
-    test images, ONNX in a plain session of onnxruntime, and must agree with
-    the simulation of this library: codes of activations at most 1 apart,
-    outputs within 0.1 % of the largest, the same decision for 99 % of the
-    images, accuracy at most 1 point lower. Otherwise nothing is written and
-    the command fails.
+    Batch norms are folded into the convolutions. The exported network runs on
+    test images (ONNX in a plain onnxruntime session) and must agree with the
+    simulation of this library: activation codes differ by at most 1, outputs by
+    at most 0.1 % of the largest, the decision is the same for 99 % of the
+    images, and accuracy is at most 1 point lower. Otherwise the command fails
+    and writes no file.
     """  # fmt: skip
     if format not in FORMATS:
-        fail(f"there is no format {format!r}; there are {', '.join(FORMATS)}")
+        fail(f"unknown format {format!r}; choose one of {', '.join(FORMATS)}")
     chosen = FORMATS[format]
     try:
         loaded = runs.load(run)
@@ -84,7 +84,7 @@ def export(
         name = f"w{width_name(w)}-a{width_name(a)}" if chosen.has_widths else chosen.name
         path = out or run / f"model-{name}{chosen.ending}"
         if not path.parent.is_dir():
-            raise FileNotFoundError(errno.ENOENT, "there is no such folder to write to", str(path.parent))
+            raise FileNotFoundError(errno.ENOENT, "the folder to write to does not exist", str(path.parent))
         images, labels = loaded.data.test
         _write(loaded, path, chosen, (images[:inputs], labels[:inputs]), w, a, max_drop)
     except ImportError as error:
@@ -132,9 +132,9 @@ def _write(
     faults = found.faults()
     if max_drop is not None and found.accuracy is not None and found.accuracy < before - max_drop:
         drop = f"from {before:.2f} to {found.accuracy:.2f} %"
-        faults.append(f"accuracy falls {drop}, allowed are {max_drop:g} points")
+        faults.append(f"accuracy drops {drop}; at most {max_drop:g} points are allowed")
     if faults:
-        raise ValueError(f"nothing is written: {'; '.join(faults)}")
+        raise ValueError(f"no file was written: {'; '.join(faults)}")
     file.save(path)
 
 
@@ -156,7 +156,7 @@ def _print_agreement(found: Agreement, size: int) -> None:
             ("codes that differ", "", f"{100 * found.differing:.4f} %"),
         ]
     rows += [
-        ("largest error, of the largest output", f"{agreement.OUTPUTS:g}", f"{found.outputs:.1e}"),
+        ("largest error, relative to the largest output", f"{agreement.OUTPUTS:g}", f"{found.outputs:.1e}"),
         ("the same end to end", "", f"{found.end_to_end:.1e}"),
         ("top-1 agreement", f"{100 * agreement.TOP_1:g} %", f"{100 * found.top_1:.2f} %"),
     ]

@@ -32,7 +32,7 @@ def info() -> None:
     if variables:
         console.print(pairs("Environment variables in force", variables))
     else:
-        console.print("No environment variable in force; GRADL1_BACKEND would choose a backend by name.")
+        console.print("No environment variable is set; GRADL1_BACKEND chooses a backend by name.")
 
 
 def _print_backends(console: Console, device: str) -> None:

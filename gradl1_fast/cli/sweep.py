@@ -30,20 +30,20 @@ _RANGES = ", ".join(NAMES)
 
 @app.command(epilog=_EPILOG)
 def sweep(
-    folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished gradl1 train.")],
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished gradl1 train run.")],
     bits: Annotated[
         str, typer.Option(help="Widths of weights and of activations; every pair is evaluated.")
     ] = "float,8,6,5,4,3,2",
-    alone: Annotated[int, typer.Option(help="Width at which each tensor is quantized alone.")] = 4,
+    alone: Annotated[int, typer.Option(help="Width at which each tensor is quantized by itself.")] = 4,
     images: Annotated[
-        int, typer.Option(min=0, help="Test images, evenly spread over all of them; 0 for all.")
+        int, typer.Option(min=0, help="Number of test images, spread evenly over the set; 0 for all.")
     ] = 2000,
     ranges: Annotated[
         str | None,
-        typer.Option(help=f"Find the ranges of activations anew, on 1000 training images: {_RANGES}."),
+        typer.Option(help=f"Recompute activation ranges on 1000 training images: {_RANGES}."),
     ] = None,
     weight_ranges: Annotated[
-        str | None, typer.Option(help="Find ranges of weights, such as mse; by default their own.")
+        str | None, typer.Option(help="Weight ranges, such as mse. Default: the range of each weight.")
     ] = None,
     prepare: Annotated[
         bool,
@@ -53,12 +53,12 @@ def sweep(
             "error, batch-norm statistics at each pair of widths.",
         ),
     ] = True,
-    fold: Annotated[bool, typer.Option("--fold", help="Fold batch norms into convolutions first.")] = False,
+    fold: Annotated[bool, typer.Option("--fold", help="First fold batch norms into convolutions.")] = False,
     size: Annotated[
         float | None,
-        typer.Option(help="Search a width for each layer so that the weights take at most so many bytes."),
+        typer.Option(help="Search a width for each layer within this size of all weights, in bytes."),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="The report; by default RUN/sweep.html.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Report to write. Default: RUN/sweep.html.")] = None,
 ) -> None:
     """Evaluate a finished run at every width, and write a report.
 

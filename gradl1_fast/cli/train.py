@@ -68,78 +68,90 @@ def _option(panel: str, text: str, *names: str) -> Any:
 @app.command(epilog=_EPILOG)
 def train(
     recipe: Annotated[
-        str, typer.Option(help=f"One of {', '.join(configs.recipes())}, or a file that ends in .toml.")
+        str, typer.Option(help=f"One of {', '.join(configs.recipes())}, or a .toml file.")
     ] = _RECIPE,
     out: Annotated[Path, typer.Option(help="Folder of the run.")] = _OUT,
     resume: Annotated[
-        Path | None, typer.Option(help="Go on with the run in this folder, as it was configured.")
+        Path | None, typer.Option(help="Resume the run in this folder with its own configuration.")
     ] = None,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Print the whole configuration, check that it could run, and end."),
+        typer.Option("--dry-run", help="Print the full configuration, check that it can run, and exit."),
     ] = False,
     device: Annotated[
-        str | None, typer.Option(help="cpu, cuda or cuda:N; by default a GPU where there is one.")
+        str | None, typer.Option(help="cpu, cuda or cuda:N. Default: a GPU if there is one.")
     ] = None,
     data_set: Annotated[
-        str | None, _option(_DATA, "digits, fashion-mnist, cifar10, or images: a folder of them.")
+        str | None, _option(_DATA, "digits, fashion-mnist, cifar10, or images (a folder of images).")
     ] = None,
-    data: Annotated[str | None, _option(_DATA, "Folder of its files.")] = None,
-    model: Annotated[str | None, _option(_DATA, "Network, by name, or timm:NAME.")] = None,
-    width: Annotated[int | None, _option(_DATA, "Channels of its first layer.")] = None,
+    data: Annotated[str | None, _option(_DATA, "Folder of the data set.")] = None,
+    model: Annotated[str | None, _option(_DATA, "Name of the network, or timm:NAME.")] = None,
+    width: Annotated[int | None, _option(_DATA, "Channels of the first layer.")] = None,
     stem: Annotated[str | None, _option(_DATA, "cifar (small images) or imagenet.")] = None,
-    per_channel: Annotated[
-        bool | None, _option(_DATA, "One range for each output channel of a weight.")
+    per_channel: Annotated[bool | None, _option(_DATA, "One weight range per output channel.")] = None,
+    size: Annotated[
+        int | None, _option(_DATA, "Height and width of the images of a folder, in pixels.")
     ] = None,
-    size: Annotated[int | None, _option(_DATA, "Sides of the images of a folder, in pixels.")] = None,
-    flip: Annotated[bool | None, _option(_DATA, "Mirror training images by chance.")] = None,
-    crop: Annotated[int | None, _option(_DATA, "Shift training images by up to so many pixels.")] = None,
-    epochs: Annotated[int | None, _option(_LOOP, "Passes over the training images.")] = None,
-    batch_size: Annotated[int | None, _option(_LOOP, "Images in a step.")] = None,
-    seed: Annotated[int | None, _option(_LOOP, "Of everything that is drawn by chance.")] = None,
+    flip: Annotated[bool | None, _option(_DATA, "Random horizontal flip.")] = None,
+    crop: Annotated[int | None, _option(_DATA, "Maximum random shift in pixels (0 disables it).")] = None,
+    epochs: Annotated[int | None, _option(_LOOP, "Number of epochs.")] = None,
+    batch_size: Annotated[int | None, _option(_LOOP, "Images per training step.")] = None,
+    seed: Annotated[int | None, _option(_LOOP, "Random seed.")] = None,
     optimizer: Annotated[str | None, _option(_LOOP, "sgd, adam or adamw.")] = None,
-    learning_rate: Annotated[float | None, _option(_LOOP, "At its highest; a cosine brings it to 0.")] = None,
-    momentum: Annotated[float | None, _option(_LOOP, "Of sgd.")] = None,
-    weight_decay: Annotated[float | None, _option(_LOOP, "Of all parameters, also biases and norms.")] = None,
+    learning_rate: Annotated[
+        float | None, _option(_LOOP, "Peak learning rate; a cosine schedule lowers it to 0.")
+    ] = None,
+    momentum: Annotated[float | None, _option(_LOOP, "Momentum of sgd.")] = None,
+    weight_decay: Annotated[
+        float | None, _option(_LOOP, "Weight decay of all parameters, biases and norms included.")
+    ] = None,
     warmup_epochs: Annotated[
-        int | None, _option(_LOOP, "The learning rate rises in the first so many.")
+        int | None, _option(_LOOP, "Number of linear warm-up epochs of the learning rate.")
     ] = None,
-    label_smoothing: Annotated[float | None, _option(_LOOP, "Of the cross-entropy.")] = None,
+    label_smoothing: Annotated[float | None, _option(_LOOP, "Label smoothing of the cross-entropy.")] = None,
     ema: Annotated[
-        float | None, _option(_LOOP, "Decay of a moving average of the weights, as 0.999.")
+        float | None, _option(_LOOP, "Decay of the moving average of the weights, such as 0.999.")
     ] = None,
-    checkpoint_steps: Annotated[int | None, _option(_LOOP, "Checkpoints within an epoch too.")] = None,
+    checkpoint_steps: Annotated[int | None, _option(_LOOP, "Also write a checkpoint every N steps.")] = None,
     method: Annotated[
         str | None, _option(_PENALTY, "plain, gradl1, l2, sam, kure, defensive or qat.")
     ] = None,
     penalty_epochs: Annotated[
-        int | None, _option(_PENALTY, "It is on in the last so many; 0: never.")
+        int | None, _option(_PENALTY, "Apply the penalty in the last N epochs (0 = off).")
     ] = None,
-    penalty_from: Annotated[int | None, _option(_PENALTY, "Instead: the epoch that it begins with.")] = None,
+    penalty_from: Annotated[
+        int | None, _option(_PENALTY, "First epoch with the penalty, instead of --penalty-epochs.")
+    ] = None,
     penalty_warmup: Annotated[
-        int | None, _option(_PENALTY, "Its coefficients rise in so many epochs.")
+        int | None, _option(_PENALTY, "Raise the coefficients linearly over N epochs.")
     ] = None,
     coefficient: Annotated[
         float | None, _option(_PENALTY, "lambda_w and lambda_a of gradl1 and l2.", "--lambda")
     ] = None,
-    scale: Annotated[str | None, _option(_PENALTY, "none, or step: norms times quantization steps.")] = None,
-    every: Annotated[int | None, _option(_PENALTY, "On each so many-th step alone, times as much.")] = None,
+    scale: Annotated[
+        str | None, _option(_PENALTY, "none, or step: multiply each norm by its quantization step.")
+    ] = None,
+    every: Annotated[
+        int | None, _option(_PENALTY, "Apply the penalty every N steps, multiplied by N.")
+    ] = None,
     setting: Annotated[
         list[str] | None, _option(_PENALTY, "Another setting of the method, such as beta=0.002.")
     ] = None,
     precision: Annotated[str | None, _option(_HOW, "float32, bfloat16 or float16.")] = None,
-    accumulate: Annotated[int | None, _option(_HOW, "Parts in which a batch goes through.")] = None,
-    checkpointing: Annotated[bool | None, _option(_HOW, "Compute activations twice, save memory.")] = None,
+    accumulate: Annotated[
+        int | None, _option(_HOW, "Split each batch into N parts (gradient accumulation).")
+    ] = None,
+    checkpointing: Annotated[bool | None, _option(_HOW, "Recompute activations to save memory.")] = None,
     compile: Annotated[bool | None, _option(_HOW, "Compile the whole step.")] = None,
-    cuda_graph: Annotated[bool | None, _option(_HOW, "Capture the whole step on a GPU.")] = None,
+    cuda_graph: Annotated[bool | None, _option(_HOW, "Capture the whole step in a CUDA graph.")] = None,
 ) -> None:
     """Train a network with the gradient-l1 penalty, quantize it and report.
 
-    Without options: handwritten digits, in half a minute on one CPU core. A
-    recipe sets everything; options change single values of it.
+    Without options it trains on handwritten digits, in half a minute on one CPU
+    core. A recipe sets all values; options override single values.
 
     The folder of the run holds config.toml, metrics.csv, log.txt, the weights,
-    the ranges of the activations and report.html. While it goes on, watch it by
+    the activation ranges and report.html. To watch the run, use
     tensorboard --logdir FOLDER.
     """  # fmt: skip
     given = dict(locals())
@@ -158,7 +170,7 @@ def train(
             )
     except KeyboardInterrupt:
         begun = Folder(resume or out).config.is_file()
-        fail(f"stopped; go on with: gradl1 train --resume {resume or out}" if begun else "stopped")
+        fail(f"stopped; resume with: gradl1 train --resume {resume or out}" if begun else "stopped")
     except OSError as error:
         fail(f"{error.filename or resume or out}: {error.strerror or error}")
     except (ValueError, TypeError, ImportError, TrainingError) as error:
@@ -174,10 +186,10 @@ def _resumed(folder: Path, given: dict[str, Any]) -> Config:
     if changed:
         flags = ["lambda" if name == "coefficient" else name.replace("_", "-") for name in changed]
         names = ", ".join(f"--{flag}" for flag in flags)
-        raise ValueError(f"a run is resumed as it was configured, without {names}")
+        raise ValueError(f"--resume uses the configuration of the run; leave out {names}")
     file = Folder(folder).config
     if not file.is_file():
-        raise ValueError(f"{folder}: no config.toml here: there is no run to resume")
+        raise ValueError(f"{folder}: no run to resume: config.toml is missing")
     return Config.read(file)
 
 
@@ -204,12 +216,12 @@ def _penalty(config: Config, given: dict[str, Any]) -> dict[str, Any]:
     for text in given["setting"] or []:
         name, separator, value = text.partition("=")
         if not separator:
-            raise ValueError(f"--setting: a setting is written NAME=VALUE, got {text!r}")
+            raise ValueError(f"--setting must be NAME=VALUE, got {text!r}")
         settings[name.strip()] = parse_value(value.strip())
     values: dict[str, Any] = {"settings": settings}
     if given["penalty_from"] is not None:
         if given["penalty_epochs"] is not None:
-            raise ValueError("--penalty-from and --penalty-epochs exclude each other")
+            raise ValueError("give --penalty-from or --penalty-epochs, not both")
         epochs = config.training.epochs if given["epochs"] is None else given["epochs"]
         if not 1 <= given["penalty_from"] <= epochs:
             raise ValueError(f"--penalty-from must be from 1 to {epochs}, got {given['penalty_from']}")

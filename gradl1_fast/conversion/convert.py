@@ -89,7 +89,9 @@ def convert(model: nn.Module, *, per_channel: bool = False) -> nn.Module:
     if not any(map(_is_convertible, _own_modules(model))):
         if any(isinstance(m, QuantizedLayer) for m in model.modules()):
             return model
-        raise ValueError("gradl1_fast.convert: the model has no convolution or linear layer to convert")
+        raise ValueError(
+            "gradl1_fast.convert: the model has no layer to convert (convolution, linear layer or embedding)"
+        )
     arming = Arming(install)
     converted = _replaced(copy_structure(model), per_channel, arming)
     for module in converted.modules():
@@ -164,7 +166,7 @@ def _warn_of_rest(model: nn.Module) -> None:
     if share > _WORTH_A_WARNING:
         names = ", ".join(left)
         warnings.warn(
-            f"gradl1_fast.convert: {share:.0%} of the weights stay in float and out of the penalty: {names}; "
+            f"gradl1_fast.convert: {share:.0%} of the weights stay in float and are not penalised: {names}; "
             "see gradl1_fast.report(model)",
             stacklevel=3,
         )

@@ -144,7 +144,7 @@ class _Plan:
         )
         if kind not in self._proved:
             same = computes_the_same(module, module._call_impl, self.run, args)
-            self._proved[kind] = "" if same else "it computes something else than its modules"
+            self._proved[kind] = "" if same else "its outputs differ from those of its modules"
         return self._proved[kind]
 
 
@@ -163,15 +163,15 @@ def _make(module: nn.Module, arming: Arming) -> _Plan | str:
 def _why_not_now(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     """Return what about this very call no plan allows for, or nothing."""
     if kwargs or not args or not all(isinstance(x, Tensor) for x in args):
-        return "was called with other arguments than tensors in order"
+        return "was called with arguments other than positional tensors"
     if (
         torch._C._functorch.peek_interpreter_stack() is not None
         or torch.autograd.forward_ad._current_level >= 0
     ):
         return "was called in a functional transform or in forward-mode differentiation"
     if torch._C._get_tracing_state() is not None:
-        return "was called while torch.jit traces"
+        return "was called during torch.jit tracing"
     hooks = nn.modules.module
     if hooks._global_forward_hooks or hooks._global_forward_pre_hooks or hooks._global_backward_hooks:
-        return "was called with hooks on all modules"
+        return "was called while global module hooks are registered"
     return ""

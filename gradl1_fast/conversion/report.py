@@ -55,7 +55,7 @@ class Report:
                 _table("Sites", ("name", "bits", "range", "penalised"), self.sites),
                 _table("Left in float", ("name", "operation"), self.unquantized),
                 _table("Plans", ("container", "layers", "state"), plans),
-                _table("Regions", ("container", "operations", "layers", "why not as one"), regions),
+                _table("Regions", ("container", "operations", "layers", "why not one region"), regions),
             )
         )
 
@@ -97,7 +97,7 @@ def _never_called(model: nn.Module, used: dict[int, str]) -> Iterator[tuple[str,
     if any(layer.was_called for layer in layers.values()):
         for name, layer in layers.items():
             if not layer.was_called and id(layer) not in used:
-                yield name, "not called so far: a function that uses its weight uses it in float"
+                yield name, "not called yet: a function that uses its weight uses it in float"
 
 
 def _unquantized(model: nn.Module, parts: list[Part]) -> Iterator[tuple[str, ...]]:
@@ -122,7 +122,7 @@ def _from_source(part: Part) -> Iterator[tuple[str, ...]]:
     code = getattr(type(part.container).forward, "__code__", None)
     for name in sorted(_NAMES_OF_PRODUCTS & set(code.co_names if code else ())):
         yield part.name or "the model", name
-    yield part.name or "the model", f"other operations, unknown: {part.reason}"
+    yield part.name or "the model", f"unknown operations: {part.reason}"
 
 
 def _computes_in_float(root: nn.Module, node: fx.Node) -> bool:
@@ -165,7 +165,7 @@ def _layer_row(name: str, layer: QuantizedLayer, used: str) -> tuple[str, ...]:
     if used:
         bits = f"float: used by {used}"
     elif quantizer.bits is not None and not layer.was_called:
-        bits = f"{bits} when it is called, which it was not yet"
+        bits = f"{bits}, but not called yet"
     return name, type(layer).__name__, "x".join(map(str, layer.weight.shape)), bits, ranges
 
 

@@ -81,7 +81,7 @@ def trace(container: nn.Module) -> Traced:
 def _defaults(container: nn.Module) -> dict[str, Any]:
     parameters = inspect.signature(type(container).forward).parameters.values()
     if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
-        raise NotTraceableError("its forward() takes any number of arguments")
+        raise NotTraceableError("its forward() takes *args or **kwargs")
     return {p.name: p.default for p in parameters if p.default is not p.empty}
 
 
@@ -135,19 +135,19 @@ class _Tracer(fx.Tracer):
         if isinstance(a, fx.Proxy):
             return a.node
         if isinstance(a, dict) and type(a) is not dict:  # which fx would make a plain one
-            raise NotTraceableError(f"it makes a {type(a).__name__}")
+            raise NotTraceableError(f"it creates a {type(a).__name__}")
         if isinstance(a, Tensor) and not isinstance(a, nn.Parameter):
-            raise NotTraceableError("it makes a tensor that does not depend on its input")
+            raise NotTraceableError("it creates a tensor that does not depend on its input")
         return super().create_arg(a)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         """Record an operation, unless a mode is on that the graph would not have."""
         if not torch.is_grad_enabled():
-            raise NotTraceableError("it switches gradients off for a part")
+            raise NotTraceableError("it disables gradients in a part of the forward pass")
         if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
-            raise NotTraceableError("autocast is on in it")
+            raise NotTraceableError("it enables autocast")
         if _saved_tensor_hooks() != self._hooks:
-            raise NotTraceableError("it checkpoints activations, or handles saved tensors otherwise")
+            raise NotTraceableError("it uses activation checkpointing or other hooks for saved tensors")
         return super().create_node(*args, **kwargs)
 
     def _forget_after(self, before: fx.Node) -> None:
@@ -228,7 +228,7 @@ def _same_random_state() -> Iterator[None]:
     try:
         yield
         if random.getstate() != before[0] or not _same_numpy_state(numpy, before[1]):
-            raise NotTraceableError("it draws random numbers by Python or numpy")
+            raise NotTraceableError("it draws random numbers with Python or numpy")
     finally:
         random.setstate(before[0])
         if numpy is not None:

@@ -110,7 +110,7 @@ class _Module:
         changed = [k for k in (*self.attributes, *self.before) if not _same(self.attributes, self.before, k)]
         changed += [name for name, value, content in self.containers.values() if not _holds(value, content)]
         if any(name.startswith("_tensor_constant") for name in changed):  # which fx puts there
-            raise NotTraceableError("its forward pass makes a tensor that does not depend on its input")
+            raise NotTraceableError("its forward pass creates a tensor that does not depend on its input")
         if changed:
             raise NotTraceableError(f"its forward pass changes {self.path}{changed[0]}")
 
@@ -141,7 +141,7 @@ class _NoTensors(TorchDispatchMode):
     """Refuses every operation: what is computed while a model is traced would be computed once."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        raise NotTraceableError(f"it computes {func.overloadpacket.__name__} whatever its input is")
+        raise NotTraceableError(f"it computes {func.overloadpacket.__name__} independently of its input")
 
 
 def _memory(tensor: Tensor) -> int | None:

@@ -61,7 +61,7 @@ class GradL1Callback(Callback):  # type: ignore[misc, unused-ignore]  # untyped 
         if penalty.method != "exact":
             raise ValueError(
                 "GradL1Callback: the finite difference calls a closure twice, which Lightning's automatic "
-                "optimization has no place for; use method='exact', or manual optimization"
+                "optimization does not support; use method='exact', or manual optimization"
             )
         self.penalty = penalty
         self.first_epoch = check.count("GradL1Callback: first_epoch", first_epoch, smallest=0)
@@ -97,18 +97,18 @@ class GradL1Callback(Callback):  # type: ignore[misc, unused-ignore]  # untyped 
             return
         if self._value is None:
             raise RuntimeError(
-                "GradL1Callback: a backward pass went past LightningModule.backward, and the penalty was not "
-                f"in it ({type(trainer.strategy).__name__}, {type(trainer.precision_plugin).__name__}): "
+                "GradL1Callback: a backward pass bypassed LightningModule.backward and left out the penalty "
+                f"({type(trainer.strategy).__name__}, {type(trainer.precision_plugin).__name__}): "
                 "something replaced the module's backward during fit"
             )
         pl_module.log("gradl1_penalty", self._value)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Give the module its own ``backward`` back."""
+        """Restore the module's own ``backward``."""
         _release(pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Likewise, after an error."""
+        """Restore the module's own ``backward`` after an error."""
         _release(pl_module)
 
 
@@ -121,24 +121,24 @@ def _check_strategy(trainer: Trainer) -> None:
     known = isinstance(strategy, SingleDeviceStrategy | DDPStrategy)
     if not known or isinstance(strategy, DeepSpeedStrategy):
         raise RuntimeError(
-            f"GradL1Callback: {type(strategy).__name__} is refused: gradients of gradients are known to be "
-            "right on one device and under DDP alone; sharded strategies free weights between the two passes"
+            f"GradL1Callback: {type(strategy).__name__} is not supported: double backprop is known to be "
+            "correct only on one device and under DDP; sharded strategies free weights between the two passes"
         )
 
 
 def _check_module(penalty: GradL1, module: LightningModule) -> None:
     if not module.automatic_optimization:
         raise RuntimeError(
-            "GradL1Callback: the module optimizes by hand; call self.manual_backward(loss + penalty(loss)) "
-            "in its training_step, and leave out the callback"
+            "GradL1Callback: the module uses manual optimization; call "
+            "self.manual_backward(loss + penalty(loss)) in its training_step, without this callback"
         )
     if "backward" in vars(module):
-        raise RuntimeError("GradL1Callback: something already stands in front of this module's backward")
+        raise RuntimeError("GradL1Callback: the backward of this module was already replaced")
     inside = {id(each) for each in module.modules()}
     measured = {**penalty.layers, **{site.name: site.quantizer for site in penalty.sites}}
     outside = [name for name, each in measured.items() if id(each) not in inside]
     if outside:
         raise RuntimeError(
-            f"GradL1Callback: the penalty measures what the module does not have: {', '.join(outside)}; "
-            "make it for the converted network that the module holds"
+            f"GradL1Callback: the penalty measures layers outside of this module: {', '.join(outside)}; "
+            "create it for the converted network that the module holds"
         )

@@ -159,11 +159,11 @@ class WeightQuantizer(_Quantizer):
         """
         if clip is not None:
             if clip.dim() != 2 or clip.shape[0] not in (1, MAX_BITS):
-                raise ValueError(f"clip has shape (1 or {MAX_BITS}, channels), got {tuple(clip.shape)}")
+                raise ValueError(f"clip must have shape (1 or {MAX_BITS}, channels), got {tuple(clip.shape)}")
             if self.axis is None and clip.shape[1] != 1:
-                raise ValueError(f"one range for the tensor is one column, got {clip.shape[1]}")
+                raise ValueError(f"a single range for the tensor needs one column, got {clip.shape[1]}")
             if not bool((clip.isfinite() & (clip >= 0)).all()):
-                raise ValueError("clip holds a value that is negative, NaN or infinite")
+                raise ValueError("clip must be finite and 0 or more")
         self.clip = None if clip is None else clip.detach()
 
     def step(self, weight: Tensor, bits: int) -> Tensor:
@@ -317,7 +317,7 @@ class ActivationQuantizer(_Quantizer):
         return _row(self.low, bits), _row(self.high, bits)
 
     def set_range(self, low: Tensor, high: Tensor) -> None:
-        """Store the range of the activation; it takes a look at the values, which waits for the device.
+        """Store the range of the activation. Reading the values waits for the device.
 
         Args:
             low: lower end: a single value for all widths, or 16, for 1 to 16 bits.
@@ -328,12 +328,12 @@ class ActivationQuantizer(_Quantizer):
         """
         if low.numel() != high.numel() or low.numel() not in (1, MAX_BITS):
             raise ValueError(
-                f"a range has two single ends, or {MAX_BITS} of each for as many widths; "
+                f"low and high must each have 1 value, or {MAX_BITS} (one per width); "
                 f"got {tuple(low.shape)} and {tuple(high.shape)}"
             )
         for ends in zip(low.flatten().tolist(), high.flatten().tolist(), strict=True):
             if not all(map(math.isfinite, ends)):
-                raise ValueError(f"from {ends[0]} to {ends[1]}: NaN and infinity make no range")
+                raise ValueError(f"from {ends[0]} to {ends[1]}: the ends of a range must be finite")
             if ends[0] > ends[1]:
                 raise ValueError(f"from {ends[0]} to {ends[1]}: the range is inverted")
         shape = (MAX_BITS,) if low.numel() > 1 else ()
@@ -350,8 +350,8 @@ class ActivationQuantizer(_Quantizer):
             return self.probe
         if not torch.compiler.is_compiling() and torch._C._functorch.is_batchedtensor(x):
             raise RuntimeError(
-                f"GradL1: {self.name} is measured by its step under torch.vmap, where its gradient "
-                "is lost: use scale='none', or call the model on one batch after another"
+                f"GradL1: {self.name} is measured with scale='step' under torch.vmap, which loses the "
+                "gradient of the step: use scale='none', or call the model on one batch at a time"
             )
         scaled = F.scale_probe(self.probe, self.step(x, self.step_bits))
         _note(scaled, "step_bits", self.step_bits)

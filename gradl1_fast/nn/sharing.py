@@ -101,7 +101,7 @@ def _while_compiling(quantizer: ActivationQuantizer, x: Tensor) -> Tensor:
     """Share a result where layers share their quantizer: a compiled region sees no versions of tensors."""
     if quantizer.is_mixed and quantizer.is_measured:
         raise RuntimeError(
-            f"{quantizer.name} is given the network's input in one call and an activation in another, which "
+            f"{quantizer.name} receives the network's input in one call and an activation in another, which "
             "a compiled step cannot tell apart; run the penalised step in eager mode"
         )
     of_tensor: Any = x
@@ -111,7 +111,7 @@ def _while_compiling(quantizer: ActivationQuantizer, x: Tensor) -> Tensor:
             return note[1]
         if not (quantizer.is_known and note[0].is_known):
             raise RuntimeError(
-                f"{quantizer.name} is given the tensor of another site while it is compiled, and the model "
+                f"{quantizer.name} receives the tensor of another site under torch.compile, and the model "
                 "has not run yet: pass one batch through it in eager mode first, as calibrate does"
             )
     result = quantizer(x)
@@ -166,7 +166,7 @@ def _is_in_reach(note: _Note) -> bool:
     if not is_recomputing() and note.quantizer.is_measured:
         raise RuntimeError(
             f"GradL1: the tensor at {note.quantizer.name} is read by a layer inside a checkpointed region "
-            "and by one outside of it, or in another; checkpoint both together, or neither"
+            "and by one outside it or in another region; checkpoint both together, or neither"
         )
     return False
 

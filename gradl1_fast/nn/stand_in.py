@@ -88,8 +88,8 @@ class _Read:
         for values, version, owner in self._read:
             if name == "__set__" or values._version != version:
                 raise RuntimeError(
-                    f"the weight of {owner!r} was read from an any-bit file and cannot be changed, as {name} "
-                    "would: code that changes weights must run before save_any_bit, and before load_any_bit"
+                    f"the weight of {owner!r} was read from an any-bit file and is read-only, but {name} "
+                    "changes it: run code that changes weights before save_any_bit and before load_any_bit"
                 )
 
     def guarded(self, result: Tensor) -> Tensor:

@@ -123,8 +123,8 @@ def recorded(*args: Any) -> bool:
     wanted = wanted or torch.autograd.forward_ad._current_level >= 0
     if wanted and torch._C._are_functorch_transforms_active():
         raise RuntimeError(
-            "gradl1_fast: torch.func.grad, vjp, jvp, jacrev and hessian cannot differentiate its operators; "
-            "use torch.autograd.grad, with create_graph=True for a second order"
+            "gradl1_fast: torch.func.grad, vjp, jvp, jacrev and hessian cannot differentiate these "
+            "operators; use torch.autograd.grad, with create_graph=True for a second order"
         )
     return wanted
 

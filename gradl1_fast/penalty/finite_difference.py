@@ -115,8 +115,8 @@ def add_gradients(
         second = torch.autograd.grad(second_loss, params, allow_unused=True)
     if any((g is None) != (moved is None) for g, moved in zip(grads, second, strict=True)):
         raise RuntimeError(
-            "GradL1: the closure used other parameters at its second call; what it draws at random must "
-            "come from torch's default generators"
+            "GradL1: the closure used different parameters in its second call; it must draw random numbers "
+            "from torch's default generators"
         )
     for p, g, moved in zip(params, grads, second, strict=True):
         if g is not None and moved is not None:
@@ -179,7 +179,7 @@ def _moved(moves: list[_Move], unit: Tensor) -> Iterator[list[Tensor]]:
         if move is None:
             raise RuntimeError(
                 f"GradL1: {name} was computed more often in the second pass than in the first; the "
-                "finite difference does not go together with activation checkpointing"
+                "finite difference does not support activation checkpointing"
             )
         waiting.remove(move)  # a site that is passed twice has two moves, in the order of its calls
         moved = x + unit.to(x.dtype) * move.direction
@@ -210,7 +210,7 @@ def autocast_refused(layers: Mapping[str, QuantizedLayer]) -> Iterator[None]:
         if like.dtype != torch.float64 and autocast_is_on(like.device.type):
             raise RuntimeError(
                 f"GradL1: the finite difference needs float32 or float64, and autocast is on where {name} "
-                "is computed; a small move is rounded away there"
+                "is computed, which rounds its small moves away"
             )
 
     with contextlib.ExitStack() as stack:

@@ -345,10 +345,10 @@ class GradL1:
 def _share(share: float | None, lambda_w: float | None, lambda_a: float | None, method: str) -> Share | None:
     if share is None:
         if lambda_w is None or lambda_a is None:
-            raise TypeError("GradL1: give both lambda_w and lambda_a, or share, such as share=0.25")
+            raise TypeError("GradL1: give both lambda_w and lambda_a, or share (such as share=0.25)")
         return None
     if lambda_w is not None or lambda_a is not None:
-        raise ValueError("GradL1: give lambda_w and lambda_a, or share, which derives them; not both")
+        raise ValueError("GradL1: give lambda_w and lambda_a, or share, not both: share derives the lambdas")
     if not check.coefficient("GradL1: share", share):
         raise ValueError("GradL1: share must be more than 0")
     if method != "exact":

@@ -69,7 +69,7 @@ def run(
             call(model, batch, forward)
         count += 1
     if not count:
-        raise ValueError(f"{what}: got no batches; an iterator that was used before is empty")
+        raise ValueError(f"{what}: got no batches (an iterator can be used only once)")
 
 
 def lasting(what: str, batches: Iterable[Any]) -> Iterable[Any]:
@@ -79,7 +79,9 @@ def lasting(what: str, batches: Iterable[Any]) -> Iterable[Any]:
         TypeError: they are an iterator.
     """
     if iter(batches) is batches:
-        raise TypeError(f"{what}: batches can be gone through only once; give a list or a loader")
+        raise TypeError(
+            f"{what}: batches is an iterator, which can be used only once; pass a list or a loader"
+        )
     return batches
 
 

@@ -94,7 +94,7 @@ class Neighbours:
         if watch is not None and id(layer) in watch.read_elsewhere:
             return f"follows {self._names[id(layer)]}, whose output is read elsewhere too"
         if isinstance(layer, nn.Linear) and (watch is None or watch.dimensions.get(id(layer)) != 2):
-            return f"{follows} is linear: only inputs show whether its channels are those of the batch norm"
+            return f"{follows} is linear: give inputs, to see if its channels match those of the batch norm"
         return None
 
     def _from_graphs(
@@ -122,7 +122,7 @@ class Neighbours:
         """Return why a batch norm cannot be folded as far as the pass has shown, or its layer."""
         if self._watch is None:
             return (
-                f"is in a part that cannot be traced: {NEEDS_INPUTS}, so that a pass shows what it follows",
+                f"is in a part that cannot be traced: {NEEDS_INPUTS}, to see in a pass what it follows",
                 None,
             )
         fed = self._watch.fed.get(id(norm), [])

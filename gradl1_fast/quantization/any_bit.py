@@ -78,8 +78,8 @@ def save_any_bit(model: nn.Module, path: str | os.PathLike[str]) -> dict[int, in
     layers = _layers(model)
     if any(layer.weight_quantizer.rounded for layer in layers.values()):
         warnings.warn(
-            "save_any_bit: the weights are written as if they were not rounded by gradl1_fast.round_weights: "
-            "codes of one width are not the first bits of those of another",
+            "save_any_bit: the codes chosen by gradl1_fast.round_weights are not saved: codes of one width "
+            "are not the first bits of the codes of another",
             stacklevel=2,
         )
     entries = {f"state.{key}": value for key, value in _state(model, layers).items()}
@@ -204,7 +204,7 @@ def _read_weight(file: PartialFile, name: str, layer: QuantizedLayer, w: int) ->
     channels = () if old.axis is None else (shape[old.axis],)
     scale = file.read(f"scale.{name}", Entry(sum_dtype(dtype), channels))
     if not (scale > 0).all():
-        raise file.error(f"scale.{name}", "a step must be above 0", scale.min().item())
+        raise file.error(f"scale.{name}", "scales must be above 0", scale.min().item())
     entry = Entry(torch.uint8, (bit_planes.plane_bytes(torch.Size(shape).numel()),))
     planes = [file.read(_plane(i, name), entry) for i in range(w)]
     codes = bit_planes.unpack(planes, shape).to(device)
@@ -220,7 +220,7 @@ def _read_ranges(file: PartialFile, model: nn.Module) -> dict[str, Stored]:
         shared = [other for other, q in sites.items() if q is quantizer]
         if any(not same_range(first, ranges[other]) for other in shared):
             raise file.error(
-                f"low.{name}", f"{', '.join(shared)} are one tensor in this model", "different ranges"
+                f"low.{name}", f"{', '.join(shared)} share one tensor in this model", "different ranges"
             )
     return ranges
 
@@ -234,7 +234,7 @@ def _read_range(file: PartialFile, name: str, device: torch.device) -> Stored:
         try:
             scratch.set_range(*(_read_end(file, f"{end}.{name}") for end in ("low", "high")))
         except ValueError as error:
-            raise file.error(f"low.{name} and high.{name}", "they must be a range", error) from error
+            raise file.error(f"low.{name} and high.{name}", "must be a valid range", error) from error
     return scratch.to(device).low, scratch.high, bool(flag)
 
 

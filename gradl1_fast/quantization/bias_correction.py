@@ -98,7 +98,9 @@ def correct_bias(
         _take_off(layer, means[name])
     missing = [name for name, mean in means.items() if mean is None]
     if missing:
-        warnings.warn(f"correct_bias: no value reached {', '.join(missing)}: the bias stays", stacklevel=2)
+        warnings.warn(
+            f"correct_bias: no value reached {', '.join(missing)}: its bias is unchanged", stacklevel=2
+        )
     return result
 
 

@@ -130,7 +130,7 @@ def _by_name(kind: str, widths: Widths, known: Mapping[str, object]) -> Mapping[
         return dict.fromkeys(known, widths)
     unknown = [name for name in widths if name not in known]
     if unknown:
-        raise ValueError(f"{kind}: there is no {', '.join(map(repr, unknown))}; there are {list(known)}")
+        raise ValueError(f"{kind}: unknown name {', '.join(map(repr, unknown))}; the names are {list(known)}")
     for name, width in widths.items():
         check_width(f"{kind}[{name!r}]", width)
     return widths
@@ -153,5 +153,5 @@ def _check_widest(widths: Mapping[str, int | None], quantizers: Mapping[str, Wei
         widest = quantizers[name].widest
         if width is not None and width > widest:
             raise ValueError(
-                f"w = {width}: the weights were read from an any-bit file with {widest} bits; read it again"
+                f"w = {width}: only {widest} bits were read from the any-bit file; load more bits"
             )

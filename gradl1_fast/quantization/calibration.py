@@ -78,10 +78,10 @@ def calibrate(
     method = choose("calibrate", ranges)
     if isinstance(method, BatchNormStatistics):
         if batches is not None:
-            raise ValueError("calibrate: ranges from batch norms need no data; leave batches out")
+            raise ValueError("calibrate: ranges='batch_norm' uses no data; do not pass batches")
         found = _from_batch_norms(model, method)
     elif batches is None:
-        raise ValueError("calibrate: give batches, or ranges='batch_norm', which needs none")
+        raise ValueError("calibrate: pass batches, or use ranges='batch_norm', which needs no data")
     else:
         found = _from_data(model, batches, method, forward)
     _set_all(quantizers_of(model), found)
@@ -89,8 +89,8 @@ def calibrate(
     missing = [name for name, ends in found.items() if ends is None]
     if missing:
         warnings.warn(
-            f"calibrate: no value reached {', '.join(missing)}, which has no range now. A layer that is "
-            "never called stays in float; it raises if it is called at a quantized width",
+            f"calibrate: no value reached {', '.join(missing)}, so no range was set. A layer that is "
+            "never called stays in float; calling it at a quantized width is an error",
             stacklevel=2,
         )
 
@@ -125,7 +125,7 @@ def calibrate_weights(model: nn.Module, *, ranges: str | Range = "mse") -> None:
     refuse_sliced(model, "calibrate_weights")
     method = choose("calibrate_weights", ranges)
     if not isinstance(method, Range) or not method.for_weights:
-        raise ValueError(f"calibrate_weights: {type(method).__name__} is for activations, not for weights")
+        raise ValueError(f"calibrate_weights: {type(method).__name__} supports activations only")
     clips = {
         name: _clip(name, used_weight(layer), layer.weight_quantizer, method)
         for name, layer in layers.items()
@@ -155,7 +155,7 @@ def set_range(what: str, name: str, quantizer: ActivationQuantizer, ends: Ends) 
         quantizer.set_range(*ends)
     except ValueError as error:
         raise ValueError(
-            f"{what}: the values at {name!r} go {error}. Look for them in the batches or in the layers before"
+            f"{what}: the values at {name!r} range {error}. Check the batches and the layers before"
         ) from error
 
 

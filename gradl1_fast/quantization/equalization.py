@@ -126,7 +126,7 @@ def equalize(model: nn.Module) -> Equalization:
 def _pairs(model: nn.Module) -> list[_Pair]:
     graphs = [(p.name, p.container, p.traced.graph) for p in parts_of(model) if p.traced is not None]
     if not graphs:
-        raise ValueError("equalize: needs a converted model of which at least a part can be traced")
+        raise ValueError("equalize: the model must be converted, and at least a part of it traceable")
     chains = _Chains(model, graphs)
     return [pair for name, root, graph in graphs for pair in chains.pairs(name, root, graph)]
 

@@ -125,8 +125,8 @@ def fold_batch_norm(model: nn.Module, inputs: Any = None, *, forward: Forward | 
     result = Folding(copy_converted(model), statistics=statistics)
     if statistics == "left behind":
         warnings.warn(
-            "fold_batch_norm: statistics that were re-estimated for other widths than the present ones are "
-            "left behind: fold at the width, or call reestimate_batch_norm with the folded model",
+            "fold_batch_norm: statistics re-estimated for widths other than the current ones are left "
+            "behind: fold at the width, or call reestimate_batch_norm on the folded model",
             stacklevel=2,
         )
     watch = None if inputs is None else _watched(result.model, inputs, forward)
@@ -195,7 +195,7 @@ def _compare(
         with evaluation(model):
             outputs.append(tensors_of(call_with(model, inputs, forward)))
     if not outputs[0]:
-        raise TypeError("fold_batch_norm: the output to be compared holds no tensor")
+        raise TypeError("fold_batch_norm: the output holds no tensor to compare")
     if [y.shape for y in outputs[0]] != [y.shape for y in outputs[1]]:
         return float("inf"), _largest(outputs[0])
     differences = [_difference(a, b) for a, b in zip(*outputs, strict=True)]

@@ -87,7 +87,7 @@ def warn_if_stale(model: nn.Module) -> None:
     if changed:
         forget_weights(layers.values())
         warnings.warn(
-            f"the weights of {some(changed)} have changed since the ranges of activations were found: "
+            f"the weights of {some(changed)} have changed since the activation ranges were calibrated: "
             "call gradl1_fast.calibrate(model, batches) again",
             stacklevel=3,
         )

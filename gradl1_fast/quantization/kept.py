@@ -134,8 +134,8 @@ def use_values(model: nn.Module) -> None:
     if stale:
         drop_values(model)
         warnings.warn(
-            f"the weights of {some(stale)} have changed since batch norms were re-estimated: their "
-            "statistics of training are used; call gradl1_fast.reestimate_batch_norm(model, batches) again",
+            f"the weights of {some(stale)} have changed since batch norms were re-estimated: the "
+            "training statistics are used; call gradl1_fast.reestimate_batch_norm(model, batches) again",
             stacklevel=4,
         )
         return

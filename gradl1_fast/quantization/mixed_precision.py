@@ -181,7 +181,7 @@ def search(
         >>> plan.apply(model)
     """
     if (size is None) == (bit_operations is None):
-        raise ValueError("search: give one budget, size (bytes) or bit_operations")
+        raise ValueError("search: give exactly one budget: size (in bytes) or bit_operations")
     if bit_operations is not None and example is None:
         raise ValueError("search: bit_operations needs an example, to count multiplications")
     widths = _widths(choices)
@@ -197,7 +197,7 @@ def search(
     least = price({key: tried[-1] for key, tried in keys.items()})
     if least > budget:
         raise ValueError(
-            f"search: the narrowest choice costs {least:,.0f} {unit}, the budget is {budget:,.0f}"
+            f"search: the narrowest choice costs {least:,.0f} {unit}, more than the budget of {budget:,.0f}"
         )
     activations = () if bit_operations is None else widths
 
@@ -205,7 +205,7 @@ def search(
         value = check.number("search: evaluate", evaluate(model))
         if math.isnan(value):  # it compares with nothing, and would pass for no loss at all
             w, a = ({n: b for n, b in widths.items() if b is not None} for widths in widths_of(model))
-            raise ValueError(f"search: evaluate returned NaN at w = {w}, a = {a}, all else in float")
+            raise ValueError(f"search: evaluate returned NaN at w = {w}, a = {a}, everything else in float")
         return value
 
     found = sensitivity(model, number, w=widths, a=activations, input_bits=input_bits, progress=progress)
@@ -228,7 +228,7 @@ def search(
 def _widths(choices: Sequence[int]) -> list[int]:
     for width in choices:
         if width is None:
-            raise TypeError("search: choices are numbers of bits, got None")
+            raise TypeError("search: choices must be numbers of bits, got None")
         check_width("search: choices", width)
     if not choices:
         raise ValueError("search: choices is empty; give widths such as (8, 4, 2)")

@@ -61,7 +61,7 @@ def save_batch_norms(model: nn.Module, path: str | os.PathLike[str]) -> None:
                 entries[f"{number}.{kind}.{name}"] = value.detach().cpu().contiguous().clone()
     if not widths:
         raise RuntimeError(
-            "save_batch_norms: the model keeps no statistics of a width: call "
+            "save_batch_norms: the model has no statistics for any width: call "
             "gradl1_fast.reestimate_batch_norm(model, batches) first"
         )
     _files.write_bytes(path, save(entries, metadata={**METADATA, "widths": _json.dumps(list(widths))}))
@@ -123,7 +123,7 @@ def _read_widths(file: PartialFile) -> list[str]:
     if not isinstance(widths, list) or not widths or not all(map(is_width, widths)):
         raise file.error("widths", "must be a list of widths", f"{widths!r:.80}")
     if len(set(widths)) < len(widths):
-        raise file.error("widths", "must hold each width once", f"{widths!r:.80}")
+        raise file.error("widths", "must not repeat a width", f"{widths!r:.80}")
     return widths
 
 
@@ -136,7 +136,7 @@ def _read_values(file: PartialFile, number: int, name: str, module: Any) -> Valu
     values = {kind: file.read(key, *(Entry(d, (channels,)) for d in _FLOATS)) for kind, key in keys.items()}
     if "running_var" in values and bool((values["running_var"] < 0).any()):
         raise file.error(
-            keys["running_var"], "a variance is not negative", values["running_var"].min().item()
+            keys["running_var"], "a variance must not be negative", values["running_var"].min().item()
         )
     return values
 

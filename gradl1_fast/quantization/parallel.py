@@ -38,7 +38,7 @@ def parallel_map(
     training = [name or type(model).__name__ for name, module in model.named_modules() if module.training]
     if training:
         raise ValueError(
-            f"several workers need evaluation mode; {training[0]} is in training mode: model.eval()"
+            f"several workers need evaluation mode, but {training[0]} is in training mode: call model.eval()"
         )
     replicas: SimpleQueue[nn.Module] = SimpleQueue()
     for _ in range(workers):

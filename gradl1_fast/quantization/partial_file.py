@@ -99,7 +99,7 @@ class PartialFile:
         """
         found = self._metadata.get(key) if isinstance(self._metadata, dict) else None
         if not isinstance(found, str):
-            raise ValueError(f"{self.path}: its {key} must be a text, the file says {found!r:.80}")
+            raise ValueError(f"{self.path}: its {key} must be a string, the file says {found!r:.80}")
         return found
 
     def check_that_all_are_known(self, unread: Iterable[str]) -> None:
@@ -141,13 +141,13 @@ class PartialFile:
     def _read_header(self) -> tuple[dict[str, Any], int]:
         length = int.from_bytes(self._bytes(0, 8), "little")
         if not 2 <= length <= min(_LARGEST_HEADER, self._size - 8):
-            raise ValueError(f"{self.path}: no safetensors file, or cut off: a header of {length} bytes")
+            raise ValueError(f"{self.path}: not a safetensors file, or truncated: a header of {length} bytes")
         try:
             header = json.loads(self._bytes(8, length).decode())
         except (ValueError, RecursionError) as error:  # a UnicodeDecodeError is a ValueError
-            raise ValueError(f"{self.path}: its header is no JSON: {error}") from error
+            raise ValueError(f"{self.path}: its header is not valid JSON: {error}") from error
         if not isinstance(header, dict):
-            raise ValueError(f"{self.path}: its header is no JSON object")
+            raise ValueError(f"{self.path}: its header is not a JSON object")
         return header, 8 + length
 
     def _locate(self, key: str) -> tuple[Entry, int, int]:
@@ -168,5 +168,5 @@ class PartialFile:
 
 def _count(value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
-        raise ValueError(f"{value!r:.40} is no size")
+        raise ValueError(f"{value!r:.40} is not a valid size")
     return value

@@ -148,7 +148,9 @@ def prepare(
     """
     batches = lasting("prepare", batches)
     if ends is not None and (isinstance(w, Mapping) or isinstance(a, Mapping)):
-        raise ValueError("prepare: ends goes with one width for all weights and one for all activations")
+        raise ValueError(
+            "prepare: ends needs a single width for all weights and a single one for all activations"
+        )
     check_width("prepare: ends", ends)
     plan = _Preparing(_copy(model), batches, forward, criterion, higher_is_better)
     plan.widths = _widths(plan.model, batches, forward, w, a, ends, input_bits)

@@ -135,12 +135,12 @@ def _read(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             known = METADATA["version"], WITH_CODES["version"]
             if metadata.get("version") not in known:
                 raise ValueError(
-                    f"{path}: its version is {metadata.get('version')!r}, this library reads "
+                    f"{path}: its version is {metadata.get('version')!r}, but this library reads "
                     f"{' and '.join(map(repr, known))}"
                 )
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # no mapping
     except safetensors.SafetensorError as error:
-        raise ValueError(f"{path}: not a whole safetensors file: {error}") from error
+        raise ValueError(f"{path}: truncated or corrupt safetensors file: {error}") from error
 
 
 def _check_names(
@@ -182,7 +182,7 @@ def _check_shared(
         other = first[id(quantizer)]
         if not same_range(ranges[name], ranges[other]):
             raise ValueError(
-                f"{path}: entry {name!r}: {name} and {other} are one tensor in this model and differ"
+                f"{path}: entry {name!r}: {name} and {other} share one tensor in this model, but differ"
             )
 
 

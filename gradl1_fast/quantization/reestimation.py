@@ -110,7 +110,7 @@ def reestimate_batch_norm(
     norms = _norms(model, result, width)
     if not norms and not result.left:
         warnings.warn(
-            "reestimate_batch_norm: there is no batch norm among the model's modules: nothing to do",
+            "reestimate_batch_norm: the model has no batch norm module; nothing to do",
             stacklevel=2,
         )
         return result
@@ -127,8 +127,8 @@ def reestimate_batch_norm(
         if "more than 1 value per channel" not in str(error):
             raise
         raise ValueError(
-            "reestimate_batch_norm: a batch norm is given a single value a channel, which has no variance: "
-            "give larger batches; a loader leaves a small last one out with drop_last=True"
+            "reestimate_batch_norm: a batch norm received a single value per channel, which has no variance: "
+            "use larger batches, and drop_last=True in a loader to leave out a small last batch"
         ) from error
     finally:
         use_values(model)
@@ -143,7 +143,9 @@ def _norms(model: nn.Module, result: Reestimation, width: str | None) -> dict[st
             if width is None:
                 result.left[name] = "holds a folded batch norm, which is exact in float"
             elif isinstance(module.weight_quantizer, SlicedWeight):
-                result.left[name] = "holds a folded batch norm and bits of an any-bit file, no float weight"
+                result.left[name] = (
+                    "holds a folded batch norm and was loaded from an any-bit file, without a float weight"
+                )
             else:
                 found[name] = module
         elif isinstance(module, _BatchNorm) and not is_neutral(module):
@@ -237,7 +239,7 @@ def _keep(model: nn.Module, estimates: dict[str, Any], width: str | None, result
             continue
         estimate.moments = _over_ranks(*estimate.moments)
         if not all(bool(t.isfinite().all()) for t in estimate.moments):
-            raise ValueError(f"reestimate_batch_norm: what reaches {name!r} holds NaN or infinity")
+            raise ValueError(f"reestimate_batch_norm: the input of {name!r} holds NaN or infinity")
         found[name] = estimate.values()
     for name, values in found.items():
         if width is None:

@@ -63,7 +63,7 @@ class SlicedWeight(WeightQuantizer):
     def bits(self, value: int | None) -> None:
         if value is not None and not 1 <= value <= self.widest:
             raise ValueError(
-                f"a weight read with {self.widest} bits has widths of 1 to {self.widest}, got {value}"
+                f"a weight read with {self.widest} bits supports widths 1 to {self.widest}, got {value}"
             )
         self._bits = self.widest if value is None else value
 
@@ -73,7 +73,9 @@ class SlicedWeight(WeightQuantizer):
 
     def grid(self, weight: Any, bits: int) -> tuple[Tensor, Tensor, int, int]:
         """Refuse: below 8 bits the values lie half a step beside the grid of any integers."""
-        raise RuntimeError("a weight from an any-bit file has no grid of integers around zero; use its run")
+        raise RuntimeError(
+            "a weight from an any-bit file has no grid of integers around zero; use the float model"
+        )
 
     def step(self, weight: Any, bits: int) -> Tensor:
         """Refuse as :meth:`grid` does."""
@@ -86,7 +88,9 @@ class SlicedWeight(WeightQuantizer):
             ValueError: ``clip`` is not None.
         """
         if clip is not None:
-            raise ValueError("a weight from an any-bit file has the range of the file, and takes no other")
+            raise ValueError(
+                "a weight from an any-bit file uses the range of the file, which cannot be changed"
+            )
 
 
 def slice_weight(layer: QuantizedLayer, quantizer: SlicedWeight) -> None:
@@ -116,4 +120,4 @@ def refuse_sliced(model: nn.Module, what: str) -> None:
     """
     for name, layer in named_layers(model).items():
         if isinstance(layer.weight_quantizer, SlicedWeight):
-            raise ValueError(f"{what}: {name!r} holds bits of an any-bit file and no float weight")
+            raise ValueError(f"{what}: {name!r} was loaded from an any-bit file and has no float weight")

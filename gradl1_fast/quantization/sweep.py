@@ -170,7 +170,7 @@ def sweep(
     if changed:
         warnings.warn(
             f"sweep: evaluate changed {check.some(changed)}: was the model in training mode, where batch "
-            "norms use the batch and update their statistics? Call model.eval() before, or in it",
+            "norms use the batch and update their statistics? Call model.eval() first",
             stacklevel=2,
         )
     return table
@@ -204,7 +204,7 @@ class _Run:
     def table(self, batches: Iterable[Any] | None, workers: int, progress: bool) -> Table:
         if check.count("sweep: workers", workers) > 1 and batches is not None:
             raise ValueError(
-                "sweep: several workers cannot share batches; give evaluate its own data, or workers=1"
+                "sweep: several workers cannot share batches; let evaluate load its data, or use workers=1"
             )
         if batches is not None:
             return self._one_pass(track(batches, "sweep", show=progress))
@@ -228,20 +228,20 @@ class _Run:
                     result = _sum_and_count(self.evaluate(self.model, on_device))
                 totals[i] = totals[i][0] + result[0], totals[i][1] + result[1]
         if not totals[0][1]:
-            raise ValueError("sweep: got no batches; an iterator that was used before is empty")
+            raise ValueError("sweep: got no batches (an iterator can be used only once)")
         pairs = zip(self.widths, totals, strict=True)
         return Table(Row(w, a, total / count) for (w, a), (total, count) in pairs)
 
 
 def _sum_and_count(result: Any) -> tuple[float, float]:
     if not isinstance(result, tuple | list) or len(result) != 2:
-        raise TypeError(f"sweep: with batches, evaluate returns a sum and a count, got {result!r}")
+        raise TypeError(f"sweep: with batches, evaluate must return (sum, count), got {result!r}")
     return float(result[0]), float(result[1])
 
 
 def _pair(width: Any) -> Width:
     if not isinstance(width, tuple | list) or len(width) != 2:
-        raise TypeError(f"sweep: a width is a pair (w, a), got {width!r}")
+        raise TypeError(f"sweep: a width must be a pair (w, a), got {width!r}")
     check_width("w", width[0])
     check_width("a", width[1])
     return width[0], width[1]

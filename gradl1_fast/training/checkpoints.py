@@ -113,7 +113,9 @@ def _check_optimizer(file: Path, found: dict[str, Any], trainer: Trainer) -> Non
     parameters = list(trainer.model.parameters())
     for index, state in found["state"].items():
         if index not in range(len(parameters)):
-            raise ValueError(f"{file}: entry 'optimizer.state' speaks of parameter {index!r}; there is none")
+            raise ValueError(
+                f"{file}: entry 'optimizer.state' refers to parameter {index!r}, which does not exist"
+            )
         for name, value in state.items():
             if isinstance(value, Tensor) and value.shape not in ((), parameters[index].shape):
                 raise ValueError(

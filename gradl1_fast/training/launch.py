@@ -138,10 +138,10 @@ def _prepared(config: Config, folder: Path, resume: bool, device: str | None) ->
 
 def _check_folder(run: Folder, resume: bool) -> None:
     if resume and not run.config.is_file():
-        raise RunError(f"{run.path}: no config.toml here: there is no run to resume")
+        raise RunError(f"{run.path}: no run to resume: config.toml is missing")
     if not resume and run.config.exists():
         raise RunError(
-            f"{run.path}: holds a run already; go on with it by --resume, or choose another folder by --out"
+            f"{run.path}: already holds a run; continue it with --resume, or choose another folder with --out"
         )
     there = next(path for path in (run.path.absolute(), *run.path.absolute().parents) if path.exists())
     if not there.is_dir():
@@ -160,7 +160,7 @@ def _trainer(model: nn.Module, images: Dataset, config: Config, group: Ranks) ->
 def _take_up(run: Folder, trainer: Trainer) -> tuple[list[dict[str, float]], str]:
     path = checkpoints.latest(run.checkpoints)
     if path is None:
-        return [], "resumed before the first checkpoint: from the beginning"
+        return [], "resumed before the first checkpoint: starting over"
     rows = checkpoints.load(path, trainer)
     return rows, f"resumed after {trainer.steps_done} steps, in epoch {trainer.epoch + 1}"
 

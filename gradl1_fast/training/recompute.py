@@ -39,7 +39,7 @@ def recomputing(model: nn.Module, parts: int | None = None) -> nn.Module:
         graph = trace(model).graph
     except NotTraceableError as reason:
         raise ValueError(
-            f"checkpointing needs a model whose forward pass can be traced, and this one's cannot: {reason}"
+            f"checkpointing needs a model whose forward pass can be traced, which failed: {reason}"
         ) from reason
     part_of = _parts(model, graph, parts)
     whole = fx.GraphModule(model, graph)

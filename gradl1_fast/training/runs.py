@@ -130,7 +130,9 @@ def load(folder: str | os.PathLike[str]) -> Loaded:
     run = Folder(Path(folder))
     missing = [path.name for path in (run.config, run.weights, run.ranges) if not path.is_file()]
     if missing:
-        hint = " (its training has not ended: gradl1 train --resume)" if run.checkpoints.is_dir() else ""
+        hint = (
+            " (its training has not finished; run gradl1 train --resume)" if run.checkpoints.is_dir() else ""
+        )
         raise RunError(f"{run.path}: not the folder of a finished run: no {' and no '.join(missing)}{hint}")
     config = Config.read(run.config)
     entries, facts = read_weights(run.weights)
@@ -151,7 +153,7 @@ def _check_size(run: Folder, config: Config, counts: tuple[int, int], entries: d
             warnings.simplefilter("ignore")  # what there is to say is said about the network itself
             expected = network(config, *counts).state_dict()
     except (ValueError, TypeError, RuntimeError) as error:
-        raise ValueError(f"{run.config}: there is no such network: {error!s:.300}") from error
+        raise ValueError(f"{run.config}: unknown network: {error!s:.300}") from error
     check_entries(run.weights, entries, expected)
 
 

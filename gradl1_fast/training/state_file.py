@@ -54,7 +54,7 @@ def read_state(file: Path, device: torch.device) -> dict[str, Any]:
             state = torch.load(opened, map_location=device, weights_only=True)
         except _BROKEN as error:
             reason = f"{error}" or type(error).__name__
-            raise ValueError(f"{file}: not a whole file of tensors and numbers: {reason:.300}") from error
+            raise ValueError(f"{file}: truncated or corrupt checkpoint: {reason:.300}") from error
         size = os.fstat(opened.fileno()).st_size
     if not isinstance(state, dict):
         raise ValueError(f"{file}: must hold a dictionary, got {type(state).__name__}")
@@ -75,7 +75,7 @@ def _check_archive(opened: Any) -> None:
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
             raise ValueError("an entry of the archive is compressed")
         if sum(entry.file_size for entry in entries) > os.fstat(opened.fileno()).st_size:
-            raise ValueError("the archive promises more bytes than there are")
+            raise ValueError("the archive claims more bytes than the file has")
         wrong = archive.testzip()
         if wrong is not None:
             raise ValueError(f"the checksum of {wrong} is wrong")
@@ -89,7 +89,7 @@ def _check_calls(content: bytes) -> None:
     for operation, argument, _ in pickletools.genops(content):
         if operation.name in _UNCALLED or (operation.name == "GLOBAL" and argument not in _CALLED):
             raise ValueError(
-                f"it asks for {argument or operation.name!r:.80}, which a state does not need; "
+                f"it refers to {argument or operation.name!r:.80}, which a checkpoint does not need; "
                 "nothing was executed"
             )
 

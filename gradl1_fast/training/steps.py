@@ -145,21 +145,21 @@ def check_supported(config: Config, objective: Objective, ranks: int, device: to
     if training.compile and not hasattr(torch._dynamo.config, "trace_autograd_ops"):
         raise ValueError(
             f"compile: torch {torch.__version__} cannot trace torch.autograd.grad, and a compiled model "
-            "alone has no second derivative; a torch whose torch._dynamo.config has trace_autograd_ops can"
+            "alone has no second derivative; use a torch whose torch._dynamo.config has trace_autograd_ops"
         )
     if training.compile and training.cuda_graph:
-        raise ValueError("compile and cuda_graph exclude each other: choose one")
+        raise ValueError("choose compile or cuda_graph, not both")
     if training.cuda_graph and device.type != "cuda":
         raise ValueError(f"cuda_graph needs an NVIDIA GPU; this run computes on {device}")
     if training.precision != "float32" and not _is_exact(objective):
         raise ValueError(
-            f"precision {training.precision} does not go together with the finite difference, whose small "
-            "moves would be rounded away; it needs float32, or choose the setting method=exact"
+            f"precision {training.precision} does not support the finite difference, whose small moves "
+            "would be rounded away; use float32, or the setting method=exact"
         )
     if training.checkpointing and (method not in _ONE_PASS or not _is_exact(objective)):
         raise ValueError(
-            f"checkpointing: with the method {method!r}, as configured, weights or ranges are others by "
-            f"the time activations are computed again; it goes together with {', '.join(_ONE_PASS)} (exact)"
+            f"checkpointing: with the method {method!r}, as configured, weights or ranges change before "
+            f"activations are recomputed; it supports {', '.join(_ONE_PASS)} (exact)"
         )
 
 
@@ -167,11 +167,11 @@ def _check_distributed(config: Config, objective: Objective, ranks: int) -> None
     if objective.name not in _ONE_PASS or not _is_exact(objective):
         raise ValueError(
             f"{ranks} ranks: the method {objective.name!r}, as configured, takes several passes or keeps "
-            f"ranges of its own on each rank; distributed training has {', '.join(_ONE_PASS)} (exact)"
+            f"separate ranges on each rank; distributed training supports {', '.join(_ONE_PASS)} (exact)"
         )
     share = config.training.batch_size // config.training.accumulate
     if share % ranks:
-        raise ValueError(f"{ranks} ranks must divide a part of a batch, {share} images")
+        raise ValueError(f"{ranks} ranks must divide the {share} images of a part of a batch")
 
 
 def _is_exact(objective: Objective) -> bool:
@@ -183,11 +183,13 @@ def _check_one_graph(name: str, config: Config, objective: Objective, ranks: int
     penalised = isinstance(objective, GradientL1) and _is_exact(objective) and objective.every == 1
     if not (penalised or isinstance(objective, Plain)):
         raise ValueError(
-            f"{name}: the whole step must be one graph, the same each time; that holds for the methods "
+            f"{name}: the whole step must be one graph, the same in every step; this holds for the methods "
             "'plain' and 'gradl1' (method='exact', every=1)"
         )
     if config.penalty.epochs and config.penalty.warmup_epochs:
-        raise ValueError(f"{name}: a coefficient that rises each step would need a new graph each step")
+        raise ValueError(
+            f"{name}: a penalty warm-up changes the coefficient and would need a new graph in every step"
+        )
     wrong = {
         "precision": config.training.precision != "float32",
         "checkpointing": config.training.checkpointing,
@@ -196,5 +198,5 @@ def _check_one_graph(name: str, config: Config, objective: Objective, ranks: int
     for what, is_so in wrong.items():
         if is_so:
             raise ValueError(
-                f"{name} does not go together with {what}: only float32 in one process is proved"
+                f"{name} does not go together with {what}: only float32 in one process is tested"
             )

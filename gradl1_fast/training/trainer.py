@@ -55,7 +55,9 @@ class Trainer:
         self.model, self.data, self.config, self.ranks = model.train(), data, config, ranks
         self.steps = len(data[1]) // settings.batch_size
         if not self.steps:
-            raise ValueError(f"batch_size: {settings.batch_size} is more than all {len(data[1])} images")
+            raise ValueError(
+                f"batch_size: {settings.batch_size} is more than the {len(data[1])} training images"
+            )
         self.epoch = self.step = 0
         self.seen = Epoch()
         self._check()
@@ -273,7 +275,7 @@ class Trainer:
         self.epoch, self.step = state["epoch"], state["step"]
         self._replace_objective()
         if state["objective"]["name"] != self.objective.name:
-            raise ValueError(f"the checkpoint's objective is {state['objective']['name']!r}")
+            raise ValueError(f"the checkpoint belongs to the objective {state['objective']['name']!r}")
         self.objective.load_state_dict(state["objective"]["state"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])

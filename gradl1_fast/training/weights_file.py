@@ -73,7 +73,7 @@ def read_weights(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
             facts = file.metadata() or {}
             entries = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # no mapping
     except safetensors.SafetensorError as error:
-        raise ValueError(f"{path}: not a whole safetensors file: {error}") from error
+        raise ValueError(f"{path}: truncated or corrupt safetensors file: {error}") from error
     for key, value in FORMAT.items():
         if facts.get(key) != value:
             raise ValueError(f"{path}: its {key} must be {value!r}, the file says {facts.get(key)!r}")

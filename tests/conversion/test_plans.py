@@ -39,9 +39,9 @@ def test_a_model_of_plain_operations_runs_its_plan(name: str, training: bool) ->
 REASONS = {
     "assigned": "assigns to parts of a tensor",
     "written_into": "gradients off",
-    "without_gradient": "switches gradients off for a part",
+    "without_gradient": "disables gradients in a part",
     "data_dependent": "control flow",
-    "under_autocast": "autocast is on in it",
+    "under_autocast": "enables autocast",
 }
 
 
@@ -209,8 +209,8 @@ def test_a_plan_is_kept_for_each_mode_and_taken_again(monkeypatch: pytest.Monkey
 
 
 CALLS: dict[str, tuple[Callable[[nn.Module, Tensor], Tensor], str]] = {
-    "keyword": (lambda m, x: m(x=x), "other arguments than tensors"),
-    "number": (lambda m, x: m(x, 2.0), "other arguments than tensors"),
+    "keyword": (lambda m, x: m(x=x), "arguments other than positional tensors"),
+    "number": (lambda m, x: m(x, 2.0), "arguments other than positional tensors"),
     "functional transform": (
         lambda m, x: torch.func.functional_call(m, dict(m.named_parameters()), (x,)),
         "",

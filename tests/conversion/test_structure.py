@@ -241,7 +241,7 @@ REFUSED: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "nothing": (
         lambda: nn.Sequential(nn.ReLU(), nn.BatchNorm2d(3)),
         ValueError,
-        "no convolution or linear layer",
+        "no layer to convert",
     ),
     "data parallel": (
         lambda: nn.DataParallel(nn.Linear(3, 3)),

@@ -21,9 +21,9 @@ from tests.conversion.runs import assert_equal_steps, built, images, loss_of
 REASONS = {
     "assigned": "assigns to parts of a tensor",
     "written_into": "gradients off",
-    "without_gradient": "switches gradients off for a part",
+    "without_gradient": "disables gradients in a part",
     "data_dependent": "control flow",
-    "under_autocast": "autocast is on in it",
+    "under_autocast": "enables autocast",
     "BufferGivenAnotherValue": "changes _buffers",
     "ParameterPointedElsewhere": "assigns to the data of a tensor",
     "CallsCounted": "changes calls",
@@ -32,7 +32,7 @@ REASONS = {
     "BufferPointedElsewhere": "assigns to the data of a tensor",
     "OutputsInTheDepth": "changes kept",
     "OutputsByName": "changes by_name",
-    "TensorMade": "computes randn whatever its input is",
+    "TensorMade": "computes randn independently of its input",
     "DefaultNotTraceable": "control flow",
 }
 
@@ -331,7 +331,7 @@ def test_a_branch_on_the_type_of_a_tensor_is_not_planned_and_computes_what_it_di
     plain, converted = (built(lambda: models.model(features)) for _ in range(2))
     converted = gl.convert(converted)
     assert_equal_steps(plain, converted, loss_of(images()))
-    assert converted._compiled_call_impl.reason == "it computes something else than its modules"
+    assert converted._compiled_call_impl.reason == "its outputs differ from those of its modules"
 
 
 @pytest.mark.parametrize("features", [by_parameter, by_attribute, by_trial])

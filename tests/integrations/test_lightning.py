@@ -172,7 +172,7 @@ def test_a_penalty_that_would_get_lost_is_an_error() -> None:
 
     module = Classifier()
     before = first_weight(module.network).clone()
-    with pytest.raises(RuntimeError, match=r"went past LightningModule\.backward"):
+    with pytest.raises(RuntimeError, match=r"bypassed LightningModule\.backward"):
         fitted(module, plugins=[Detour()])
     torch.testing.assert_close(first_weight(module.network), before, rtol=0, atol=0)
     assert "backward" not in vars(module)
@@ -187,7 +187,7 @@ def test_manual_optimization_is_refused() -> None:
 
 def test_a_penalty_for_another_network_is_refused() -> None:
     callback = integration.GradL1Callback(gl.GradL1(network(), **SETTINGS))
-    with pytest.raises(RuntimeError, match="measures what the module does not have: 0, "):
+    with pytest.raises(RuntimeError, match="measures layers outside of this module: 0, "):
         trainer(callback).fit(Classifier(), loader())
 
 
@@ -195,7 +195,7 @@ def test_two_callbacks_are_refused() -> None:
     module = Classifier()
     penalty = gl.GradL1(module.network, **SETTINGS)
     twice = integration.GradL1Callback(penalty), integration.GradL1Callback(penalty)
-    with pytest.raises(RuntimeError, match="something already stands in front"):
+    with pytest.raises(RuntimeError, match="the backward of this module was already replaced"):
         trainer(*twice).fit(module, loader())
     assert "backward" not in vars(module)
 

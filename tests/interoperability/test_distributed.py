@@ -21,7 +21,9 @@ from tests.interoperability.two_ranks import LAMBDAS
 from tests.ports import free_port
 
 ROOT = Path(__file__).parents[2]
-KEEP = r"is sharded before both backward passes are done; keep it whole: fully_shard\(\.\.\., reshard_after_"
+KEEP = (
+    r"is sharded before both backward passes are done; keep it unsharded: fully_shard\(\.\.\., reshard_after_"
+)
 
 REFUSED = {
     "after the forward pass": f"GradL1: 0.weight {KEEP}",

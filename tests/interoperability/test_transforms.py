@@ -57,7 +57,9 @@ def test_a_penalty_on_a_forward_pass_under_vmap() -> None:
 def test_a_penalty_by_the_step_on_a_pass_under_vmap_is_refused_by_name(lambdas: tuple[float, float]) -> None:
     model = network().eval()
     penalty = gl.GradL1(model, *lambdas, "step")
-    with pytest.raises(RuntimeError, match=r"GradL1: 3\.input is measured by its step under torch\.vmap"):
+    with pytest.raises(
+        RuntimeError, match=r"GradL1: 3\.input is measured with scale='step' under torch\.vmap"
+    ):
         torch.vmap(model)(batches())
     del penalty
     assert torch.vmap(model)(batches()).shape == (3, 5, 3)  # nobody measures it any more

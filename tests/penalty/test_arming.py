@@ -163,7 +163,7 @@ def test_a_pass_before_the_penalty_is_an_error_for_activations(model: nn.Module)
     loss = curved(model)
     penalty = gl.GradL1(model, 1.0, 1.0)
     with pytest.raises(
-        RuntimeError, match=r"no gradient reached any activation.*made after this forward pass"
+        RuntimeError, match=r"no gradient reached any activation.*created after this forward pass"
     ):
         penalty(loss)
 

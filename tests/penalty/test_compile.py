@@ -140,6 +140,6 @@ def test_a_computed_weight_in_a_compiled_step_is_refused_by_name() -> None:
     penalty, x = gl.GradL1(model, 0.3, 0.2), torch.randn(5, 3).double()
     step = torch.compile(lambda x: penalty(model(x).square().mean()), backend="aot_eager", fullgraph=True)
     with pytest.raises(
-        Exception, match=r"the weight of 2 is computed, which cannot be penalised in torch\.compile"
+        Exception, match=r"the weight of 2 is computed and cannot be penalised under torch\.compile"
     ):
         step(x)

@@ -135,7 +135,7 @@ def test_a_pass_before_the_penalty_is_refused_by_name(case: str) -> None:
     loss = curved(model)
     penalty = gl.GradL1(model, 1.0, 0.0)
     with pytest.raises(
-        RuntimeError, match=r"2\.weight is computed, and the tensor that the forward pass used"
+        RuntimeError, match=r"2\.weight is a computed weight, and the tensor that the forward pass used"
     ):
         penalty(loss)
 

@@ -139,7 +139,7 @@ def test_the_loss_alone_is_refused() -> None:
 def test_a_quantized_model_is_refused() -> None:
     model = smooth()
     penalty = gl.GradL1(model, 0.3, 0.2, method="finite_difference")
-    with gl.bits(model, w=8, a=None), pytest.raises(RuntimeError, match="needs every width at float"):
+    with gl.bits(model, w=8, a=None), pytest.raises(RuntimeError, match="needs all widths to be float"):
         penalty.backward(closure_of(model))
 
 
@@ -182,7 +182,7 @@ def test_checkpointing_is_refused_where_activations_move() -> None:
     model = smooth()
     x = torch.ones(2, 2, 6, 6, dtype=torch.float64)
     penalty = gl.GradL1(model, 0.0, 0.2, method="finite_difference")
-    with pytest.raises(RuntimeError, match="does not go together with activation checkpointing"):
+    with pytest.raises(RuntimeError, match="does not support activation checkpointing"):
         penalty.backward(lambda: checkpoint(model, x, use_reentrant=False).square().mean())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
@@ -192,7 +192,7 @@ def test_a_closure_that_is_another_at_its_second_call_is_refused() -> None:
     compute, calls = closure_of(model), iter(tails)
     model[0].tails = nn.ModuleList(tails)  # of which the network's own forward pass knows nothing
     penalty = gl.GradL1(model, 0.3, 0.2, method="finite_difference")
-    with pytest.raises(RuntimeError, match="other parameters at its second call"):
+    with pytest.raises(RuntimeError, match="different parameters in its second call"):
         penalty.backward(lambda: compute() + next(calls).weight.square().sum())
 
 

@@ -65,5 +65,7 @@ def test_data_parallel_over_several_devices_is_refused_by_name(inside: bool) -> 
     whole = nn.Sequential(wrapped) if inside else wrapped
     gl.GradL1(whole, 0.1, 0.1)  # with one device, or none, it calls the model itself
     wrapped.device_ids = [0, 1]
-    with pytest.raises(ValueError, match=r"DataParallel computes on several .*DistributedDataParallel"):
+    with pytest.raises(
+        ValueError, match=r"DataParallel runs copies of the model on several .*DistributedDataParallel"
+    ):
         gl.GradL1(whole, 0.1, 0.1)

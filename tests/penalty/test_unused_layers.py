@@ -160,5 +160,5 @@ def test_many_names_are_cut_short() -> None:
     model = gl.convert(nn.Sequential(*(nn.Linear(3, 3) for _ in range(7))).double())
     penalty = gl.GradL1(model, 1.0, 0.0)
     loss = torch.ones(3, requires_grad=True).sum()
-    with pytest.raises(RuntimeError, match=r"4\.weight and others\. Was the penalty made"):
+    with pytest.raises(RuntimeError, match=r"4\.weight and others\. Was the penalty created"):
         penalty(loss)

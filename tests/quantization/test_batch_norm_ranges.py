@@ -118,10 +118,12 @@ def test_the_statistics_cover_data_that_follow_them() -> None:
 
 def test_what_is_not_behind_a_batch_norm_is_named() -> None:
     model = gl.convert(VGG.make().eval())
-    with pytest.raises(ValueError, match=r"calibrate: no batch norm says what reaches .*input.*known=\{"):
+    with pytest.raises(
+        ValueError, match=r"calibrate: no batch norm describes the values at .*input.*known=\{"
+    ):
         gl.calibrate(model, ranges="batch_norm")
     assert model.get_submodule("3.input_quantizer").low is None
-    with pytest.raises(ValueError, match="known: no site is called wrong; there are"):
+    with pytest.raises(ValueError, match="known: unknown site wrong; the sites are"):
         gl.calibrate(model, ranges=gl.ranges.BatchNormStatistics(known={"wrong": INPUT}))
 
 
@@ -143,7 +145,7 @@ UNKNOWN: dict[str, Callable[[Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("case", UNKNOWN)
 def test_operations_that_are_not_followed_are_not_guessed(case: str) -> None:
-    with pytest.raises(ValueError, match="no batch norm says what reaches"):
+    with pytest.raises(ValueError, match="no batch norm describes the values at"):
         calibrated(Times(UNKNOWN[case]))
 
 
@@ -165,7 +167,7 @@ def test_channels_that_are_joined_keep_their_ranges() -> None:
 
 def test_of_a_layer_alone_nothing_is_known() -> None:
     layer = gl.convert(nn.Linear(3, 2))
-    with pytest.raises(ValueError, match="no batch norm says what reaches input"):
+    with pytest.raises(ValueError, match="no batch norm describes the values at input"):
         gl.calibrate(layer, ranges="batch_norm")
 
 

@@ -128,8 +128,8 @@ def test_widths_by_name_leave_the_others_as_they_are() -> None:
 
 
 BAD_NAMES: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({"w": {"1": 4}, "a": 8}, ValueError, r"w: there is no '1'; there are \['0', '3'"),
-    ({"w": 4, "a": {"input": 4}}, ValueError, "a: there is no 'input'"),
+    ({"w": {"1": 4}, "a": 8}, ValueError, r"w: unknown name '1'; the names are \['0', '3'"),
+    ({"w": 4, "a": {"input": 4}}, ValueError, "a: unknown name 'input'"),
     ({"w": {"0": 17}, "a": None}, ValueError, r"w\['0'\] \(None for float\) must be from 1 to 16"),
     ({"w": {"0": True}, "a": None}, TypeError, r"w\['0'\].* must be an int"),
 ]

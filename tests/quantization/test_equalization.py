@@ -196,5 +196,5 @@ def test_parts_of_a_model_are_equalized() -> None:
 
 
 def test_a_model_of_which_nothing_is_traced_is_refused() -> None:
-    with pytest.raises(ValueError, match="equalize: needs a converted model of which at least a part"):
+    with pytest.raises(ValueError, match="equalize: the model must be converted"):
         gl.equalize(gl.convert(nn.Linear(3, 2)))

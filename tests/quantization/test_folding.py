@@ -253,7 +253,7 @@ def test_a_plain_model_and_an_output_without_tensors_are_refused() -> None:
         def forward(self, x: Tensor) -> float:
             return float(self.conv(x).sum())
 
-    with pytest.raises(TypeError, match="the output to be compared holds no tensor"):
+    with pytest.raises(TypeError, match="the output holds no tensor to compare"):
         gl.fold_batch_norm(gl.convert(Number().eval()), torch.ones(1, 3, 4, 4))
 
 

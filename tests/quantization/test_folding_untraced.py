@@ -264,7 +264,7 @@ def test_transposed_convolutions_fold_along_their_own_axis(groups: int, per_chan
 
 def test_linear_layers_fold_where_the_channels_match() -> None:
     model = converted(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)))
-    with pytest.warns(UserWarning, match="1 follows 0, which is linear: only inputs show"):
+    with pytest.warns(UserWarning, match="1 follows 0, which is linear: give inputs"):
         assert not gl.fold_batch_norm(model).folded
     assert gl.fold_batch_norm(model, X[0, :, 0, :3]).folded == {"1": "0"}
     with pytest.warns(UserWarning, match="1 follows 0, which is linear"):

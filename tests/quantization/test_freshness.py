@@ -1,4 +1,4 @@
-"""A warning where weights have changed since the ranges of activations were found, and none elsewhere."""
+"""A warning where weights have changed since the activation ranges were calibrated, and none elsewhere."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import nn
 import gradl1_fast as gl
 from tests.networks import VGG
 
-MESSAGE = r"the weights of .* have changed since the ranges of activations were found: call .*calibrate"
+MESSAGE = r"the weights of .* have changed since the activation ranges were calibrated: call .*calibrate"
 
 
 def calibrated() -> nn.Module:

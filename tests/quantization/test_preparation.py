@@ -164,7 +164,7 @@ def test_bad_arguments_are_named() -> None:
     model = VGG.make()
     with pytest.raises(TypeError, match="only once"):
         gl.prepare(model, iter(batches(VGG)), w=4, a=4)
-    with pytest.raises(ValueError, match="ends goes with one width"):
+    with pytest.raises(ValueError, match="ends needs a single width"):
         gl.prepare(model, batches(VGG), w={"0": 4}, a=4, ends=8)
     with pytest.raises(TypeError, match="criterion"):
         gl.prepare(model, batches(VGG), w=4, a=4, criterion=lambda m: "good")

@@ -246,7 +246,7 @@ def test_odd_values_make_ranges_that_can_be_used(name: str, case: str) -> None:
 
 
 def test_nothing_seen_is_an_error() -> None:
-    with pytest.raises(RuntimeError, match="no value was seen"):
+    with pytest.raises(RuntimeError, match="no value was observed"):
         ranges.MinMax().ends()
 
 

@@ -286,7 +286,7 @@ def test_not_a_number_is_refused_and_nothing_is_changed() -> None:
     gl.reestimate_batch_norm(model, batches(VGG))
     before = model(x)
     tiny = gl.convert(nn.Sequential(nn.Flatten(), nn.Linear(192, 4), nn.BatchNorm1d(4)).double())
-    with pytest.raises(ValueError, match="single value a channel"):
+    with pytest.raises(ValueError, match="single value per channel"):
         gl.reestimate_batch_norm(tiny, [x, x[:1]])
     for bad, error in (([x * float("nan")], "'1' holds NaN"), ([], "no batches")):
         with pytest.raises(ValueError, match=error):
@@ -368,7 +368,7 @@ def test_export_folds_those_of_its_widths(tmp_path: Path) -> None:
 def test_a_file_holds_every_width_and_a_narrow_model_takes_its_own(tmp_path: Path) -> None:
     path = tmp_path / "norms.safetensors"
     model, x = calibrated(VGG), VGG.batch()[0]
-    with pytest.raises(RuntimeError, match="keeps no statistics"):
+    with pytest.raises(RuntimeError, match="has no statistics"):
         gl.save_batch_norms(model, path)
     expected = {}
     for w, a in ((3, 3), (4, None)):

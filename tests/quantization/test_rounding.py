@@ -445,7 +445,7 @@ def test_bad_arguments_and_data_leave_the_codes(tmp_path: Path) -> None:
         ({"w": 3, "batches": X}, TypeError, "batches is a tensor"),
         ({"w": 3, "method": "best"}, ValueError, "method must be one of 'gptq', 'adaround', got 'best'"),
         ({"w": 3, "method": 3}, TypeError, "a name or an object of gradl1_fast.rounding"),
-        ({"w": {"x": 3}}, ValueError, "there is no 'x'"),
+        ({"w": {"x": 3}}, ValueError, "unknown name 'x'"),
     )
     for arguments, kind, message in cases:
         with pytest.raises(kind, match=message):

@@ -140,7 +140,7 @@ def test_an_exception_puts_the_widths_back(model: nn.Module) -> None:
 
 @pytest.mark.parametrize("widths", [[8], [(8, 8, 8)], ["88"]])
 def test_what_is_no_pair_is_refused(model: nn.Module, widths: list[object]) -> None:
-    with pytest.raises(TypeError, match="a width is a pair"):
+    with pytest.raises(TypeError, match="a width must be a pair"):
         gl.sweep(model, of_widths, widths)
 
 
@@ -178,7 +178,7 @@ def test_one_pass_over_the_data_gives_what_many_give(model: nn.Module) -> None:
 def test_one_pass_needs_batches_and_pairs(model: nn.Module) -> None:
     with pytest.raises(ValueError, match="got no batches"):
         gl.sweep(model, squares, WIDTHS, batches=iter([]))
-    with pytest.raises(TypeError, match=r"evaluate returns a sum and a count, got 1\.0"):
+    with pytest.raises(TypeError, match=r"evaluate must return \(sum, count\), got 1\.0"):
         gl.sweep(model, lambda model, batch: 1.0, WIDTHS, batches=[VGG.batch()])
     assert of_widths(model) == 0
 

@@ -121,7 +121,7 @@ def test_only_activations_are_penalised_at_clamped_weights() -> None:
 
 @pytest.mark.parametrize("name", ["moving_average", "in_hindsight", "batch_norm"])
 def test_what_needs_batches_has_no_meaning_for_weights(name: str) -> None:
-    with pytest.raises(ValueError, match="is for activations, not for weights"):
+    with pytest.raises(ValueError, match="supports activations only"):
         gl.calibrate_weights(converted(), ranges=name)
 
 
@@ -154,11 +154,11 @@ def test_a_plain_model_is_refused() -> None:
 
 
 WRONG = {
-    "rows": (torch.ones(3, 1), r"clip has shape \(1 or 16, channels\), got \(3, 1\)"),
+    "rows": (torch.ones(3, 1), r"clip must have shape \(1 or 16, channels\), got \(3, 1\)"),
     "dimensions": (torch.ones(16), r"got \(16,\)"),
-    "columns": (torch.ones(1, 4), "one range for the tensor is one column, got 4"),
-    "negative": (-torch.ones(1, 1), "negative, NaN or infinite"),
-    "NaN": (torch.full((1, 1), torch.nan), "negative, NaN or infinite"),
+    "columns": (torch.ones(1, 4), "a single range for the tensor needs one column, got 4"),
+    "negative": (-torch.ones(1, 1), "clip must be finite and 0 or more"),
+    "NaN": (torch.full((1, 1), torch.nan), "clip must be finite and 0 or more"),
 }
 
 

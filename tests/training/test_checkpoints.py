@@ -96,8 +96,8 @@ CODE = {
 def test_a_hostile_checkpoint_executes_nothing(kind, folder, tmp_path):
     file, target = checkpoints.latest(folder) / "state.pt", tmp_path / "made"
     CODE[kind](file, target)
-    reason = "File is not a zip file" if kind == "plain pickle" else "it asks for .*; nothing was executed"
-    with pytest.raises(ValueError, match=f"state.pt: not a whole file of tensors and numbers: {reason}"):
+    reason = "File is not a zip file" if kind == "plain pickle" else "it refers to .*; nothing was executed"
+    with pytest.raises(ValueError, match=f"state.pt: truncated or corrupt checkpoint: {reason}"):
         checkpoints.load(file.parent, trainer())
     assert not target.exists()
 
@@ -110,7 +110,7 @@ def test_nothing_is_executed_even_if_the_look_at_the_archive_finds_nothing(
     monkeypatch.setattr(state_file, "_check_archive", lambda opened: None)
     file, target = checkpoints.latest(folder) / "state.pt", tmp_path / "made"
     CODE[kind](file, target)
-    with pytest.raises(ValueError, match="not a whole file of tensors and numbers: Weights only load failed"):
+    with pytest.raises(ValueError, match="truncated or corrupt checkpoint: Weights only load failed"):
         checkpoints.load(file.parent, trainer())
     assert not target.exists()
 
@@ -156,7 +156,7 @@ DAMAGES = {
         put("optimizer", "state", 0, "exp_avg", value=torch.full((4, 1, 3, 3), torch.inf)),
         "entry 'optimizer.state.0.exp_avg' holds NaN",
     ),
-    "parameter": (put("optimizer", "state", 99, value={}), "speaks of parameter 99"),
+    "parameter": (put("optimizer", "state", 99, value={}), "refers to parameter 99"),
     "rate": (put("optimizer", "param_groups", 0, "lr", value=float("nan")), "param_groups.0.lr' holds NaN"),
     "groups": (put("optimizer", "param_groups", value=[]), "does not fit this training"),
     "schedule": (put("schedule", value={}), "missing entries: schedule."),
@@ -255,7 +255,7 @@ ARCHIVES = {
     ),
     "twice": (lambda file: rewritten(file, twice=True), "two entries of the archive have one name"),
     "flipped": (flipped, "the checksum of .* is wrong"),
-    "larger": (larger, "the archive promises more bytes than there are"),
+    "larger": (larger, "the archive claims more bytes than the file has"),
     "old form": (
         lambda file: torch.save(torch.load(file), file, _use_new_zipfile_serialization=False),
         "File is not a zip file",
@@ -269,7 +269,7 @@ def test_an_archive_that_is_not_as_torch_writes_it_is_refused(kind, folder):
     damage, message = ARCHIVES[kind]
     file = checkpoints.latest(folder) / "state.pt"
     damage(file)
-    with pytest.raises(ValueError, match=f"state.pt: not a whole file of tensors and numbers: {message}"):
+    with pytest.raises(ValueError, match=f"state.pt: truncated or corrupt checkpoint: {message}"):
         checkpoints.load(file.parent, trainer())
 
 
@@ -277,7 +277,7 @@ def test_an_archive_that_is_not_as_torch_writes_it_is_refused(kind, folder):
 def test_a_file_of_something_else_is_named(content, folder):
     file = checkpoints.latest(folder) / "state.pt"
     file.write_bytes(content)
-    with pytest.raises(ValueError, match="not a whole file"):
+    with pytest.raises(ValueError, match="truncated or corrupt checkpoint"):
         checkpoints.load(file.parent, trainer())
 
 

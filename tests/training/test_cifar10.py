@@ -100,7 +100,7 @@ def test_an_altered_pickle_is_refused_before_it_is_read(pickled, monkeypatch):
     monkeypatch.setattr(reader, "read_pickle", None)  # would be a TypeError
     for name in reader.TRAIN:
         monkeypatch.setitem(reader.SUMS, name, "x")
-    with pytest.raises(data.DataError, match="data_batch_1: the checksum is wrong"):
+    with pytest.raises(data.DataError, match="data_batch_1: wrong checksum"):
         data.load("cifar10", pickled)
 
 
@@ -117,7 +117,7 @@ def test_an_altered_pickle_is_refused_before_it_is_read(pickled, monkeypatch):
         ({b"data": np.zeros((4, 3072), np.uint8), b"labels": [0] * 3}, "a list of 4 whole numbers"),
         ({b"data": np.zeros((4, 3072), np.uint8), b"labels": [True] * 4}, "a list of 4 whole numbers"),
         ({b"data": np.zeros((4, 3072)), b"labels": [0] * 4}, "not of unsigned bytes"),
-        (b"not a pickle", "not read: it damaged|not read: it "),
+        (b"not a pickle", "cannot be read: it "),
     ],
 )
 def test_a_pickle_of_something_else_is_named(value, message, pickled, monkeypatch):

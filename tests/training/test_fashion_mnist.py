@@ -74,9 +74,9 @@ def damaged(content, kind):
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("not gzip", "not a whole gzip file"),
-        ("cut", "not a whole gzip file"),
-        ("flipped", "not a whole gzip file"),
+        ("not gzip", "truncated or corrupt gzip file"),
+        ("cut", "truncated or corrupt gzip file"),
+        ("flipped", "truncated or corrupt gzip file"),
         ("empty", "not an IDX file"),
         ("no magic", "two zero bytes"),
         ("floats", "says type 13 in 3"),
@@ -84,7 +84,7 @@ def damaged(content, kind):
         ("another count", r"must be \(6, 28, 28\), the file says \(7, 28, 28\)"),
         ("short", "fewer bytes"),
         ("long", "more bytes"),
-        ("altered", "checksum is wrong"),
+        ("altered", "wrong checksum"),
     ],
 )
 def test_a_damaged_file_is_named_with_what_is_wrong(folder, kind, message):
@@ -120,5 +120,5 @@ def test_an_unknown_set_is_refused():
 
 def test_the_digits_by_name(tmp_path):
     assert data.load("digits").size == (8, 8)
-    with pytest.raises(ValueError, match="read from no folder"):
+    with pytest.raises(ValueError, match="do not give a folder"):
         data.load("digits", tmp_path)

@@ -125,7 +125,7 @@ DAMAGES = {
     "no train": (lambda f: (f / "train").rename(f / "other"), "must hold the folders train and val"),
     "another class": (lambda f: (f / "val" / "ant").rename(f / "val" / "dog"), "only one has ant, dog"),
     "empty class": (lambda f: [p.unlink() for p in (f / "val" / "ant").iterdir()], "ant: holds no image"),
-    "no class": (lambda f: [p.rename(f / p.name) for p in (f / "train").iterdir()], "has no folders"),
+    "no class": (lambda f: [p.rename(f / p.name) for p in (f / "train").iterdir()], "but has no folders"),
 }
 
 
@@ -145,23 +145,23 @@ def test_content_that_needs_a_program_is_no_image(folder, tmp_path, monkeypatch)
     monkeypatch.setenv("PATH", str(program.parent), prepend=":")
     script = "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
     (folder / "train" / "bee" / "1.png").write_text(script)
-    with pytest.raises(data.DataError, match=r"1.png: not a whole image: cannot identify"):
+    with pytest.raises(data.DataError, match=r"1.png: truncated or corrupt image: cannot identify"):
         data.load("images", folder, size=8).train[0][:]
     assert not (tmp_path / "executed").exists()
 
 
 def test_a_damaged_image_is_named(folder):
     damage_file(folder)
-    with pytest.raises(data.DataError, match=r"1.png: not a whole image"):
+    with pytest.raises(data.DataError, match=r"1.png: truncated or corrupt image"):
         data.load("images", folder, size=8).train[0][:]
 
 
 def test_no_folder_and_no_such_size(folder):
-    with pytest.raises(data.DataError, match="no folder was named"):
+    with pytest.raises(data.DataError, match="no folder was given"):
         data.load("images")
     with pytest.raises(ValueError, match="size must be 1 or more"):
         data.load("images", folder, size=0)
-    with pytest.raises(ValueError, match="has a size of its own"):
+    with pytest.raises(ValueError, match="have a fixed size"):
         data.load("digits", size=8)
 
 
@@ -187,6 +187,6 @@ def test_norms_are_measured_on_images_of_all_classes(folder, tmp_path, monkeypat
 def test_an_image_of_more_pixels_than_the_limit_is_named_before_it_is_drawn(tmp_path):
     pillow.new("1", (8192, 8193)).save(tmp_path / "large.png")
     assert (tmp_path / "large.png").stat().st_size < 10_000
-    message = r"large.png: is too large: 8192 x 8193 pixels; an image may have 67108864 at the most"
+    message = r"large.png: is too large: 8192 x 8193 pixels; at most 67108864 are allowed"
     with pytest.raises(data.DataError, match=message):
         reader.ImageFiles([tmp_path / "large.png"], 8)[:]

@@ -73,10 +73,10 @@ def test_every_network_is_built_by_name(name):
     ("name", "settings", "error", "message"),
     [
         ("lenet", {}, ValueError, "one of digits_net, .*timm:NAME, got 'lenet'"),
-        ("vgg_like", {"stem": "cifar"}, ValueError, "stem: the model vgg_like has no choice of it"),
+        ("vgg_like", {"stem": "cifar"}, ValueError, "stem: the model vgg_like does not take it"),
         ("vgg_like", {"width": 0}, ValueError, "width must be 1 or more"),
         ("vgg_like", {"classes": 2.0}, TypeError, "classes must be an int"),
-        ("timm:resnet18", {"width": 3}, ValueError, "width: a model of timm has no choice of it"),
+        ("timm:resnet18", {"width": 3}, ValueError, "width: a model of timm does not take it"),
     ],
 )
 def test_what_cannot_be_built_is_refused(name, settings, error, message):
@@ -95,5 +95,5 @@ def test_where_timm_cannot_be_imported_says_why(monkeypatch, tmp_path):
     (tmp_path / "timm.py").write_text(f"raise RuntimeError({reason!r})\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "timm", raising=False)
-    with pytest.raises(ImportError, match=f"timm:resnet18 needs timm.*{reason}.*of one build"):
+    with pytest.raises(ImportError, match=f"timm:resnet18 needs timm.*{reason}.*from the same build"):
         models.build("timm:resnet18")

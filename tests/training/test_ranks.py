@@ -60,7 +60,7 @@ def test_a_checkpoint_holds_the_random_state_of_each_rank(results):
         ("sam", "2 ranks: the method 'sam', as configured, takes several passes"),
         ("qat", "2 ranks: the method 'qat'"),
         ("finite difference", "2 ranks: the method 'gradl1'"),
-        ("odd", "2 ranks must divide a part of a batch, 9 images"),
+        ("odd", "2 ranks must divide the 9 images of a part of a batch"),
     ],
 )
 def test_what_would_be_wrong_on_several_ranks_is_refused(results, name, message):
@@ -105,5 +105,5 @@ def test_fsdp_is_refused_with_a_sentence():
     wrapped = fsdp.FullyShardedDataParallel.__new__(fsdp.FullyShardedDataParallel)  # needs no process group
     nn.Module.__init__(wrapped)
     wrapped.inside = model
-    with pytest.raises(ValueError, match="FullyShardedDataParallel rules out gradients of gradients"):
+    with pytest.raises(ValueError, match="FullyShardedDataParallel does not support double backprop"):
         gl.GradL1(wrapped, 0.1, 0.1)

@@ -97,10 +97,10 @@ def hostile_header(path):
 
 
 DAMAGES = {
-    "cut": (lambda p: p.write_bytes(p.read_bytes()[:-9]), "not a whole safetensors file"),
-    "empty": (lambda p: p.write_bytes(b""), "not a whole safetensors file"),
-    "a pickle": (lambda p: torch.save({"a": torch.ones(1)}, p), "not a whole safetensors file"),
-    "hostile": (hostile_header, "not a whole safetensors file"),
+    "cut": (lambda p: p.write_bytes(p.read_bytes()[:-9]), "truncated or corrupt safetensors file"),
+    "empty": (lambda p: p.write_bytes(b""), "truncated or corrupt safetensors file"),
+    "a pickle": (lambda p: torch.save({"a": torch.ones(1)}, p), "truncated or corrupt safetensors file"),
+    "hostile": (hostile_header, "truncated or corrupt safetensors file"),
     "format": (weights(facts={"format": "x"}), "its format must be 'gradl1_fast.weights'"),
     "version": (weights(facts={"version": "9"}), "its version must be '1'"),
     "classes": (weights(facts={"classes": "ten"}), "must say how many classes there are, says 'ten'"),
@@ -137,8 +137,8 @@ def test_a_damaged_configuration_is_named(folder):
     ("text", "message"),
     [
         ("[model]\nwidth = 100000\n", r"weights.safetensors: entry .* must be .* \(100000,"),
-        ("[model]\nwidth = 1000000000000\n", "config.toml: there is no such network: .*overflow"),
-        ("[model]\nname = 'os.system'\n", "config.toml: there is no such network: model must be one of"),
+        ("[model]\nwidth = 1000000000000\n", "config.toml: unknown network: .*overflow"),
+        ("[model]\nname = 'os.system'\n", "config.toml: unknown network: model must be one of"),
     ],
 )
 def test_a_configuration_of_another_network_is_refused_before_it_is_made(folder, text, message):

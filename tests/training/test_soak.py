@@ -63,7 +63,7 @@ def test_the_killed_run_may_need_no_more_than_the_other_one():
 
 def test_the_log_says_after_how_many_steps_a_run_went_on(tmp_path):
     assert (resumed(tmp_path), newest(tmp_path)) == ([], 0)
-    lines = ["start", "resumed before the first checkpoint: from the beginning", "resumed after 21 steps, in"]
+    lines = ["start", "resumed before the first checkpoint: starting over", "resumed after 21 steps, in"]
     (tmp_path / "log.txt").write_text("\n".join(lines))
     for name in ("step-000000000021", "step-000000000007", ".partial"):
         (tmp_path / "checkpoint" / name).mkdir(parents=True)

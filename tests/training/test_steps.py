@@ -305,7 +305,7 @@ REFUSED = {
     ),
     "compile checkpointing": (config(compile=True, checkpointing=True), "not go together with checkpointing"),
     "graph on a CPU": (config(cuda_graph=True), "cuda_graph needs an NVIDIA GPU; this run computes on cpu"),
-    "graph and compile": (config(cuda_graph=True, compile=True), "compile and cuda_graph exclude each other"),
+    "graph and compile": (config(cuda_graph=True, compile=True), "choose compile or cuda_graph, not both"),
     "checkpointing qat": (
         config("qat", {"w": 4, "a": 4}, checkpointing=True),
         "checkpointing: with the method 'qat'",
@@ -317,7 +317,7 @@ REFUSED = {
     **{
         f"{precision} fd": (
             config(settings={"lambda_w": 0.1, "method": "finite_difference"}, precision=precision),
-            f"precision {precision} does not go together with the finite difference",
+            f"precision {precision} does not support the finite difference",
         )
         for precision in ("bfloat16", "float16")
     },
@@ -325,7 +325,7 @@ REFUSED = {
         config("sam", {"epsilon": 0.1}, checkpointing=True),
         "checkpointing: with the method 'sam'",
     ),
-    "large batch": (config(batch_size=121), "batch_size: 121 is more than all 120 images"),
+    "large batch": (config(batch_size=121), "batch_size: 121 is more than the 120 training images"),
     "method": (config("lasso"), "objective must be one of plain"),
     "settings": (config(settings={"lambda_x": 1.0}), "settings are lambda_w"),
     "value": (config(settings={"lambda_w": -1.0}), "lambda_w must be finite and 0 or more"),
@@ -341,7 +341,7 @@ def test_what_would_be_wrong_is_refused_before_the_first_step(name):
 
 def test_a_rising_coefficient_is_no_graph_that_is_the_same_each_time():
     settings = Config(training=Training(2, 30, compile=True), penalty=Penalty("gradl1", 2, 1, GRADL1))
-    with pytest.raises(ValueError, match="would need a new graph each step"):
+    with pytest.raises(ValueError, match="would need a new graph in every step"):
         trainer(settings)
 
 

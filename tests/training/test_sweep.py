@@ -142,7 +142,7 @@ WRONG = {
     "bits": (("{run}", "--bits", "8,17"), "--bits: widths are float or numbers from 1 to 16"),
     "words": (("{run}", "--bits", "8;4"), "--bits: widths are float or numbers"),
     "ranges": (("{run}", "--ranges", "best"), "ranges must be one of"),
-    "weights": (("{run}", "--weight-ranges", "batch_norm"), "is for activations, not for weights"),
+    "weights": (("{run}", "--weight-ranges", "batch_norm"), "supports activations only"),
     "alone": (("{run}", "--alone", "17", "--images", "10"), "must be from 1 to 16"),
     "budget": (("{run}", "--size", "1", "--images", "10", "--bits", "8"), "the narrowest choice costs"),
 }

@@ -24,7 +24,9 @@ def engine_for(x: Tensor) -> Any:
 def where(x: Tensor) -> tuple[int, int]:
     """Return where to run: the device and its current stream, or the number of threads torch uses."""
     if x.is_cuda:
-        return x.device.index, torch.cuda.current_stream(x.device).cuda_stream
+        index = x.get_device()
+        # The address alone, as torch's own launches take it: a Stream object costs more than the call.
+        return index, torch._C._cuda_getCurrentRawStream(index)
     return torch.get_num_threads(), 0
 
 

@@ -5,7 +5,8 @@ kernel adds the slots up in one fixed order. No sweep synchronises with the host
 captured in a CUDA graph once it has run outside of one, which compiles its kernels.
 """
 
-from gradl1_fast.backends.triton._prepared import prepare_batch_norm_act
+from gradl1_fast.backends.triton._prepared import prepare_fake_quantize, prepare_tap
+from gradl1_fast.backends.triton._prepared_batch_norm_act import prepare_batch_norm_act
 from gradl1_fast.backends.triton.batch_norm_act import (
     batch_norm_act_backward,
     batch_norm_act_double_backward,
@@ -17,7 +18,7 @@ from gradl1_fast.backends.triton.fake_quantize import (
     fake_quantize_forward,
 )
 from gradl1_fast.backends.triton.l1_norm import l1_norm_backward, l1_norm_double_backward, l1_norm_forward
-from gradl1_fast.backends.triton.tap import prepare_tap, tap_backward, tap_double_backward
+from gradl1_fast.backends.triton.tap import tap_backward, tap_double_backward
 
 __all__ = [
     "batch_norm_act_backward",
@@ -30,6 +31,7 @@ __all__ = [
     "l1_norm_double_backward",
     "l1_norm_forward",
     "prepare_batch_norm_act",
+    "prepare_fake_quantize",
     "prepare_tap",
     "tap_backward",
     "tap_double_backward",

@@ -7,10 +7,8 @@ NaN then, and no value is equal to them, as in PyTorch.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from gradl1_fast.backends.triton import _launch
 from gradl1_fast.backends.triton._device import divide
@@ -95,13 +93,7 @@ def with_share(dy, value, low, high, low_share, high_share):
     return dy + (value == high).to(dy.dtype) * high_share
 
 
-def partials_of_ends(x: Tensor, programs: int) -> Tensor:
-    """Return room for the ends of ``programs`` parts of ``x``."""
-    return _launch.partials(x, PARTIALS, programs)
-
-
-def finish_ends(partials: Tensor) -> Tensor:
-    """Return low, high and their counts from those of all programs."""
-    ends = torch.empty((4,), dtype=partials.dtype, device=partials.device)
-    _ends_finish_kernel[(1,)](partials, ends, partials.shape[1], BLOCK=_launch.BLOCK, **_launch.OPTIONS)
-    return ends
+def ends_finisher(programs: int) -> _launch.Launch:
+    """Return the launch that combines the ends of ``programs`` parts."""
+    arguments = {"programs": programs, "BLOCK": _launch.BLOCK}
+    return _launch.Launch(_ends_finish_kernel, 1, **arguments, **_launch.OPTIONS)

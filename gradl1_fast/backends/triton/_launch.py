@@ -1,4 +1,4 @@
-"""What the launch wrappers share: layouts, types, sizes of blocks, and the finish of a sum.
+"""What the launch wrappers share: layouts, types, sizes of blocks, launches, and the finish of a sum.
 
 A kernel walks over memory, not over indices: any dense tensor, whatever the order of its dimensions,
 is a line of numbers. A tensor with gaps or overlaps (sliced, expanded), and one whose layout differs
@@ -8,6 +8,7 @@ from that of the result, is first copied into the layout of the result.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import Any, overload
 
 import torch
@@ -20,6 +21,9 @@ from gradl1_fast.backends.triton._device import finish_kernel
 
 BLOCK = 1024
 OPTIONS = {"enable_fp_fusion": False, "num_warps": 4}
+ALIGNMENT = 16  # bytes, of memory that Triton reads in words of that size
+
+Kind = tuple[torch.dtype | None, ...] | None
 
 
 def on_device_of(x: Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -71,13 +75,71 @@ def partials(x: Tensor, *shape: int) -> Tensor:
     return torch.empty(shape, dtype=sum_dtype(x.dtype), device=x.device)
 
 
+def kind_of(*given: Tensor | None) -> Kind:
+    """Return what a compiled kernel depends on in these tensors: their types, and which are absent.
+
+    None if one is not aligned: such tensors are rare, and Triton compiles other kernels for them.
+    """
+    places = 0
+    types: list[torch.dtype | None] = []
+    for t in given:
+        if t is None:
+            types.append(None)
+        else:
+            places |= t.data_ptr()
+            types.append(t.dtype)
+    return None if places % ALIGNMENT else tuple(types)
+
+
+class Launch:
+    """A kernel on a grid, with the arguments that are the same in every call.
+
+    To find the compiled kernel, Triton looks at every argument in each call. Here all but the tensors are
+    settled, so their kind tells which kernel it is: Triton finds the kernel of the first call of a kind, and
+    the other calls launch that one.
+
+    Args:
+        kernel: whose parameters are what a call gives, followed by ``arguments``.
+        grid: number of programs.
+        arguments: sizes, constants and options by name.
+    """
+
+    def __init__(self, kernel: Any, grid: int, **arguments: Any) -> None:
+        self._kernel, self._grid, self._arguments = kernel, (grid, 1, 1), arguments
+        self._found: dict[Kind, tuple[Callable[..., Any], list[Any]]] = {}
+
+    def __call__(self, kind: Kind, *given: Any) -> None:
+        """Launch the kernel.
+
+        Args:
+            kind: of the tensors from outside, by :func:`kind_of`; it also tells which others are absent.
+            given: the first arguments. Tensors that no kind describes are newly allocated, hence aligned.
+        """
+        found = self._found.get(kind)
+        if found is None:
+            self._find(kind, given)
+        else:
+            launch, rest = found
+            launch(*given, *rest)
+
+    def _find(self, kind: Kind, given: tuple[Any, ...]) -> None:
+        """Launch the kernel that Triton finds, and keep it for the kind; its interpreter has none."""
+        compiled = self._kernel[self._grid](*given, **self._arguments)
+        if False:
+            names = self._kernel.arg_names[len(given) :]
+            self._found[kind] = compiled[self._grid], [self._arguments[name] for name in names]
+
+
+def finisher(dtype: torch.dtype, rows: int, columns: int) -> Launch:
+    """Return the launch that sums values of ``(k, rows, columns)`` over the rows into ``k`` tensors."""
+    width = min(triton.next_power_of_2(columns), 32)
+    sizes = {"rows": rows, "columns": columns, "ROWS": 1024 // width, "COLS": width}
+    return Launch(finish_kernel, triton.cdiv(columns, width), **sizes, ACC=acc(dtype), **OPTIONS)
+
+
 def finish(values: Tensor, outs: tuple[Tensor, ...]) -> None:
     """Sum ``values`` of ``(len(outs), rows, columns)`` over the rows, each k into ``outs[k]``."""
-    _, rows, columns = values.shape
-    width = min(triton.next_power_of_2(columns), 32)
-    finish_kernel[(triton.cdiv(columns, width),)](
-        values, outs, rows, columns, ACC=acc(values.dtype), ROWS=1024 // width, COLS=width, **OPTIONS
-    )
+    finisher(values.dtype, *values.shape[1:])(None, values, outs)
 
 
 def total(values: Tensor) -> Tensor:

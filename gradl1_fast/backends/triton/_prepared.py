@@ -1,244 +1,182 @@
-"""Operations prepared once for a shape: the cut of the tensor into tiles is made once, calls launch.
+"""What operations prepared for a shape share, and the tap and fake quantization prepared.
 
-The ends of y come out of the pass that writes it, and their gradient enters the passes that read dy: no
-tensor is read once more for them.
+Sizes, constants and grids are settled when an object is made. A call allocates its results and launches; it
+looks at the layout of gradients, which come from outside, and copies where it is not that of preparation.
 """
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
-import triton
+import triton.language as tl
 from torch import Tensor
 
-from gradl1_fast.backends.reference._tensors import widen
-from gradl1_fast.backends.triton import _batch_norm_act_kernels as kernels
-from gradl1_fast.backends.triton import _launch
-from gradl1_fast.backends.triton._ends import finish_ends, partials_of_ends
-from gradl1_fast.backends.triton._tiles import plan, walkable
+from gradl1_fast._dtypes import sum_dtype
+from gradl1_fast.backends.triton import _launch, fake_quantize, tap
+from gradl1_fast.backends.triton._ends import PARTIALS, ends_finisher
+from gradl1_fast.backends.triton._launch import Kind, Launch, kind_of
 
-__all__ = ["BatchNormAct", "prepare_batch_norm_act"]
+__all__ = ["FakeQuantize", "Prepared", "Tap", "prepare_fake_quantize", "prepare_tap"]
 
 
-class BatchNormAct:
-    """``y = q(act(norm(x) * weight + bias + residual))`` and its derivatives, for a walkable ``x``."""
+class Prepared:
+    """The layout and the types of all calls."""
 
-    def __init__(
-        self,
-        x: Tensor,
-        training: bool,
-        eps: float,
-        activation: str,
-        with_residual: bool,
-        codes: tuple[int, int] | None,
-        with_ends: bool,
-    ) -> None:
-        self._cut, self._training, self._eps, self._activation = plan(x), training, eps, activation
-        self._with_residual, self._with_ends = with_residual, with_ends
-        self._codes = None if codes is None else (float(codes[0]), float(codes[1]))
-        self._masks = activation != "none" or codes is not None
+    def __init__(self, x: Tensor) -> None:
+        self._strides, self._dtype, self._sums = x.stride(), x.dtype, sum_dtype(x.dtype)
+        self._scalar = torch.empty((), dtype=self._sums, device=x.device)  # what results are made like
+        self._ends = torch.empty((4,), dtype=self._sums, device=x.device)
 
-    def forward(
-        self,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        residual: Tensor | None,
-        scale: Tensor | None,
-        zero_point: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None]:
-        """Return ``y, activated, mean, rstd, ends``."""
-        cut, x = self._cut, x.resolve_neg()
+    def _in_layout(self, t: Tensor | None, x: Tensor) -> Tensor | None:
+        """Return ``t`` in the layout of ``x``, which is that of preparation."""
+        if t is None or (t.stride() == self._strides and not t.is_neg()):
+            return t
+        return _launch.in_layout_of(t, x)
+
+
+class _Elementwise(Prepared):
+    """Operations whose programs each take a block of memory."""
+
+    def __init__(self, x: Tensor) -> None:
+        super().__init__(x)
+        self._blocks, self._numel = _launch.blocks(x.numel()), x.numel()
+        self._constants = {"ACC": _launch.acc(x.dtype), "BLOCK": _launch.BLOCK, **_launch.OPTIONS}
+
+    def _launch(self, kernel: object, **arguments: object) -> Launch:
+        return Launch(kernel, self._blocks, n=self._numel, **arguments, **self._constants)
+
+    @cached_property
+    def _finish(self) -> Launch:
+        return _launch.finisher(self._sums, self._blocks, 1)
+
+    def _partials(self) -> Tensor:
+        return self._scalar.new_empty((1, self._blocks, 1))
+
+    def _total(self, kind: Kind, partials: Tensor) -> Tensor:
+        total = torch.empty_like(self._scalar)
+        self._finish(kind, partials, (total,))
+        return total
+
+    def _is_as_prepared(self, t: Tensor) -> bool:
+        return t.dtype is self._dtype and t.stride() == self._strides and not t.is_neg()
+
+
+class Tap(_Elementwise):
+    """The identity whose gradient is measured, and the ends of what passes, for dense tensors."""
+
+    def __init__(self, x: Tensor) -> None:
+        super().__init__(x)
+        self._sum = self._launch(tap._tap_backward_kernel)
+        self._sign = self._launch(tap._tap_double_backward_kernel)
+        self._look = self._launch(tap._tap_ends_kernel)
+        self._add = self._launch(tap._tap_add_ends_gradient_kernel)
+
+    @cached_property
+    def _finish_ends(self) -> Launch:
+        return ends_finisher(self._blocks)
+
+    def backward(self, dy: Tensor) -> Tensor:
+        """Return ``l1 = sum |dy|``."""
+        if not self._is_as_prepared(dy):
+            return tap.tap_backward(dy)
+        with _launch.on_device_of(dy):
+            kind, partials = kind_of(dy), self._partials()
+            self._sum(kind, dy, partials)
+            return self._total(kind, partials)
+
+    def double_backward(self, d_dx: Tensor | None, d_l1: Tensor | None, dy: Tensor) -> Tensor:
+        """Return ``d_dy = d_dx + d_l1 * sign(dy)``."""
+        if d_l1 is None or not self._is_as_prepared(dy):
+            return tap.tap_double_backward(d_dx, d_l1, dy)
+        with _launch.on_device_of(dy):
+            v, d_dy = self._in_layout(d_dx, dy), torch.empty_like(dy)
+            self._sign(kind_of(v, d_l1, dy), v, d_l1, dy, d_dy)
+            return d_dy
+
+    def ends(self, x: Tensor) -> Tensor:
+        """Return the smallest and the largest value of ``x`` and how many values are equal to each."""
         with _launch.on_device_of(x):
+            x, partials = x.resolve_neg(), self._scalar.new_empty((PARTIALS, self._blocks))
+            kind, ends = kind_of(x), torch.empty_like(self._ends)
+            self._look(kind, x, partials)
+            self._finish_ends(kind, partials, ends)
+            return ends
+
+    def add_ends_gradient(self, dy: Tensor | None, x: Tensor, ends: Tensor, d_ends: Tensor) -> Tensor:
+        """Return ``dy`` plus what ``d_ends`` gives to ``x``."""
+        with _launch.on_device_of(x):
+            x, d_ends, out = x.resolve_neg(), d_ends.contiguous(), torch.empty_like(x)
+            dy = self._in_layout(dy, out)
+            self._add(kind_of(dy, x, ends, d_ends), dy, x, ends, d_ends, out)
+            return out
+
+
+class FakeQuantize(_Elementwise):
+    """Fake quantization to one grid for the tensor, for dense tensors."""
+
+    def __init__(self, x: Tensor, codes: tuple[int, int]) -> None:
+        super().__init__(x)
+        self._grid = {
+            "q_min": codes[0], "q_max": codes[1], "inner": 1, "channels": 1, "period": 1,
+            "PER_CHANNEL": False, "INDEX": tl.int32,
+        }  # fmt: skip
+        self._round = self._launch(fake_quantize._fake_quantize_forward_kernel, **self._grid)
+        self._mask = self._launch(fake_quantize._fake_quantize_backward_kernel, **self._grid)
+        self._mask_and_sum = self._launch(fake_quantize._fake_quantize_backward_kernel, **self._grid)
+        self._add = self._launch(fake_quantize._fake_quantize_double_backward_kernel, **self._grid)
+
+    def forward(self, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+        """Return ``x`` on the grid."""
+        with _launch.on_device_of(x):
+            x = x.resolve_neg()
             y = torch.empty_like(x)
-            activated = torch.empty_like(x) if self._with_residual and self._codes is not None else None
-            if self._training:
-                mean, rstd = self._statistics(x)
-            else:
-                # A copy: an operator must not return what it was given.
-                mean, rstd = _wide(running_mean).clone(), (_wide(running_var) + self._eps).rsqrt()
-            partials = partials_of_ends(x, cut.grid[0]) if self._with_ends else None
-            kernels._batch_norm_act_forward_kernel[cut.grid](
-                x,
-                _vector(weight),
-                _vector(bias),
-                mean,
-                rstd,
-                _launch.in_layout_of(residual, x),
-                self._quantizer(scale, zero_point),
-                y,
-                activated,
-                partials,
-                ACTIVATION=self._activation,
-                **cut.arguments,
-            )
-            return y, activated, mean, rstd, None if partials is None else finish_ends(partials)
+            self._round(kind_of(x, scale, zero_point), x, scale, zero_point, y)
+            return y
 
     def backward(
-        self,
-        dy: Tensor,
-        x: Tensor,
-        activated: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        mean: Tensor,
-        rstd: Tensor,
-        scale: Tensor | None,
-        zero_point: Tensor | None,
-        with_l1: bool,
-        ends: Tensor | None,
-        d_ends: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Return ``dx, dweight, dbias, dresidual, l1`` of ``dy`` plus what ``d_ends`` gives to ``y``."""
-        cut, x = self._cut, x.resolve_neg()
+        self, dy: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, with_l1: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return ``dx, l1``."""
         with _launch.on_device_of(x):
-            weight, bias, quantizer = _vector(weight), _vector(bias), self._quantizer(scale, zero_point)
-            dx, dy, d_ends = torch.empty_like(x), _launch.in_layout_of(dy, x), _vector(d_ends)
-            ends = None if d_ends is None else ends
-            own_residual = self._with_residual and (self._masks or d_ends is not None)
-            dresidual = torch.empty_like(x) if own_residual else None
-            sums = _launch.partials(x, 2 + with_l1, cut.splits, cut.channels)
-            kernels._batch_norm_act_backward_sums_kernel[cut.grid](
-                dy,
-                x,
-                _launch.in_layout_of(activated, x) if own_residual else None,
-                weight,
-                bias,
-                mean,
-                rstd,
-                quantizer,
-                ends,
-                d_ends,
-                dresidual,
-                sums,
-                ACTIVATION=self._activation,
-                WITH_L1=with_l1,
-                **cut.arguments,
-            )
-            dbias, dweight, *l1 = (torch.empty_like(mean) for _ in range(2 + with_l1))
-            _launch.finish(sums, (dbias, dweight, *l1))
-            # What goes to the residual has been masked already, and has its share of the ends.
-            first = dresidual is None
-            kernels._batch_norm_act_backward_kernel[cut.grid](
-                dy if dresidual is None else dresidual,
-                x,
-                weight,
-                bias,
-                mean,
-                rstd,
-                quantizer if first else None,
-                ends if first else None,
-                d_ends if first else None,
-                dweight,
-                dbias,
-                dx,
-                cut.size_of_channel,
-                ACTIVATION=self._activation if first else "none",
-                TRAINING=self._training,
-                **cut.arguments,
-            )
-            return dx, dweight, dbias, dresidual, _launch.total(l1[0]) if with_l1 else None
+            x, dy = x.resolve_neg(), self._in_layout(dy, x)  # type: ignore[assignment]
+            dx, kind = torch.empty_like(x), kind_of(dy, x, scale, zero_point)
+            if not with_l1:
+                self._mask(kind, dy, x, scale, zero_point, dx, None)
+                return dx, None
+            partials = self._partials()
+            self._mask_and_sum(kind, dy, x, scale, zero_point, dx, partials)
+            return dx, self._total(kind, partials)
 
     def double_backward(
         self,
         d_dx: Tensor | None,
-        d_dweight: Tensor | None,
-        d_dbias: Tensor | None,
-        d_dresidual: Tensor | None,
         d_l1: Tensor | None,
         dy: Tensor,
         x: Tensor,
-        activated: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        mean: Tensor,
-        rstd: Tensor,
-        scale: Tensor | None,
-        zero_point: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return ``d_dy, d_x, d_weight``."""
-        cut, x = self._cut, x.resolve_neg()
+        scale: Tensor,
+        zero_point: Tensor,
+    ) -> Tensor:
+        """Return ``d_dy``."""
+        if d_dx is None:
+            return tap.tap_double_backward(None, d_l1, dy)
         with _launch.on_device_of(x):
-            d_dy, d_x, d_weight = torch.empty_like(x), torch.empty_like(x), torch.empty_like(mean)
-            d_dx, d_dresidual, gradient = (_launch.in_layout_of(t, x) for t in (d_dx, d_dresidual, dy))
-            read = activated if self._with_residual and self._masks else None
-            vectors = (_vector(weight), _vector(bias), mean, rstd)
-            quantizer = self._quantizer(scale, zero_point)
-            saved = (gradient, x, _launch.in_layout_of(read, x), *vectors, quantizer)
-            shares = _launch.partials(x, 5, cut.splits, cut.channels)
-            kernels._batch_norm_act_double_backward_sums_kernel[cut.grid](
-                d_dx, *saved, shares, ACTIVATION=self._activation, **cut.arguments
-            )
-            sums = _launch.partials(x, 5, cut.channels).unbind()
-            _launch.finish(shares, sums)
-            kernels._batch_norm_act_double_backward_kernel[cut.grid](
-                d_dx,
-                _vector(d_dweight),
-                _vector(d_dbias),
-                d_dresidual,
-                d_l1,
-                *saved,
-                sums,
-                d_dy,
-                d_x,
-                d_weight,
-                cut.size_of_channel,
-                ACTIVATION=self._activation,
-                TRAINING=self._training,
-                **cut.arguments,
-            )
-            return d_dy, d_x, d_weight
-
-    def _statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the mean and 1/std of each channel."""
-        cut = self._cut
-        shares = _launch.partials(x, 3, cut.splits, cut.channels)
-        kernels._batch_norm_act_statistics_kernel[cut.grid](x, shares, **cut.arguments)
-        mean, rstd = _launch.partials(x, cut.channels), _launch.partials(x, cut.channels)
-        width = min(triton.next_power_of_2(cut.channels), 32)
-        kernels._batch_norm_act_statistics_finish_kernel[(triton.cdiv(cut.channels, width),)](
-            x,
-            shares,
-            mean,
-            rstd,
-            1 if cut.arguments["LAST"] else cut.arguments["width"],
-            cut.splits,
-            cut.channels,
-            EPS=self._eps,
-            ROWS=256 // width,
-            COLS=width,
-            **_launch.OPTIONS,
-        )
-        return mean, rstd
-
-    def _quantizer(
-        self, scale: Tensor | None, zero_point: Tensor | None
-    ) -> tuple[Tensor, Tensor, float, float] | None:
-        if self._codes is None or scale is None or zero_point is None:
-            return None
-        return scale, zero_point, *self._codes
+            x, d_dy = x.resolve_neg(), torch.empty_like(x)
+            d_dx, dy = self._in_layout(d_dx, x), self._in_layout(dy, x)  # type: ignore[assignment]
+            kind = kind_of(d_dx, d_l1, dy, x, scale, zero_point)
+            self._add(kind, d_dx, d_l1, dy, x, scale, zero_point, d_dy)
+            return d_dy
 
 
-def prepare_batch_norm_act(
-    x: Tensor,
-    training: bool,
-    eps: float,
-    activation: str,
-    with_residual: bool,
-    codes: tuple[int, int] | None,
-    with_ends: bool,
-) -> BatchNormAct | None:
-    """Prepare batch norm of tensors like ``x``; None if they are neither NCHW nor channels_last."""
-    if walkable(x) is not x:
-        return None
-    return BatchNormAct(x, training, eps, activation, with_residual, codes, with_ends)
+def prepare_tap(x: Tensor) -> Tap | None:
+    """Prepare the tap of tensors like ``x``; None if their memory has gaps."""
+    return Tap(x) if _is_dense(x) else None
 
 
-def _vector(values: Tensor | None) -> Tensor | None:
-    return None if values is None else values.contiguous()
+def prepare_fake_quantize(x: Tensor, codes: tuple[int, int]) -> FakeQuantize | None:
+    """Prepare fake quantization of tensors like ``x``; None if their memory has gaps."""
+    return FakeQuantize(x, codes) if _is_dense(x) else None
 
 
-def _wide(values: Tensor | None) -> Tensor:
-    assert values is not None  # the caller checks that evaluation has its statistics
-    return widen(values)
+def _is_dense(x: Tensor) -> bool:
+    return _launch.dense(x) is x and torch.empty_like(x).stride() == x.stride()

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from gradl1_fast.backends import reference
 from gradl1_fast.backends.reference._tensors import absent, in_layout_of
-from gradl1_fast.backends.triton._prepared import BatchNormAct
+from gradl1_fast.backends.triton._prepared_batch_norm_act import BatchNormAct
 from gradl1_fast.backends.triton._tiles import walkable
 
 

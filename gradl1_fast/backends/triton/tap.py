@@ -12,14 +12,7 @@ from torch import Tensor
 
 from gradl1_fast.backends.triton import _launch
 from gradl1_fast.backends.triton._device import narrow, sign, widen
-from gradl1_fast.backends.triton._ends import (
-    extended,
-    finish_ends,
-    partials_of_ends,
-    shares_of,
-    store_ends,
-    with_share,
-)
+from gradl1_fast.backends.triton._ends import extended, shares_of, store_ends, with_share
 
 
 @triton.jit
@@ -94,35 +87,3 @@ def tap_double_backward(d_dx: Tensor | None, d_l1: Tensor | None, dy: Tensor) ->
                 **_launch.OPTIONS,
             )
     return d_dy
-
-
-class Tap:
-    """The identity whose gradient is measured, and the ends of what passes, for dense tensors."""
-
-    def __init__(self, x: Tensor) -> None:
-        self._blocks = _launch.blocks(x.numel())
-        self._options = {"ACC": _launch.acc(x.dtype), "BLOCK": _launch.BLOCK, **_launch.OPTIONS}
-
-    backward = staticmethod(tap_backward)
-    double_backward = staticmethod(tap_double_backward)
-
-    def ends(self, x: Tensor) -> Tensor:
-        """Return the smallest and the largest value of ``x`` and how many values are equal to each."""
-        with _launch.on_device_of(x):
-            x, partials = x.resolve_neg(), partials_of_ends(x, self._blocks)
-            _tap_ends_kernel[(self._blocks,)](x, partials, x.numel(), **self._options)
-            return finish_ends(partials)
-
-    def add_ends_gradient(self, dy: Tensor | None, x: Tensor, ends: Tensor, d_ends: Tensor) -> Tensor:
-        """Return ``dy`` plus what ``d_ends`` gives to ``x``."""
-        with _launch.on_device_of(x):
-            x, out = x.resolve_neg(), torch.empty_like(x)
-            _tap_add_ends_gradient_kernel[(self._blocks,)](
-                _launch.in_layout_of(dy, out), x, ends, d_ends.contiguous(), out, x.numel(), **self._options
-            )
-            return out
-
-
-def prepare_tap(x: Tensor) -> Tap | None:
-    """Prepare the tap of tensors like ``x``; None if their memory has gaps."""
-    return Tap(x) if _launch.dense(x) is x and torch.empty_like(x).stride() == x.stride() else None

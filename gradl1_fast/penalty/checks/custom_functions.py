@@ -93,14 +93,14 @@ def _watched(functions: Sequence[Any], found: Constants) -> Iterator[None]:
 
 
 def _refuse_cuts(first: Constants, second: Constants) -> None:
-    """Raise if what a function returned without a graph doubled with the loss; a constant stays the same."""
+    """Raise if a result without a graph doubled with the loss; a constant does not change."""
     for node, constants in second.items():
         before = first[node]
         if any(i in before and not torch.equal(g, before[i]) for i, g in constants.items()):
             raise RuntimeError(
                 f"GradL1: the backward of {_name(node)} cuts the graph (detach, no_grad, .data, a kernel "
-                "without a derivative): the gradient of a penalty on gradients would be lost in it; give its "
-                "backward a derivative of its own"
+                "without a derivative), so the gradient of the penalty would be lost; make its backward "
+                "differentiable"
             )
 
 
@@ -114,8 +114,8 @@ def _is_wrapper(function: Callable[..., Any]) -> bool:
 
 def _once_differentiable(name: str) -> str:
     return (
-        f"{name} is once_differentiable: the gradient of a penalty on gradients would be lost in it; give "
-        "its backward a derivative of its own"
+        f"{name} is once_differentiable, so the gradient of the penalty would be lost; make its backward "
+        "differentiable"
     )
 
 

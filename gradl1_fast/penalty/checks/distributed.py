@@ -19,21 +19,21 @@ def refuse_wrappers(model: nn.Module) -> None:
     fsdp = sys.modules.get("torch.distributed.fsdp")  # whoever wraps a model by it has imported it
     if fsdp is not None and any(isinstance(m, fsdp.FullyShardedDataParallel) for m in model.modules()):
         raise ValueError(
-            "GradL1: FullyShardedDataParallel rules out gradients of gradients: it frees weights between the "
+            "GradL1: FullyShardedDataParallel does not support double backprop: it frees weights between the "
             "two backward passes; use DistributedDataParallel, or fully_shard without resharding"
         )
     for module in model.modules():
         if isinstance(module, nn.DataParallel) and len(module.device_ids) > 1:
             raise ValueError(
-                "GradL1: DataParallel computes on several devices with copies of the model, which no penalty "
-                "measures; use DistributedDataParallel"
+                "GradL1: DataParallel runs copies of the model on several devices, which the penalty does "
+                "not measure; use DistributedDataParallel"
             )
     if is_distributed() and distributed.get_world_size() > 1:
         for name, module in model.named_modules():
             if isinstance(module, nn.SyncBatchNorm):
                 raise ValueError(
                     f"GradL1: {name} is a SyncBatchNorm, which has no second derivative on several ranks; "
-                    "use BatchNorm2d, whose statistics are each rank's own"
+                    "use BatchNorm2d, with separate statistics on each rank"
                 )
 
 
@@ -52,13 +52,13 @@ def refuse_shards(named: Iterable[tuple[str, Tensor]]) -> None:
     for name, weight in named:
         if sharding is not None and isinstance(weight, sharding.DTensor):
             raise RuntimeError(
-                f"GradL1: {name} is sharded before both backward passes are done; keep it whole: "
+                f"GradL1: {name} is sharded before both backward passes are done; keep it unsharded: "
                 "fully_shard(..., reshard_after_forward=False), and set_reshard_after_backward(False) until "
                 "the penalty is computed"
             )
         if _is_freed(weight):  # reading it would end the process
             raise RuntimeError(
-                f"GradL1: the memory of {name} was freed before both backward passes are done, as "
+                f"GradL1: the memory of {name} was freed before both backward passes were done, as "
                 "FullyShardedDataParallel does; use DistributedDataParallel or fully_shard"
             )
 

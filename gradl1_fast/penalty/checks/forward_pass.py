@@ -72,8 +72,8 @@ def _refuse_lost(users: dict[str, list[Any]], tensors: dict[str, Tensor], hidden
         weight = name.partition(" from ")[0]
         if users[name] and not users.get(weight):
             raise RuntimeError(
-                f"GradL1: {weight} is computed, and the tensor that the forward pass used is not known: "
-                "the pass was made before this penalty armed the model, or in a checkpointed region"
+                f"GradL1: {weight} is a computed weight, and the tensor that the forward pass used is "
+                "unknown: the pass ran before this penalty armed the model, or in a checkpointed region"
             )
 
 
@@ -81,7 +81,7 @@ def _check_modules(penalty: GradL1, sites: Sequence[Site]) -> None:
     """Look at widths and scales where the forward pass is compiled together with the penalty."""
     if penalty.every > 1:
         raise RuntimeError(
-            "GradL1: every > 1 cannot be compiled; call a compiled step with it every so often"
+            "GradL1: every > 1 cannot be compiled; use every=1 and call the compiled step on every N-th step"
         )
     for name, layer in penalty.layers.items() if penalty.lambda_w else ():
         quantizer = layer.weight_quantizer
@@ -89,7 +89,7 @@ def _check_modules(penalty: GradL1, sites: Sequence[Site]) -> None:
             refuse_width(name, quantizer.bits)
         if layer.is_computed:
             raise RuntimeError(
-                f"GradL1: the weight of {name} is computed, which cannot be penalised in torch.compile"
+                f"GradL1: the weight of {name} is computed and cannot be penalised under torch.compile"
             )
     for site in sites:
         if site.quantizer.step_bits != penalty._step_bits:

@@ -23,12 +23,12 @@ __all__ = [
 ]
 
 WHY_NOT_REACHED = (
-    "Was the penalty made after this forward pass, or for another model than was called? If not, the loss "
-    "does not depend on them, or the graph is cut on the way (detach, no_grad)"
+    "Was the penalty created after this forward pass, or for a model other than the one called? If not, the "
+    "loss does not depend on them, or something cuts the graph in between (detach, no_grad)"
 )
 OTHER_SCALE = (
-    "GradL1: another penalty with a different scale was made for this model before this forward pass ({}); "
-    "re-create this penalty, then rerun the forward pass"
+    "GradL1: another penalty with a different scale was created for this model before this forward pass "
+    "({}); re-create this penalty, then rerun the forward pass"
 )
 
 _COMPILED = (
@@ -100,8 +100,8 @@ def refuse_reentrant_checkpoint(graph: Graph) -> None:
     """
     if any(node._forward_cls.__name__ == "CheckpointFunction" for node in graph.functions):
         raise RuntimeError(
-            "GradL1: a part of the model is checkpointed with use_reentrant=True, in which the gradient of a "
-            "penalty on gradients would be lost; use use_reentrant=False"
+            "GradL1: a part of the model is checkpointed with use_reentrant=True, so the gradient of the "
+            "penalty would be lost; set use_reentrant=False"
         )
 
 
@@ -118,7 +118,7 @@ def refuse_width(layer: str, bits: int) -> None:
         raise RuntimeError(f"GradL1: cannot penalise {layer} at 1 bit: use float or at least 2 bits")
     raise RuntimeError(
         f"GradL1: {layer} is quantized in a stored range, where its gradient stops at clamped weights; "
-        "penalise weights in float, or in their own range: "
+        "penalise weights in float, or without a stored range: "
         'gradl1_fast.calibrate_weights(model, ranges="min_max")'
     )
 

@@ -33,8 +33,8 @@ def check_model(penalty: GradL1) -> None:
     for name, layer in penalty.layers.items() if penalty.lambda_w else ():
         if layer.is_computed and not any(p.dim() > 1 for p in layer.parameters()):
             raise ValueError(
-                f"GradL1: {name or 'the layer'} has no weight that could be trained, such as one that was "
-                "read from an any-bit file; train the model that was saved"
+                f"GradL1: {name or 'the layer'} has no trainable weight; a weight read from an any-bit file "
+                "cannot be trained: train the model that was saved"
             )
 
 
@@ -66,7 +66,7 @@ def refuse_for_finite_difference(penalty: GradL1) -> None:
     modules = list(penalty.model.modules())
     if any(isinstance(m, quantizers) and m.bits is not None for m in modules):
         raise RuntimeError(
-            "GradL1: the finite difference needs every width at float; see gradl1_fast.set_bits"
+            "GradL1: the finite difference needs all widths to be float; see gradl1_fast.set_bits"
         )
     if any(isinstance(m, nn.parallel.DistributedDataParallel) for m in modules):
         raise RuntimeError("GradL1: the finite difference does not average over ranks; use method='exact'")

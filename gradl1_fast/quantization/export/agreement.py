@@ -73,13 +73,13 @@ class Agreement:
         """Return what is beyond the bounds, a sentence each."""
         faults = []
         if self.codes > CODES:
-            faults.append(f"codes at {self.where} are {self.codes} apart, allowed is {CODES}")
+            faults.append(f"codes at {self.where} differ by {self.codes}, allowed is {CODES}")
         if not self.outputs <= OUTPUTS:
-            faults.append(f"outputs are {self.outputs:.2g} of the largest apart, allowed is {OUTPUTS:g}")
+            faults.append(f"outputs differ by {self.outputs:.2g} of the largest, allowed is {OUTPUTS:g}")
         if not self.top_1 >= TOP_1:
-            faults.append(f"top-1 agreement is {100 * self.top_1:.2f} %, needed is {100 * TOP_1:g} %")
+            faults.append(f"top-1 agreement is {100 * self.top_1:.2f} %, required is {100 * TOP_1:g} %")
         if self.expected is not None and (self.accuracy or 0.0) < self.expected - ACCURACY:
-            faults.append(f"accuracy is {self.accuracy:.2f} %, that of the simulation {self.expected:.2f} %")
+            faults.append(f"accuracy is {self.accuracy:.2f} %, in the simulation {self.expected:.2f} %")
         return faults
 
 

@@ -46,7 +46,9 @@ class AnyBitFile:
 
 def _write(model: nn.Module, inputs: Any, *, w: Widths = None, a: Widths = None) -> AnyBitFile:
     if (w, a) != (None, None):
-        raise ValueError("an any-bit file holds every width: leave out w and a, and choose when it is read")
+        raise ValueError(
+            "an any-bit file holds every width: do not give w and a; choose the width when you load the file"
+        )
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model"
         sizes = save_any_bit(model, path)

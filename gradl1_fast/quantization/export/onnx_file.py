@@ -167,8 +167,8 @@ _WORDS = {"a": "activations", "w": "weights"}
 
 def _widened(wide: Sequence[str], reason: str) -> str:
     return (
-        f"codes of {' and '.join(_WORDS[kind] for kind in wide)} take 8 bits: with narrower types, "
-        f"onnxruntime says: {reason}"
+        f"codes of {' and '.join(_WORDS[kind] for kind in wide)} are stored in 8 bits: with narrower types, "
+        f"onnxruntime reports: {reason}"
     )
 
 

@@ -28,7 +28,7 @@ def to_onnx(program: Program) -> Any:
             message names them all, with the modules that use them.
     """
     if wrong := _mistranslated(program.exported):
-        raise NotExportableError(f"torch.onnx.export loses divisor_override of {'; '.join(wrong)}")
+        raise NotExportableError(f"torch.onnx.export drops divisor_override of {'; '.join(wrong)}")
     exported = copy.deepcopy(program.exported)  # the exporter rewrites what it is given
     try:
         with warnings.catch_warnings(), torch.no_grad():
@@ -42,8 +42,8 @@ def to_onnx(program: Program) -> Any:
             )
     except Exception as error:  # the exporter raises errors of many classes
         missing = _untranslated(program.exported)
-        reason = f"it has no translation of {'; '.join(missing)}" if missing else _reason(error)
-        raise NotExportableError(f"torch.onnx.export refuses the model: {reason}") from error
+        reason = f"it does not support {'; '.join(missing)}" if missing else _reason(error)
+        raise NotExportableError(f"torch.onnx.export cannot export the model: {reason}") from error
     if result is None:
         raise NotExportableError("torch.onnx.export returned nothing")
     return result.model

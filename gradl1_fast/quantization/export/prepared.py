@@ -50,9 +50,9 @@ class Prepared:
         """Return a sentence on each batch norm that was not folded and each scale that was raised."""
         remarks = [f"{name} {reason}: not folded" for name, reason in self.folding.refused.items()]
         for name in self.folding.without_rounding:
-            remarks.append(f"{name}: folding changed its grid, so that it is rounded to nearest")
+            remarks.append(f"{name}: folding changed its grid; its weight is rounded to nearest")
         for name, count in self.raised.items():
-            remarks.append(f"{name}: {count} weight scale(s) raised, so that the bias fits 32 bits")
+            remarks.append(f"{name}: {count} weight scale(s) raised so that the bias fits in 32 bits")
         return remarks
 
     def widths(self) -> str:
@@ -139,7 +139,7 @@ def _find_sites(model: nn.Module, arguments: Arguments) -> None:
             arguments.call(model)
     except (TypeError, KeyError) as error:
         raise NotExportableError(
-            f"the model does not take these inputs: {error}. Give a tensor, a tuple of arguments or a "
+            f"the model does not accept these inputs: {error}. Pass a tensor, a tuple of arguments or a "
             "mapping of keyword arguments"
         ) from error
 
@@ -152,11 +152,13 @@ def _check_model(model: nn.Module) -> None:
         raise NotExportableError("the model is in training mode: call model.eval() first")
     for name, layer in layers.items():
         if isinstance(layer.weight_quantizer, SlicedWeight):
-            raise NotExportableError(f"{name} holds bits of an any-bit file, no float weight; export the run")
+            raise NotExportableError(
+                f"{name} was loaded from an any-bit file and has no float weight; export the run"
+            )
     for name, value in model.state_dict().items():
         if value.is_floating_point() and value.dtype != torch.float32:
             raise NotExportableError(
-                f"{name} is {value.dtype}; export is for float32: call model.float() first"
+                f"{name} is {value.dtype}; export supports float32: call model.float() first"
             )
 
 

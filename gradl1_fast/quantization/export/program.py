@@ -148,7 +148,7 @@ def trace(prepared: Prepared, inputs: Any, *, batch: bool, sizes: bool, joints: 
         remarks.append(f"the batch is fixed at {arguments.size}: {reason:.200}")
     program = Program(exported, marks, remarks)
     if left := program.left_in_float():
-        remarks.append(f"not called as layers, so in float where they are used: {', '.join(left)}")
+        remarks.append(f"in float, because they are not called as layers: {', '.join(left)}")
     if joints:
         add_joints(exported, marks)
         add_biases(exported, marks)
@@ -178,7 +178,9 @@ def export_program(
                 model, arguments.args, arguments.kwargs, dynamic_shapes=shapes, strict=False
             )
     except Exception as error:  # the exporter raises errors of many classes
-        raise NotExportableError(f"torch.export refuses {_place(error, model)}: {_reason(error)}") from error
+        raise NotExportableError(
+            f"torch.export cannot export {_place(error, model)}: {_reason(error)}"
+        ) from error
 
 
 def _by_parameter(model: torch.nn.Module, args: Any, kwargs: Any) -> Any:
@@ -186,7 +188,7 @@ def _by_parameter(model: torch.nn.Module, args: Any, kwargs: Any) -> Any:
     try:
         return dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments)
     except TypeError as error:
-        raise NotExportableError(f"the model does not take these inputs: {error}") from error
+        raise NotExportableError(f"the model does not accept these inputs: {error}") from error
 
 
 def _reason(error: Exception) -> str:

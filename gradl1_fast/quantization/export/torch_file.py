@@ -143,7 +143,7 @@ def _write(model: nn.Module, inputs: Any, *, w: Widths = None, a: Widths = None)
     prepared = simulate(model, inputs, w=w, a=a)
     remarks = prepared.remarks()
     if any(width is not None and width < 8 for width in prepared.w.values()):
-        remarks.append("codes of less than 8 bits take a byte each: PyTorch has no narrower integers")
+        remarks.append("codes of fewer than 8 bits take one byte each: PyTorch has no narrower integer type")
     return TorchFile(export_torch(prepared, inputs), prepared, remarks)
 
 

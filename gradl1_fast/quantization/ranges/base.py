@@ -65,7 +65,7 @@ class Range:
             RuntimeError: no value was seen.
         """
         if self.low is None or self.high is None:
-            raise RuntimeError("no value was seen")
+            raise RuntimeError("no value was observed")
         return self.low, self.high
 
 

@@ -126,14 +126,12 @@ class BatchNormStatistics:
         names = named_quantizers(model)
         unknown = self.known.keys() - names.keys()
         if unknown:
-            raise ValueError(
-                f"known: no site is called {', '.join(sorted(unknown))}; there are {list(names)}"
-            )
+            raise ValueError(f"known: unknown site {', '.join(sorted(unknown))}; the sites are {list(names)}")
         found = {name: g.ends(self.sigmas) for name, g in _follow(model).items()} | self.known
         missing = [name for name in names if name not in found]
         if missing:
             raise ValueError(
-                f"no batch norm says what reaches {', '.join(missing)}; give the ranges as "
+                f"no batch norm describes the values at {', '.join(missing)}; give the ranges as "
                 f"BatchNormStatistics(known={{{missing[0]!r}: (low, high), ...}}), or calibrate with data"
             )
         return {name: tuple(found[name]) for name in names}  # type: ignore[misc]

@@ -34,5 +34,7 @@ def choose(what: str, ranges: str | Range | BatchNormStatistics) -> Range | Batc
     if not isinstance(ranges, Range | BatchNormStatistics):
         raise TypeError(f"{what}: ranges must be a name or an object of gradl1_fast.ranges, got {ranges!r}")
     if isinstance(ranges, Range) and ranges.low is not None:
-        raise ValueError(f"{what}: this {type(ranges).__name__} has seen values already; make a new one")
+        raise ValueError(
+            f"{what}: this {type(ranges).__name__} has already observed values; create a new one"
+        )
     return ranges

@@ -82,7 +82,7 @@ def _error_in_codes(layer: QuantizedLayer, bits: int, codes: Tensor) -> str:
         return f"is for a weight of {has}, not {list(weight.shape)}"
     _, _, q_min, q_max = layer.weight_quantizer.grid(weight, bits)
     if codes.numel() and not bool(((codes >= q_min) & (codes <= q_max)).all()):
-        return f"has a code beyond {q_min} to {q_max}"
+        return f"has a code outside {q_min} to {q_max}"
     return ""
 
 

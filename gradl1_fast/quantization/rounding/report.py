@@ -41,7 +41,7 @@ class Rounding:
         for row in self.rows:
             if row.name == name:
                 return row
-        raise KeyError(f"no row for {name!r}; there are {[row.name for row in self.rows]}")
+        raise KeyError(f"no row for {name!r}; the rows are {[row.name for row in self.rows]}")
 
     def __str__(self) -> str:
         """Return a line for each weight."""

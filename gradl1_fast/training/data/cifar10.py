@@ -57,10 +57,10 @@ def cifar10(folder: Path | None) -> Dataset:
                     torch.cat([part[1] for part in parts[:-1]]),
                 )
                 return standardised("cifar10", CLASSES, train, parts[-1])
-    where = "no folder was named" if folder is None else f"{folder}: not all of its six files are here"
+    where = "no folder was given" if folder is None else f"{folder}: some of the six files are missing"
     raise DataError(
         f"{where}. Get CIFAR-10, binary or for Python, from https://www.cs.toronto.edu/~kriz/cifar.html, "
-        "unpack it and name the folder (--data FOLDER)"
+        "unpack it and give the folder (--data FOLDER)"
     )
 
 
@@ -74,7 +74,7 @@ def _binary(path: Path) -> Batch:
     """Read records of one byte for the label and 3072 for the pixels."""
     size = IMAGES * (1 + PIXELS)
     if path.stat().st_size != size:
-        raise DataError(f"{path}: must have {size} bytes, has {path.stat().st_size}; get it anew")
+        raise DataError(f"{path}: must have {size} bytes, has {path.stat().st_size}; download it again")
     records = torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8).reshape(IMAGES, -1)
     return _checked(path, records[:, 1:], records[:, 0])
 
@@ -83,11 +83,11 @@ def _pickled(path: Path) -> Batch:
     """Read a pickle, which is checked to be the published one and whose code is not executed all the same."""
     content = path.read_bytes()
     if hashlib.md5(content, usedforsecurity=False).hexdigest() != SUMS[path.name]:
-        raise DataError(f"{path}: the checksum is wrong: the file is damaged or altered; get it anew")
+        raise DataError(f"{path}: wrong checksum: the file is damaged or altered; download it again")
     try:
         found = read_pickle(content)
     except pickle.UnpicklingError as error:
-        raise DataError(f"{path}: not read: it {error}") from error
+        raise DataError(f"{path}: cannot be read: it {error}") from error
     if not isinstance(found, dict) or not {b"data", b"labels"} <= found.keys():
         raise DataError(f"{path}: must hold a dictionary with b'data' and b'labels'")
     pixels, labels = found[b"data"], found[b"labels"]

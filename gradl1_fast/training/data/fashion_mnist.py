@@ -56,7 +56,7 @@ def fashion_mnist(folder: Path | None = None) -> Dataset:
         raise DataError(
             f"{folder}: no {' and no '.join(missing)} here. Get Fashion-MNIST with 'sudo apt install "
             "dataset-fashion-mnist' on Debian or Ubuntu, or get its four .gz files from "
-            "https://github.com/zalandoresearch/fashion-mnist and name their folder (--data FOLDER)"
+            "https://github.com/zalandoresearch/fashion-mnist and give their folder (--data FOLDER)"
         )
     return standardised("fashion-mnist", CLASSES, _part(folder, *FILES[:2]), _part(folder, *FILES[2:]))
 

@@ -51,9 +51,11 @@ class IdxFile:
         self._check_header(path, bytes(content[:header]))
         if len(content) != header + math.prod(self.shape):
             what = "more" if len(content) > header + math.prod(self.shape) else "fewer"
-            raise DataError(f"{path}: holds {what} bytes than its shape {self.shape} says; get it anew")
+            raise DataError(
+                f"{path}: holds {what} bytes than its shape {self.shape} needs; download it again"
+            )
         if hashlib.sha256(content).hexdigest() != self.sha256:
-            raise DataError(f"{path}: the checksum is wrong: the file is damaged or altered; get it anew")
+            raise DataError(f"{path}: wrong checksum: the file is damaged or altered; download it again")
         return torch.frombuffer(content, dtype=torch.uint8, offset=header).reshape(self.shape)
 
     def _check_header(self, path: Path, header: bytes) -> None:
@@ -75,4 +77,4 @@ def _decompress(path: Path, limit: int) -> bytearray:
         with gzip.open(path) as file:
             return bytearray(file.read(limit))
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataError(f"{path}: not a whole gzip file ({error}); get it anew") from error
+        raise DataError(f"{path}: truncated or corrupt gzip file ({error}); download it again") from error

@@ -78,7 +78,7 @@ class ImageFiles:
         except DataError:
             raise
         except (OSError, ValueError, SyntaxError, image_module.DecompressionBombError) as error:
-            raise DataError(f"{path}: not a whole image: {error}") from error
+            raise DataError(f"{path}: truncated or corrupt image: {error}") from error
         if white is not None:
             values = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.float32)
             return (values * (255 / white)).reshape(1, self.size, self.size).expand(3, -1, -1)
@@ -102,12 +102,12 @@ def image_folder(folder: Path | None, size: int) -> Dataset:
     _pillow()
     if folder is None:
         raise DataError(
-            "no folder was named: --data FOLDER, with train/CLASS/*.jpg and val/CLASS/*.jpg in it"
+            "no folder was given: use --data FOLDER, a folder with train/CLASS/*.jpg and val/CLASS/*.jpg"
         )
     test = next((folder / name for name in TEST_NAMES if (folder / name).is_dir()), None)
     if not (folder / "train").is_dir() or test is None:
         raise DataError(
-            f"{folder}: must hold the folders train and val (or test), with a folder a class in each"
+            f"{folder}: must hold the folders train and val (or test), each with one folder per class"
         )
     classes = _classes(folder / "train")
     if _classes(test) != classes:
@@ -122,7 +122,7 @@ def image_folder(folder: Path | None, size: int) -> Dataset:
 def _classes(folder: Path) -> list[str]:
     found = sorted(path.name for path in folder.iterdir() if path.is_dir())
     if not found:
-        raise DataError(f"{folder}: has no folders, one for each class")
+        raise DataError(f"{folder}: must have one folder per class, but has no folders")
     return found
 
 
@@ -131,7 +131,7 @@ def _part(folder: Path, classes: list[str], size: int) -> Batch:
     for label, name in enumerate(classes):
         found = sorted(path for path in (folder / name).rglob("*") if path.suffix.lower() in ENDINGS)
         if not found:
-            raise DataError(f"{folder / name}: holds no image; their names end in {', '.join(ENDINGS)}")
+            raise DataError(f"{folder / name}: holds no image; image names must end in {', '.join(ENDINGS)}")
         paths += found
         labels += [label] * len(found)
     # what the loop does with images (length, choice, split) files can do as well as a tensor
@@ -140,9 +140,7 @@ def _part(folder: Path, classes: list[str], size: int) -> Batch:
 
 def _check_pixels(path: Path, width: int, height: int) -> None:
     if width * height > MOST_PIXELS:
-        raise DataError(
-            f"{path}: is too large: {width} x {height} pixels; an image may have {MOST_PIXELS} at the most"
-        )
+        raise DataError(f"{path}: is too large: {width} x {height} pixels; at most {MOST_PIXELS} are allowed")
 
 
 def _white(path: Path, file: Any) -> int | None:

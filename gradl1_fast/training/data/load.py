@@ -36,9 +36,9 @@ def load(name: str, folder: str | os.PathLike[str] | None = None, *, size: int |
     if name == "images":
         return image_folder(place, DEFAULT_SIZE if size is None else check.count("size", size))
     if size is not None:
-        raise ValueError(f"size: the data set {name} has a size of its own, got {size}")
+        raise ValueError(f"size: the images of {name} have a fixed size, got {size}")
     if name == "digits":
         if place is not None:
-            raise ValueError("the digits come with scikit-learn; they are read from no folder")
+            raise ValueError("the digits come with scikit-learn; do not give a folder")
         return digits()
     return fashion_mnist(place) if name == "fashion-mnist" else cifar10(place)

@@ -90,7 +90,7 @@ def _check_operations(content: bytes) -> None:
     for operation, argument, _ in pickletools.genops(content):  # raises where there are fewer bytes than said
         place = argument if operation.name in ("PUT", "BINPUT", "LONG_BINPUT") else 0
         if place is not None and place > len(content):
-            raise UnsafePickleError(f"counts {place} values, more than it has bytes")
+            raise UnsafePickleError(f"claims {place} values, more than the file has bytes")
 
 
 def _plain(value: Any, done: dict[int, Any]) -> Any:

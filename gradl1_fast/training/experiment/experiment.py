@@ -191,7 +191,9 @@ def _known(experiment: Experiment, method: str, seed: int, folder: Path) -> Run 
     if len(runs) != 1 or (runs[0].method, runs[0].seed) != (method, seed):
         raise ResultError(f"{path}: must hold the one run of {method} with seed {seed}")
     if runs[0].settings != experiment.settings_of(method, seed):
-        raise ResultError(f"{path}: was made with other settings; choose another folder, or remove it")
+        raise ResultError(
+            f"{path}: was created with other settings; choose another folder, or remove the file"
+        )
     return runs[0]
 
 

@@ -79,14 +79,14 @@ def times(results: Results) -> dict[str, float]:
 
 
 def verdict(results: Results) -> list[str]:
-    """Return what was found, in sentences, whatever it is: who leads at each width, and where gradl1 is."""
+    """Return the results in sentences: the best method at each width, and the place of gradl1."""
     return [_leader(results, regime, w, a) for regime in results.regimes for w, a in results.widths]
 
 
 def _leader(results: Results, regime: str, w: int | None, a: int | None) -> str:
     means = {method: results.spread(method, regime, w, a) for method in results.methods}
     best = max(means, key=lambda method: means[method].mean)
-    line = f"{regime}, {_name(w, a)}: highest mean has {best}, {means[best]} %"
+    line = f"{regime}, {_name(w, a)}: best is {best} ({means[best]} %)"
     others = [f"{m} {means[m]} %" for m in ("gradl1", "plain") if m in means and m != best]
     return "; ".join([line, *others]) + "."
 

@@ -90,7 +90,7 @@ class Run:
             }
             return cls(**{**values, **lists})
         except (SettingsError, TypeError) as error:
-            raise ResultError(f"{where}: is no result of gradl1 experiment: {error!s:.300}") from error
+            raise ResultError(f"{where}: not a result of gradl1 experiment: {error!s:.300}") from error
 
 
 _LISTS: dict[str, type] = {"rows": Row, "epochs": Epoch, "norms": Norms, "changes": Change, "alone": Alone}
@@ -106,10 +106,10 @@ def _with_nan(kind: type, entry: dict[str, Any]) -> dict[str, Any]:
 def _check_kinds(values: dict[str, Any], where: str) -> None:
     for key, kind in _KINDS.items():
         if type(values.get(key)) is not kind:
-            raise ResultError(f"{where}: is no result of gradl1 experiment: {key} must be a {kind.__name__}")
+            raise ResultError(f"{where}: not a result of gradl1 experiment: {key} must be a {kind.__name__}")
     tables = [entry for key in _LISTS for entry in values[key]] + list(values["environment"].values())
     if not all(isinstance(table, dict) for table in tables):
-        raise ResultError(f"{where}: is no result of gradl1 experiment: its entries must be objects")
+        raise ResultError(f"{where}: not a result of gradl1 experiment: its entries must be objects")
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,7 @@ class Results:
         try:
             found = json.loads(path.read_text())
         except (ValueError, RecursionError) as error:  # nested without end
-            raise ResultError(f"{path}: is not JSON ({error})") from error
+            raise ResultError(f"{path}: not valid JSON ({error})") from error
         if not isinstance(found, list) or not all(isinstance(entry, dict) for entry in found):
             raise ResultError(f"{path}: must hold a list of runs")
         return cls(Run.from_dict(entry, str(path)) for entry in found)

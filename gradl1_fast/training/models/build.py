@@ -58,13 +58,13 @@ def build(
         raise ValueError(f"model must be one of {', '.join(NAMES)}, or timm:NAME, got {name!r}")
     builder = _BUILDERS[name]
     for key in settings.keys() - inspect.signature(builder).parameters.keys():
-        raise ValueError(f"{key}: the model {name} has no choice of it, got {settings[key]!r}")
+        raise ValueError(f"{key}: the model {name} does not take it, got {settings[key]!r}")
     return builder(classes=classes, channels=channels, **settings)
 
 
 def _from_timm(name: str, classes: int, channels: int, settings: dict[str, Any]) -> nn.Module:
     for key, value in settings.items():
-        raise ValueError(f"{key}: a model of timm has no choice of it, got {value!r}")
+        raise ValueError(f"{key}: a model of timm does not take it, got {value!r}")
     try:
         import timm
     except ImportError as error:
@@ -72,8 +72,8 @@ def _from_timm(name: str, classes: int, channels: int, settings: dict[str, Any])
     except RuntimeError as error:  # its torchvision, where the compiled half is of another build than torch
         raise ImportError(
             f"the model timm:{name} needs timm, which cannot be imported here: {error}; "
-            "torch and torchvision must be of one build"
+            "torch and torchvision must be from the same build"
         ) from error
     if name not in timm.list_models():
-        raise ValueError(f"timm has no model {name!r}; timm.list_models() lists them")
+        raise ValueError(f"timm has no model {name!r}; see timm.list_models()")
     return timm.create_model(name, pretrained=False, num_classes=classes, in_chans=channels)

@@ -49,7 +49,7 @@ class GradientL1(Objective):
         self.every = check.count("GradientL1: every", every)
         if lambda_w == lambda_a == 0:
             raise ValueError(
-                "GradientL1: lambda_w and lambda_a are both 0, so nothing would be penalised; "
+                "GradientL1: lambda_w and lambda_a are both 0, so there is no penalty; "
                 "set one of them (--lambda), or train plainly (--penalty-epochs 0)"
             )
         self._before = [(site.quantizer, site.quantizer.step_bits) for site in sites_of(model)]

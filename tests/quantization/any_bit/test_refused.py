@@ -103,14 +103,14 @@ RANGE = "3.input"
 SCALE, PLANE, STATE = f"scale.{FIRST}", f"plane.0.{FIRST}", "state.1.running_var"
 HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
     "empty": (with_file(lambda data: b""), "cut off"),
-    "short": (with_file(lambda data: data[:100]), "cut off: a header of"),
+    "short": (with_file(lambda data: data[:100]), "truncated: a header of"),
     "not a file of tensors": (with_file(lambda data: b"PK\x03\x04" + data), "a header of"),
     "endless header": (with_file(lambda data: b"\xff" * 8 + data[8:]), "a header of 18446744073709551615"),
-    "no JSON": (with_file(lambda data: data[:8] + b"}" + data[9:]), "its header is no JSON"),
-    "no text": (with_file(lambda data: data[:9] + b"\xff" + data[10:]), "its header is no JSON"),
-    "deep JSON": (replaced("[" * 100000), "its header is no JSON"),
-    "a list": (replaced("[1]"), "no JSON object"),
-    "number of a thousand digits": (replaced('{"a": ' + "9" * 5000 + "}"), "its header is no JSON"),
+    "no JSON": (with_file(lambda data: data[:8] + b"}" + data[9:]), "its header is not valid JSON"),
+    "no text": (with_file(lambda data: data[:9] + b"\xff" + data[10:]), "its header is not valid JSON"),
+    "deep JSON": (replaced("[" * 100000), "its header is not valid JSON"),
+    "a list": (replaced("[1]"), "not a JSON object"),
+    "number of a thousand digits": (replaced('{"a": ' + "9" * 5000 + "}"), "its header is not valid JSON"),
     "another format": (
         with_header("__metadata__", format="pickle"),
         "its format must be 'gradl1_fast.any_bit'",
@@ -137,7 +137,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
     "NaN state": (with_values(STATE, torch.full((4,), math.nan)), f"entry '{STATE}': must be finite"),
     "NaN scale": (with_values(SCALE, torch.tensor(math.nan)), f"entry '{SCALE}': must be finite"),
     "infinite scale": (with_values(SCALE, torch.tensor(math.inf)), f"entry '{SCALE}': must be finite"),
-    "zero scale": (with_values(SCALE, torch.tensor(0.0)), f"entry '{SCALE}': a step must be above 0"),
+    "zero scale": (with_values(SCALE, torch.tensor(0.0)), f"entry '{SCALE}': scales must be above 0"),
     "other weight": (with_values(f"shape.{FIRST}", torch.tensor([3, 4, 3, 3])), f"entry 'shape.{FIRST}'"),
     "short plane": (with_values(PLANE, torch.zeros(3, dtype=torch.uint8)), f"entry '{PLANE}': must be uint8"),
     "inverted range": (

@@ -28,7 +28,7 @@ class TestASlicedModel:
         return gl.load_any_bit(other(), path, w=4)
 
     def test_widths(self, model: nn.Module) -> None:
-        with pytest.raises(ValueError, match="w = 5: the weights were read from an any-bit file with 4 bits"):
+        with pytest.raises(ValueError, match="w = 5: only 4 bits were read"):
             gl.set_bits(model, w=5, a=2)
         assert {q.bits for q in named_quantizers(model).values()} == {None}
         gl.set_bits(model, w=None, a=None)
@@ -44,9 +44,9 @@ class TestASlicedModel:
         assert not torch.equal(twin(x), model(x))
 
     def test_it_has_nothing_to_train_or_to_save(self, model: nn.Module, path: Path) -> None:
-        with pytest.raises(ValueError, match="'0' holds bits of an any-bit file"):
+        with pytest.raises(ValueError, match="'0' was loaded from an any-bit file"):
             gl.save_any_bit(model, path)
-        with pytest.raises(ValueError, match="GradL1: 0 has no weight that could be trained"):
+        with pytest.raises(ValueError, match="GradL1: 0 has no trainable weight"):
             gl.GradL1(model, 0.1, 0.0)
         with pytest.raises(RuntimeError, match="no grid of integers"):
             model.get_submodule(FIRST).weight_quantizer.step(None, 4)
@@ -59,11 +59,13 @@ class TestASlicedModel:
             "correct_bias": lambda: correct_bias(model, [x], w=4),
             "costs": lambda: costs(model),
         }.items():
-            with pytest.raises(ValueError, match=f"{name}: '0' holds bits of an any-bit file and no float"):
+            with pytest.raises(
+                ValueError, match=f"{name}: '0' was loaded from an any-bit file and has no float"
+            ):
                 call()
 
     def test_its_batch_norms_stay(self, model: nn.Module) -> None:
-        with pytest.warns(UserWarning, match="holds bits of an any-bit file"):
+        with pytest.warns(UserWarning, match="was loaded from an any-bit file"):
             assert not gl.fold_batch_norm(model).folded
 
     def test_state_dicts_do_not_pass_for_those_of_a_float_model(self, model: nn.Module) -> None:
@@ -73,6 +75,6 @@ class TestASlicedModel:
             model.load_state_dict(converted().state_dict())
 
     def test_report(self, model: nn.Module, capsys: pytest.CaptureFixture[str]) -> None:
-        assert gl.report(model).layers[0][2:4] == ("4x3x3x3", "4 when it is called, which it was not yet")
+        assert gl.report(model).layers[0][2:4] == ("4x3x3x3", "4, but not called yet")
         model(VGG.batch(torch.float32)[0])
         assert gl.report(model).layers[0][2:4] == ("4x3x3x3", "4")

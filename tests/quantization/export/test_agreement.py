@@ -66,11 +66,11 @@ def test_faults_in_a_file_are_found(name: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"codes": 2}, "codes at a are 2 apart, allowed is 1"),
-        ({"outputs": 1.1e-3}, "outputs are 0.0011 of the largest apart, allowed is 0.001"),
+        ({"codes": 2}, "codes at a differ by 2, allowed is 1"),
+        ({"outputs": 1.1e-3}, "outputs differ by 0.0011 of the largest, allowed is 0.001"),
         ({"outputs": float("nan")}, "outputs are nan"),
-        ({"top_1": 0.98}, "top-1 agreement is 98.00 %, needed is 99 %"),
-        ({"accuracy": 88.9, "expected": 90.0}, "accuracy is 88.90 %, that of the simulation 90.00 %"),
+        ({"top_1": 0.98}, "top-1 agreement is 98.00 %, required is 99 %"),
+        ({"accuracy": 88.9, "expected": 90.0}, "accuracy is 88.90 %, in the simulation 90.00 %"),
     ],
 )
 def test_each_bound(change: dict[str, float], message: str) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import gradl1_fast as gl
 from gradl1_fast.nn.sites import named_layers, named_quantizers
-from gradl1_fast.quantization.export import NotExportableError, compare, export_onnx
+from gradl1_fast.quantization.export import NotExportableError, agreement, compare, export_onnx
 from gradl1_fast.quantization.export import integers as types
 from gradl1_fast.quantization.export.speed import integer_layers, optimized
 from tests.networks import MOBILENET, NO_NORM, Network
@@ -62,6 +62,24 @@ def test_a_plain_session_computes_what_the_simulation_says(which: Network, width
     assert found.outputs < 1e-5
     assert found.top_1 == 1
     assert bool(found.where) is (widths[1] is not None)
+
+
+@pytest.mark.parametrize("level", ["ORT_DISABLE_ALL", "ORT_ENABLE_BASIC", "ORT_ENABLE_EXTENDED"])
+@pytest.mark.parametrize("widths", [(8, 8), (4, 4), (16, 16), (4, None)])
+def test_so_does_a_session_that_optimises_less(
+    level: str, widths: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def session(model: bytes, *, fused: bool) -> Any:
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4
+        options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, level)
+        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+    monkeypatch.setattr(agreement, "session", session)
+    for which in (RESIDUAL, MOBILENET):
+        found = compare(exported(which, *widths), network(which)[1])
+        assert not found.faults()
+        assert found.outputs < 1e-5
 
 
 def test_the_file_agrees_with_the_folded_model_at_these_widths() -> None:
@@ -154,7 +172,8 @@ def test_a_file_that_the_runtime_cannot_load_is_widened(monkeypatch: pytest.Monk
 
     monkeypatch.setattr("gradl1_fast.quantization.export.onnx_file.session", failing)
     assert exported(NO_NORM, 4, 4).remarks == [
-        "codes of activations take 8 bits: with narrower types, onnxruntime says: uint4 is not here"
+        "codes of activations are stored in 8 bits: "
+        "with narrower types, onnxruntime reports: uint4 is not here"
     ]
     monkeypatch.setattr("gradl1_fast.quantization.export.onnx_file.session", lambda data: 1 / 0)
     with pytest.raises(NotExportableError, match="onnxruntime cannot load the model: division by zero"):
@@ -252,7 +271,7 @@ def test_inputs_outputs_and_operations_of_all_kinds(name: str) -> None:
     assert (file.inputs, len(file.outputs)) == (names, outputs)
     assert not compare(file, x).faults()
     left = [n for n in named_layers(model) if n == "by_function"]
-    assert file.remarks == [f"not called as layers, so in float where they are used: {n}" for n in left]
+    assert file.remarks == [f"in float, because they are not called as layers: {n}" for n in left]
     assert kinds(file.data)["DequantizeLinear"] >= len(named_layers(model)) - len(left)
 
 
@@ -302,7 +321,7 @@ def test_what_pytorch_refuses_is_refused_with_the_place_and_the_reason() -> None
         export_onnx(calibrated(Branching(), x), x, w=8, a=8)
     with pytest.raises(NotExportableError, match=r"bessel_j0\S* \(in part\); .*airy_ai\S* \(in the model\)"):
         export_onnx(calibrated(Special(), x), x, w=8, a=8)
-    with pytest.raises(NotExportableError, match="does not take these inputs"):
+    with pytest.raises(NotExportableError, match="does not accept these inputs"):
         export_onnx(network(NO_NORM)[0], (x, x, x), w=8, a=8)
 
 

@@ -65,7 +65,7 @@ def test_an_onnx_file_has_the_codes(a: int | None) -> None:
 
 def test_codes_that_folding_drops_are_remarked_on() -> None:
     prepared: Any = simulate(rounded(per_channel=False), X, w=4, a=8)
-    assert "0: folding changed its grid, so that it is rounded to nearest" in prepared.remarks()
+    assert "0: folding changed its grid; its weight is rounded to nearest" in prepared.remarks()
     assert not prepared.model.get_submodule("0").weight_quantizer.rounded
     assert prepared.model.get_submodule("12").weight_quantizer.rounded
 

@@ -89,7 +89,7 @@ def test_finished_runs_are_kept_and_not_run_again(tmp_path):
 
 def test_runs_with_other_settings_are_refused(tmp_path):
     ran(tmp_path, ["plain"])
-    with pytest.raises(ResultError, match=r"plain-seed-0\.json: was made with other settings; choose"):
+    with pytest.raises(ResultError, match=r"plain-seed-0\.json: was created with other settings; choose"):
         ran(tmp_path, ["plain"], experiment=replace(QUICK, calibration=50))
 
 
@@ -102,18 +102,18 @@ HEAD = (
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "is not JSON"),
+        ("", "not valid JSON"),
         ('{"method": 1}', "must hold a list of runs"),
         ("[]", "must hold the one run of plain with seed 0"),
-        ('[{"method": "plain", "seed": 0}]', "is no result of gradl1 experiment"),
-        ("[" * 100000, "is not JSON"),
+        ('[{"method": "plain", "seed": 0}]', "not a result of gradl1 experiment"),
+        ("[" * 100000, "not valid JSON"),
         (
             f'[{{{HEAD}, "rows": [{{"method": 1}}]}}]',
-            r"is no result of .*\[rows\]: method must be a string, got 1",
+            r"not a result of .*\[rows\]: method must be a string, got 1",
         ),
-        (f'[{{{HEAD}, "rows": [3]}}]', "is no result of .*: its entries must be objects"),
-        (f'[{{{HEAD}, "rows": [{{"method": "a"}}]}}]', "is no result of .*missing"),
-        ('[{"rows": [{"x": 1}], "epochs": [], "norms": [], "changes": [], "alone": []}]', "is no result"),
+        (f'[{{{HEAD}, "rows": [3]}}]', "not a result of .*: its entries must be objects"),
+        (f'[{{{HEAD}, "rows": [{{"method": "a"}}]}}]', "not a result of .*missing"),
+        ('[{"rows": [{"x": 1}], "epochs": [], "norms": [], "changes": [], "alone": []}]', "not a result"),
     ],
 )
 def test_a_damaged_run_is_named(text, message, tmp_path):

@@ -69,7 +69,7 @@ def test_the_table_has_every_regime_and_width_and_what_training_cost():
 def test_the_leader_is_named_whoever_it_is(tops, best):
     other = "gradl1" if best == "plain" else "plain"
     line = report.verdict(results(*tops))[0]
-    assert line == f"per tensor, float: highest mean has {best}, 81.0 ± 1.4 %; {other} 71.0 ± 1.4 %."
+    assert line == f"per tensor, float: best is {best} (81.0 ± 1.4 %); {other} 71.0 ± 1.4 %."
 
 
 def test_times_are_those_of_the_epochs_in_which_the_method_is_at_work():

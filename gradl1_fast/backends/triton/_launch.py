@@ -125,9 +125,9 @@ class Launch:
     def _find(self, kind: Kind, given: tuple[Any, ...]) -> None:
         """Launch the kernel that Triton finds, and keep it for the kind; its interpreter has none."""
         compiled = self._kernel[self._grid](*given, **self._arguments)
-        if False:
+        if compiled is not None and kind is not None:
             names = self._kernel.arg_names[len(given) :]
-            self._found[kind] = compiled[self._grid], [self._arguments[name] for name in names]
+            self._found[kind] = compiled[self._grid], [self._arguments[name] for name in reversed(names)]
 
 
 def finisher(dtype: torch.dtype, rows: int, columns: int) -> Launch:

@@ -55,5 +55,5 @@ def test_a_dictionary_goes_in() -> None:
 
 def test_what_cannot_be_exported() -> None:
     x = inputs(4, 4)
-    with pytest.raises(NotExportableError, match=r"torch\.export refuses part"):
+    with pytest.raises(NotExportableError, match=r"torch\.export cannot export part"):
         export_torch(simulate(calibrated(Branching(), x), x, w=4, a=None), x)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.full import thinned
+from tests.skipped import table
 
 try:
     from hypothesis import settings
@@ -27,6 +28,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:], left = thinned(items)
     if left:
         config.hook.pytest_deselected(items=left)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if lines := table(terminalreporter.stats.get("skipped", [])):
+        terminalreporter.section("skipped: how many, where, why")
+        terminalreporter.write("\n".join(lines) + "\n")
 
 
 @pytest.fixture(autouse=True)

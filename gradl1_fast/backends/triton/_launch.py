@@ -127,7 +127,7 @@ class Launch:
         compiled = self._kernel[self._grid](*given, **self._arguments)
         if compiled is not None and kind is not None:
             names = self._kernel.arg_names[len(given) :]
-            self._found[kind] = compiled[self._grid], [self._arguments[name] for name in reversed(names)]
+            self._found[kind] = compiled[self._grid], [self._arguments[name] for name in names]
 
 
 def finisher(dtype: torch.dtype, rows: int, columns: int) -> Launch:

@@ -24,7 +24,7 @@ def number(name: str, value: object) -> float:
     """Return what a user's function gave as a float.
 
     Raises:
-        TypeError: it is no single number; the message begins with ``name``.
+        TypeError: it is not a single number; the message begins with ``name``.
     """
     try:
         return float(value)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""The one rule about types that every room shares."""
+"""The rule about types that all packages share."""
 
 from __future__ import annotations
 

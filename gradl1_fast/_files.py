@@ -14,8 +14,8 @@ __all__ = ["replacing", "to_disk", "write_bytes", "write_text"]
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a path beside ``path``, to be written in the block; it then takes the place of ``path``.
 
-    Whoever reads ``path`` sees the old file or the new one, whole, also after a kill or a power cut at
-    any moment. If the block raises, the old file stays. What a kill leaves behind begins with
+    A reader of ``path`` always sees the complete old file or the complete new one, even after a kill or a
+    power cut at any moment. If the block raises, the old file stays. What a kill leaves behind begins with
     ``.partial-`` and is written over by the next attempt. The ending of the name is that of ``path``.
 
     Raises:

@@ -172,8 +172,8 @@ def conv(
         weight: ``(C_out, C_in / groups, *kernel)``; its dimensions decide between 1d, 2d and 3d.
         bias: ``(C_out,)`` or None.
         stride: one number, or one for each dimension of space.
-        padding: likewise, or ``"same"`` or ``"valid"``.
-        dilation: likewise.
+        padding: one number, one for each dimension of space, ``"same"`` or ``"valid"``.
+        dilation: one number, or one for each dimension of space.
         groups: number of groups; ``C_in`` for a depthwise convolution.
 
     Returns:
@@ -296,7 +296,7 @@ def batch_norm_act(
     Args:
         x: ``(N, C, *size)``; an empty one leaves the running statistics as they are.
         running_mean: ``(C,)``, updated in place in training if given; needed in evaluation.
-        running_var: likewise, with the unbiased variance.
+        running_var: as ``running_mean``, with the unbiased variance.
         weight: ``(C,)`` or None.
         bias: ``(C,)`` or None.
         training: normalise by the batch's statistics rather than by the running ones.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import operator
 import random
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from gradl1_fast.conversion.unchanged import NotTraceableError, attributes_unchanged, unchanged
+from gradl1_fast.conversion.unchanged import NotTraceableError, Watched, attributes_unchanged, unchanged
 from gradl1_fast.nn.foreign import is_conv1d_of_transformers
 from gradl1_fast.nn.hooks import has_hooks, has_own_forward
 from gradl1_fast.nn.layers import QuantizedLayer
@@ -94,12 +95,14 @@ class _Tracer(fx.Tracer):
         super().__init__()
         self.kept_whole: dict[str, str] = {}
         self._hooks = _saved_tensor_hooks()
+        self._watched: Watched | None = None
 
     def guarded(self, module: nn.Module, watch: Callable[[nn.Module], Any], run: Callable[[], Any]) -> Any:
         """Run code of a model; whatever goes wrong is a NotTraceableError, and the model stays as it is."""
         _refuse_own_code(module)
         try:
-            with watch(module):
+            with watch(module) as watched:
+                self._watched = self._watched or watched  # of the outermost, which has all
                 return run()
         except NotTraceableError:
             raise
@@ -124,7 +127,8 @@ class _Tracer(fx.Tracer):
         before = next(reversed(self.graph.nodes))
         try:
             inside = super().call_module
-            return self.guarded(m, attributes_unchanged, lambda: inside(m, forward, args, kwargs))
+            watch = functools.partial(attributes_unchanged, known=self._watched)
+            return self.guarded(m, watch, lambda: inside(m, forward, args, kwargs))
         except NotTraceableError as reason:
             self.kept_whole[path] = str(reason)
             self._forget_after(before)

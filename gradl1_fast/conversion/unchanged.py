@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["NotTraceableError", "attributes_restored", "attributes_unchanged", "unchanged"]
+__all__ = ["NotTraceableError", "Watched", "attributes_restored", "attributes_unchanged", "unchanged"]
 
 
 class NotTraceableError(Exception):
@@ -21,7 +20,7 @@ class NotTraceableError(Exception):
 
 
 @contextlib.contextmanager
-def unchanged(tree: nn.Module) -> Iterator[None]:
+def unchanged(tree: nn.Module) -> Iterator[Watched]:
     """Refuse, and undo, what the code inside does to the model: a graph would not do it again.
 
     No operation on a real tensor is allowed. Attributes are watched, and the lists, dictionaries, sets and
@@ -33,8 +32,8 @@ def unchanged(tree: nn.Module) -> Iterator[None]:
     named = (*tree.named_parameters(), *tree.named_buffers())
     tensors = [(name, t, t.detach()) for name, t in named if _memory(t) is not None]
     try:
-        with _NoTensors(), attributes_unchanged(tree):
-            yield
+        with _NoTensors(), attributes_unchanged(tree) as watched:
+            yield watched
         for name, tensor, before in tensors:
             if _memory(tensor) != _memory(before):
                 raise NotTraceableError(f"its forward pass changes {name}")
@@ -45,19 +44,24 @@ def unchanged(tree: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def attributes_unchanged(tree: nn.Module) -> Iterator[None]:
+def attributes_unchanged(tree: nn.Module, known: Watched | None = None) -> Iterator[Watched]:
     """Refuse, and undo, what the code inside does to the attributes of modules.
+
+    Args:
+        tree: the modules to watch.
+        known: what they hold, from a watch over a larger tree that is still going on: to copy everything
+            once more at each level would take most of the time of a conversion.
 
     Raises:
         NotTraceableError: names the attribute.
     """
-    modules = _watched(tree)
+    modules = _watched(tree) if known is None else {m: known[m] for m in tree.modules() if m in known}
     try:
-        yield
-        for module in modules:
+        yield modules
+        for module in modules.values():
             module.check()
     finally:
-        for module in modules:
+        for module in modules.values():
             module.restore()
 
 
@@ -68,12 +72,15 @@ def attributes_restored(tree: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for module in modules:
+        for module in modules.values():
             module.restore()
 
 
-def _watched(tree: nn.Module) -> list[_Module]:
-    return [_Module(f"{name}." if name else "", vars(module)) for name, module in tree.named_modules()]
+def _watched(tree: nn.Module) -> Watched:
+    return {m: _Module(f"{name}." if name else "", vars(m)) for name, m in tree.named_modules()}
+
+
+_WITH_ITEMS = list, dict, set, deque, tuple
 
 
 @dataclass
@@ -84,7 +91,7 @@ class _Module:
         path: of the module, with a dot behind it.
         attributes: the table itself.
         before: a copy of the table.
-        containers: by identity, the attribute that a container is in, itself, and a copy.
+        containers: by identity, the attribute that a container is in, itself, and its content.
     """
 
     path: str
@@ -98,10 +105,10 @@ class _Module:
             self._find(name, value)
 
     def _find(self, name: str, value: Any) -> None:
-        if not isinstance(value, list | dict | set | deque | tuple) or id(value) in self.containers:
+        if not isinstance(value, _WITH_ITEMS) or id(value) in self.containers:
             return
         if not isinstance(value, tuple):
-            self.containers[id(value)] = name, value, copy.copy(value)
+            self.containers[id(value)] = name, value, _content(value)
         for item in value.values() if isinstance(value, dict) else value:
             self._find(name, item)
 
@@ -124,14 +131,23 @@ class _Module:
                 (value.update if isinstance(value, dict | set) else value.extend)(content)
 
 
+Watched = dict[nn.Module, _Module]
+
+
 def _same(one: dict[str, Any], other: dict[str, Any], key: str) -> bool:
     return key in one and key in other and one[key] is other[key]
+
+
+def _content(value: Any) -> Any:
+    """Return what a container holds; to copy it as its class does takes ten times as long."""
+    kind = next((kind for kind in (dict, set) if isinstance(value, kind)), list)
+    return kind(value)
 
 
 def _holds(value: Any, content: Any) -> bool:
     """Return whether a container holds the very objects that it held; values are not compared."""
     if isinstance(value, set):
-        return value == content  # a copy may have another order
+        return value == content  # in whatever order
     if isinstance(value, dict):
         return list(value) == list(content) and all(value[key] is content[key] for key in value)
     return len(value) == len(content) and all(a is b for a, b in zip(value, content, strict=True))

@@ -125,7 +125,7 @@ class _Foreign(QuantizedLayer):
 
     @property
     def is_computed(self) -> bool:
-        """Whether the weight in use is no parameter, but computed from some."""
+        """Whether the weight in use is computed from parameters, rather than one itself."""
         return self.computes_weight
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:

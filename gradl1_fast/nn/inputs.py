@@ -35,7 +35,7 @@ class _Mark:
         own = self.tensor
         if own is None or (own.dtype, own.device) != (x.dtype, x.device):
             return False
-        return own.requires_grad or not x.requires_grad  # what depends on parameters is no data
+        return own.requires_grad or not x.requires_grad  # what depends on parameters is not data
 
     def has_ends(self, ends: tuple[float, float]) -> bool:
         """Return whether the smallest and the largest value are these."""
@@ -53,7 +53,7 @@ _marks: dict[tuple[int, int, int], _Mark] = {}  # by the values, see _key_of
 
 
 def mark_input(x: Tensor) -> None:
-    """Note that a tensor is the input of a network: its site is no activation's."""
+    """Note that a tensor is the input of a network, so that its site does not count as an activation."""
     if not x.is_inference():
         key = _key_of(x)
         _marks[key] = _Mark(x, key)

@@ -29,14 +29,14 @@ __all__ = [
 
 
 class QuantizedLayer(nn.Module):
-    """What the layers share: a quantizer for the weight, a site at the input, and the switch of the model.
+    """Base class of the layers: a quantizer for the weight, a site at the input, and the switch of the model.
 
     Attributes:
         twin: the class of torch that the layer is a subclass of.
         out_axis: the axis of the weight that counts output channels.
         weight_quantizer: of the weight.
         input_quantizer: of the input; layers that are given the very same tensor share one. None for a layer
-            whose input is no activation, such as an embedding.
+            whose input is not an activation, such as an embedding.
         arming: whether a penalty will differentiate the present forward pass.
         was_called: whether the forward pass of the layer has run since it was made. A weight that others use
             by function stays in float.
@@ -96,7 +96,7 @@ class QuantizedLayer(nn.Module):
 
     @property
     def is_computed(self) -> bool:
-        """Whether the weight is no parameter, but computed from some."""
+        """Whether the weight is computed from parameters, rather than one itself."""
         return self._parameters.get("weight") is None
 
     def __getstate__(self) -> dict[str, Any]:

@@ -194,7 +194,7 @@ class ActivationQuantizer(_Quantizer):
         bits: 1 to 16, or None for float. Set it with :func:`gradl1_fast.set_bits`.
         low: lower end of the range: a scalar for all widths, or 16 values, for 1 to 16 bits; None before
             calibration. :meth:`range_at` reads it, :meth:`set_range` sets it.
-        high: upper end of the range, likewise.
+        high: upper end of the range, of the same shape.
         is_input: see above; a forward pass may find it out.
         is_mixed: whether a layer of the site is given the network's input in one call and an activation in
             another. The site is then one of an activation, and no penalty measures the call with the input.
@@ -321,7 +321,7 @@ class ActivationQuantizer(_Quantizer):
 
         Args:
             low: lower end: a single value for all widths, or 16, for 1 to 16 bits.
-            high: upper end, likewise.
+            high: upper end, with as many values.
 
         Raises:
             ValueError: an end has another number of values, is NaN or infinite, or the ends are inverted.

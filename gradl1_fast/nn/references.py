@@ -53,7 +53,7 @@ class _Redirection:
         if of_kind is None:
             return value
         if id(value) not in self._seen:
-            self._seen[id(value)] = value, value  # for whoever leads back here
+            self._seen[id(value)] = value, value  # for references that lead back here
             self._seen[id(value)] = value, of_kind(self, value)
         return self._seen[id(value)][1]
 

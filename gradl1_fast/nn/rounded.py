@@ -46,7 +46,7 @@ class MadeFor:
         return cls(digests(weight), digests(clip), name)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copy and pickle without what was seen: other tensors are looked at anew."""
+        """Copy and pickle without the cache: a copy checks its own tensors again."""
         return {**vars(self), "_seen": None}
 
     def holds(self, weight: Tensor, clip: Tensor | None) -> bool:

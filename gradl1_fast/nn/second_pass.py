@@ -12,7 +12,7 @@ __all__ = ["RandomState", "buffers_kept", "shifted"]
 
 
 class RandomState:
-    """The state of torch's default random number generators, to be taken up once more."""
+    """The state of torch's default random number generators, to be restored later."""
 
     def __init__(self) -> None:
         self.cpu = torch.get_rng_state()
@@ -27,7 +27,7 @@ class RandomState:
 
 @contextlib.contextmanager
 def buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Give every buffer its value back: a second pass is no training step."""
+    """Give every buffer its value back: a second pass is not a training step."""
     values = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
         yield

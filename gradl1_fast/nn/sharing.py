@@ -86,7 +86,7 @@ def _look_for_input(quantizer: ActivationQuantizer, x: Tensor) -> bool:
     if not quantizer.is_computed and is_network_input(x):
         quantizer.is_input = not quantizer.is_mixed
         return True
-    if quantizer.is_input and x.requires_grad:  # what depends on parameters is no data
+    if quantizer.is_input and x.requires_grad:  # what depends on parameters is not data
         quantizer.is_input, quantizer.is_mixed = False, True
     return False
 

@@ -26,8 +26,8 @@ def differentiate_bilinear(
 
     Args:
         forward: the operator itself.
-        backward: the first sweep.
-        double_backward: the second sweep.
+        backward: its backward.
+        double_backward: its double backward.
         channel_axis: the axis of the output along which the bias runs.
     """
 

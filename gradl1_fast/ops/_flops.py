@@ -64,7 +64,7 @@ def _register(counter: ModuleType) -> None:
 
 
 def _formulas(places: _Places) -> tuple[Callable[..., int], ...]:
-    """Return the formulas of the three sweeps, of shapes. Each product of two tensors costs the same."""
+    """Return the formulas of the three passes, of shapes. Each product of two tensors costs the same."""
 
     def product(y: _Shape, x: _Shape, weight: _Shape) -> int:
         return 2 * places(y, x, weight) * math.prod(weight)

@@ -103,7 +103,7 @@ class Operator:
 
 
 def _without_views(results: Any) -> Any:
-    """Return the results with every view replaced by an alias of its memory that is no view.
+    """Return the results with every view replaced by an alias of its memory that is not a view.
 
     A matrix product over more than two axes is a view of its result, and autograd refuses in-place
     changes of a view that a custom function returns.

@@ -22,7 +22,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
     x, weight, bias, _, _, residual, scale, zero_point, *codes, training, _, activation, probe = inputs
     y, activated, mean, rstd = output
     ctx.mark_non_differentiable(activated, mean, rstd)
-    # What gives the mask; where nothing needs y, changing it in place is no error.
+    # What gives the mask; where nothing needs y, changing it in place is allowed.
     if scale is not None:
         source = None if residual is None else activated
     else:

@@ -74,7 +74,7 @@ def alias(x: Tensor, probe: Tensor) -> Tensor:
     """Tap ``x`` without making the result a view of it, for results that the caller alone uses.
 
     Autograd does not relate an in-place change of the result to ``x``, whose values it changes as well:
-    whoever reads ``x`` afterwards gets a wrong gradient and no error. :func:`gradl1_fast.functional.tap`
+    code that reads ``x`` afterwards gets a wrong gradient and no error. :func:`gradl1_fast.functional.tap`
     returns a view, of which autograd refuses to change anything in place.
     """
     return tap_alias(x, probe) if torch.is_grad_enabled() and probe.requires_grad else x

@@ -47,7 +47,7 @@ class GradL1:
     Args:
         model: a converted model, or one that contains layers of this library.
         lambda_w: coefficient of the weights' term, 0 or more; 0 costs nothing.
-        lambda_a: coefficient of the activations' term, likewise.
+        lambda_a: coefficient of the activations' term, 0 or more; 0 costs nothing.
         scale: ``"step"`` multiplies each norm by the quantization step of its tensor at ``step_bits``, for
             its range in this batch, before quantization; the gradient flows through the step too, so that
             ranges shrink as well. Half of ``step * norm`` is the largest first-order change of the loss at
@@ -73,7 +73,7 @@ class GradL1:
             activation by name, detached; a call that ``every`` skips leaves it as it was.
         enabled: set it to False, and back to True, to switch the penalty off and on between steps.
         lambda_w: may be changed between calls.
-        lambda_a: likewise, except from or to 0 under ``torch.compile``, which compiles again.
+        lambda_a: may be changed between calls; a change from or to 0 under ``torch.compile`` compiles again.
 
     Differentiable once. Source: section 3 of arXiv 2002.07520.
 

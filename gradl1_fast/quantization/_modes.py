@@ -128,7 +128,7 @@ def moved(model: nn.Module, batch: Any) -> Any:
 
 @contextlib.contextmanager
 def _inputs_marked(model: nn.Module) -> Iterator[None]:
-    """Mark the tensors that the model is called with, whoever calls it."""
+    """Mark the tensors that the model is called with."""
 
     def mark(_module: nn.Module, args: Any, kwargs: Any) -> None:
         for value in tree_leaves((args, kwargs)):

@@ -29,8 +29,9 @@ def set_bits(model: nn.Module, *, w: Widths, a: Widths, input_bits: int | None =
         model: a converted model.
         w: bits of the weights, embeddings included, 1 to 16, or None for float. Or a mapping from names of
             layers to bits: weights that are not in it keep their width.
-        a: bits of the activations, likewise, by names of sites; needs :func:`calibrate` before. A site that
-            no value reached in calibration has no range, and raises when a value reaches it.
+        a: bits of the activations, 1 to 16 or None, or a mapping from names of sites; needs
+            :func:`calibrate` first. A site that no value reached in calibration has no range, and raises
+            when a value reaches it.
         input_bits: least bits of the network's input where ``a`` is one width for all, for images of 8 bits
             lose more at fewer than any activation; None keeps the input in float. ``a=None`` is float
             throughout, and a mapping says of each site what it gets.

@@ -1,4 +1,4 @@
-"""What a layer remembers of the batch norm that was folded into it, and how its output is normalised anew."""
+"""What a layer keeps of the batch norm that was folded into it, and how its output is normalised again."""
 
 from __future__ import annotations
 

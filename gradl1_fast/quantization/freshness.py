@@ -35,7 +35,7 @@ class _Mark:
         self.values = _sample(weight)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copy and pickle without the reference: a copy's versions count anew."""
+        """Copy and pickle without the reference: a copy has its own version counts."""
         return {**vars(self), "reference": None}
 
     def holds(self, weight: Tensor) -> bool:

@@ -104,13 +104,13 @@ def prepare(
         batches: a list of batches without labels, or a loader; gone through several times, in evaluation
             mode. A thousand examples or two.
         w: bits of the weights, as of :func:`gradl1_fast.set_bits`.
-        a: bits of the activations, likewise.
+        a: bits of the activations, as of :func:`gradl1_fast.set_bits`.
         criterion: takes the model at its widths and returns a number, such as the accuracy on images kept
             aside. It is evaluated after each step, for the report; statistics and corrected biases that make
             it worse are taken back.
         higher_is_better: whether a larger criterion is better.
         ranges: of activations, a name or an object, see :func:`gradl1_fast.calibrate`.
-        weight_ranges: of weights, likewise, see :func:`gradl1_fast.calibrate_weights`.
+        weight_ranges: of weights, a name or an object, see :func:`gradl1_fast.calibrate_weights`.
         rounding: ``"gptq"``, ``"adaround"`` or an object, see :func:`gradl1_fast.round_weights`; None rounds
             to nearest.
         bias_correction: whether to correct biases, see :func:`gradl1_fast.correct_bias`; they then fit this
@@ -124,8 +124,8 @@ def prepare(
         The prepared model, at the widths, and what each step changed.
 
     Raises:
-        TypeError: ``batches`` can be gone through only once, or is a single tensor; a width is no int or
-            None; or the criterion returns no number.
+        TypeError: ``batches`` is an iterator or a single tensor; a width is not an int or None; or the
+            criterion does not return a number.
         ValueError: a width or name is wrong, ``ends`` is given with widths by name, or there is no batch.
 
     Examples:
@@ -222,8 +222,8 @@ class _Preparing:
         model: a converted copy.
         batches: the data.
         forward: see :func:`prepare`.
-        criterion: likewise.
-        higher_is_better: likewise.
+        criterion: see :func:`prepare`.
+        higher_is_better: see :func:`prepare`.
 
     Attributes:
         widths: arguments of ``set_bits``.

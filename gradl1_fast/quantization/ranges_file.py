@@ -87,7 +87,7 @@ def load_ranges(model: nn.Module, path: str | os.PathLike[str]) -> None:
     Raises:
         ImportError: safetensors is not installed.
         OSError: the file cannot be read.
-        ValueError: the file is no whole file of ranges, an entry is missing, unknown, of a wrong shape or
+        ValueError: the file is not a file of ranges, an entry is missing, unknown, of a wrong shape or
             type, not finite or inverted, layers that share a site have different entries, or the model has no
             activation quantizers, or, where the file has ranges of weights, no float weights. The message
             names the file and the entry. The model is then as it was.

@@ -65,7 +65,7 @@ def reestimate_batch_norm(
 
     The statistics are the means over the batches of each batch's mean and unbiased variance, as of
     :func:`torch.optim.swa_utils.update_bn`. Only batch norms run as in training: dropout is off. At float
-    widths the running statistics themselves are estimated anew, also those of the model that was converted,
+    widths the running statistics themselves are re-estimated, also those of the model that was converted,
     which are the same tensors.
 
     Where a batch norm was folded, the layer that took it in gets its output normalised again: by its bias,

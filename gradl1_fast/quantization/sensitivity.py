@@ -119,8 +119,8 @@ def sensitivity(
         model: a converted, calibrated model, in the mode in which it is to be evaluated.
         evaluate: takes the model and returns one number.
         w: widths of the weights to try; empty to leave weights out.
-        a: widths of the activations to try, likewise. Sites that no value reached in calibration are left
-            out.
+        a: widths of the activations to try; empty to leave them out. Sites that no value reached in
+            calibration are left out.
         input_bits: the network's input is tried at no fewer bits, None leaves it out; see
             :func:`gradl1_fast.set_bits`.
         progress: show a progress bar where there is a terminal and rich is installed.
@@ -166,8 +166,8 @@ def sensitivity(
 def site_widths(model: nn.Module, a: Sequence[int], input_bits: int | None) -> dict[str, list[int]]:
     """Return the widths that each site may have, in the order of ``a``.
 
-    A site that no value reached in calibration has none, unless no site has a range: then whoever quantizes
-    one is told so.
+    A site that no value reached in calibration has none, unless no site has a range: then quantizing one
+    raises an error.
     """
     sites = named_quantizers(model)
     some = any(quantizer.low is not None for quantizer in sites.values())

@@ -96,7 +96,7 @@ class SlicedWeight(WeightQuantizer):
 def slice_weight(layer: QuantizedLayer, quantizer: SlicedWeight) -> None:
     """Take the float weight of a layer away; from now on it computes with the sliced one.
 
-    A weight that is no parameter, but computed from some, goes on being computed, and is not used.
+    A weight that is computed from parameters is still computed, but not used.
     """
     if has_own_weight(layer):
         vars(layer).pop("weight", None)

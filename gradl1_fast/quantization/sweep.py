@@ -133,9 +133,8 @@ def sweep(
         progress: show a progress bar where there is a terminal and rich is installed.
 
     Raises:
-        TypeError: a width is not a pair of numbers of bits, ``workers`` is no int, ``reestimate`` can be gone
-            through only once, ``evaluate`` is no function, or returned no number or, with ``batches``, no
-            pair.
+        TypeError: a width is not a pair of numbers of bits, ``workers`` is not an int, ``reestimate`` is an
+            iterator, or ``evaluate`` is not a function or does not return a number (a pair with ``batches``).
         ValueError: there is no width or no batch, a width or ``workers`` is out of range, or there are
             several workers and ``batches``, or a module in training mode.
         RuntimeError: an activation has no range yet.

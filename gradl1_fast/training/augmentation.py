@@ -20,13 +20,13 @@ def generator_of(*numbers: int) -> torch.Generator:
 
 
 def augment(images: Tensor, generator: torch.Generator, *, flip: bool, crop: int) -> Tensor:
-    """Return the images, each mirrored or not and shifted by chance.
+    """Return the images, each randomly flipped and shifted.
 
     Args:
         images: ``(N, channels, H, W)``; they stay as they are.
         generator: of random numbers, on the CPU; the same numbers are drawn on every device.
         flip: mirror about half of the images left to right.
-        crop: shift by up to so many pixels each way; zeros come in.
+        crop: maximum shift in pixels in each direction, zero-padded.
     """
     if crop:
         images = _shifted(images, torch.randint(0, 2 * crop + 1, (2, len(images)), generator=generator), crop)

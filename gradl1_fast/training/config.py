@@ -24,8 +24,8 @@ class Data:
         name: as for :func:`gradl1_fast.training.data.load`.
         folder: where its files are; None for where they are usually found.
         size: of the sides of the images, where the data set leaves the choice; None for its own.
-        flip: mirror each training image, or not, by chance.
-        crop: shift each training image by up to so many pixels each way, with zeros coming in; 0 for not.
+        flip: flip training images horizontally at random.
+        crop: maximum random shift of a training image in pixels, zero-padded; 0 disables it.
     """
 
     name: str = "digits"
@@ -71,7 +71,7 @@ class Optimizer:
         momentum: of ``"sgd"`` alone.
         weight_decay: of all parameters, biases and those of batch norms among them, as torch.optim does it
             and as the recipes were measured; decoupled with ``"adamw"``.
-        warmup_epochs: in the first so many the learning rate rises linearly.
+        warmup_epochs: number of epochs of linear warm-up.
     """
 
     name: str = "adam"
@@ -140,8 +140,8 @@ class Penalty:
 
     Attributes:
         method: as for :func:`gradl1_fast.training.objectives.make`.
-        epochs: it is on in the last so many epochs; 0 trains plainly.
-        warmup_epochs: in the first so many of them its coefficients rise linearly.
+        epochs: number of final epochs with the penalty; 0 trains plainly.
+        warmup_epochs: number of these in which the coefficients rise linearly.
         settings: of the method, such as ``lambda_w``, ``lambda_a``, ``scale`` and ``every`` of gradl1.
     """
 

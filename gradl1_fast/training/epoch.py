@@ -66,7 +66,7 @@ class Epoch:
 
 
 def check_finite(losses: Tensor, penalties: Tensor, epoch: int, first: int, *, skips: bool) -> None:
-    """Raise if a step changed the weights into what is no number.
+    """Raise if a step made the weights NaN or infinite.
 
     Args:
         losses: of consecutive steps.

@@ -75,7 +75,7 @@ def launch(
         RunError: the folder holds a run already, or none to resume.
         ValueError: settings do not go together, the data are missing, the network does not take such
             images or cannot be differentiated twice where the penalty needs it, or a checkpoint is damaged.
-        TrainingError: the loss is no number any more.
+        TrainingError: the loss became NaN or infinite.
         ImportError: a package is not installed; the message says which.
         OSError: the folder cannot be written to.
     """
@@ -96,19 +96,19 @@ def launch(
 def rehearse(config: Config, folder: Path, *, resume: bool = False, device: str | None = None) -> None:
     """Raise what :func:`launch` would raise before its first step, and pass one batch through; write nothing.
 
-    The data are read, the network is made, a checkpoint is taken up; what only training itself can find
-    (too little memory, a loss that is no number any more) stays unknown.
+    It reads the data, builds the network and loads the checkpoint. Problems that only training can show (too
+    little memory, a loss that becomes NaN) are not found.
 
     Args:
         config: as for :func:`launch`.
-        folder: likewise.
-        resume: likewise.
-        device: likewise.
+        folder: as for :func:`launch`.
+        resume: as for :func:`launch`.
+        device: as for :func:`launch`.
 
     Raises:
         ValueError: as :func:`launch`.
         ImportError: as :func:`launch`.
-        OSError: likewise.
+        OSError: as :func:`launch`.
     """
     with _prepared(config, folder, resume, device) as made, torch.no_grad():
         x, y = made.trainer.batch(0)

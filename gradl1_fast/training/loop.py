@@ -22,7 +22,7 @@ class Recipe:
 
     Attributes:
         epochs: passes over the training images.
-        penalty_epochs: the last so many epochs have the penalty; 0 trains plainly.
+        penalty_epochs: number of final epochs with the penalty; 0 trains plainly.
         coefficient: of the weights' and of the activations' term alike.
         scale: of :class:`gradl1_fast.GradL1`.
         learning_rate: at the start; the cosine brings it to 0 at the end.

@@ -100,7 +100,7 @@ class Average:
         return {**self.state, "": torch.tensor(self.updates)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take up a state that :meth:`state_dict` gave."""
+        """Load a state returned by :meth:`state_dict`."""
         self.updates = int(state[""])
         for key, value in self.state.items():
             value.copy_(state[key])

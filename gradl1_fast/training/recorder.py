@@ -26,9 +26,9 @@ class Recorder:
 
     Args:
         folder: of the run.
-        rows: of the epochs that were over when the training was taken up again.
-        purge_from: the first step of the epoch in which it was taken up: TensorBoard drops events from
-            there on, of the run that was killed; None for a new run.
+        rows: of the epochs completed before the training was resumed.
+        purge_from: the first step of the epoch in which it was resumed: TensorBoard drops the events of the
+            killed run from there on; None for a new run.
         say: called with each line of the log.
 
     Attributes:

@@ -15,7 +15,7 @@ _BY_DOUBLE_BACKPROP = ("gradl1", "l2")
 def check(model: nn.Module, image: Tensor, config: Config) -> None:
     """Pass an image through, and differentiate twice if the penalty will, perhaps hours from now.
 
-    In evaluation mode, which moves no statistics and draws nothing by chance; then back to training mode.
+    In evaluation mode, which moves no statistics and draws no random numbers; then back to training mode.
 
     Args:
         model: a network in training mode.

@@ -123,7 +123,10 @@ def _settings_rows(settings: Settings) -> Rows:
     recipe = settings.recipe
     return [
         ("pairs", f"{settings.seeds}, with the seeds from 0"),
-        ("data", "digits of scikit-learn: 1200 to train and calibrate, 597 to test; each seed splits anew"),
+        (
+            "data",
+            "digits of scikit-learn: 1200 to train and calibrate, 597 to test; each seed has its own split",
+        ),
         (
             "network",
             f"digits_net({settings.width}): a convolution and 4 depthwise-separable blocks, batch norm",

@@ -1,4 +1,4 @@
-"""The folder of a run: its configuration, numbers, weights and ranges, and how they are taken up again.
+"""The folder of a run: its configuration, numbers, weights and ranges, and how they are loaded again.
 
 ``config.toml``, ``metrics.csv``, ``log.txt``, ``weights.safetensors``, ``ranges.safetensors``,
 ``report.html``, ``checkpoint/`` and ``tensorboard/``.
@@ -116,7 +116,7 @@ def network(config: Config, classes: int, channels: int) -> nn.Module:
 
 
 def load(folder: str | os.PathLike[str]) -> Loaded:
-    """Take up a finished run.
+    """Load a finished run.
 
     Args:
         folder: that ``gradl1 train`` wrote.

@@ -45,7 +45,7 @@ class Settings:
         bits: of weights and of activations, None for float; every pair is evaluated.
         alone: the width at which each tensor is quantized alone.
         images: test images to evaluate on, evenly spread over all; None for all.
-        ranges: how to find the ranges of activations anew, by name; None keeps those of the run.
+        ranges: how to recompute the activation ranges, by name; None keeps those of the run.
         weight_ranges: how to find ranges of weights, by name; None keeps those of the run.
         fold: fold batch norms first.
         prepare: do what costs no training: one range for each output channel of a weight, ranges of least
@@ -93,7 +93,7 @@ def run(model: nn.Module, data: Dataset, settings: Settings, *, progress: bool =
     """Evaluate a finished run; see :class:`Settings`.
 
     Args:
-        model: converted, calibrated, in float and in evaluation mode; ranges that are found anew are set.
+        model: converted, calibrated, in float and in evaluation mode; recomputed ranges are set.
         data: of the run.
         settings: what to do.
         progress: show progress bars where there is a terminal.
@@ -145,7 +145,7 @@ def _calibrate(model: nn.Module, images: Tensor, name: str) -> None:
 
 
 def _spread(data: Batch, count: int | None) -> Batch:
-    """Return so many examples, evenly spread: where they are sorted, of every class."""
+    """Return ``count`` examples, evenly spread, so that sorted data give examples of every class."""
     images, labels = data
     if count is None or count >= len(labels):
         return data

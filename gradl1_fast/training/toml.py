@@ -30,7 +30,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Return the tables of a TOML file.
 
     Raises:
-        SettingsError: the file is no TOML; the message names the file and the line.
+        SettingsError: the file is not TOML; the message names the file and the line.
         OSError: it cannot be read.
         ImportError: Python is 3.10 and tomli is not installed.
     """

@@ -27,7 +27,7 @@ CHECK_EVERY = 50  # steps between looks at the losses where a look waits
 
 
 class Trainer:
-    """Trains a converted model; can be stopped after any step and taken up again, bit for bit on a CPU.
+    """Trains a converted model; can be stopped after any step and resumed, bit for bit on a CPU.
 
     One seed gives one order of the images and one augmentation, whatever the penalty and the number of
     ranks. The penalty of several ranks is the mean of the ranks' penalties, each on its own images.
@@ -100,8 +100,8 @@ class Trainer:
             after_step: called after each step; ``state_dict`` may be asked for then.
 
         Raises:
-            TrainingError: the loss or the penalty is no finite number any more. On a CPU this is seen at
-                once, otherwise within :data:`CHECK_EVERY` steps: to look is to wait for GPU and ranks.
+            TrainingError: the loss or the penalty became NaN or infinite. This is detected at once on a CPU,
+                otherwise within :data:`CHECK_EVERY` steps, because checking waits for the GPU and the ranks.
         """
         while self.step < self.steps:
             start = time.perf_counter()
@@ -241,7 +241,7 @@ class Trainer:
         It holds tensors, numbers, strings, lists and dictionaries alone. Call it on every rank.
 
         Raises:
-            TrainingError: as :meth:`run_epoch`: what is no number is not to be gone on from.
+            TrainingError: as :meth:`run_epoch`: a NaN state must not be resumed from.
         """
         if not self._skips:
             self._check_losses()
@@ -263,7 +263,7 @@ class Trainer:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up a state that :meth:`state_dict` gave; the model's own state is to be loaded before.
+        """Load a state returned by :meth:`state_dict`; load the model's own state first.
 
         Raises:
             ValueError: it was written by another number of ranks, or with another objective.

@@ -51,7 +51,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     Raises:
         ImportError: safetensors is not installed.
         OSError: the file cannot be read.
-        ValueError: the file is no whole file of weights, or an entry is missing, unknown, of a wrong
+        ValueError: the file is not a complete file of weights, or an entry is missing, unknown, of a wrong
             shape or type, or not finite. The message names the file and the entry.
     """
     put_weights(model, path, read_weights(path)[0])

@@ -16,7 +16,7 @@ def refuse_wrappers(model: nn.Module) -> None:
     Raises:
         ValueError: names the module, and what to use instead.
     """
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # whoever wraps a model by it has imported it
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # a model wrapped by it has imported it
     if fsdp is not None and any(isinstance(m, fsdp.FullyShardedDataParallel) for m in model.modules()):
         raise ValueError(
             "GradL1: FullyShardedDataParallel does not support double backprop: it frees weights between the "

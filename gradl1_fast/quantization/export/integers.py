@@ -59,8 +59,8 @@ _OPSETS = {2: 25, 4: 21, 8: 17, 16: 21}
 def integer_type(bits: int, *, signed: bool, narrow: bool = True) -> tuple[IntegerType, str | None]:
     """Return the type for codes of a width, and a sentence if it is wider than it could be.
 
-    Codes of 2, 4, 8 and 16 bits have a type of their own; others take 8 bits, and so do 2 bits where the
-    installed packages cannot run them, and 4 bits likewise, and both where ``narrow`` is off.
+    Codes of 2, 4, 8 and 16 bits have a type of their own; others take 8 bits. So do 2 and 4 bits
+    if the installed packages cannot run them, or if ``narrow`` is off.
 
     Raises:
         ValueError: ``bits`` is from 9 to 15, for which no runtime has the operators.

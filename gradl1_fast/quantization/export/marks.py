@@ -36,7 +36,7 @@ class Grid:
 
     Attributes:
         scale: a scalar, or one for each channel.
-        zero_point: likewise.
+        zero_point: of the same shape.
         q_min: smallest code.
         q_max: largest code.
         bits: of a code.

@@ -101,7 +101,7 @@ def export_onnx(
         inputs: a batch: a tensor, a tuple of arguments or a mapping of keyword arguments.
         w: bits of the weights, 1 to 8 or 16, or None for float; or a mapping by layer. With ``w`` and ``a``
             both None, the widths that are set on the model.
-        a: bits of the activations, likewise, by site.
+        a: bits of the activations, one number or a mapping by site.
         runtime: ``"onnxruntime"`` to prepare layers of at most 8 bits for its integer kernels: operands of
             sums, concatenations and average pools are quantized too, to 8 bits in ranges found on
             ``inputs``, and biases to 32. ``"none"`` to quantize weights and the inputs of layers alone.

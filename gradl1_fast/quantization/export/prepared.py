@@ -71,7 +71,7 @@ def simulate(
         inputs: a batch: a tensor, a tuple of arguments or a mapping of keyword arguments.
         w: bits of the weights, 1 to 8 or 16, or None for float; or a mapping by layer, as for
             :func:`gradl1_fast.set_bits`. With ``w`` and ``a`` both None, the model's own widths.
-        a: bits of the activations, likewise, by site.
+        a: bits of the activations, one number or a mapping by site.
         input_bits: least bits of the network's input, as for :func:`gradl1_fast.set_bits`.
 
     Raises:

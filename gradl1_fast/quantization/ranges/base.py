@@ -16,12 +16,12 @@ Ends = tuple[Tensor, Tensor]
 class Range:
     """How the range of a tensor is found from values that stream by; memory does not grow with them.
 
-    A new one knows nothing; whoever uses one for many tensors copies it for each. A subclass extends
+    A new object has seen no values; copy it for each tensor to use it for many. A subclass extends
     :meth:`update` and overrides :meth:`ends`.
 
     Attributes:
         low: smallest value so far of each row, or None before the first. NaN once NaN was seen.
-        high: largest value, likewise.
+        high: largest value so far of each row, with the same exceptions.
         for_weights: whether it can find the range of a weight, which is seen once and whole.
     """
 

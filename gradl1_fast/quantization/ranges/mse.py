@@ -15,7 +15,7 @@ __all__ = ["MeanSquaredError", "quantization_error"]
 # Bins on each side of zero: many for one tensor, fewer where each channel has a histogram of its own.
 _SIDE, _SIDE_OF_CHANNELS = 1024, 256
 
-_ROWS_AT_ONCE = 64  # candidates of so many rows are in memory together
+_ROWS_AT_ONCE = 64  # rows whose candidates are in memory together
 
 _COARSE = [2 ** (-6 * i / 32) for i in range(33)]
 _FINE = [2 ** (6 / 32 * i / 8) for i in range(-8, 9)]

@@ -89,7 +89,7 @@ class Data:
         a: Widths,
         counts: Mapping[str, int] | None = None,
     ) -> _Products:
-        """Return the products of layers in one forward pass, which ends after so many calls of each."""
+        """Return the products of layers in a forward pass, which ends after a number of calls of each."""
         found: _Products = {}
         with bits(self._model, w=w, a=a), _noted(layers, found, counts), contextlib.suppress(_Enough):
             call(self._model, batch, self._forward)

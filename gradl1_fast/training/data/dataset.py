@@ -25,7 +25,7 @@ class Dataset:
         classes: number of different labels; labels are 0 up to one less.
         train: images ``(N, channels, H, W)`` of float32, standardised by the training images, and
             labels ``(N,)`` of int64.
-        test: likewise.
+        test: images and labels in the same form.
     """
 
     name: str

@@ -42,7 +42,7 @@ class IdxFile:
         """Return the values, a tensor of uint8.
 
         Raises:
-            DataError: the file is no IDX file, is damaged, or holds something else than it should.
+            DataError: the file is not an IDX file, is damaged, or has other contents than expected.
             OSError: it cannot be read.
         """
         path = folder / self.name

@@ -70,7 +70,7 @@ class ImageFiles:
     def _read(self, path: Path) -> Tensor:
         image_module = _pillow()
         try:
-            # From memory: of a file Python makes room for as many bytes as a damaged length asks for.
+            # From memory: reading a file, Python allocates as many bytes as a damaged length asks for.
             with image_module.open(io.BytesIO(path.read_bytes()), formats=FORMATS) as file:
                 _check_pixels(path, *file.size)
                 white = _white(path, file)

@@ -22,7 +22,7 @@ def _colours(methods: Sequence[str]) -> dict[str, str]:
 
 
 def _panels(count: int, across: int, width: float, height: float) -> list[Any]:
-    """Return so many axes, in rows, of one figure; those left over are hidden."""
+    """Return ``count`` axes of one figure, in rows; unused axes are hidden."""
     rows = -(-count // across)
     figure = new_figure(width * across, height * rows)
     axes = list(figure.subplots(rows, across, squeeze=False).flat)

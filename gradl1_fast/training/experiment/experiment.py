@@ -43,11 +43,11 @@ class Experiment:
         config: of every network; ``training.seed`` and the penalty's method and settings are replaced.
         widths: bits of weights and of activations, None for float.
         regimes: keys of :data:`gradl1_fast.training.experiment.REGIMES`.
-        calibration: so many of the first training images serve to calibrate.
-        probed: so many of them serve the measurements.
+        calibration: number of training images to calibrate with, from the first on.
+        probed: number of training images for the measurements.
         marks: measurements of norms in an epoch.
         alone_bits: width at which one tensor alone is quantized.
-        images: so many of the training and of the test images are used; None for all.
+        images: number of training images and of test images to use; None for all.
     """
 
     config: Config

@@ -36,7 +36,7 @@ class Norms:
         l1_a: l1 norms of the activations' gradients.
         l2_a: l2 norms.
         step_l1_w: l1 norms, each times the step of its weight at 4 bits.
-        step_l1_a: likewise of the activations.
+        step_l1_a: the same for the activations.
     """
 
     epoch: float

@@ -21,7 +21,7 @@ Width = tuple[int | None, int | None]
 
 
 class ResultError(ValueError):
-    """A file is no result of an experiment, or of another one; the message names it."""
+    """A file is not a result of an experiment, or of another one; the message names it."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Row:
         seed: of initialisation, order and augmentation.
         regime: key of :data:`gradl1_fast.training.experiment.REGIMES`.
         w: bits of the weights, None for float.
-        a: bits of the activations, likewise.
+        a: bits of the activations, None for float.
         top1: test accuracy in percent.
     """
 
@@ -51,7 +51,7 @@ class Run:
 
     Attributes:
         method: as in :class:`Row`.
-        seed: likewise.
+        seed: as in :class:`Row`.
         settings: everything that decides the result, as plain values.
         rows: accuracies.
         epochs: one entry for each epoch, those shared with other methods included.

@@ -42,7 +42,7 @@ class Session:
     Args:
         config: of the whole training.
         data: to train with.
-        probed: so many of the training images serve to measure norms.
+        probed: number of training images to measure norms with.
         marks: measurements of norms in an epoch.
 
     Attributes:

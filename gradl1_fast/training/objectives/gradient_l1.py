@@ -96,7 +96,7 @@ class GradientL1(Objective):
         return {"steps": torch.tensor(self._steps)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take up a state that :meth:`state_dict` gave."""
+        """Load a state returned by :meth:`state_dict`."""
         self._steps = int(state["steps"])
 
     def close(self) -> None:

@@ -64,7 +64,7 @@ class Objective(Protocol):
         return {}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take up a state that :meth:`state_dict` gave."""
+        """Load a state returned by :meth:`state_dict`."""
         if state:
             raise ValueError(f"the objective {self.name!r} has no state, got {', '.join(state)}")
 

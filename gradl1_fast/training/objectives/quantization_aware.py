@@ -84,7 +84,7 @@ class QuantizationAware(Objective):
         }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take up a state that :meth:`state_dict` gave."""
+        """Load a state returned by :meth:`state_dict`."""
         for name, moving in self._ranges.items():
             moving.low, moving.high = state.get(f"{name}.low"), state.get(f"{name}.high")
 

@@ -80,7 +80,7 @@ class Neighbours:
     def _reason_of_layer(self, layer: Any) -> str | None:
         follows = f"follows {self._names[id(layer)]}, which"
         if isinstance(layer.weight_quantizer, SlicedWeight):
-            return f"{follows} holds bits of an any-bit file and no float weight"
+            return f"{follows} was loaded from an any-bit file and has no float weight"
         if layer.is_computed:
             return f"{follows} computes its weight in each forward pass"
         if any(self._owners[id(p)] > 1 for p in layer.parameters(recurse=False)):

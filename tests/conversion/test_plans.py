@@ -38,7 +38,7 @@ def test_a_model_of_plain_operations_runs_its_plan(name: str, training: bool) ->
 
 REASONS = {
     "assigned": "assigns to parts of a tensor",
-    "written_into": "gradients off",
+    "written_into": "disables gradients",
     "without_gradient": "disables gradients in a part",
     "data_dependent": "control flow",
     "under_autocast": "enables autocast",

@@ -20,7 +20,7 @@ from tests.conversion.runs import assert_equal_steps, built, images, loss_of
 # Why a model has no graph.
 REASONS = {
     "assigned": "assigns to parts of a tensor",
-    "written_into": "gradients off",
+    "written_into": "disables gradients",
     "without_gradient": "disables gradients in a part",
     "data_dependent": "control flow",
     "under_autocast": "enables autocast",

@@ -199,7 +199,7 @@ RANGES = {
     "inverted": (1.0, -1.0, "inverted"),
     "NaN": (float("nan"), 1.0, "the ends of a range must be finite"),
     "infinite": (0.0, float("inf"), "the ends of a range must be finite"),
-    "two values": ([0.0, 0.0], 1.0, "two single ends"),
+    "two values": ([0.0, 0.0], 1.0, "must each have 1 value"),
 }
 
 

@@ -103,8 +103,8 @@ def test_text_and_picture(model: nn.Module, tmp_path: Path) -> None:
 
 
 WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({}, ValueError, "give one budget"),
-    ({"size": 1.0, "bit_operations": 1.0}, ValueError, "give one budget"),
+    ({}, ValueError, "give exactly one budget"),
+    ({"size": 1.0, "bit_operations": 1.0}, ValueError, "give exactly one budget"),
     ({"bit_operations": 1e9}, ValueError, "needs an example"),
     ({"size": 3.0}, ValueError, r"the narrowest choice costs 282 bytes, more than the budget of 3"),
     ({"size": float("nan")}, ValueError, "budget must be finite"),

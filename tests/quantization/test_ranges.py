@@ -263,7 +263,7 @@ WRONG: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (
         lambda: ranges.choose("f", stream(ranges.MinMax(), torch.ones(1, 9))),
         ValueError,
-        "seen values already",
+        "already observed values",
     ),
 ]
 

@@ -99,8 +99,14 @@ TAMPERED: dict[str, tuple[Callable[[Entries], Entries], str]] = {
         with_entry(HIGH, PER_WIDTH.masked_fill(PER_WIDTH == 3, torch.nan)),
         "from -3.0 to nan",
     ),
-    "infinite": (with_entry(CLIP, torch.full((1, 4), torch.inf)), rf"entry '{CLIP}': .*infinite"),
-    "negative": (with_entry(CLIP, torch.full((1, 4), -1.0)), rf"entry '{CLIP}': .*negative"),
+    "infinite": (
+        with_entry(CLIP, torch.full((1, 4), torch.inf)),
+        rf"entry '{CLIP}': clip must be finite and 0 or more",
+    ),
+    "negative": (
+        with_entry(CLIP, torch.full((1, 4), -1.0)),
+        rf"entry '{CLIP}': clip must be finite and 0 or more",
+    ),
     "channels": (with_entry(CLIP, torch.ones(16, 5)), "0.weight_quantizer.clip is for 5 channels, not 4"),
     "rows": (with_entry(CLIP, torch.ones(3, 4)), r"clip must have shape \(1 or 16, channels\), got \(3, 4\)"),
     "shape": (with_entry("7.input.low", torch.zeros(2)), "must each have 1 value, or 16"),

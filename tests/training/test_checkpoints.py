@@ -162,7 +162,7 @@ DAMAGES = {
     "schedule": (put("schedule", value={}), "missing entries: schedule."),
     "random": (put("random", value=[]), "written by 0 ranks, not 1"),
     "random state": (put("random", value=[{"cpu": torch.ones(3)}]), "does not fit this training"),
-    "objective": (put("objective", "name", value="l2"), "objective is 'l2'"),
+    "objective": (put("objective", "name", value="l2"), "objective 'l2'"),
     "seen": (put("seen", value=[{}]), "missing entries: seen.0.counts, seen.0.losses"),
     "seen kind": (put("seen", value=1), "entry .seen. must be a list"),
     "losses": (

@@ -68,7 +68,7 @@ def test_faults_in_a_file_are_found(name: str) -> None:
     [
         ({"codes": 2}, "codes at a differ by 2, allowed is 1"),
         ({"outputs": 1.1e-3}, "outputs differ by 0.0011 of the largest, allowed is 0.001"),
-        ({"outputs": float("nan")}, "outputs are nan"),
+        ({"outputs": float("nan")}, "outputs differ by nan"),
         ({"top_1": 0.98}, "top-1 agreement is 98.00 %, required is 99 %"),
         ({"accuracy": 88.9, "expected": 90.0}, "accuracy is 88.90 %, in the simulation 90.00 %"),
     ],

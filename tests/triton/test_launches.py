@@ -67,9 +67,9 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     """The launches that would have gone to a GPU."""
     noted: list[Any] = []
     monkeypatch.setattr(triton.compiler, "compile", lambda source, **options: _Compiled(source, noted))
-    pretended = _Driver(90)
-    monkeypatch.setattr(_Driver, "get_current_device", lambda self, n=next(DEVICES): n)
-    driver.set_active(pretended)
+    device = next(DEVICES)
+    monkeypatch.setattr(_Driver, "get_current_device", lambda self: device)
+    driver.set_active(_Driver(90))
     yield noted
     driver._active = None
 

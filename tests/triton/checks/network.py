@@ -39,6 +39,7 @@ class Training:
         bits: int | None = None,
         width: int = 4,
         batch: int = 3,
+        scale: str = "step",
     ) -> None:
         torch.manual_seed(0)
         self.model = ResNet(width).to(dtype)
@@ -48,7 +49,7 @@ class Training:
         if bits is not None:
             gl.calibrate(self.model, [self.x])
             gl.set_bits(self.model, w=bits, a=bits)
-        self.penalty = gl.GradL1(self.model, lambda_w=0.01, lambda_a=0.02)
+        self.penalty = gl.GradL1(self.model, lambda_w=0.01, lambda_a=0.02, scale=scale)
 
     def step(self) -> Tensor:
         """Leave the gradients of loss and penalty in the parameters; return their sum."""

@@ -70,12 +70,12 @@ def averaged(results: Results) -> str:
 
 
 def verdict(results: Results) -> list[str]:
-    """Return what was found, in sentences, whatever it is."""
+    """Return the results in sentences."""
     lines = [_comparison(results, bits) for bits in (None, 8, 4, 3) if bits in results.settings.bits]
     gains = [results.gain(row.w, row.a) for row in results.tables[PLAIN][0].rows]
     worst, *_, best = sorted(gains, key=lambda gain: gain.mean)
     lines.append(
-        f"Over all {len(gains)} pairs of widths the mean gain reaches from {worst.signed()} to "
+        f"Over all {len(gains)} pairs of widths, the mean gain ranges from {worst.signed()} to "
         f"{best.signed()} points."
     )
     return lines + [_cost(speed) for speed in results.speeds]
@@ -84,8 +84,8 @@ def verdict(results: Results) -> list[str]:
 def _cost(speed: Speed) -> str:
     return (
         f"On {speed.network}, a penalised step takes {speed.ratio(OURS):.1f} times as long as a plain one "
-        f"({speed.median(PLAIN_STEP):.1f} ms), with scale='step' {speed.ratio(OURS_STEP):.1f} times; "
-        f"with ordinary double backprop {speed.ratio(EAGER):.1f} times."
+        f"({speed.median(PLAIN_STEP):.1f} ms); {speed.ratio(OURS_STEP):.1f} times with scale='step', and "
+        f"{speed.ratio(EAGER):.1f} times with ordinary double backprop."
     )
 
 
@@ -132,12 +132,15 @@ def _settings_rows(settings: Settings) -> Rows:
             f"digits_net({settings.width}): a convolution and 4 depthwise-separable blocks, batch norm",
         ),
         ("training", f"{recipe.epochs} epochs in batches of {recipe.batch_size}"),
-        ("optimizer", f"Adam, from {recipe.learning_rate} along a cosine to 0"),
+        ("optimizer", f"Adam, learning rate {recipe.learning_rate} with a cosine schedule to 0"),
         ("penalty", f"in the last {recipe.penalty_epochs} epochs, on weights and on activations"),
         ("coefficient", f"{recipe.coefficient}, scale={recipe.scale!r}"),
         ("weights' range", "symmetric, one for each tensor, from the largest absolute value"),
         ("activations' range", "affine, one for each tensor, from the extremes on the training images"),
-        ("step times", f"median of {settings.rounds} steps of each kind, in turn; both terms of the penalty"),
+        (
+            "step times",
+            f"median of {settings.rounds} alternating steps of each kind; both terms of the penalty",
+        ),
     ]
 
 

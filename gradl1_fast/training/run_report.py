@@ -46,8 +46,8 @@ def _body(config: Config, rows: Rows, widths: Table) -> str:
     return "\n".join(
         [
             f"<h1>{config.model.name} on {config.data.name}</h1>",
-            '<p class="lead">One training run, and its one set of weights at every bit width.</p>',
-            "<h2>What was found</h2>",
+            '<p class="lead">One training run, and its weights at every bit width.</p>',
+            "<h2>Results</h2>",
             items(_found(config, rows, widths)),
             "<h2>Accuracy over widths</h2>",
             "<p>Weights and activations at the same width, on the test images. Ranges of activations come "
@@ -55,13 +55,13 @@ def _body(config: Config, rows: Rows, widths: Table) -> str:
             image(_width_chart(widths), "Test accuracy over bits"),
             table(("bits", "test accuracy, %"), accuracies),
             "<h2>Loss and penalty</h2>",
-            "<p>Means over the steps of each epoch. The penalty is on from the dashed line on.</p>",
+            "<p>Means over the steps of each epoch. The penalty starts at the dashed line.</p>",
             image(_loss_chart(config, rows), "Loss, penalty and test accuracy over epochs"),
             "<h2>Where the gradients are large</h2>",
             "<p>The l1 norm of the gradient of each weight and activation times its quantization step at "
-            "4 bits: half of it is the worst first-order change of the loss when this tensor alone is "
-            "quantized. Measured at the end of each epoch, on the same training images; each line is one "
-            "tensor, the five that end highest are named.</p>",
+            "4 bits: half of it is the largest first-order change of the loss when only this tensor is "
+            "quantized. Measured at the end of each epoch on the same training images. Each line is one "
+            "tensor; the five highest at the end are named.</p>",
             image(_norm_chart(rows), "Step times gradient norm of each tensor over epochs"),
             table(("tensor", "first epoch", "last epoch", "ratio"), _norm_rows(rows)),
             "<h2>Settings</h2>",
@@ -81,7 +81,7 @@ def _body(config: Config, rows: Rows, widths: Table) -> str:
 def _found(config: Config, rows: Rows, widths: Table) -> list[str]:
     best = max(rows, key=lambda row: row["test_accuracy"])
     lines = [
-        f"Float: {widths[None, None]:.2f} % of the test images are right; the best epoch was "
+        f"Float: {widths[None, None]:.2f} % of the test images are classified correctly; the best epoch was "
         f"{best['epoch']:.0f} with {best['test_accuracy']:.2f} %."
     ]
     for bits in (8, 6, 4, 3):

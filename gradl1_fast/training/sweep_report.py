@@ -34,7 +34,7 @@ def found(results: Results) -> list[str]:
     lines = []
     if (None, None) in {(row.w, row.a) for row in table.rows}:
         exact = table[None, None]
-        lines.append(f"Float: {exact:.2f} % of {results.images} test images are right.")
+        lines.append(f"Float: {exact:.2f} % of {results.images} test images are classified correctly.")
         for width in results.settings.bits:
             if width is not None:
                 value = table[width, width]
@@ -44,14 +44,14 @@ def found(results: Results) -> list[str]:
     if alone.rows:
         worst = max(alone.rows, key=lambda row: row.value)
         lines.append(
-            f"Of all tensors, {worst.name} ({_kind(worst.kind)}) alone at {worst.bits} bits adds most to the "
-            f"loss: {worst.value - alone.float_value:+.4f} to {alone.float_value:.4f}."
+            f"The most sensitive tensor is {worst.name} ({_kind(worst.kind)}): at {worst.bits} bits, it "
+            f"changes the loss by {worst.value - alone.float_value:+.4f} (float: {alone.float_value:.4f})."
         )
     if results.folding is not None:
         folding = results.folding
         lines.append(
             f"{len(folding.folded)} batch norms were folded, {len(folding.refused)} were not; the largest "
-            f"difference of an output is {folding.difference:.2g}."
+            f"output difference is {folding.difference:.2g}."
         )
     if results.plan is not None:
         best = results.plan.best
@@ -69,14 +69,14 @@ def _body(title: str, results: Results) -> str:
     parts = [
         f"<h1>{escape(title)}</h1>",
         '<p class="lead">One set of weights, simulated at every width.</p>',
-        "<h2>What was found</h2>",
+        "<h2>Results</h2>",
         items(found(results)),
         "<h2>Accuracy over widths</h2>",
-        "<p>In percent of the test images. Quantization is simulated in floating point: it shows what a "
-        "width costs in accuracy, and takes longer than float, not shorter.</p>",
+        "<p>In percent of the test images. Quantization is simulated in floating point: it shows the "
+        "accuracy at a width, and is slower than float, not faster.</p>",
         image(_grid(results), "Test accuracy over bits of weights and activations"),
-        "<h2>Each tensor alone</h2>",
-        "<p>What is added to the mean cross-entropy on the test images when one tensor alone is quantized "
+        "<h2>Single tensors</h2>",
+        "<p>The increase of the mean cross-entropy on the test images when only one tensor is quantized "
         f"to {bits} bits and all others are in float.</p>",
         image(
             _bars(
@@ -86,11 +86,11 @@ def _body(title: str, results: Results) -> str:
             "Loss added by each tensor alone",
         ),
         "<h2>Step times gradient norm</h2>",
-        f"<p>The quantization step at {bits} bits, of the tensor's own full range whatever range was chosen, "
+        f"<p>The quantization step at {bits} bits of the full range of the tensor, whatever range was chosen, "
         "times the l1 norm of the gradient, on training images. "
-        "Half of it is the worst that quantizing this tensor alone can add to the loss, to first order; the "
-        "table sets it beside what was added. This is what the penalty with "
-        '<code>scale="step"</code> makes small.</p>',
+        "Half of it is, to first order, the largest loss increase from quantizing only this tensor; the "
+        "table compares it with the measured increase. The penalty with "
+        '<code>scale="step"</code> reduces this quantity.</p>',
         image(
             _bars(
                 {_label(_kind_of(n, results), n): v for n, v in results.norms.items()},
@@ -100,7 +100,7 @@ def _body(title: str, results: Results) -> str:
         ),
         table(("tensor", "half of step × norm", "loss added"), _norm_rows(results)),
         "<h2>Ranges</h2>",
-        f"<p>At {bits} bits. A weight's grid is symmetric around zero and reaches to its larger end.</p>",
+        f"<p>At {bits} bits. The grid of a weight is symmetric around zero and includes its larger end.</p>",
         image(_ranges(results.ends), "Range of each tensor"),
         table(
             ("tensor", "from", "to"), [(n, f"{lo:.4g}", f"{hi:.4g}") for n, (lo, hi) in results.ends.items()]
@@ -109,8 +109,8 @@ def _body(title: str, results: Results) -> str:
     if results.plan is not None:
         parts += [
             "<h2>A width for each layer</h2>",
-            f"<p>Weights within {results.plan.budget:,.0f} bytes, chosen step by step where least is lost "
-            "for each byte saved, then evaluated. The value is the mean cross-entropy.</p>",
+            f"<p>Weights within {results.plan.budget:,.0f} bytes, chosen step by step for the smallest loss "
+            "per byte saved, then evaluated. The value is the mean cross-entropy.</p>",
             image(svg(results.plan.figure()), "Loss over bytes of weights"),
             table(("layer", "bits"), [(name, str(width)) for name, width in results.plan.best.w.items()]),
         ]

@@ -3,57 +3,57 @@
 __all__ = ["BODY"]
 
 BODY = """<h1>Training methods compared: $data</h1>
-<p class="lead">One network by each method from the same start, then quantized to every width after
-training, by the same quantizer. Test accuracy in percent; seeds: $seeds.</p>
+<p class="lead">Each method trains a network from the same start. After training, each network is
+quantized to every width with the same quantizer. Test accuracy in percent; seeds: $seeds.</p>
 
-<h2>What was found</h2>
+<h2>Results</h2>
 $verdict
 
 <h2>Accuracy</h2>
 <p>(weight bits, activation bits); mean over the seeds ± standard deviation of the sample. Chance is 10 %.
-Last column: computing time of the training over that of plain training.</p>
+Last column: computing time of the training, relative to plain training.</p>
 $accuracy
-<p>A regime says what is known when the network is quantized:</p>
+<p>A regime says which data are available when the network is quantized:</p>
 $regimes
 $bits
 
-<h2>What was done</h2>
+<h2>Procedure</h2>
 <p>All networks of one seed share initial weights, the order of the images, their augmentation and the
 first epochs; in the last $last of $epochs epochs each method minimises its own objective. Its strength rises
-linearly over the first $warmup of these. QAT trains at its one width in these epochs. Then nothing
-is trained: weights get symmetric grids of least squared error; activations one affine grid a tensor. Where
-images are used to calibrate they are the first $calibration of training, without labels. The image has 8
-bits at least. All of this holds for the QAT networks too. Settings of the
-gradient-l1 methods were chosen on the last 5,000 training images, with networks that had not seen these;
-those of other methods follow their papers, or the first-order relation between the methods, and were not
-tuned. The test images chose nothing.</p>
+linearly over the first $warmup of these. QAT trains at a single width in these epochs. There is no
+further training: weights use symmetric grids of least squared error, and activations one affine grid per
+tensor. Calibration uses the first $calibration training images, without labels. The image has at least 8
+bits. All of this also holds for the QAT networks. The settings of the gradient-l1 methods were chosen on
+the last 5,000 training images, with networks that had not seen these. The settings of other methods follow
+their papers, or the first-order relation between the methods, and were not tuned. No choice used the test
+images.</p>
 $methods
 
 <h2>Gradients over training</h2>
-<p>Each norm is taken tensor by tensor, in float and in evaluation mode on $probed training images, and
-summed. The third column has each l1 norm times the quantization step of its tensor at 4 bits: half of
-it is the worst first-order change of the loss at that width. In a layer before batch norm larger weights
-make the gradient's norm smaller without helping against quantization; the third column does not have
-this flaw.</p>
+<p>Norms are computed per tensor, in float and in evaluation mode on $probed training images, and summed.
+In the third column, each l1 norm is multiplied by the quantization step of its tensor at 4 bits: half of
+it is the largest first-order change of the loss at that width. In a layer before batch norm, larger weights
+reduce the norm of the gradient without making the network more robust; the third column does not have this
+problem.</p>
 $norms
 
-<h2>How far the first order goes</h2>
+<h2>Validity of the first-order estimate</h2>
 <p>All weights are moved at once by the same number of half steps (at 4 bits) of their tensor. Dashed:
-what the l1 norm foretells as the worst. Orange: the loss when each weight moves along the sign of its
+the largest increase predicted by the l1 norm. Orange: the loss when each weight moves along the sign of its
 gradient. Crosses: the loss when weights are rounded to 8, 7, 6, 5, 4 and 3 bits, placed at the largest
-move that rounding can make; a loss that falls is not drawn. Where the orange line leaves the dashed one,
-curvature has taken over.</p>
+move that rounding can make; losses that decrease are not drawn. Where the orange line departs from the
+dashed one, curvature dominates.</p>
 $changes
 
-<h2>What holds a network back</h2>
-<p>The rise of the loss on $probed training images when one tensor alone is quantized to $alone_bits bits.
-<code>.input</code> is the tensor that a layer is given, named after the first such layer; the image has 8
-bits at least.</p>
+<h2>Sensitivity of single tensors</h2>
+<p>The increase of the loss on $probed training images when only one tensor is quantized to $alone_bits bits.
+<code>.input</code> is the input of a layer, named after the first layer that receives it; the image has at
+least 8 bits.</p>
 $alone
 
-<h2>What it costs</h2>
-<p>Median computing time of an epoch in which the method is at work, on one thread; other work on the
-same computer may have slowed some of them. Measuring norms is not counted.</p>
+<h2>Cost</h2>
+<p>Median computing time of an epoch with the method, on one thread; other work on the same computer may
+have slowed some epochs. Measuring norms is not counted.</p>
 $time
 
 <h2>Settings and versions</h2>

@@ -86,8 +86,8 @@ def _body(title: str, results: Results) -> str:
             "Loss added by each tensor alone",
         ),
         "<h2>Step times gradient norm</h2>",
-        f"<p>The quantization step at {bits} bits of the full range of the tensor, whatever range was chosen, "
-        "times the l1 norm of the gradient, on training images. "
+        f"<p>The quantization step at {bits} bits of the full range of the tensor, whatever range was "
+        "chosen, times the l1 norm of the gradient, on training images. "
         "Half of it is, to first order, the largest loss increase from quantizing only this tensor; the "
         "table compares it with the measured increase. The penalty with "
         '<code>scale="step"</code> reduces this quantity.</p>',

@@ -130,9 +130,14 @@ class _Tracer(fx.Tracer):
             watch = functools.partial(attributes_unchanged, known=self._watched)
             return self.guarded(m, watch, lambda: inside(m, forward, args, kwargs))
         except NotTraceableError as reason:
-            self.kept_whole[path] = str(reason)
+            self._keep_whole(path, str(reason))
             self._forget_after(before)
             return self.create_proxy("call_module", path, args, kwargs)
+
+    def _keep_whole(self, path: str, reason: str) -> None:
+        """Write a module down, and forget those inside of it, which the graph does not call."""
+        outside = {p: r for p, r in self.kept_whole.items() if not p.startswith(f"{path}.")}
+        self.kept_whole = outside | {path: reason}
 
     def create_arg(self, a: Any) -> Any:
         """Return an argument as the graph keeps it; a tensor that is not the model's is refused."""

@@ -28,6 +28,7 @@ from gradl1_fast.nn.foreign import used_weight
 from gradl1_fast.nn.layers import QuantizedLayer
 from gradl1_fast.nn.quantizers import ActivationQuantizer
 from gradl1_fast.nn.sites import named_layers
+from gradl1_fast.nn.state_dicts import load_entries
 from gradl1_fast.quantization import bit_planes
 from gradl1_fast.quantization._sites import Stored, by_quantizer, every_site, same_range
 from gradl1_fast.quantization.partial_file import Entry, PartialFile
@@ -144,7 +145,7 @@ def load_any_bit(model: nn.Module, path: str | os.PathLike[str], *, w: int = 8) 
         slice_weight(layer, sliced[name])
     for _, quantizer, (low, high, is_input) in by_quantizer(every_site(model), ranges):
         quantizer.low, quantizer.high, quantizer.is_input = low, high, is_input
-    model.load_state_dict(state, strict=False)
+    load_entries(model, state, strict=False)
     return model
 
 

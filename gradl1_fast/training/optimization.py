@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
+from gradl1_fast.nn.state_dicts import load_entries
 from gradl1_fast.training.config import Optimizer
 
 __all__ = ["Average", "optimizer_for", "schedule_for"]
@@ -89,11 +90,11 @@ class Average:
     def applied(self, model: nn.Module) -> Iterator[None]:
         """Give the model the averages for the ``with`` block; then it gets back its very values."""
         before = {key: value.detach().clone() for key, value in model.state_dict().items()}
-        model.load_state_dict(self.state)
+        load_entries(model, self.state)
         try:
             yield
         finally:
-            model.load_state_dict(before)
+            load_entries(model, before)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return what a training that resumes must restore."""

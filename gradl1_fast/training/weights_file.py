@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from gradl1_fast import _checks as check
 from gradl1_fast import _files
 from gradl1_fast._extras import install
+from gradl1_fast.nn.state_dicts import load_entries
 
 __all__ = [
     "check_entries",
@@ -60,7 +61,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
 def put_weights(model: nn.Module, path: str | os.PathLike[str], entries: Mapping[str, Tensor]) -> None:
     """Load what :func:`read_weights` read from ``path``; the errors are those of :func:`load_weights`."""
     check_entries(path, entries, model.state_dict())
-    model.load_state_dict(entries)
+    load_entries(model, entries)
 
 
 def read_weights(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import gradl1_fast as gl
 from gradl1_fast.conversion.trace import is_holder, is_leaf, trace
+from gradl1_fast.conversion.tracing import parts_of
 from gradl1_fast.conversion.unchanged import NotTraceableError
 from tests.conversion import changing, models
 from tests.conversion.changing import CHANGING, OutputsListed, ScaleOptional
@@ -340,3 +341,23 @@ def test_a_traced_value_looks_like_a_tensor(features: Callable) -> None:
     penalty = gl.GradL1(converted, 0.1, 0.1)
     penalty(loss_of(images())(converted))
     assert converted._compiled_call_impl.reason == ""
+
+
+class Branching(nn.Module):
+    """Decides by values, so that no graph of it can be made."""
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.part = part
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.part(x)
+        return y if y.sum() > 0 else -y
+
+
+def test_a_part_of_what_is_kept_whole_is_no_part_of_the_graph() -> None:
+    blocks = [Branching(Branching(nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU()))) for _ in range(3)]
+    model = gl.convert(nn.Sequential(*blocks))
+    assert list(trace(model).kept_whole) == ["0", "1", "2"]
+    names = [part.name for part in parts_of(model)]
+    assert names == ["", *(f"{i}{below}" for i in range(3) for below in ("", ".part", ".part.part"))]

@@ -59,9 +59,9 @@ MOBILE: list[Entry] = [
     *timm("lcnet", "lcnet_035 tinynet_e rexnet_100 rexnetr_100"),
     *timm("mobilevit", "mobilevit_xxs mobilevitv2_050 edgenext_xx_small"),
     *timm("efficientformer", "efficientformer_l1 efficientformerv2_s0", size=224),
-    *timm("efficientvit", "efficientvit_b0 efficientvit_m0 swiftformer_xs"),
-    # At 64 x 64 its last batch norms see a single place: derivatives hang on the last bit of the input.
-    *timm("efficientvit", "shvit_s1", size=128),
+    *timm("efficientvit", "efficientvit_b0 swiftformer_xs"),
+    # At 64 x 64 their last batch norms see a single place: derivatives hang on the last bit of the input.
+    *timm("efficientvit", "efficientvit_m0 shvit_s1", size=128),
     *timm("fastvit", "fastvit_t8 fastvit_sa12"),
     *timm("levit", "levit_128s levit_conv_128s", size=224),
     *timm("tinyvit", "tiny_vit_5m_224"),
@@ -100,7 +100,6 @@ ATTENTION: list[Entry] = [
 
 CLASSES = {"num_classes": 10}
 VIDEO_CLASSES = CLASSES | {"module": ".video"}
-MVIT = VIDEO_CLASSES | {"temporal_size": 8}
 BACKBONES = ".detection.backbone_utils"
 # The first linear layers of a VGG hold 100 million weights.
 ALEXNET = {"classifier.1": (9216, 64), "classifier.4": (64, 4096)}
@@ -114,14 +113,15 @@ TORCHVISION: list[Entry] = [
     *torchvision("tv plain", "alexnet", linear=ALEXNET, **CLASSES),
     *torchvision("tv plain", "vgg11 vgg11_bn", linear=VGG, **CLASSES),
     *torchvision("tv inception", "googlenet", 2, 3, 96, 96, init_weights=False, **CLASSES),
-    *torchvision("tv inception", "inception_v3", 2, 3, 128, 128, init_weights=False, **CLASSES),
+    *torchvision(
+        "tv inception", "inception_v3", 2, 3, 96, 96, init_weights=False, aux_logits=False, **CLASSES
+    ),
     *torchvision("tv attention", "convnext_tiny swin_t swin_v2_t", **CLASSES),
     *torchvision("tv attention", "vit_b_16", image_size=64, **CLASSES),
     *torchvision("tv segmentation", SEGMENTATION, module=".segmentation", **CLASSES),
     *torchvision("tv detection", "resnet_fpn_backbone:resnet18", module=BACKBONES),
     *torchvision("tv detection", "mobilenet_backbone:mobilenet_v3_large", module=BACKBONES, fpn=True),
     *torchvision("tv video", "r3d_18 mc3_18 r2plus1d_18 swin3d_t", 2, 3, 8, 32, 32, **VIDEO_CLASSES),
-    *torchvision("tv video", "mvit_v2_s", 2, 3, 8, 64, 64, spatial_size=(64, 64), **MVIT),
 ]
 
 CLASSIFY = "ForSequenceClassification"

@@ -15,7 +15,7 @@ BUILT := $(VENV)/.built
 BUILD = $(shell nvidia-smi -L >/dev/null 2>&1 || echo GRADL1_CUDA=0)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test full coverage fuzz soak zoo sanitize kernels lint format docs bench mutate gpu clean
+.PHONY: help demo test full coverage fuzz soak zoo sanitize kernels lint format docs bench mutate gpu gpufull clean
 
 help:  ## this text
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
@@ -94,16 +94,27 @@ docs: $(READY)  ## build the documentation into build/site; warnings are errors
 bench: $(BUILT)  ## measure operations and training steps beside their peers; ARGS="step --smoke" for a first look
 	$(VENV)/bin/gradl1 bench $(ARGS)
 
-# Everything that needs a GPU, with the python at hand; nothing is installed. Each step runs even when one before
-# it failed, and any failure counts. Tests of one file share a process: those of 2^31 elements need the memory.
-gpu:  ## all that needs a GPU: its tests, compute-sanitizer, then the measurements, into OUT (default bench/results)
-	@export PYTHONPATH=".$${PYTHONPATH:+:$$PYTHONPATH}"; status=0; \
-	GRADL1_CUDA=1 GRADL1_CUDA_ARCHS="$${GRADL1_CUDA_ARCHS:-native}" $(PYTHON) setup.py -q build_ext --inplace || status=1; \
-	$(PYTHON) -m pytest tests/gpu $$($(PYTHON) -c "import xdist" 2>/dev/null && echo "-n 4 --dist loadfile") || status=1; \
+# What needs a GPU, with the python at hand; nothing is installed. Each step runs even when one before it failed, and
+# any failure counts. Tests of one file share a process: those of 2^31 elements need the memory. The steps of `make gpu`
+# fit into eight minutes, building not counted; one that takes longer than its share is ended, which is a failure.
+GPU = export PYTHONPATH=".$${PYTHONPATH:+:$$PYTHONPATH}"; status=0; \
+	GRADL1_CUDA=1 GRADL1_CUDA_ARCHS="$${GRADL1_CUDA_ARCHS:-native}" $(PYTHON) setup.py -q build_ext --inplace || status=1;
+OF_XDIST = $$($(PYTHON) -c "import xdist" 2>/dev/null && echo "-n 4 --dist loadfile")
+gpu:  ## the tests that need a GPU, launches, host time and time of steps, bandwidth of kernels, into OUT (bench/results)
+	@$(GPU) \
+	timeout 240 $(PYTHON) -m pytest tests/gpu $(OF_XDIST) || status=1; \
+	timeout 180 $(PYTHON) -m bench.launches --out "$${OUT:-bench/results}" || status=1; \
+	timeout 60 $(PYTHON) -m bench.kernels --out "$${OUT:-bench/results}" || status=1; \
+	exit $$status
+
+gpufull:  ## all of `make gpu` without its limits of time, compute-sanitizer, and every network by every provider
+	@$(GPU) \
+	$(PYTHON) -m pytest tests/gpu $(OF_XDIST) || status=1; \
 	if command -v compute-sanitizer >/dev/null; then for tool in memcheck racecheck initcheck; do \
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
 	$(PYTHON) -m tests.gpu.small_set cuda triton || status=1; done; \
 	else echo "compute-sanitizer not found: not run"; status=1; fi; \
+	$(PYTHON) -m bench.launches --seconds 3600 --out "$${OUT:-bench/results}" || status=1; \
 	$(PYTHON) -m bench.kernels --out "$${OUT:-bench/results}" || status=1; \
 	$(PYTHON) -m bench.gpu --out "$${OUT:-bench/results}" || status=1; \
 	exit $$status

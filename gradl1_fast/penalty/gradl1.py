@@ -35,14 +35,14 @@ _numbers = itertools.count()
 class GradL1:
     """The penalty ``lambda_w * sum_l ||dL/dW_l||_1 + lambda_a * sum_l ||dL/dY_l||_1``.
 
-    W_l are the weights of the quantizable layers that require a gradient, as their forward pass uses them;
-    Y_l the tensors that layers are given, but for the input of the network, each counted once, and dL/dY_l
-    what comes back from the layers; both as they are at the present width. Make the penalty before the
-    forward pass, which it arms, and again when layers were added to the model. A layer that a step did not
-    use contributes zero. The loss is meant to be the mean over the mini-batch.
+    W_l are the weights of the quantizable layers that require a gradient, as their forward pass uses them.
+    Y_l are the inputs of the layers, except the input of the network, each counted once, and dL/dY_l is the
+    gradient from these layers. Both are taken at the current width. Create the penalty before the forward
+    pass, which it arms, and create it again after adding layers to the model. A layer that a step does not
+    use contributes zero. The loss should be the mean over the mini-batch.
 
-    The penalty is 1-homogeneous in the loss: with a ``GradScaler`` pass it the scaled loss. Gradient
-    sums are float32 at least, and the first backward runs outside autocast.
+    The penalty is 1-homogeneous in the loss: with a ``GradScaler``, pass the scaled loss. Sums of gradients
+    use at least float32, and the first backward pass runs outside autocast.
 
     Args:
         model: a converted model, or one that contains layers of this library.
@@ -51,13 +51,13 @@ class GradL1:
         scale: ``"step"`` multiplies each norm by the quantization step of its tensor at ``step_bits``, for
             its range in this batch, before quantization; the gradient flows through the step too, so that
             ranges shrink as well. Half of ``step * norm`` is the largest first-order change of the loss at
-            that width, so one coefficient serves every layer. ``"none"`` is the norm alone, as in the
+            that width, so one coefficient suits every layer. ``"none"`` uses the norm alone, as in the
             paper; the same lambda is then several times as strong.
-        every: apply the penalty on each ``every``-th call only, multiplied by ``every``; other
-            calls return 0, and the forward pass before them is an ordinary one.
-        share: instead of the two coefficients: the share of the loss that the penalty has when it is switched
-            on, such as 0.25. Each of both terms gets half of it, as measured on the first 8 calls that are
-            due; from then on ``lambda_w`` and ``lambda_a`` are kept.
+        every: apply the penalty every ``every`` calls, multiplied by ``every``; other calls return 0,
+            and their forward pass is an ordinary one.
+        share: the penalty as a share of the loss when it is switched on, such as 0.25, instead of the two
+            coefficients. Each of the two terms gets half of it, measured on the first 8 calls that are due;
+            then ``lambda_w`` and ``lambda_a`` are fixed.
         method: ``"exact"``, or ``"finite_difference"`` for the approximation of :meth:`backward`.
         step_bits: the width at which ``scale="step"`` measures steps.
         epsilon: size of the finite difference, in units of the weights and activations; smaller is
@@ -70,8 +70,8 @@ class GradL1:
 
     Attributes:
         terms: after a call, the norm (times the step, with ``scale="step"``) of each weight and
-            activation by name, detached; a call that ``every`` skips leaves it as it was.
-        enabled: set it to False, and back to True, to switch the penalty off and on between steps.
+            activation by name, detached; a call that ``every`` skips does not change it.
+        enabled: set it to False or True between steps to switch the penalty off or on.
         lambda_w: may be changed between calls.
         lambda_a: may be changed between calls; a change from or to 0 under ``torch.compile`` compiles again.
 

@@ -40,18 +40,18 @@ METADATA = {"format": "gradl1_fast.any_bit", "version": "2"}
 
 
 def save_any_bit(model: nn.Module, path: str | os.PathLike[str]) -> dict[int, int]:
-    """Write a model into one file that serves every width from 1 to 8.
+    """Write a model into one file for every width from 1 to 8.
 
     Each weight is rounded once, on its 8-bit grid; the first w bits of its code are its w-bit code. A code
-    of w bits stands for 256 / 2**w codes of 8 bits and is read as the middle of them, so that cutting adds
-    no bias. At 8 bits the weights are exactly those of ``gl.bits(model, w=8)``. Below, values lie half a
-    step beside zero, which no weight then is; measured, that is as good as quantizing directly, and better
-    from 4 bits down (``docs/any-bit.md``).
+    of w bits represents 256 / 2**w codes of 8 bits and is read as their midpoint, so that dropping bits adds
+    no bias. At 8 bits the weights are exactly those of ``gl.bits(model, w=8)``. At fewer bits, values are
+    offset from zero by half a step, and none is zero. In measurements this is as accurate as quantizing
+    directly, and more accurate from 4 bits down (``docs/any-bit.md``).
 
-    The file is replaced whole or not at all.
+    The file is replaced atomically.
 
     Args:
-        model: a converted model. Ranges of activations are kept if it is calibrated.
+        model: a converted model. If it is calibrated, the activation ranges are saved.
         path: of the file, customarily ending in ``.safetensors``.
 
     Returns:
@@ -101,18 +101,17 @@ def save_any_bit(model: nn.Module, path: str | os.PathLike[str]) -> dict[int, in
 
 
 def load_any_bit(model: nn.Module, path: str | os.PathLike[str], *, w: int = 8) -> nn.Module:
-    """Give a model the first ``w`` bits of the weights in an any-bit file, and all else the file holds.
+    """Load the first ``w`` bits of the weights in an any-bit file, and everything else in it, into a model.
 
-    Only the bytes of these bits are read; a file that was cut off behind them will do. The layers of the
-    model then hold one byte for each weight in the place of the float weight, and decode it in each forward
-    pass. ``gl.set_bits(model, w=v, a=...)`` chooses any width v up to ``w``, again and again, and copies
-    nothing; ``w=None`` is the widest. Such a model is for evaluation: it has no weights to train, fold or
-    export. ``layer.weight`` takes no memory; code that reads it without calling the layer, as in
-    ``F.linear(x, self.qkv.weight)``, gets the values of the present width, decoded for it. Code that changes
-    it in place raises.
+    Only the bytes of these bits are read; the file may be truncated after them. The layers of the model then
+    store one byte per weight instead of the float weight, and decode it in each forward pass.
+    ``gl.set_bits(model, w=v, a=...)`` sets any width v up to ``w`` at any time and copies nothing; ``w=None``
+    is the widest. Such a model is for evaluation: it has no weights to train, fold or export.
+    ``layer.weight`` takes no memory; code that reads it without calling the layer, as in
+    ``F.linear(x, self.qkv.weight)``, gets the decoded values at the current width. Code that changes it in
+    place raises an error.
 
-    The file is read as data, nothing in it is executed, and every entry is checked before the model is
-    changed.
+    The file is read as data; nothing in it is executed, and every entry is checked before the model changes.
 
     Args:
         model: a converted model of the structure that was saved. It is changed in place.
@@ -125,7 +124,7 @@ def load_any_bit(model: nn.Module, path: str | os.PathLike[str], *, w: int = 8) 
     Raises:
         TypeError: ``w`` is not an int.
         ValueError: ``w`` is out of range, the model is not converted, or the file is damaged or does not
-            fit the model. The message names the file and the entry. The model is then as it was.
+            fit the model. The message names the file and the entry. The model is then unchanged.
         OSError: the file cannot be read.
     """
     _check_width(w)

@@ -20,28 +20,27 @@ INPUT_BITS = 8
 
 
 def set_bits(model: nn.Module, *, w: Widths, a: Widths, input_bits: int | None = INPUT_BITS) -> None:
-    """Set the width of every weight and every activation, or of those named; nothing is copied.
+    """Set the width of every weight and every activation, or of the named ones. Nothing is copied.
 
-    A warning says, once, that weights have changed since the ranges of activations were found. Batch norms
-    get the statistics that :func:`gradl1_fast.reestimate_batch_norm` found for these widths, if it did.
+    It warns once if weights have changed since the activation ranges were calibrated. Batch norms use the
+    statistics that :func:`gradl1_fast.reestimate_batch_norm` estimated for these widths, if there are any.
 
     Args:
         model: a converted model.
         w: bits of the weights, embeddings included, 1 to 16, or None for float. Or a mapping from names of
             layers to bits: weights that are not in it keep their width.
-        a: bits of the activations, 1 to 16 or None, or a mapping from names of sites; needs
-            :func:`calibrate` first. A site that no value reached in calibration has no range, and raises
-            when a value reaches it.
-        input_bits: least bits of the network's input where ``a`` is one width for all, for images of 8 bits
-            lose more at fewer than any activation; None keeps the input in float. ``a=None`` is float
-            throughout, and a mapping says of each site what it gets.
+        a: bits of the activations, 1 to 16 or None, or a mapping from names of sites to bits;
+            needs :func:`calibrate` before. A site that no value reached in calibration has no range, and
+            raises an error when a value reaches it.
+        input_bits: minimum bits of the network input if ``a`` is a single width, because quantizing an image
+            below 8 bits costs more than quantizing any activation; None keeps the input in float.
+            ``a=None`` means float everywhere, and a mapping sets each site exactly.
 
     Raises:
         TypeError: a width is not an int or None.
         ValueError: a width is out of range, or wider than what was read of an any-bit file, a name is
             unknown, or the model has no quantizers.
-        RuntimeError: no activation has a range yet, or one that is named has none. The model is then as it
-            was.
+        RuntimeError: no activation has a range yet, or a named one has none. The model is then unchanged.
 
     Examples:
         >>> import torch, gradl1_fast as gl

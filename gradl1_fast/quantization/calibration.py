@@ -35,30 +35,29 @@ def calibrate(
     ranges: str | Range | BatchNormStatistics = "min_max",
     forward: Forward | None = None,
 ) -> None:
-    """Set the range of every activation quantizer, by one pass over ``batches`` or from batch norms.
+    """Set the range of every activation quantizer, from one pass over ``batches`` or from batch norms.
 
-    The pass runs in evaluation mode, in float and without gradients: batch-norm statistics and
-    weights stay as they are, and the mode of each module is given back. Memory does not grow with the
-    number of batches.
+    The pass runs in evaluation mode, in float and without gradients: batch-norm statistics and weights do
+    not change, and the mode of each module is restored. Memory does not grow with the number of batches.
 
-    The pass also shows which layers are given the very same tensor, and which are given the network's input,
-    where tracing did not. A layer that no batch reaches, such as an auxiliary head that evaluation does not
-    use, gets no range; a warning names its site.
+    If tracing could not, the pass also finds which layers receive the same tensor, and which receive the
+    network input. A layer that no batch reaches, such as an auxiliary head that is not used in evaluation,
+    gets no range; a warning names its site.
 
     Args:
         model: a converted model.
-        batches: inputs of the model, or tuples or lists whose first entry is the input, such as a
-            data loader gives. A mapping is passed as keyword arguments. Tensors are moved to the device of
+        batches: inputs of the model, or tuples or lists whose first entry is the input, as from a
+            data loader. A mapping is passed as keyword arguments. Tensors are moved to the device of
             the model's first parameter. None with ``ranges="batch_norm"``, which needs no data.
         ranges: how ranges are found: a name or an object, see :mod:`gradl1_fast.ranges`. With ``"mse"``
             there is one for each width, and :func:`gradl1_fast.bits` takes the right one.
-        forward: ``forward(model, batch)`` runs the model on a batch, for models that take several inputs, or
-            that are not simply called.
+        forward: ``forward(model, batch)`` runs the model on a batch, for models that take several inputs or
+            are called in another way.
 
     Raises:
         ValueError: there is no batch, the model has no activation quantizers, a tensor holds NaN or
-            infinity, or nothing is known of it without data; the message names the site. The ranges
-            are then as they were.
+            infinity, or no batch norm describes it; the message names the site. The ranges are then
+            unchanged.
         TypeError: ``ranges`` is neither a name nor an object of :mod:`gradl1_fast.ranges`, or ``batches`` is
             a single tensor or mapping.
 
@@ -96,21 +95,21 @@ def calibrate(
 
 
 def calibrate_weights(model: nn.Module, *, ranges: str | Range = "mse") -> None:
-    """Store a range for every weight, for its present values; weights beyond it are clamped.
+    """Store a range for every weight, from its current values; weights outside the range are clamped.
 
-    Without a stored range a weight is quantized in its own range, which clamps nothing and follows the
-    weight when it changes. A stored one does not: call this after training. The penalty refuses
-    weights that are quantized in a stored range, since the gradient stops where they are clamped.
+    Without a stored range, a weight is quantized in its own range, which clamps nothing and follows the
+    weight when it changes. A stored range does not change: call this after training. The penalty refuses
+    weights that are quantized in a stored range, because clamped weights receive no gradient.
 
     Args:
         model: a converted model. Each weight has one range, or one for each output channel, as the
             model was converted.
-        ranges: a name or an object, see :mod:`gradl1_fast.ranges`; ``"min_max"`` gives weights their own
-            range again. Those made of batches (moving averages, batch norms) have no meaning here.
+        ranges: a name or an object, see :mod:`gradl1_fast.ranges`; ``"min_max"`` returns to each
+            weight's own range. Methods based on batches (moving averages, batch norms) are refused.
 
     Raises:
         ValueError: the model has no layers of this library, the choice has no meaning for weights, or a
-            weight holds NaN or infinity; the message names the layer. The ranges are then as they were.
+            weight holds NaN or infinity; the message names the layer. The ranges are then unchanged.
         TypeError: ``ranges`` is neither a name nor an object of :mod:`gradl1_fast.ranges`.
 
     Examples:

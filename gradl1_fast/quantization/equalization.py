@@ -46,7 +46,7 @@ _HOMOGENEOUS_NAMES = (
 
 @dataclass
 class Equalization:
-    """What :func:`equalize` made.
+    """The result of :func:`equalize`.
 
     Attributes:
         model: the equalized model.
@@ -83,13 +83,13 @@ def equalize(model: nn.Module) -> Equalization:
 
     Where a layer feeds another through nothing but ReLU, pooling, dropout and flattening,
     channel i of the first is divided by ``s_i = sqrt(r1_i / r2_i)``, with r the largest weight of the
-    channel on either side, and multiplied by it in the second; again and again until nothing moves. With one
-    range for a tensor no channel is then much smaller than the others. Fold batch norms first: they
-    stand between layers. Sums, ReLU6, transposed and grouped (but not depthwise) convolutions end a chain.
+    channel on either side, and multiplied by it in the second, repeatedly until convergence. With one range
+    per tensor, no channel is then much smaller than the others. Fold batch norms first, because they
+    separate layers. Sums, ReLU6, transposed and grouped (but not depthwise) convolutions end a chain.
     Chains are found in what can be traced of the model: all of it, or parts.
 
-    The model stays as it is; the result is a new one that shares what was not equalized. Ranges of the
-    activations in between are dropped, and re-estimated statistics are: calibrate it.
+    The model is unchanged; the result is a new model that shares everything that was not equalized. The
+    activation ranges in between and re-estimated statistics are dropped: calibrate the result.
 
     Args:
         model: a converted model, usually :attr:`gradl1_fast.Folding.model`.

@@ -27,7 +27,7 @@ __all__ = ["Folding", "fold_batch_norm"]
 
 @dataclass
 class Folding:
-    """What :func:`fold_batch_norm` made.
+    """The result of :func:`fold_batch_norm`.
 
     Attributes:
         model: the folded model.
@@ -80,11 +80,10 @@ def fold_batch_norm(model: nn.Module, inputs: Any = None, *, forward: Forward | 
     - everything else shares its parameters with the model.
 
     Statistics that were re-estimated for the present widths (:func:`gradl1_fast.reestimate_batch_norm`) are
-    folded in for good; those of other widths are left behind.
+    folded in permanently; those of other widths are not carried over.
 
-    What feeds what is read off traced graphs. With ``inputs``, one forward pass is watched as well, so that
-    batch norms of a model that cannot be traced are folded too; what that pass does is taken for what every
-    pass does.
+    Traced graphs show which layer feeds which. With ``inputs``, one forward pass is observed as well, so that
+    batch norms of a model that cannot be traced are folded too; it is assumed that every pass does the same.
 
     A batch norm that cannot be folded stays, and a warning and :attr:`Folding.refused` say why. That is
     one in training mode or without running statistics, one whose input is not the output of a

@@ -47,12 +47,12 @@ class Step:
 
 @dataclass
 class Preparation:
-    """What :func:`prepare` made.
+    """The result of :func:`prepare`.
 
     Attributes:
         model: the prepared network, at the widths asked for.
         steps: in order; the first is the network as it was, in float.
-        remarks: what the steps had to say.
+        remarks: sentences on the steps.
     """
 
     model: nn.Module
@@ -87,17 +87,16 @@ def prepare(
     input_bits: int | None = INPUT_BITS,
     forward: Forward | None = None,
 ) -> Preparation:
-    """Do what costs no training to make a network compute well at a width.
+    """Make a network accurate at a width without training.
 
-    In this order: one range for each output channel of a weight; ranges of activations, and ranges of
-    weights, that make the squared error small, beyond which values are clamped; rounding beyond nearest, if
-    asked for; batch-norm statistics at the width; and a correction of biases where there is no batch norm.
-    Each step is a function of its own, see the sources below, for those who want others or another order.
-    What they are worth, measured: ``docs/before-training.md``.
+    The steps, in order: one weight range per output channel; activation and weight ranges with a small
+    squared error, outside of which values are clamped; GPTQ or AdaRound rounding, if requested; batch-norm
+    statistics for the width; and corrected biases, if there is no batch norm. Each step is also a separate
+    function, see the sources below. ``docs/before-training.md`` has measurements of each step.
 
-    The result is a copy around the same parameters. In float it computes what the model does, but for
-    corrected biases. Ranges serve every width; statistics and codes are kept for this one. Call it again with
-    the result for another: it keeps those of both.
+    The result is a copy that shares the parameters. In float it computes the same as the model, except for
+    corrected biases. Ranges are used at every width; statistics and codes are for this width. To add another
+    width, call it again with the result: it keeps those of both.
 
     Args:
         model: a network, converted or not.

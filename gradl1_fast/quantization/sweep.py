@@ -109,28 +109,28 @@ def sweep(
     workers: int = 1,
     progress: bool = True,
 ) -> Table:
-    """Evaluate a model at each width and put its widths back.
+    """Evaluate a model at each width and restore its widths.
 
-    Quantization is simulated in floating point: an evaluation takes longer than that of the float model.
-    With one worker, widths are evaluated one after another, each with all of torch's threads. A warning
-    says so if an evaluation changed the model's buffers, as a batch norm in training mode does.
+    Quantization is simulated in floating point: an evaluation takes longer than in float. With one worker,
+    widths are evaluated one after another, each with all of torch's threads. It warns if an evaluation
+    changed the buffers of the model, as a batch norm in training mode does.
 
     Args:
         model: a converted, calibrated model, in the mode in which it is to be evaluated.
-        evaluate: takes the model and returns one number. With ``batches`` it takes the model and a batch
-            and returns two, a sum and a count, as of right answers and of images; the result at a width is
-            the total sum over the total count.
+        evaluate: takes the model and returns a number. With ``batches``, it takes the model and a batch and
+            returns a sum and a count, such as correct answers and images; the result at a width is the
+            total sum divided by the total count.
         widths: pairs ``(w, a)``; None stands for float.
-        batches: data, gone through once for all widths: worthwhile where to read them takes time. Tensors are
-            moved to the device of the model.
-        input_bits: least bits of the network's input, see :func:`gradl1_fast.set_bits`; rows say ``(w, a)``.
-        reestimate: batches as of :func:`gradl1_fast.reestimate_batch_norm`, which is called at each width
-            before; the model keeps what it finds. None uses what the model keeps already.
-        workers: how many widths are evaluated at once, by threads that share the weights and divide torch's
-            threads among them. Worthwhile on many cores, for networks too small to use them all; ``evaluate``
-            must then be safe to call from several threads, and the model in evaluation mode. Not with
-            ``batches``, where the widths take turns at each batch.
-        progress: show a progress bar where there is a terminal and rich is installed.
+        batches: data, read once for all widths, which saves time if reading is slow. Tensors are moved to
+            the device of the model.
+        input_bits: minimum bits of the network input, see :func:`gradl1_fast.set_bits`; rows say ``(w, a)``.
+        reestimate: batches as of :func:`gradl1_fast.reestimate_batch_norm`, called at each width before
+            the evaluation; the model keeps the result. None uses statistics the model already has.
+        workers: number of widths evaluated at once, in threads that share the weights and divide torch's
+            threads among them. Useful on many cores, for networks too small to use them all; ``evaluate``
+            must then be thread-safe, and the model in evaluation mode. Not supported with ``batches``,
+            where the widths take turns at each batch.
+        progress: show a progress bar in a terminal if rich is installed.
 
     Raises:
         TypeError: a width is not a pair of numbers of bits, ``workers`` is not an int, ``reestimate`` is an

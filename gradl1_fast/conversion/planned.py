@@ -23,7 +23,7 @@ from gradl1_fast.conversion.regions.region import Region, executable
 from gradl1_fast.conversion.snapshot import Snapshot
 from gradl1_fast.conversion.trace import is_leaf, trace
 from gradl1_fast.conversion.unchanged import NotTraceableError
-from gradl1_fast.conversion.verification import computes_the_same
+from gradl1_fast.conversion.verification import difference
 from gradl1_fast.nn.arming import Arming, is_armed
 from gradl1_fast.nn.layers import QuantizedLayer
 from gradl1_fast.nn.sharing import mark_input
@@ -143,8 +143,7 @@ class _Plan:
             torch.is_autocast_enabled(args[0].device.type),
         )
         if kind not in self._proved:
-            same = computes_the_same(module, module._call_impl, self.run, args)
-            self._proved[kind] = "" if same else "its outputs differ from those of its modules"
+            self._proved[kind] = difference(module, module._call_impl, self.run, args)
         return self._proved[kind]
 
 

@@ -12,30 +12,31 @@ from torch.utils._pytree import TreeSpec, tree_flatten
 from gradl1_fast.conversion.unchanged import attributes_restored
 from gradl1_fast.nn.second_pass import RandomState, buffers_kept
 
-__all__ = ["computes_the_same"]
+__all__ = ["difference"]
 
 # Of the largest output: fused and plain operations round differently, more so in a deep network.
 _TOLERANCES = {torch.float64: 1e-8, torch.float32: 2e-3, torch.float16: 0.1, torch.bfloat16: 0.2}
 
 
 @torch.no_grad()
-def computes_the_same(
+def difference(
     module: nn.Module, one: Callable[..., Any], other: Callable[..., Any], args: tuple[Any, ...]
-) -> bool:
-    """Return whether two functions give the same outputs; the state of the model stays as it is.
+) -> str:
+    """Return how the outputs of two functions differ, nothing if they do not; the model stays as it is.
 
     Args:
         module: whose buffers and attributes the functions may change.
         one: a function of ``args``.
-        other: another; if it raises, the two are not the same.
+        other: another; if it raises, that is the difference.
         args: tensors, of which each function is given copies, for it may change them.
     """
     first, first_spec = _results(module, one, args)
     try:
         second, second_spec = _results(module, other, args)
-    except Exception:  # the other is a guess at the one: it may raise anything
-        return False
-    return first_spec == second_spec and all(map(_is_same, first, second))
+    except Exception as error:  # the other is a guess at the one: it may raise anything
+        return f"its plan raises {type(error).__name__}: {error}".splitlines()[0][:200]
+    same = first_spec == second_spec and all(map(_is_same, first, second))
+    return "" if same else "its outputs differ from those of its modules"
 
 
 def _results(

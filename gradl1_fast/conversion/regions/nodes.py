@@ -57,8 +57,11 @@ def norm_in(root: nn.Module, node: fx.Node) -> Any:
 def supports(root: nn.Module, node: fx.Node, inside: set[fx.Node]) -> bool:
     """Return whether a region that has the nodes ``inside`` can take a node as well.
 
-    A region begins with a product or a batch norm: what it computes depends on parameters.
+    A region begins with a product or a batch norm: what it computes depends on parameters. What reads a
+    parameter or buffer of the container itself stays outside: a region is given tensors.
     """
+    if any(source.op == "get_attr" for source in inputs_of(node)):
+        return False
     if layer_in(root, node) is not None or norm_in(root, node) is not None:
         return True
     sources = inputs_of(node)
@@ -69,7 +72,7 @@ def inputs_of(node: fx.Node) -> list[fx.Node]:
     """Return the nodes whose tensors a node reads."""
     if node.target is batch_norm_act:
         return [x for x in node.args[1:3] if isinstance(x, fx.Node)]
-    return [x for x in node.all_input_nodes if x.op != "get_attr"]
+    return node.all_input_nodes
 
 
 def shares_memory(root: nn.Module, node: fx.Node) -> bool:

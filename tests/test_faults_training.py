@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import gradl1_fast as gl
+from tests.conversion.region_checks import regions_of
 from tests.gradients import assert_gradients
 from tests.networks import NO_NORM, RESNET, VGG, Network
 
@@ -44,27 +45,37 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
-def test_memory_is_flat_over_200_steps() -> None:
+def storage_bytes() -> int:
+    """Return the bytes of the memory of all live tensors."""
+    storages = [o.untyped_storage() for o in gc.get_objects() if issubclass(type(o), Tensor)]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+@pytest.mark.parametrize("scale", ["none", "step"])
+def test_memory_is_flat_over_200_steps_through_regions(scale: str) -> None:
     """In a process of its own, whose memory holds nothing of other tests."""
-    code = "from tests.test_faults_training import check_flat_memory; check_flat_memory()"
+    code = f"from tests.test_faults_training import check_flat_memory; check_flat_memory({scale!r})"
     root = Path(__file__).parents[1]
     run = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
 
 
-def check_flat_memory() -> None:
-    counted: list[tuple[int, int]] = []
+def check_flat_memory(scale: str) -> None:
+    counted: list[tuple[int, int, int]] = []
     steps = iter(range(200))
 
     def each() -> None:
         if next(steps) % 50 == 49:
             size = resident_bytes() if Path("/proc/self/statm").exists() else 0
             gc.collect()
-            counted.append((tensors(), size))
+            counted.append((tensors(), storage_bytes(), size))
 
-    trained(VGG, 200, each=each)
-    numbers, sizes = zip(*counted, strict=True)
-    assert len(set(numbers)) == 1
+    regions = regions_of(trained(VGG, 200, scale, each))
+    assert regions
+    assert not any(region.reason for region in regions)
+    numbers, storages, sizes = zip(*counted, strict=True)
+    assert len(set(numbers)) == 1, numbers
+    assert len(set(storages)) == 1, storages
     assert sizes[-1] - sizes[0] < 4e6
 
 

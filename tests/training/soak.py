@@ -1,7 +1,8 @@
 """Thousands of penalised steps with kills, interruptions and resumes; ``make soak`` runs it.
 
 The same training goes once in peace and once through many deaths. Weights, ranges, metrics and events must be
-the same to the last bit, each resume must go on from the newest checkpoint, and memory must not grow.
+the same to the last bit, each resume must go on from the newest checkpoint, memory must not grow, and regions
+must have run.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from safetensors.torch import load_file
 from gradl1_fast.training.config import Config
 from gradl1_fast.training.runs import Folder
 from gradl1_fast.training.trainer import Trainer
+from tests.conversion.region_checks import regions_of
 from tests.test_faults_training import resident_bytes, tensors
 from tests.training import kills
 
@@ -47,21 +49,28 @@ def configuration(steps: int) -> Config:
 
 
 class Memory:
-    """Notes at the beginning of each epoch how much memory there is in use, and how many tensors."""
+    """Notes at the beginning of each epoch how many tensors there are, bytes in use, and regions that run."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self.regions = path, 0
 
     def __call__(self, trainer: Trainer) -> None:
-        """Take note, in a file: the process may die."""
+        """Take note, in a file: the process may die. The first step of an epoch has hooks, and no regions."""
+        self.regions = max(self.regions, running_regions(trainer.model))
         if trainer.step == 1:
             gc.collect()
             with self.path.open("a") as file:
-                file.write(f"{trainer.steps_done},{tensors()},{resident_bytes()}\n")
+                counts = trainer.steps_done, tensors(), resident_bytes(), self.regions
+                file.write(",".join(map(str, counts)) + "\n")
 
     def rows(self) -> list[list[int]]:
-        """Return steps, tensors and bytes."""
+        """Return steps, tensors, bytes and regions."""
         return [[int(cell) for cell in row] for row in csv.reader(self.path.open())]
+
+
+def running_regions(model: torch.nn.Module) -> int:
+    """Return how many regions of a model ran as such in its last penalised step."""
+    return sum(not region.reason for region in regions_of(model))
 
 
 def newest(folder: Path) -> int:
@@ -174,6 +183,7 @@ class Soaked:
         memory: that it used at the end, in bytes.
         killed_tensors: by how many the second run had more, at any time, than the first one ever.
         killed_growth: the same of its memory, in bytes.
+        regions: that ran as such in the first run.
         seconds: that each run took.
     """
 
@@ -187,6 +197,7 @@ class Soaked:
     memory: int
     killed_tensors: int
     killed_growth: int
+    regions: int
     seconds: tuple[float, float]
 
     def faults(self) -> list[str]:
@@ -208,6 +219,8 @@ class Soaked:
         for name, size in (("at the end", self.growth), ("when killed", self.killed_growth)):
             if size > GROWTH:
                 found.append(f"{size} bytes more {name}")
+        if not self.regions:
+            found.append("no regions ran")
         return found
 
 
@@ -234,6 +247,7 @@ def soak(folder: Path, steps: int, deaths: int, seed: int) -> Soaked:
         *growth(whole.rows()),
         whole.rows()[-1][2],
         *excess(whole.rows(), killed.rows()),
+        whole.rows()[-1][3],
         (round(middle - start, 1), round(end - middle, 1)),
     )
 

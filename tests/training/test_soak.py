@@ -32,6 +32,7 @@ def test_kills_and_interruptions_change_nothing(soaked):
     assert sum(found["deaths"].values()) == 2
     assert found["differences"] == []
     assert any(place > 0 for _, place in found["resumes"])
+    assert found["regions"] > 0
 
 
 def test_a_weight_or_a_number_that_differs_is_named(soaked):
@@ -70,7 +71,7 @@ def test_the_log_says_after_how_many_steps_a_run_went_on(tmp_path):
     assert (resumed(tmp_path), newest(tmp_path)) == ([0, 21], 21)
 
 
-GOOD = Soaked(2004, 3, {"step": 3}, [(0, 0), (7, 7)], [], 0, 0, 10**8, -1, -1, (1.0, 1.0))
+GOOD = Soaked(2004, 3, {"step": 3}, [(0, 0), (7, 7)], [], 0, 0, 10**8, -1, -1, 3, (1.0, 1.0))
 
 
 @pytest.mark.parametrize(
@@ -86,6 +87,7 @@ GOOD = Soaked(2004, 3, {"step": 3}, [(0, 0), (7, 7)], [], 0, 0, 10**8, -1, -1, (
         ({"growth": int(GROWTH) + 1}, ["8000001 bytes more at the end"]),
         ({"killed_tensors": 1}, ["1 tensors more when killed"]),
         ({"killed_growth": int(GROWTH) + 1}, ["8000001 bytes more when killed"]),
+        ({"regions": 0}, ["no regions ran"]),
     ],
 )
 def test_each_fault_is_a_sentence(change, expected):

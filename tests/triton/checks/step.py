@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import gradl1_fast as gl
+from tests.conversion.region_checks import regions_of
 from tests.triton.checks.network import Training
 
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
@@ -22,7 +23,9 @@ def test_a_penalised_step_equals_the_reference(
     with gl.backend("reference"):
         truth = Training(device, dtype, layout, bits).results()
     with gl.backend("triton"):
-        ours = Training(device, dtype, layout, bits).results()
+        training = Training(device, dtype, layout, bits)
+        ours = training.results()
+    assert [region.reason for region in regions_of(training.model)] == [""]
     tolerance = 1e-11 if dtype == torch.float64 else 1e-5
     assert len(ours) == len(truth) > 20
     for a, b in zip(ours, truth, strict=True):

@@ -8,7 +8,7 @@ import inspect
 import operator
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,9 +73,10 @@ def trace(container: nn.Module) -> Traced:
         NotTraceableError: the container itself cannot be traced; the message says why.
     """
     tracer = _Tracer()
+    defaults = _defaults(container)
     with torch.enable_grad(), _without_autocast(), _same_random_state():
-        graph = tracer.guarded(container, unchanged, lambda: tracer.trace(container, _defaults(container)))
-    _remove_assertions(graph)
+        graph = tracer.guarded(container, unchanged, lambda: tracer.trace(container, defaults))
+    _remove_defaults(graph, inspect.signature(type(container).forward).parameters.keys() - defaults.keys())
     return Traced(graph, tracer.kept_whole)
 
 
@@ -209,13 +210,15 @@ def _refuse_own_code(module: nn.Module) -> None:
         raise NotTraceableError("it has hooks")
 
 
-def _remove_assertions(graph: fx.Graph) -> None:
-    """Remove what fx leaves of arguments that have their defaults."""
+def _remove_defaults(graph: fx.Graph, without: Set[str]) -> None:
+    """Remove what fx leaves of arguments that have their defaults: placeholders, and checks of values."""
     named = {"_assert", "_assert_is_none"}
     for node in reversed(list(graph.nodes)):
         node.type = None
-        unused = not node.users and node.op != "output"
-        if unused and (node.op == "placeholder" or getattr(node.target, "__name__", "") in named | {"eq"}):
+        if node.users or node.op == "output":
+            continue
+        has_default = node.op == "placeholder" and str(node.target) not in without
+        if has_default or getattr(node.target, "__name__", "") in named | {"eq"}:
             graph.erase_node(node)
 
 

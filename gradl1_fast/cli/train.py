@@ -19,6 +19,7 @@ from gradl1_fast.quantization import Table
 from gradl1_fast.training import config as configs
 from gradl1_fast.training import launch as launches
 from gradl1_fast.training.config import Config
+from gradl1_fast.training.methods import METHODS
 from gradl1_fast.training.ranks import is_first
 from gradl1_fast.training.runs import Folder
 from gradl1_fast.training.toml import parse_value
@@ -110,7 +111,7 @@ def train(
     ] = None,
     checkpoint_steps: Annotated[int | None, _option(_LOOP, "Checkpoints within an epoch too.")] = None,
     method: Annotated[
-        str | None, _option(_PENALTY, "plain, gradl1, l2, sam, kure, defensive or qat.")
+        str | None, _option(_PENALTY, f"{', '.join(METHODS)}; or several, as gradl1+kure.")
     ] = None,
     penalty_epochs: Annotated[
         int | None, _option(_PENALTY, "It is on in the last so many; 0: never.")

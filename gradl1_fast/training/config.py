@@ -139,7 +139,7 @@ class Penalty:
     """What is added to the loss, and when.
 
     Attributes:
-        method: as for :func:`gradl1_fast.training.objectives.make`.
+        method: as for :func:`gradl1_fast.training.methods.make`.
         epochs: it is on in the last so many epochs; 0 trains plainly.
         warmup_epochs: in the first so many of them its coefficients rise linearly.
         settings: of the method, such as ``lambda_w``, ``lambda_a``, ``scale`` and ``every`` of gradl1.

@@ -13,6 +13,7 @@ $verdict
 <p>(weight bits, activation bits); mean over the seeds ± standard deviation of the sample. Chance is 10 %.
 Last column: computing time of the training over that of plain training.</p>
 $accuracy
+$own
 <p>A regime says what is known when the network is quantized:</p>
 $regimes
 $bits

@@ -17,7 +17,7 @@ from gradl1_fast.quantization.bits import INPUT_BITS, check_width, width_at
 from gradl1_fast.training.methods.interface import Method, Width
 from gradl1_fast.training.methods.weights import parametrize_all, unparametrized
 
-__all__ = ["MovingRange", "Quantizing", "SiteGrid", "WeightGrid", "at_rate", "straight_through"]
+__all__ = ["MovingRange", "Quantizing", "SiteGrid", "WeightGrid", "at_rate", "ends_of", "straight_through"]
 
 MOMENTUM = 0.1  # share of the present batch in the moving range
 _SITE = "grid_in_training"  # name of a :class:`SiteGrid` in its quantizer
@@ -146,22 +146,17 @@ class Quantizing(Method):
                 continue
             quantizer.bits = width_at(quantizer, a, INPUT_BITS)
             quantizer.observer = moving if self.model.training else None
+            if moving.low is not None:
+                quantizer.low, quantizer.high = moving.low, moving.high
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the ranges so far."""
-        return {
-            f"{name}.{end}": value
-            for name, r in self.ranges.items()
-            for end, value in (("low", r.low), ("high", r.high))
-            if value is not None
-        }
+        return ends_of(self.ranges)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Load a state that :meth:`state_dict` returned."""
         for name, moving in self.ranges.items():
             moving.low, moving.high = state.get(f"{name}.low"), state.get(f"{name}.high")
-            if moving.low is not None:
-                moving.quantizer.low, moving.quantizer.high = moving.low, moving.high
 
     def close(self) -> None:
         """Restore the ranges of the activations, and leave the float weights."""
@@ -171,6 +166,16 @@ class Quantizing(Method):
             self.ranges[name].quantizer._modules.pop(_SITE, None)
         for name in self.grids:
             unparametrized(self.layers[name])
+
+
+def ends_of(ranges: Mapping[str, MovingRange]) -> dict[str, Tensor]:
+    """Return the ends of all ranges that have seen a batch, by ``<name>.low`` and ``<name>.high``."""
+    return {
+        f"{name}.{end}": value
+        for name, r in ranges.items()
+        for end, value in (("low", r.low), ("high", r.high))
+        if value is not None
+    }
 
 
 class MovingRange:

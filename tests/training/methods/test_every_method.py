@@ -84,8 +84,10 @@ def test_its_own_quantizer_computes_at_the_widths_it_was_trained_for(name, train
         result.trainer.objective.quantized(13, 13).__enter__()
 
 
-@each
-@pytest.mark.parametrize("stop", [2, 4])
+@pytest.mark.parametrize(
+    ("name", "stop"),
+    [*((name, 4) for name in small.NAMES), *((name, 2) for name in ("gradl1", "satnl", "direct-3"))],
+)
 def test_after_a_kill_it_goes_on_to_the_same_weights(name, stop, trained, tmp_path):
     stopped = small.advance(small.trainer(name), stop)
     checkpoints.save(tmp_path, stopped, stopped.state_dict(), [])
@@ -215,12 +217,11 @@ def test_a_combination_knows_what_its_parts_need():
 def test_the_table_of_the_documentation_is_that_of_the_classes():
     page = (Path(__file__).parents[3] / "docs" / "methods.md").read_text()
     assert methods_table.put_into(page) == page, "run: python -m docs_site.methods_table"
-    rows = methods_table.rows()
-    assert len(rows) == len(VARIANTS)
-
-
-def test_a_reconstruction_is_called_one():
     for name in VARIANTS:
-        cls = methods.METHODS[method_of(name)]
-        assert ("reconstruction" in text_of(name)) == cls.reconstruction
-        assert ("reconstruction" in methods_table.row(cls, VARIANTS[name])) == cls.reconstruction
+        (row,) = [line for line in page.splitlines() if line.startswith(f"| `{name}` |")]
+        assert ("reconstruction" in row) == methods.METHODS[method_of(name)].reconstruction
+
+
+def test_a_reconstruction_is_called_one_in_help_and_reports():
+    for name in VARIANTS:
+        assert ("(reconstruction)" in text_of(name)) == methods.METHODS[method_of(name)].reconstruction

@@ -204,7 +204,7 @@ MISTAKES = pytest.mark.parametrize(
         (["--recipe", "missing.toml"], "missing.toml"),
         (["--epochs", "0"], "epochs must be 1 or more"),
         (["--epochs", "5"], "penalty.epochs must be at most training.epochs, 5, got 10"),
-        (["--method", "lasso"], "objective must be one of"),
+        (["--method", "lasso"], "method must be one of"),
         (["--setting", "beta"], "--setting must be NAME=VALUE, got 'beta'"),
         (["--setting", "beta=1"], "its settings are lambda_w"),
         (["--penalty-from", "30"], "--penalty-from must be from 1 to 20"),

@@ -14,13 +14,14 @@ from gradl1_fast.cli.app import app
 from gradl1_fast.training import experiment as experiments
 from gradl1_fast.training.experiment import report as reports
 from gradl1_fast.training.experiment.experiment import DEFAULT_REGIMES
+from gradl1_fast.training.experiment.methods import text_of
 from gradl1_fast.training.report import prepare
 from gradl1_fast.training.trainer import TrainingError
 
 __all__ = ["experiment"]
 
 
-_METHODS = "\n".join(f"- {name}: {method.text}\n" for name, method in experiments.METHODS.items())
+_METHODS = "\n".join(f"- {name}: {text_of(name)}\n" for name in experiments.VARIANTS)
 _REGIMES = "\n".join(f"- {name}: {regime.text}\n" for name, regime in experiments.REGIMES.items())
 _HELP = f"""Train a network by each method, quantize each to many widths, and compare.
 
@@ -42,7 +43,8 @@ _EXAMPLE = "Example: gradl1 experiment fashion-mnist --methods plain,gradl1 --se
 def experiment(
     name: Annotated[str, typer.Argument(help=f"What to train on: {' or '.join(experiments.EXPERIMENTS)}.")],
     methods: Annotated[
-        str, typer.Option(help="Comma-separated methods from the list above, or all.")
+        str,
+        typer.Option(help="Comma-separated methods from the list above, or all; gradl1+kure combines two."),
     ] = "plain,gradl1",
     seeds: Annotated[int, typer.Option(min=1, help="Networks of each method; the seeds are 0, 1, ...")] = 3,
     json: Annotated[
@@ -65,7 +67,7 @@ def experiment(
     ] = False,
 ) -> None:
     """Train a network by each method, quantize all of them to many widths, and compare."""
-    chosen = list(experiments.METHODS) if methods == "all" else _split(methods)
+    chosen = list(experiments.VARIANTS) if methods == "all" else _split(methods)
     rows = json or out / "results.json"
     try:
         among = list(experiments.REGIMES) if regimes == "all" else _split(regimes, ";")
@@ -93,6 +95,9 @@ def experiment(
     console.print(
         "", table("Test accuracy in %: (weight bits, activation bits)", *reports.accuracy_table(results))
     )
+    own = reports.own_table(results)
+    if own[1]:
+        console.print(table("With the method's own quantizer, in %", *own))
     for line in reports.verdict(results):
         console.print(f"- {line}", highlight=False, markup=False)
     console.print(f"\nReport: [bold]{out / 'report.html'}[/bold]\nRows: {rows}", soft_wrap=True)

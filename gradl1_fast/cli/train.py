@@ -19,7 +19,7 @@ from gradl1_fast.quantization import Table
 from gradl1_fast.training import config as configs
 from gradl1_fast.training import launch as launches
 from gradl1_fast.training.config import Config
-from gradl1_fast.training.objectives import OBJECTIVES
+from gradl1_fast.training.methods import METHODS
 from gradl1_fast.training.ranks import is_first
 from gradl1_fast.training.runs import Folder
 from gradl1_fast.training.toml import parse_value
@@ -114,7 +114,9 @@ def train(
         float | None, _option(_LOOP, "Decay of the moving average of the weights, such as 0.999.")
     ] = None,
     checkpoint_steps: Annotated[int | None, _option(_LOOP, "Also write a checkpoint every N steps.")] = None,
-    method: Annotated[str | None, _option(_PENALTY, f"One of {', '.join(OBJECTIVES)}.")] = None,
+    method: Annotated[
+        str | None, _option(_PENALTY, f"{', '.join(METHODS)}; or several, as gradl1+kure.")
+    ] = None,
     penalty_epochs: Annotated[
         int | None, _option(_PENALTY, "Apply the penalty in the last N epochs (0 = off).")
     ] = None,

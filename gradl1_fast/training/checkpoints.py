@@ -74,6 +74,7 @@ def load(path: Path, trainer: Trainer) -> list[dict[str, float]]:
     """
     file = path / "state.pt"
     state = read_state(file, trainer.ranks.device)
+    _go_to(file, state, trainer)
     _check(file, state, trainer)
     load_weights(trainer.model, path / "weights.safetensors")
     try:
@@ -87,15 +88,21 @@ def _all(folder: Path) -> list[Path]:
     return [path for path in folder.glob(f"{_PREFIX}*") if path.is_dir()]
 
 
+def _go_to(file: Path, state: dict[str, Any], trainer: Trainer) -> None:
+    """Check the place in the training, and let the trainer have the method of that epoch."""
+    for name, end in (("epoch", trainer.config.training.epochs), ("step", trainer.steps)):
+        value = state.get(name)
+        if name in state and (type(value) is not int or not 0 <= value <= end):
+            raise ValueError(
+                f"{file}: entry {name!r} must be a whole number from 0 to {end}, got {value!r:.80}"
+            )
+    trainer.go_to(state.get("epoch", trainer.epoch))
+
+
 def _check(file: Path, state: dict[str, Any], trainer: Trainer) -> None:
     """Check names, types, shapes and finiteness against what this training would write itself."""
     like = {**trainer.state_dict(), "rows": []}
     _same_keys(file, "", state, like)
-    for name, end in (("epoch", trainer.config.training.epochs), ("step", trainer.steps)):
-        if type(state[name]) is not int or not 0 <= state[name] <= end:
-            raise ValueError(
-                f"{file}: entry {name!r} must be a whole number from 0 to {end}, got {state[name]!r:.80}"
-            )
     for name in ("optimizer", "schedule", "scaler", "average", "objective"):
         _same_keys(file, f"{name}.", state[name], like[name])
     for key, value in like["average"].items():
@@ -110,7 +117,7 @@ def _check(file: Path, state: dict[str, Any], trainer: Trainer) -> None:
 
 
 def _check_optimizer(file: Path, found: dict[str, Any], trainer: Trainer) -> None:
-    parameters = list(trainer.model.parameters())
+    parameters = [p for group in trainer.optimizer.param_groups for p in group["params"]]
     for index, state in found["state"].items():
         if index not in range(len(parameters)):
             raise ValueError(

@@ -139,7 +139,7 @@ class Penalty:
     """What is added to the loss, and when.
 
     Attributes:
-        method: as for :func:`gradl1_fast.training.objectives.make`.
+        method: as for :func:`gradl1_fast.training.methods.make`.
         epochs: number of final epochs with the penalty; 0 trains plainly.
         warmup_epochs: number of these in which the coefficients rise linearly.
         settings: of the method, such as ``lambda_w``, ``lambda_a``, ``scale`` and ``every`` of gradl1.

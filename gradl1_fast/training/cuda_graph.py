@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gradl1_fast.training.data import Batch
-from gradl1_fast.training.objectives import Terms
+from gradl1_fast.training.methods import Terms
 
 __all__ = ["GraphedStep"]
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradl1_fast.training.objectives import Terms
+from gradl1_fast.training.methods import Terms
 
 __all__ = ["Epoch", "TrainingError", "check_finite"]
 

@@ -201,13 +201,13 @@ def _measured(trainer: Trainer, images: Dataset) -> tuple[float, dict[str, torch
 
 def _finish(run: Folder, trainer: Trainer, images: Dataset, recorder: Recorder) -> Table:
     """Calibrate on some training images, keep weights and ranges, evaluate every width, report."""
-    with trainer.to_be_kept() as model:
-        some = images.train[0][_drawn(images, trainer.config.training.seed)[:CALIBRATION_IMAGES]]
-        calibrate(model, some.split(256))
-        run.write_model(model, images)
-        table = sweep(
-            model, lambda quantized: accuracy(quantized, images.test), [(b, b) for b in BITS], progress=False
-        )
+    model = trainer.finish()
+    some = images.train[0][_drawn(images, trainer.config.training.seed)[:CALIBRATION_IMAGES]]
+    calibrate(model, some.split(256))
+    run.write_model(model, images)
+    table = sweep(
+        model, lambda quantized: accuracy(quantized, images.test), [(b, b) for b in BITS], progress=False
+    )
     run_report.write(run, trainer.config, recorder.rows, table)
     recorder.log(f"finished: {run.weights.name}, {run.ranges.name}, {run.report.name}")
     return table

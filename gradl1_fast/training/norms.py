@@ -6,11 +6,12 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from gradl1_fast.nn.second_pass import RandomState, buffers_kept
 from gradl1_fast.nn.sites import named_layers, named_quantizers
 from gradl1_fast.penalty.checks.graph import require_gradients
-from gradl1_fast.training.objectives.activations import seen_at_sites
+from gradl1_fast.training.methods.activations import seen_at_sites
 
 __all__ = ["step_norms"]
 
@@ -33,15 +34,18 @@ def step_norms(model: nn.Module, loss_of: Callable[[], Tensor], bits: int = 4) -
     layers = {name: m for name, m in named_layers(model).items() if m.weight.requires_grad}
     randomness = RandomState()
     quantizers = named_quantizers(model)
-    weights = [layer.weight for layer in layers.values()]
     with buffers_kept(model):  # the backward pass may need buffers as the forward pass left them
-        with seen_at_sites(model) as activations:
+        with parametrize.cached(), seen_at_sites(model) as activations:
             loss = loss_of()
+            weights = [layer.weight for layer in layers.values()]
         tensors = [*weights, *(tensor for _, tensor in activations)]
         grads = torch.autograd.grad(loss, tensors, allow_unused=True)
     randomness.replay()
     names = [*layers, *(name for name, _ in activations)]
-    steps = [layer.weight_quantizer.step(layer.weight, bits).detach() for layer in layers.values()]
+    steps = [
+        layer.weight_quantizer.step(weight, bits).detach()
+        for layer, weight in zip(layers.values(), weights, strict=True)
+    ]
     steps += [quantizers[name].step(tensor.detach(), bits) for name, tensor in activations]
     norms: dict[str, Tensor] = {}
     for place, (name, step, grad) in enumerate(

@@ -12,7 +12,7 @@ from torch.optim import lr_scheduler
 from gradl1_fast.nn.state_dicts import load_entries
 from gradl1_fast.training.config import Optimizer
 
-__all__ = ["Average", "optimizer_for", "schedule_for"]
+__all__ = ["Average", "add_parameters", "optimizer_for", "schedule_for"]
 
 
 def optimizer_for(
@@ -60,6 +60,28 @@ def schedule_for(
     return lr_scheduler.SequentialLR(optimizer, [up, down], [rise])
 
 
+def add_parameters(
+    optimizer: torch.optim.Optimizer, schedule: lr_scheduler.LRScheduler, model: nn.Module
+) -> None:
+    """Optimize the parameters that were added to a model, without weight decay, at the scheduled rate.
+
+    Args:
+        optimizer: of the model's other parameters.
+        schedule: of the optimizer; it sets the rate of the new ones as well.
+        model: whose parameters are looked through.
+    """
+    known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    new = [p for p in model.parameters() if id(p) not in known]
+    if not new:
+        return
+    first = optimizer.param_groups[0]
+    rates = {"lr": first["lr"], "initial_lr": first["initial_lr"]}
+    optimizer.add_param_group({"params": new, "weight_decay": 0.0, **rates})
+    for part in [schedule, *getattr(schedule, "_schedulers", [])]:
+        part.base_lrs.append(part.base_lrs[0])
+        part._last_lr.append(part._last_lr[0])
+
+
 class Average:
     """The exponential moving average of a model's weights and statistics.
 
@@ -74,6 +96,14 @@ class Average:
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay, self.updates = decay, 0
         self.state = {key: value.detach().clone() for key, value in model.state_dict().items()}
+
+    def follow(self, model: nn.Module) -> None:
+        """Average the present entries of the model's state; new ones begin at their present value."""
+        known = self.state
+        self.state = {
+            key: known[key] if key in known else value.detach().clone()
+            for key, value in model.state_dict().items()
+        }
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:

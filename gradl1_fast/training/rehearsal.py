@@ -6,10 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from gradl1_fast.training.config import Config, Penalty
+from gradl1_fast.training.methods import classes_of, settings_of
 
 __all__ = ["check"]
-
-_BY_DOUBLE_BACKPROP = ("gradl1", "l2")
 
 
 def check(model: nn.Module, image: Tensor, config: Config) -> None:
@@ -43,8 +42,12 @@ def check(model: nn.Module, image: Tensor, config: Config) -> None:
 
 
 def _needs_double_backprop(penalty: Penalty) -> bool:
-    is_exact = penalty.settings.get("method", "exact") == "exact"
-    return bool(penalty.epochs) and penalty.method in _BY_DOUBLE_BACKPROP and is_exact
+    if not penalty.epochs:
+        return False
+    classes, settings = classes_of(penalty.method), penalty.settings
+    if len(classes) == 1:
+        return classes[0].needs_second_order(settings)
+    return any(each.needs_second_order(settings_of(each.name, settings)) for each in classes)
 
 
 def _differentiate_twice(y: Tensor, weights: list[nn.Parameter]) -> None:

@@ -13,23 +13,17 @@ from torch import Tensor, nn
 
 from gradl1_fast.training.config import Config
 from gradl1_fast.training.data import Batch
-from gradl1_fast.training.objectives import Objective, Terms
-from gradl1_fast.training.objectives.gradient_l1 import GradientL1
-from gradl1_fast.training.objectives.plain import Plain
+from gradl1_fast.training.methods import METHODS, Method, Terms
 
 __all__ = ["CompiledGradients", "EagerGradients", "Gradients", "check_supported", "mean_terms"]
 
 _TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
-# These run the forward pass once and call backward() once: under DDP gradients are averaged when that
-# ends, and activations that are computed again meet the same weights and ranges.
-_ONE_PASS = ("plain", "gradl1", "l2", "kure", "defensive")
-
 
 class Gradients(Protocol):
     """Adds the gradient of an objective over the parts of a batch to each parameter's ``grad``."""
 
-    def __call__(self, objective: Objective, parts: Sequence[Batch], scaler: torch.amp.GradScaler) -> Terms:
+    def __call__(self, objective: Method, parts: Sequence[Batch], scaler: torch.amp.GradScaler) -> Terms:
         """Return the means over the parts."""
         ...
 
@@ -54,7 +48,7 @@ class EagerGradients:
         wide = logits if self.dtype is None else logits.float()
         return F.cross_entropy(wide, y, label_smoothing=self.smoothing)
 
-    def __call__(self, objective: Objective, parts: Sequence[Batch], scaler: torch.amp.GradScaler) -> Terms:
+    def __call__(self, objective: Method, parts: Sequence[Batch], scaler: torch.amp.GradScaler) -> Terms:
         """See :class:`Gradients`. Ranks exchange their gradients once, after the last part."""
         found = []
 
@@ -88,9 +82,9 @@ class CompiledGradients:
         self.model, self.smoothing = model, config.training.label_smoothing
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.backend = backend
-        self._compiled: tuple[Objective, Callable[..., Any]] | None = None
+        self._compiled: tuple[Method, Callable[..., Any]] | None = None
 
-    def __call__(self, objective: Objective, parts: Sequence[Batch], scaler: torch.amp.GradScaler) -> Terms:
+    def __call__(self, objective: Method, parts: Sequence[Batch], scaler: torch.amp.GradScaler) -> Terms:
         """See :class:`Gradients`."""
         if self._compiled is None or self._compiled[0] is not objective:
             whole = torch.compile(self._function(objective), backend=self.backend, fullgraph=True)
@@ -98,21 +92,18 @@ class CompiledGradients:
         found = [self._one(objective, batch, len(parts)) for batch in parts]
         return mean_terms(found)
 
-    def _one(self, objective: Objective, batch: Batch, count: int) -> Terms:
+    def _one(self, objective: Method, batch: Batch, count: int) -> Terms:
         assert self._compiled is not None
         with torch._dynamo.config.patch(trace_autograd_ops=True):
             loss, penalty, grads = self._compiled[1](*batch)
         for parameter, grad in zip(self.parameters, grads, strict=True):
             parameter.grad = grad / count if parameter.grad is None else parameter.grad + grad / count
-        parts = dict(objective.penalty.terms) if isinstance(objective, GradientL1) else {}
-        return Terms(loss, penalty, parts)
+        return Terms(loss, penalty, dict(objective.parts))
 
-    def _function(self, objective: Objective) -> Callable[[Tensor, Tensor], Any]:
-        penalty = objective.penalty if isinstance(objective, GradientL1) else None
-
+    def _function(self, objective: Method) -> Callable[[Tensor, Tensor], Any]:
         def compute(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
             loss = F.cross_entropy(self.model(x), y, label_smoothing=self.smoothing)
-            extra = loss.new_zeros(()) if penalty is None else penalty(loss)
+            extra = objective.added(loss)
             grads = torch.autograd.grad(loss + extra, self.parameters)
             return loss.detach(), extra.detach(), grads
 
@@ -130,7 +121,7 @@ def mean_terms(found: Sequence[Terms]) -> Terms:
     return Terms(loss, penalty, {name: torch.stack(values).mean() for name, values in measured.items()})
 
 
-def check_supported(config: Config, objective: Objective, ranks: int, device: torch.device) -> None:
+def check_supported(config: Config, objective: Method, ranks: int, device: torch.device) -> None:
     """Refuse what would compute a wrong number, or nothing at all, with the reason.
 
     Raises:
@@ -151,40 +142,52 @@ def check_supported(config: Config, objective: Objective, ranks: int, device: to
         raise ValueError("choose compile or cuda_graph, not both")
     if training.cuda_graph and device.type != "cuda":
         raise ValueError(f"cuda_graph needs an NVIDIA GPU; this run computes on {device}")
-    if training.precision != "float32" and not _is_exact(objective):
+    if training.precision != "float32" and objective.needs_float32:
         raise ValueError(
             f"precision {training.precision} does not support the finite difference, whose small moves "
             "would be rounded away; use float32, or the setting method=exact"
         )
-    if training.checkpointing and (method not in _ONE_PASS or not _is_exact(objective)):
+    if training.checkpointing and not _is_one_pass(objective):
         raise ValueError(
             f"checkpointing: with the method {method!r}, as configured, weights or ranges change before "
-            f"activations are recomputed; it supports {', '.join(_ONE_PASS)} (exact)"
+            f"activations are recomputed; it supports {_one_pass_methods()}"
         )
 
 
-def _check_distributed(config: Config, objective: Objective, ranks: int) -> None:
-    if objective.name not in _ONE_PASS or not _is_exact(objective):
+def _check_distributed(config: Config, objective: Method, ranks: int) -> None:
+    if not _is_one_pass(objective):
         raise ValueError(
             f"{ranks} ranks: the method {objective.name!r}, as configured, takes several passes or keeps "
-            f"separate ranges on each rank; distributed training supports {', '.join(_ONE_PASS)} (exact)"
+            f"separate ranges on each rank; distributed training supports {_one_pass_methods()}"
         )
     share = config.training.batch_size // config.training.accumulate
     if share % ranks:
         raise ValueError(f"{ranks} ranks must divide the {share} images of a part of a batch")
 
 
-def _is_exact(objective: Objective) -> bool:
-    return not isinstance(objective, GradientL1) or objective.penalty.method == "exact"
+def _is_one_pass(objective: Method) -> bool:
+    """Return whether a step is one forward and one backward pass, with nothing changed between the two.
+
+    DistributedDataParallel averages gradients at the end of the backward pass; recomputed activations meet
+    the same weights and ranges.
+    """
+    return objective.passes == 1 and objective.distributed
 
 
-def _check_one_graph(name: str, config: Config, objective: Objective, ranks: int) -> None:
+def _one_pass_methods() -> str:
+    return (
+        ", ".join(name for name, each in METHODS.items() if each.passes == 1 and each.distributed)
+        + " (exact)"
+    )
+
+
+def _check_one_graph(name: str, config: Config, objective: Method, ranks: int) -> None:
     """Check what a step must be like to be traced or captured whole."""
-    penalised = isinstance(objective, GradientL1) and _is_exact(objective) and objective.every == 1
-    if not (penalised or isinstance(objective, Plain)):
+    if not objective.compilable:
+        allowed = " and ".join(repr(name) for name, each in METHODS.items() if each.compilable)
         raise ValueError(
             f"{name}: the whole step must be one graph, the same in every step; this holds for the methods "
-            "'plain' and 'gradl1' (method='exact', every=1)"
+            f"{allowed} (method='exact', every=1)"
         )
     if config.penalty.epochs and config.penalty.warmup_epochs:
         raise ValueError(

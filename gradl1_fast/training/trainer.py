@@ -15,8 +15,8 @@ from gradl1_fast.training.config import Config
 from gradl1_fast.training.cuda_graph import GraphedStep
 from gradl1_fast.training.data import Batch
 from gradl1_fast.training.epoch import Epoch, TrainingError, check_finite
-from gradl1_fast.training.objectives import Objective, Terms, make
-from gradl1_fast.training.optimization import Average, optimizer_for, schedule_for
+from gradl1_fast.training.methods import Method, Terms, make
+from gradl1_fast.training.optimization import Average, add_parameters, optimizer_for, schedule_for
 from gradl1_fast.training.ranks import ALONE, Ranks
 from gradl1_fast.training.recompute import recomputing
 from gradl1_fast.training.steps import CompiledGradients, EagerGradients, Gradients, check_supported
@@ -69,7 +69,7 @@ class Trainer:
         self._order: Tensor | None = None
         self._order_state = self._order_source.get_state()
         self._graph: GraphedStep | None = None
-        self.objective = self._objective()
+        self.objective = self._new_objective()
         self.gradients = self._gradients()
 
     @property
@@ -176,6 +176,7 @@ class Trainer:
         terms = self.gradients(self.objective, parts, self.scaler)
         self.scaler.step(self.optimizer)  # leaves the weights alone if a gradient is infinite or NaN
         self.scaler.update()
+        self.objective.after_step()
         return terms
 
     def _strength(self) -> float:
@@ -192,22 +193,45 @@ class Trainer:
 
     def _replace_objective(self) -> None:
         self.objective.close()
-        self.objective, self._graph = self._objective(), None
+        self.objective, self._graph = self._new_objective(), None
 
-    def _objective(self) -> Objective:
-        if not self.penalised:
-            return make("plain", self.model)
-        return make(self.config.penalty.method, self.model, **self.config.penalty.settings)
+    def _new_objective(self) -> Method:
+        """Return the method of the present epoch; what it adds to the model is optimized and averaged too."""
+        penalty = self.config.penalty
+        name, settings = (penalty.method, penalty.settings) if self.penalised else ("plain", {})
+        method = make(name, self.model, **settings)
+        add_parameters(self.optimizer, self.schedule, self.model)
+        if self.average is not None:
+            self.average.follow(self.model)
+        return method
+
+    def go_to(self, epoch: int) -> None:
+        """Take the method of an epoch, counted from 0; call it before the state of a model is loaded.
+
+        The model then has the parametrizations of that method.
+        """
+        before = self.penalised
+        self.epoch = epoch
+        if self.penalised != before:
+            self._replace_objective()
+
+    def finish(self) -> nn.Module:
+        """Close the method and return the trained model in evaluation mode, with averaged weights, if any."""
+        if self.average is not None:
+            self.model.load_state_dict(self.average.state)
+        self.objective.close()
+        return self.model.eval()
 
     def _check(self) -> None:
         """Refuse a penalty that cannot be made before the first step, rather than when its turn comes."""
         method = self.config.penalty.method if self.config.penalty.epochs else "plain"
         settings = self.config.penalty.settings if self.config.penalty.epochs else {}
-        trial = make(method, self.model, **settings)
-        try:
-            check_supported(self.config, trial, self.ranks.count, self.ranks.device)
-        finally:
-            trial.close()
+        with _values_kept(self.model):
+            trial = make(method, self.model, **settings)
+            try:
+                check_supported(self.config, trial, self.ranks.count, self.ranks.device)
+            finally:
+                trial.close()
 
     @property
     def _skips(self) -> bool:
@@ -263,7 +287,10 @@ class Trainer:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Load a state returned by :meth:`state_dict`; load the model's own state first.
+        """Load a state returned by :meth:`state_dict`.
+
+        Where the method changes the entries of the model's state, :meth:`go_to` comes first. The model's own
+        state is loaded before this call.
 
         Raises:
             ValueError: it was written by another number of ranks, or with another objective.
@@ -272,8 +299,8 @@ class Trainer:
             raise ValueError(
                 f"the checkpoint was written by {len(state['random'])} ranks, not {self.ranks.count}"
             )
-        self.epoch, self.step = state["epoch"], state["step"]
-        self._replace_objective()
+        self.go_to(state["epoch"])
+        self.step = state["step"]
         if state["objective"]["name"] != self.objective.name:
             raise ValueError(f"the checkpoint belongs to the objective {state['objective']['name']!r}")
         self.objective.load_state_dict(state["objective"]["state"])
@@ -289,3 +316,16 @@ class Trainer:
         torch.set_rng_state(mine["cpu"])
         if self.ranks.device.type == "cuda":
             torch.cuda.set_rng_state(mine["cuda"], self.ranks.device)
+
+
+@contextlib.contextmanager
+def _values_kept(model: nn.Module) -> Iterator[None]:
+    """Give parameters and buffers back the very values that they had before the block."""
+    before = {key: value.detach().clone() for key, value in model.state_dict().items()}
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for key, value in model.state_dict().items():
+                if not torch.equal(value, before[key]):
+                    value.copy_(before[key])

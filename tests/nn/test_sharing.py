@@ -19,7 +19,7 @@ import gradl1_fast as gl
 from gradl1_fast.nn import inputs, sharing
 from gradl1_fast.nn.arming import armings_of
 from gradl1_fast.nn.sites import named_quantizers
-from gradl1_fast.training.objectives.activations import seen_at_sites
+from gradl1_fast.training.methods.activations import seen_at_sites
 from tests.conversion.runs import assert_equal_steps, assert_same, built, loss_of, penalised, truth
 
 

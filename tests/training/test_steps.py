@@ -13,8 +13,8 @@ from gradl1_fast.nn.sites import named_layers
 from gradl1_fast.penalty.measured import activation_sites
 from gradl1_fast.training.config import Config, Optimizer, Penalty, Training
 from gradl1_fast.training.data import digits
+from gradl1_fast.training.methods import make
 from gradl1_fast.training.models import digits_net
-from gradl1_fast.training.objectives import make
 from gradl1_fast.training.ranks import Ranks
 from gradl1_fast.training.recompute import recomputing
 from gradl1_fast.training.steps import CompiledGradients
@@ -326,7 +326,7 @@ REFUSED = {
         "checkpointing: with the method 'sam'",
     ),
     "large batch": (config(batch_size=121), "batch_size: 121 is more than the 120 training images"),
-    "method": (config("lasso"), "objective must be one of plain"),
+    "method": (config("lasso"), "method must be one of plain"),
     "settings": (config(settings={"lambda_x": 1.0}), "settings are lambda_w"),
     "value": (config(settings={"lambda_w": -1.0}), "lambda_w must be finite and 0 or more"),
 }

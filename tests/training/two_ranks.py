@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import gradl1_fast as gl
 from gradl1_fast.training.config import Config, Penalty, Training
-from gradl1_fast.training.objectives import make
+from gradl1_fast.training.methods import make
 from gradl1_fast.training.ranks import ALONE, Ranks, ranks
 from gradl1_fast.training.trainer import Trainer, TrainingError
 

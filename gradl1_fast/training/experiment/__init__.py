@@ -1,16 +1,15 @@
 """The comparison of training methods: by every method a network, quantized in several regimes."""
 
 from gradl1_fast.training.experiment.experiment import EXPERIMENTS, Experiment, named, run
-from gradl1_fast.training.experiment.methods import METHODS, Method
+from gradl1_fast.training.experiment.methods import VARIANTS
 from gradl1_fast.training.experiment.regimes import REGIMES, Regime
 from gradl1_fast.training.experiment.results import ResultError, Results, Row, Run
 
 __all__ = [
     "EXPERIMENTS",
-    "METHODS",
     "REGIMES",
+    "VARIANTS",
     "Experiment",
-    "Method",
     "Regime",
     "ResultError",
     "Results",

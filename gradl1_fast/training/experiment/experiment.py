@@ -17,8 +17,8 @@ from gradl1_fast.quantization import calibrate
 from gradl1_fast.training.config import Config, recipe
 from gradl1_fast.training.data import Dataset, load
 from gradl1_fast.training.experiment import measurements
-from gradl1_fast.training.experiment.methods import METHODS, settings_of
-from gradl1_fast.training.experiment.regimes import REGIMES, Width, evaluate
+from gradl1_fast.training.experiment.methods import check_methods, method_of, settings_of
+from gradl1_fast.training.experiment.regimes import OWN, REGIMES, Width, evaluate
 from gradl1_fast.training.experiment.results import ResultError, Results, Row, Run
 from gradl1_fast.training.experiment.session import Session
 from gradl1_fast.training.loop import accuracy
@@ -68,7 +68,7 @@ class Experiment:
         """Return the configuration of one run."""
         penalty = replace(
             self.config.penalty,
-            method=METHODS[method].objective,
+            method=method_of(method),
             settings=settings_of(method, self.config.penalty.settings),
         )
         return replace(self.config, penalty=penalty, training=replace(self.config.training, seed=seed))
@@ -140,7 +140,7 @@ def run(
 
     Args:
         experiment: see :class:`Experiment`.
-        methods: keys of :data:`METHODS`.
+        methods: keys of :data:`VARIANTS`, or several with ``+`` between them.
         seeds: one network each.
         folder: each finished run is written into it, and taken from it by the next call.
         stage: called with the name of a stage and its number of parts; returns what is called after
@@ -151,9 +151,7 @@ def run(
         ValueError: a method is unknown.
         ResultError: the folder holds a run with other settings.
     """
-    unknown = [method for method in methods if method not in METHODS]
-    if unknown or not methods:
-        raise ValueError(f"methods must be among {', '.join(METHODS)}; got {', '.join(unknown) or 'none'}")
+    check_methods(list(methods))
     folder.mkdir(parents=True, exist_ok=True)
     found = {
         (method, seed): known
@@ -214,8 +212,9 @@ def _runs(
         config = experiment.config_of(method, seed)
         branch = trunk.branch(config)
         _train(branch, config.penalty.epochs, stage(f"seed {seed}: {method}", config.penalty.epochs))
-        branch.trainer.objective.close()
-        yield _finished(experiment, method, seed, branch, data, stage)
+        own = _own_rows(method, seed, branch, data)
+        branch.trainer.finish()
+        yield _finished(experiment, method, seed, branch, data, stage, own)
 
 
 def _train(session: Session, epochs: int, after_epoch: Callable[[], None]) -> None:
@@ -224,15 +223,31 @@ def _train(session: Session, epochs: int, after_epoch: Callable[[], None]) -> No
         after_epoch()
 
 
+def _own_rows(method: str, seed: int, branch: Session, data: Dataset) -> list[Row]:
+    """Evaluate the widths that the method trained for with its own quantizer, if it has one."""
+    objective, rows = branch.trainer.objective, []
+    for w, a in objective.widths:
+        with branch.trainer.to_be_kept() as model, objective.quantized(w, a):
+            top1 = round(accuracy(model, data.test, EVALUATION_BATCH), 4)
+        rows.append(Row(method, seed, OWN, w, a, top1))
+    return rows
+
+
 def _finished(
-    experiment: Experiment, method: str, seed: int, branch: Session, data: Dataset, stage: Stage
+    experiment: Experiment,
+    method: str,
+    seed: int,
+    branch: Session,
+    data: Dataset,
+    stage: Stage,
+    own: list[Row],
 ) -> Run:
     """Measure, calibrate and evaluate a trained network."""
     model = branch.trainer.model.eval()
     changes = measurements.changes(model, branch.probed)
     calibrate(model, data.train[0][: experiment.calibration].split(EVALUATION_BATCH))
     alone = measurements.alone(model, branch.probed, experiment.alone_bits)
-    rows = _rows(experiment, method, seed, model, data, stage)
+    rows = _rows(experiment, method, seed, model, data, stage) + own
     settings = experiment.settings_of(method, seed)
     return Run(
         method, seed, settings, rows, branch.epochs, branch.norms, changes, alone, _environment.describe()

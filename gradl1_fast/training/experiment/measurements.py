@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from gradl1_fast.nn.quantizers import ActivationQuantizer, WeightQuantizer
 from gradl1_fast.nn.second_pass import shifted
@@ -16,8 +17,8 @@ from gradl1_fast.nn.sites import named_layers, named_quantizers
 from gradl1_fast.quantization import bits
 from gradl1_fast.quantization.bits import INPUT_BITS, width_at
 from gradl1_fast.training.data import Batch
-from gradl1_fast.training.objectives.activations import seen_at_sites
-from gradl1_fast.training.objectives.interface import trainable_weights
+from gradl1_fast.training.methods.activations import seen_at_sites
+from gradl1_fast.training.methods.weights import trainable_weights
 
 __all__ = ["Alone", "Change", "Norms", "alone", "changes", "norms"]
 
@@ -98,12 +99,15 @@ def _evaluated(model: nn.Module) -> Iterator[None]:
 def norms(model: nn.Module, batch: Batch, epoch: float) -> Norms:
     """Return the norms of the gradient of the mean loss, in evaluation mode; nothing is changed."""
     quantizers, layers = named_quantizers(model), named_layers(model)
-    with _evaluated(model), seen_at_sites(model) as activations:
+    with _evaluated(model), parametrize.cached(), seen_at_sites(model) as activations:
         loss = _loss(model, batch)
-    weights = [layer.weight for layer in layers.values()]
+        weights = [layer.weight for layer in layers.values()]
     tensors = [*weights, *(tensor for _, tensor in activations)]
     grads = torch.autograd.grad(loss, tensors)
-    steps = [layer.weight_quantizer.step(layer.weight, STEP_BITS).detach() for layer in layers.values()]
+    steps = [
+        layer.weight_quantizer.step(weight, STEP_BITS).detach()
+        for layer, weight in zip(layers.values(), weights, strict=True)
+    ]
     steps += [quantizers[name].step(tensor.detach(), STEP_BITS) for name, tensor in activations]
     sums = torch.stack(
         [

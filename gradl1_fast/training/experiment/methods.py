@@ -1,62 +1,61 @@
-"""The methods that an experiment compares, by the names it prints, and what each one is set to."""
+"""The methods that an experiment compares: the variants that classes declare, and combinations of them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["METHODS", "Method", "settings_of"]
+from gradl1_fast.training import methods
+from gradl1_fast.training.methods import Variant
+from gradl1_fast.training.methods.composition import SEPARATOR
 
+__all__ = ["VARIANTS", "check_methods", "method_of", "settings_of", "text_of"]
 
-@dataclass(frozen=True)
-class Method:
-    """One way to train.
-
-    Attributes:
-        objective: as for :func:`gradl1_fast.training.objectives.make`.
-        text: what it does, for a reader.
-        changes: settings beside those of the recipe, or in their place.
-        keeps_recipe: takes the settings of the recipe's penalty, which are those of ``gradl1``.
-    """
-
-    objective: str
-    text: str
-    changes: dict[str, Any] = field(default_factory=dict)
-    keeps_recipe: bool = False
-
-
-METHODS = {
-    "plain": Method("plain", "the loss alone"),
-    "gradl1": Method(
-        "gradl1", "gradient l1 penalty with each norm times its quantization step", keeps_recipe=True
-    ),
-    "gradl1-unscaled": Method(
-        "gradl1",
-        "gradient l1 penalty as in the paper, norms unscaled",
-        {"lambda_w": 0.001, "lambda_a": 0.001, "scale": "none", "every": 2},
-    ),
-    "gradl1-finite-difference": Method(
-        "gradl1",
-        "as gradl1, by a finite difference instead of double backprop",
-        {"method": "finite_difference"},
-        keeps_recipe=True,
-    ),
-    "l2": Method("l2", "gradient l2 penalty", {"lambda_w": 0.1, "lambda_a": 0.1}),
-    "sam": Method("sam", "sharpness-aware minimisation, l-infinity ball", {"epsilon": 0.002}),
-    "kure": Method("kure", "kurtosis regularisation of the weights", {"coefficient": 1.0}),
-    "defensive": Method("defensive", "Defensive Quantization: orthogonal weights", {"beta": 0.002}),
-    "qat-8": Method("qat", "quantization-aware training at (8, 8)", {"w": 8, "a": 8}),
-    "qat-6": Method("qat", "quantization-aware training at (6, 6)", {"w": 6, "a": 6}),
-    "qat-4": Method("qat", "quantization-aware training at (4, 4)", {"w": 4, "a": 4}),
+VARIANTS: dict[str, Variant] = {
+    variant.name: variant for each in methods.METHODS.values() for variant in each.variants
 }
+_CLASSES = {variant.name: each.name for each in methods.METHODS.values() for variant in each.variants}
 
 
-def settings_of(method: str, recipe: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings of a method's objective.
+def check_methods(names: list[str]) -> None:
+    """Check names of methods, each a key of :data:`VARIANTS` or several with ``+`` between them.
+
+    Raises:
+        ValueError: one is unknown, or there is none.
+    """
+    unknown = [name for name in names if any(part not in VARIANTS for part in name.split(SEPARATOR))]
+    if unknown or not names:
+        raise ValueError(
+            f"methods must be among {', '.join(VARIANTS)}, or several with + between them; "
+            f"got {', '.join(unknown) or 'none'}"
+        )
+
+
+def method_of(name: str) -> str:
+    """Return what :func:`gradl1_fast.training.methods.make` calls the method of a name."""
+    return SEPARATOR.join(_CLASSES[part] for part in name.split(SEPARATOR))
+
+
+def settings_of(name: str, recipe: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of a method.
 
     Args:
-        method: a key of :data:`METHODS`.
+        name: a key of :data:`VARIANTS`, or several with ``+`` between them.
         recipe: settings of the recipe's penalty.
     """
-    chosen = METHODS[method]
-    return {**recipe, **chosen.changes} if chosen.keeps_recipe else dict(chosen.changes)
+    parts = name.split(SEPARATOR)
+    if len(parts) == 1:
+        variant = VARIANTS[name]
+        return {**recipe, **variant.settings} if variant.keeps_recipe else dict(variant.settings)
+    return {
+        f"{_CLASSES[part]}.{key}": value for part in parts for key, value in settings_of(part, recipe).items()
+    }
+
+
+def text_of(name: str) -> str:
+    """Return what a method does, for a reader; a reconstruction says that it is one."""
+    return "; ".join(_text(part) for part in name.split(SEPARATOR))
+
+
+def _text(name: str) -> str:
+    note = " (reconstruction)" if methods.METHODS[_CLASSES[name]].reconstruction else ""
+    return VARIANTS[name].text + note

@@ -13,6 +13,7 @@ $verdict
 <p>(weight bits, activation bits); mean over the seeds ± standard deviation of the sample. Chance is 10 %.
 Last column: computing time of the training, relative to plain training.</p>
 $accuracy
+$own
 <p>A regime says which data are available when the network is quantized:</p>
 $regimes
 $bits

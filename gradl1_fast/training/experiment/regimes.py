@@ -19,9 +19,10 @@ from gradl1_fast.quantization import (
 )
 from gradl1_fast.quantization.calibration import set_per_channel
 
-__all__ = ["REGIMES", "Regime", "evaluate"]
+__all__ = ["OWN", "REGIMES", "Regime", "evaluate"]
 
 Width = tuple[int | None, int | None]
+OWN = "own quantizer"  # of a method that quantizes in training, at the widths that it trained for
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,12 @@ from gradl1_fast import _files
 from gradl1_fast._html import image, items, page, table
 from gradl1_fast._plots import width_name
 from gradl1_fast.training.experiment import charts
-from gradl1_fast.training.experiment.methods import METHODS
+from gradl1_fast.training.experiment.methods import text_of
 from gradl1_fast.training.experiment.page import BODY
-from gradl1_fast.training.experiment.regimes import REGIMES
+from gradl1_fast.training.experiment.regimes import OWN, REGIMES
 from gradl1_fast.training.experiment.results import Results
 
-__all__ = ["accuracy_table", "html", "times", "verdict", "write"]
+__all__ = ["accuracy_table", "html", "own_table", "times", "verdict", "write"]
 
 Table = tuple[tuple[str, ...], list[tuple[str, ...]]]
 
@@ -50,6 +50,16 @@ def accuracy_table(results: Results) -> Table:
         for m in results.methods
     ]
     return header, rows
+
+
+def own_table(results: Results) -> Table:
+    """Return the accuracies with the quantizers of the methods themselves, at the widths they trained for."""
+    rows = [
+        (m, _name(w, a), str(results.spread(m, OWN, w, a)))
+        for m in results.methods
+        for w, a in results.own_widths(m)
+    ]
+    return ("method", "(w, a)", "accuracy"), rows
 
 
 def _costs(results: Results) -> dict[str, str]:
@@ -100,6 +110,7 @@ def html(results: Results) -> str:
         seeds=", ".join(map(str, seeds)),
         verdict=items(verdict(results)),
         accuracy=table(*accuracy_table(results)),
+        own=_own(results),
         regimes=items([f"{name}: {REGIMES[name].text}" for name in results.regimes if name in REGIMES]),
         methods=table(("method", "what is minimised", "settings"), _methods(results)),
         bits=image(charts.bits_chart(results), "Accuracy over bits for each method", narrow=False),
@@ -124,12 +135,18 @@ def html(results: Results) -> str:
     return page(f"gradl1_fast: methods compared on {settings['data']['name']}", body)
 
 
+def _own(results: Results) -> str:
+    header, rows = own_table(results)
+    text = "<p>With the quantizer that the method trained, at the widths it trained for:</p>"
+    return f"{text}\n{table(header, rows)}" if rows else ""
+
+
 def _methods(results: Results) -> list[tuple[str, ...]]:
     found: list[tuple[str, ...]] = []
     for method in results.methods:
         settings = results.of(method)[0].settings["penalty"]["settings"]
         text = ", ".join(f"{key} = {value}" for key, value in settings.items())
-        found.append((method, METHODS[method].text, text or "none"))
+        found.append((method, text_of(method), text or "none"))
     return found
 
 

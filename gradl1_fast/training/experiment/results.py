@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from gradl1_fast import _files, _json
 from gradl1_fast.training.experiment.measurements import Alone, Change, Norms
+from gradl1_fast.training.experiment.regimes import OWN
 from gradl1_fast.training.experiment.session import Epoch
 from gradl1_fast.training.toml import SettingsError, from_dict
 
@@ -29,9 +30,9 @@ class Row:
     """The accuracy of one network in one regime at one width.
 
     Attributes:
-        method: key of :data:`gradl1_fast.training.experiment.METHODS`.
+        method: key of :data:`gradl1_fast.training.experiment.VARIANTS`.
         seed: of initialisation, order and augmentation.
-        regime: key of :data:`gradl1_fast.training.experiment.REGIMES`.
+        regime: key of :data:`gradl1_fast.training.experiment.REGIMES`, or ``"own quantizer"``.
         w: bits of the weights, None for float.
         a: bits of the activations, None for float.
         top1: test accuracy in percent.
@@ -160,13 +161,17 @@ class Results:
 
     @property
     def widths(self) -> list[Width]:
-        """The widths at which every run was evaluated."""
-        return _in_all([[(row.w, row.a) for row in run.rows] for run in self.runs])
+        """The widths at which every run was evaluated in the regimes."""
+        return _in_all([[(row.w, row.a) for row in run.rows if row.regime != OWN] for run in self.runs])
 
     @property
     def regimes(self) -> list[str]:
-        """The regimes in which every run was evaluated."""
-        return _in_all([[row.regime for row in run.rows] for run in self.runs])
+        """The regimes in which every run was evaluated; a method's own quantizer is not one of them."""
+        return _in_all([[row.regime for row in run.rows if row.regime != OWN] for run in self.runs])
+
+    def own_widths(self, method: str) -> list[Width]:
+        """Return the widths at which a method was evaluated with its own quantizer."""
+        return _in_all([[(row.w, row.a) for row in run.rows if row.regime == OWN] for run in self.of(method)])
 
     def of(self, method: str) -> list[Run]:
         """Return the runs of a method."""

@@ -65,6 +65,8 @@ class Session:
     def branch(self, config: Config) -> Session:
         """Return a copy that goes on by itself, with another penalty: call it between two epochs."""
         other = Session(config, self.data, len(self.probed[1]), self.marks)
+        if not self.epochs:  # the same seed has given it the same state
+            return other
         other.trainer.model.load_state_dict(self.trainer.model.state_dict())
         other.trainer.load_state_dict(copy.deepcopy(self.trainer.state_dict()))
         other.epochs, other.norms = list(self.epochs), list(self.norms)

@@ -11,11 +11,12 @@ import torch
 
 from gradl1_fast.backends import resolve
 from gradl1_fast.training.data import digits
-from gradl1_fast.training.experiment import METHODS, ResultError, Results, named, run
+from gradl1_fast.training.experiment import ResultError, Results, named, run
 from gradl1_fast.training.experiment.session import Session
 
 QUICK = named("digits").quick()
 WIDTHS = QUICK.widths
+NAMES = ["plain", "gradl1", "gradl1-unscaled", "gradl1-finite-difference", "sam", "qat-4", "gradl1+kure"]
 REGIMES = QUICK.regimes
 
 
@@ -25,30 +26,38 @@ def ran(folder, methods=("plain", "gradl1"), seeds=(0,), experiment=QUICK, **kwa
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    return ran(tmp_path_factory.mktemp("runs"), list(METHODS))
+    return ran(tmp_path_factory.mktemp("runs"), NAMES)
 
 
 def test_every_method_is_evaluated_at_every_width(results):
-    assert results.methods == list(METHODS)
-    for method in METHODS:
-        rows = [row for row in results.rows if row.method == method]
+    assert results.methods == NAMES
+    for method in NAMES:
+        rows = [row for row in results.rows if row.method == method and row.regime != "own quantizer"]
         assert [(row.regime, (row.w, row.a)) for row in rows] == [(r, w) for r in REGIMES for w in WIDTHS]
         assert all(0 <= row.top1 <= 100 and row.seed == 0 for row in rows)
 
 
+def test_a_method_is_evaluated_with_its_own_quantizer(results):
+    own = [row for row in results.rows if row.regime == "own quantizer"]
+    assert [(row.method, row.w, row.a) for row in own] == [("qat-4", 4, 4)]
+    assert results.own_widths("qat-4") == [(4, 4)]
+    assert results.own_widths("plain") == []
+    assert "own quantizer" not in results.regimes
+
+
 def test_methods_share_the_first_epochs_and_part_then(results):
-    first = {method: results.of(method)[0].epochs[0] for method in METHODS}
+    first = {method: results.of(method)[0].epochs[0] for method in NAMES}
     assert len(set(first.values())) == 1
-    last = [results.of(method)[0].norms[-1] for method in METHODS if method != "gradl1-finite-difference"]
+    last = [results.of(method)[0].norms[-1] for method in NAMES if method != "gradl1-finite-difference"]
     assert len({mark.l1_w for mark in last}) == len(last)
     assert [mark.epoch for mark in results.of("plain")[0].norms] == [0.0, 1.0, 2.0]
 
 
 def test_the_penalty_is_at_work_in_the_last_epochs_alone(results):
-    for method in METHODS:
+    for method in NAMES:
         penalties = [epoch.penalty for epoch in results.of(method)[0].epochs]
         assert penalties[0] == 0
-        assert (penalties[1] > 0) == (METHODS[method].objective not in ("plain", "qat"))
+        assert (penalties[1] > 0) == (method not in ("plain", "qat-4"))
 
 
 def test_the_same_seed_gives_the_same_rows_and_another_one_others(results, tmp_path):
@@ -60,7 +69,7 @@ def test_the_same_seed_gives_the_same_rows_and_another_one_others(results, tmp_p
     assert other.norms[0] != whole.norms[0]
 
 
-@pytest.mark.parametrize("method", ["gradl1", "qat-4", "sam"])
+@pytest.mark.parametrize("method", ["gradl1", "qat-4", "sam", "gradl1+kure"])
 def test_a_branch_equals_a_whole_training(method):
     data = digits(0)
     data = replace(data, train=tuple(part[:200] for part in data.train))
@@ -124,7 +133,7 @@ def test_a_damaged_run_is_named(text, message, tmp_path):
 
 @pytest.mark.parametrize(("methods", "found"), [(["plain", "magic"], "magic"), ([], "none")])
 def test_an_unknown_method_is_named_before_the_work(methods, found, tmp_path):
-    with pytest.raises(ValueError, match=f"methods must be among plain, gradl1, .*; got {found}"):
+    with pytest.raises(ValueError, match=f"methods must be among plain, .*; got {found}"):
         ran(tmp_path / "new", methods)
     assert not (tmp_path / "new").exists()
 
@@ -140,7 +149,7 @@ def test_rows_are_written_one_a_line_with_null_for_float(results, tmp_path):
     path = tmp_path / "rows.json"
     results.write_rows(path)
     rows = json.loads(path.read_text())
-    assert len(rows) == len(path.read_text().splitlines()) - 2 == len(METHODS) * len(REGIMES) * len(WIDTHS)
+    assert len(rows) == len(path.read_text().splitlines()) - 2 == len(NAMES) * len(REGIMES) * len(WIDTHS) + 1
     assert list(rows[0]) == ["method", "seed", "regime", "w", "a", "top1"]
     assert rows[0]["method"] == "plain"
     assert rows[0]["w"] is rows[0]["a"] is None

@@ -10,20 +10,22 @@ from torch import Tensor, nn
 from gradl1_fast import _checks as check
 from gradl1_fast.nn.second_pass import RandomState, buffers_kept, shifted
 from gradl1_fast.penalty.checks.graph import require_gradients
-from gradl1_fast.training.objectives.interface import (
+from gradl1_fast.training.methods.interface import (
     Closure,
-    Objective,
+    Family,
+    Method,
     Scale,
     Terms,
+    Variant,
     factor_of,
     identity,
-    trainable_weights,
 )
+from gradl1_fast.training.methods.weights import leaf_of, name_of, trainable_layers
 
 __all__ = ["SignSAM"]
 
 
-class SignSAM(Objective):
+class SignSAM(Method):
     """The loss at ``W + epsilon * sign(dL/dW)``: to first order loss plus ``epsilon * ||dL/dW||_1``.
 
     The weights that are quantized are moved, and no others; the move itself is not differentiated,
@@ -38,25 +40,32 @@ class SignSAM(Objective):
     """
 
     name = "sam"
+    text = "sharpness-aware minimisation in the l-infinity ball"
+    source = "Foret et al. 2021, arXiv 2010.01412"
+    family = Family.GRADIENTS
+    passes = 2
+    distributed = False
+    variants = (Variant("sam", "sharpness-aware minimisation, l-infinity ball", {"epsilon": 0.002}),)
 
     def __init__(self, model: nn.Module, *, epsilon: float) -> None:
-        self.strength = 1.0
-        self.epsilon = check.coefficient("SignSAM: epsilon", epsilon)
-        self._model = model
-        self._weights = trainable_weights(model)
+        super().__init__(model)
+        self.size = check.coefficient(f"{type(self).__name__}: epsilon", epsilon)
+        trainable_layers(model)
+
+    def move(self, weights: list[Tensor], grads: list[Tensor], size: float) -> list[Tensor]:
+        """Return by how much each weight is moved, given the gradients of the loss and the size."""
+        return [size * grad.sign() for grad in grads]
 
     def backward(self, closure: Closure, scale: Scale = identity) -> Terms:
-        """See :meth:`Objective.backward`. The closure is called twice."""
-        size = self.strength * self.epsilon
+        """See :meth:`Method.backward`. The closure is called twice."""
+        size = self.strength * self.size
         if not size:
-            loss = closure()
-            scale(loss).backward()
-            return Terms(loss.detach(), loss.new_zeros(()))
+            return super().backward(closure, scale)
         randomness = RandomState()
         loss = closure()
         moves = self._moves(scale(loss), size)
         randomness.replay()
-        with buffers_kept(self._model), contextlib.ExitStack() as stack:
+        with buffers_kept(self.model), contextlib.ExitStack() as stack:
             for weight, move in moves:
                 stack.enter_context(shifted(weight, move))
             moved = scale(closure())
@@ -65,7 +74,9 @@ class SignSAM(Objective):
         return Terms(loss.detach(), rise)
 
     def _moves(self, loss: Tensor, size: float) -> list[tuple[Tensor, Tensor]]:
-        weights = list(self._weights.values())
+        layers = trainable_layers(self.model)
+        weights = [leaf_of(layer) for layer in layers.values()]
         grads = torch.autograd.grad(loss, weights, allow_unused=True)
-        found = require_gradients(list(self._weights), grads)
-        return [(weight, size * grad.sign()) for weight, grad in zip(weights, found, strict=True)]
+        found = require_gradients([name_of(name) for name in layers], grads)
+        with torch.no_grad():
+            return list(zip(weights, self.move(weights, list(found), size), strict=True))

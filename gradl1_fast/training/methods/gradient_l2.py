@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from gradl1_fast import _checks as check
 from gradl1_fast.penalty.checks.graph import require_gradients
 from gradl1_fast.penalty.measured import activation_sites
-from gradl1_fast.training.objectives.activations import seen_at_sites
-from gradl1_fast.training.objectives.interface import (
+from gradl1_fast.training.methods.activations import seen_at_sites
+from gradl1_fast.training.methods.interface import (
     Closure,
-    Objective,
+    Family,
+    Method,
     Scale,
     Terms,
+    Variant,
     factor_of,
     identity,
-    trainable_weights,
 )
+from gradl1_fast.training.methods.weights import trainable_layers, trainable_weights
 
 __all__ = ["GradientL2"]
 
 
-class GradientL2(Objective):
+class GradientL2(Method):
     """The loss plus ``lambda_w * sum_l ||dL/dW_l||_2 + lambda_a * sum_l ||dL/dY_l||_2``.
 
     The norms are not squared; each is taken over one whole tensor, the same tensors that
@@ -37,22 +40,28 @@ class GradientL2(Objective):
     """
 
     name = "l2"
+    text = "gradient l2 penalty, by double backpropagation"
+    source = "the comparison in arXiv 2002.07520"
+    family = Family.GRADIENTS
+    second_order = True
+    variants = (Variant("l2", "gradient l2 penalty", {"lambda_w": 0.1, "lambda_a": 0.1}),)
 
     def __init__(self, model: nn.Module, *, lambda_w: float, lambda_a: float) -> None:
-        self.strength = 1.0
+        super().__init__(model)
         self.lambda_w = check.coefficient("GradientL2: lambda_w", lambda_w)
         self.lambda_a = check.coefficient("GradientL2: lambda_a", lambda_a)
-        self._weights = trainable_weights(model) if self.lambda_w else {}
-        self._model = model
+        if self.lambda_w:
+            trainable_layers(model)
         if self.lambda_a and not activation_sites(model):
             raise ValueError("GradientL2: lambda_a needs activations that feed a layer; the model has none")
 
     def backward(self, closure: Closure, scale: Scale = identity) -> Terms:
-        """See :meth:`Objective.backward`."""
-        with seen_at_sites(self._model, wanted=self.lambda_a > 0) as activations:
+        """See :meth:`Method.backward`."""
+        with parametrize.cached(), seen_at_sites(self.model, wanted=self.lambda_a > 0) as activations:
             loss = closure()
+            weights = trainable_weights(self.model) if self.lambda_w else {}
         scaled = scale(loss)
-        norms = self._norms(scaled, activations)
+        norms = self._norms(scaled, weights, activations)
         total = sum((of * norm for of, norm in norms.values()), scaled.new_zeros(()))
         penalty = self.strength * total
         (scaled + penalty).backward()
@@ -60,11 +69,13 @@ class GradientL2(Objective):
         parts = {name: norm.detach() / factor for name, (_, norm) in norms.items()}
         return Terms(loss.detach(), penalty.detach() / factor, parts)
 
-    def _norms(self, loss: Tensor, activations: list[tuple[str, Tensor]]) -> dict[str, tuple[float, Tensor]]:
+    def _norms(
+        self, loss: Tensor, weights: dict[str, Tensor], activations: list[tuple[str, Tensor]]
+    ) -> dict[str, tuple[float, Tensor]]:
         """Return coefficient and norm by name; the name of a further tensor at a site has its number."""
         if self.strength == 0:
             return {}
-        measured = [(name, self.lambda_w, weight) for name, weight in self._weights.items()]
+        measured = [(name, self.lambda_w, weight) for name, weight in weights.items()]
         measured += [(name, self.lambda_a, activation) for name, activation in activations]
         names = [name for name, _, _ in measured]
         if not names:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,12 +11,21 @@ from torch import Tensor, nn
 from gradl1_fast import _checks as check
 from gradl1_fast.penalty import GradL1
 from gradl1_fast.penalty.measured import sites_of
-from gradl1_fast.training.objectives.interface import Closure, Objective, Scale, Terms, factor_of, identity
+from gradl1_fast.training.methods.interface import (
+    Closure,
+    Family,
+    Method,
+    Scale,
+    Terms,
+    Variant,
+    factor_of,
+    identity,
+)
 
 __all__ = ["GradientL1"]
 
 
-class GradientL1(Objective):
+class GradientL1(Method):
     """The loss plus the penalty of :class:`gradl1_fast.GradL1`.
 
     Args:
@@ -32,6 +42,27 @@ class GradientL1(Objective):
     """
 
     name = "gradl1"
+    text = "gradient l1 penalty, by double backpropagation"
+    source = "Alizadeh et al. 2020, arXiv 2002.07520"
+    family = Family.GRADIENTS
+    second_order = True
+    compilable = True
+    variants = (
+        Variant(
+            "gradl1", "gradient l1 penalty with each norm times its quantization step", keeps_recipe=True
+        ),
+        Variant(
+            "gradl1-unscaled",
+            "gradient l1 penalty as in the paper, norms unscaled",
+            {"lambda_w": 0.001, "lambda_a": 0.001, "scale": "none", "every": 2},
+        ),
+        Variant(
+            "gradl1-finite-difference",
+            "as gradl1, by a finite difference instead of double backprop",
+            {"method": "finite_difference"},
+            keeps_recipe=True,
+        ),
+    )
 
     def __init__(
         self,
@@ -45,7 +76,7 @@ class GradientL1(Objective):
         step_bits: int = 4,
         epsilon: float = 1e-3,
     ) -> None:
-        self.strength = 1.0
+        super().__init__(model)
         self.every = check.count("GradientL1: every", every)
         if lambda_w == lambda_a == 0:
             raise ValueError(
@@ -57,10 +88,25 @@ class GradientL1(Objective):
             model, lambda_w, lambda_a, scale, method=method, step_bits=step_bits, epsilon=epsilon
         )
         self._lambdas = lambda_w, lambda_a
+        exact = method == "exact"
+        self.passes, self.second_order = (1, True) if exact else (2, False)
+        self.compilable = exact and self.every == 1
+        self.needs_float32 = not exact
         self._steps = 0
 
+    @classmethod
+    def needs_second_order(cls, settings: Mapping[str, Any]) -> bool:
+        """See :meth:`Method.needs_second_order`: not for the finite difference."""
+        return settings.get("method", "exact") == "exact"
+
+    def added(self, loss: Tensor) -> Tensor:
+        """Return the penalty for a loss whose forward pass was armed; for a compiled step."""
+        penalty = self.penalty(loss)
+        self.parts = dict(self.penalty.terms)
+        return penalty
+
     def backward(self, closure: Closure, scale: Scale = identity) -> Terms:
-        """See :meth:`Objective.backward`. The finite difference calls the closure twice."""
+        """See :meth:`Method.backward`. The finite difference calls the closure twice."""
         self._steps += 1
         due = self._steps % self.every == 0 and self.strength > 0
         # Before the forward pass, which is an ordinary one unless a penalty waits for it; and left so for the

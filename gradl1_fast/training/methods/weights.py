@@ -1,0 +1,121 @@
+"""The weights that a method works on: those that are quantized and trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from gradl1_fast.nn.layers import QuantizedLayer
+from gradl1_fast.nn.sites import named_layers
+
+__all__ = [
+    "is_depthwise",
+    "leaf_of",
+    "name_of",
+    "parametrize_all",
+    "parametrized",
+    "trainable_layers",
+    "trainable_weights",
+    "unparametrized",
+]
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def leaf_of(layer: QuantizedLayer) -> Tensor:
+    """Return the parameter that the weight of a layer is, or is computed from by a parametrization.
+
+    Where it is computed from several, the first of them is returned.
+    """
+    if not parametrize.is_parametrized(layer, "weight"):
+        return layer.weight
+    originals: Any = layer.parametrizations.weight  # type: ignore[union-attr]
+    return originals.original if hasattr(originals, "original") else originals.original0
+
+
+def name_of(layer: str) -> str:
+    """Return the name of the weight of a layer."""
+    return f"{layer}.weight" if layer else "weight"
+
+
+def trainable_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
+    """Return the layers by name whose weight is quantized and requires a gradient, each weight once.
+
+    Raises:
+        ValueError: there is none.
+    """
+    layers: dict[str, QuantizedLayer] = {}
+    seen: set[int] = set()
+    for name, layer in named_layers(model).items():
+        leaf = leaf_of(layer)
+        if leaf.requires_grad and id(leaf) not in seen:
+            seen.add(id(leaf))
+            layers[name] = layer
+    if not layers:
+        raise ValueError(
+            "the model has no quantizable weight that requires a gradient: call gradl1_fast.convert first"
+        )
+    return layers
+
+
+def trainable_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Return the weights of :func:`trainable_layers` by name, ``<layer>.weight``.
+
+    A parametrized weight is computed by each call, unless ``parametrize.cached()`` is active.
+    """
+    return {name_of(name): layer.weight for name, layer in trainable_layers(model).items()}
+
+
+def is_depthwise(layer: nn.Module) -> bool:
+    """Return whether each output channel of a layer reads a single input channel."""
+    groups = getattr(layer, "groups", 1)
+    return groups > 1 and groups == getattr(layer, "in_channels", None)
+
+
+def parametrized(layer: QuantizedLayer, parametrization: nn.Module) -> None:
+    """Compute the weight of a layer by a parametrization; the parameter stays the same object.
+
+    Raises:
+        ValueError: the weight is parametrized already, or is not a parameter of the layer.
+    """
+    if parametrize.is_parametrized(layer, "weight") or layer.is_computed:
+        raise ValueError(
+            f"{type(parametrization).__name__}: the weight of {type(layer).__name__} is computed already; "
+            "one method at a time can parametrize a weight"
+        )
+    parametrize.register_parametrization(layer, "weight", parametrization)
+
+
+def parametrize_all(
+    layers: Mapping[str, QuantizedLayer], make: Callable[[str, QuantizedLayer], M | None]
+) -> dict[str, M]:
+    """Parametrize the weights of all layers, or of none if one of them cannot be.
+
+    Args:
+        layers: by name.
+        make: returns the parametrization of a layer, or None to leave its weight alone.
+
+    Returns:
+        The parametrizations by the name of their layer.
+    """
+    made: dict[str, M] = {}
+    try:
+        for name, layer in layers.items():
+            parametrization = make(name, layer)
+            if parametrization is not None:
+                parametrized(layer, parametrization)
+                made[name] = parametrization
+    except BaseException:
+        for name in made:
+            unparametrized(layers[name])
+        raise
+    return made
+
+
+def unparametrized(layer: QuantizedLayer) -> None:
+    """Give a layer its weight back as a parameter, with the present value of the parametrization."""
+    if parametrize.is_parametrized(layer, "weight"):
+        parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)

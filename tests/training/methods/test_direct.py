@@ -1,0 +1,102 @@
+"""Direct quantization: gradients of levels, and levels that few channels do not dominate."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gradl1_fast.training.methods import make
+from gradl1_fast.training.methods.direct import LevelCodes, LevelSite, nearest, weighted_levels
+from tests.gradients import assert_gradient
+from tests.training.methods import small
+
+GENERATOR = torch.Generator().manual_seed(0)
+W = torch.randn(6, 5, generator=GENERATOR, dtype=torch.float64)
+X = torch.randn(8, 400, generator=GENERATOR, dtype=torch.float64)
+START = torch.linspace(-2, 2, 4, dtype=torch.float64)
+
+
+def test_it_begins_with_every_weight_at_its_nearest_level():
+    codes = LevelCodes(3)
+    scores, levels = codes.right_inverse(W)
+    assert torch.equal(codes(scores, levels), levels[nearest(W, levels)])
+    assert float((codes(scores, levels) - W).abs().max()) <= float(W.max() - W.min()) / 14 * (1 + 1e-9)
+
+
+def test_the_gradient_of_a_level_is_the_sum_over_its_weights():
+    codes, g = LevelCodes(2), torch.randn_like(W)
+    scores, levels = (t.requires_grad_() for t in codes.right_inverse(W))
+    of_scores, of_levels = torch.autograd.grad((codes(scores, levels) * g).sum(), (scores, levels))
+    chosen = scores.argmax(-1)
+    assert_gradient(of_levels, torch.stack([g[chosen == k].sum() for k in range(4)]), 1e-10)
+    p = torch.softmax(scores.detach(), -1)
+    soft = (p * levels.detach()).sum(-1, keepdim=True)
+    assert_gradient(of_scores, g.unsqueeze(-1) * p * (levels.detach() - soft), 1e-10)
+
+
+def test_the_levels_are_weighted_means_of_their_values():
+    weights = torch.rand(8, generator=GENERATOR, dtype=torch.float64)
+    levels = weighted_levels(X, START, weights, rounds=60)
+    codes = nearest(X, levels)
+    for k in range(4):
+        d = weights[:, None] * (codes == k)
+        assert float((d * (X - levels[k])).sum()) == pytest.approx(0, abs=1e-7)  # the normal equation
+
+
+def test_equal_weights_are_plain_least_squares():
+    ones, fives = (weighted_levels(X, START, torch.full((8,), v).double()) for v in (1.0, 5.0))
+    torch.testing.assert_close(ones, fives)
+    codes = nearest(X, ones)
+    error = (X - ones[codes]).square().mean()
+    for k in range(4):
+        for shift in (-0.3, 0.3):
+            moved = ones.clone()
+            moved[k] += shift
+            assert (X - moved[codes]).square().mean() >= error
+
+
+def test_a_level_without_values_stays():
+    assert float(weighted_levels(torch.zeros(1, 3), torch.tensor([0.0, 9.0]), torch.ones(1))[1]) == 9
+
+
+def test_a_channel_of_large_variance_moves_the_weighted_levels_less():
+    scaled = X.clone()
+    scaled[0] *= 100
+
+    def move(weights_of):
+        before, after = (weighted_levels(x, START, weights_of(x), rounds=20) for x in (X, scaled))
+        return float((after - before).norm())
+
+    inverse = lambda x: 1 / x.var(1, correction=0)  # noqa: E731
+    assert move(inverse) < 0.05 * move(lambda x: torch.ones(len(x)).double())
+
+
+def test_a_site_follows_the_batches_and_passes_the_gradient_between_its_ends():
+    site = LevelSite(2, torch.zeros((), dtype=torch.float64))
+    x = X.T.contiguous().requires_grad_()  # 400 samples of 8 channels
+    y = site(x, 2)
+    assert len(y.unique()) == 4
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    low, high = site.levels[0], site.levels[-1]
+    assert torch.equal(grad, ((x >= low) & (x <= high)).double())
+    before = site.levels.clone()
+    site(2 * X.T, 2)
+    assert not torch.equal(site.levels, before)
+    after = site.eval().levels.clone()
+    site(9 * X.T, 2)
+    assert torch.equal(site.levels, after)
+
+
+def test_after_training_the_weights_are_levels():
+    made = small.advance(small.trainer("direct-3"), 4)
+    with made.objective.quantized(3, 3), torch.no_grad():
+        expected = made.model[8].weight.clone()
+    weight = made.finish()[8].weight
+    assert torch.equal(weight, expected)
+    assert len(weight.unique()) <= 8
+
+
+@pytest.mark.parametrize(("settings", "name"), [({"w": 9, "a": 4}, "w"), ({"w": 4, "a": 9}, "a")])
+def test_a_wrong_width_is_named(settings, name):
+    with pytest.raises(ValueError, match=f"Direct: {name} must be from 1 to 8, got 9"):
+        make("direct", small.network(), **settings)

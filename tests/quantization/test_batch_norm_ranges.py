@@ -185,7 +185,7 @@ class Parts(nn.Module):
 
 def test_parts_are_followed_and_their_inputs_have_to_be_given() -> None:
     model = gl.convert(Parts().eval())
-    with pytest.raises(ValueError, match=r"what reaches a\.0\.input, b\.0\.input; give"):
+    with pytest.raises(ValueError, match=r"the values at a\.0\.input, b\.0\.input; give"):
         gl.calibrate(model, ranges="batch_norm")
     known = {"a.0.input": INPUT, "b.0.input": (-1.0, 1.0)}
     gl.calibrate(model, ranges=gl.ranges.BatchNormStatistics(known=known))
@@ -216,5 +216,5 @@ def test_what_is_changed_in_place_is_not_taken_for_what_it_was() -> None:
     InPlace.add = False
     assert ends(calibrated(InPlace()), "last.input")[0] == 0.0
     InPlace.add = True
-    with pytest.raises(ValueError, match=r"what reaches last\.input"):
+    with pytest.raises(ValueError, match=r"the values at last\.input"):
         calibrated(InPlace())

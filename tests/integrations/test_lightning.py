@@ -206,7 +206,7 @@ def test_a_sharded_strategy_is_refused() -> None:
 
     module = Classifier()
     callback = integration.GradL1Callback(gl.GradL1(module.network, **SETTINGS))
-    with pytest.raises(RuntimeError, match="FSDPStrategy is refused"):
+    with pytest.raises(RuntimeError, match="FSDPStrategy is not supported"):
         callback.on_fit_start(Sharded(), module)
 
 

@@ -182,7 +182,7 @@ def test_sites_that_no_value_reaches_are_named_and_lose_their_range() -> None:
     model.used, model.spare, model.other = (gl.QLinear(3, 3) for _ in range(3))
     model.forward = lambda x: model.used(x)
     model.spare.input_quantizer.set_range(torch.tensor(0.0), torch.tensor(1.0))
-    with pytest.warns(UserWarning, match=r"no value reached spare\.input, other\.input, which") as caught:
+    with pytest.warns(UserWarning, match=r"no value reached spare\.input, other\.input,") as caught:
         gl.calibrate(model, [torch.ones(2, 3)])
     assert len(caught) == 1
     assert caught[0].filename == __file__
@@ -272,7 +272,7 @@ def test_models_are_called_as_they_are_made(case: str) -> None:
 
 def test_bad_values_name_the_site_of_a_model_that_was_not_traced() -> None:
     model = gl.convert(Several().eval())
-    with pytest.raises(ValueError, match=r"calibrate: the values at 'rest\.input' go from nan"):
+    with pytest.raises(ValueError, match=r"calibrate: the values at 'rest\.input' range from nan"):
         gl.calibrate(model, [{"left": LEFT, "scale": float("nan")}])
     assert set(ranges(model).values()) == {(None, None)}
 

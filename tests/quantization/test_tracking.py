@@ -100,7 +100,7 @@ def test_a_bad_value_is_named_at_once_and_the_range_stays(name: str) -> None:
     model = layer()
     with gl.track_ranges(model, name):
         model(BATCHES[0])
-        with pytest.raises(ValueError, match=r"track_ranges: the values at 'input' go from nan"):
+        with pytest.raises(ValueError, match=r"track_ranges: the values at 'input' range from nan"):
             model(torch.tensor([[1.0, float("nan")]]))
         assert ends(model) == (-1.0, 2.0)
 

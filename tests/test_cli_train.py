@@ -108,7 +108,7 @@ def test_a_resumed_run_is_not_changed(finished):
     output = refused("--resume", finished[0], "--epochs", "3", "--lambda", "1")
     assert "leave out --epochs, --lambda" in output
     elsewhere = refused("--resume", finished[0], "--recipe", "fashion-mnist", "--out", finished[0].parent)
-    assert "without --recipe, --out" in elsewhere
+    assert "leave out --recipe, --out" in elsewhere
 
 
 @pytest.mark.parametrize("begun", [True, False])

@@ -14,7 +14,8 @@ from gradl1_fast.cli.app import app
 from gradl1_fast.training import experiment as experiments
 from gradl1_fast.training.experiment import report as reports
 from gradl1_fast.training.experiment.experiment import DEFAULT_REGIMES
-from gradl1_fast.training.experiment.methods import text_of
+from gradl1_fast.training.experiment.methods import at, text_of
+from gradl1_fast.training.models import INITIALISERS
 from gradl1_fast.training.report import prepare
 from gradl1_fast.training.trainer import TrainingError
 
@@ -62,12 +63,22 @@ def experiment(
     regimes: Annotated[
         str, typer.Option(help="Semicolon-separated regimes from the list above, or all.")
     ] = "; ".join(DEFAULT_REGIMES),
+    initialisers: Annotated[
+        str | None,
+        typer.Option(
+            help="Distributions of the initial weights, with commas between them, or: all. Each method runs "
+            f"with each of them. They are {', '.join(INITIALISERS)}. Default: the network's own."
+        ),
+    ] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="Tiny settings, to check that it runs (seconds per method).")
     ] = False,
 ) -> None:
     """Train a network by each method, quantize all of them to many widths, and compare."""
     chosen = list(experiments.VARIANTS) if methods == "all" else _split(methods)
+    if initialisers is not None:
+        starts = list(INITIALISERS) if initialisers == "all" else _split(initialisers)
+        chosen = [at(method, start) for start in starts for method in chosen]
     rows = json or out / "results.json"
     try:
         among = list(experiments.REGIMES) if regimes == "all" else _split(regimes, ";")

@@ -49,12 +49,15 @@ class Model:
         width: channels of its first layer; None for its own.
         stem: ``"cifar"`` or ``"imagenet"``, where it has both; None for its own.
         per_channel: one range for each output channel of a weight.
+        initialiser: distribution of the initial weights, a key of
+            :data:`gradl1_fast.training.models.INITIALISERS`; None for the network's own.
     """
 
     name: str = "digits_net"
     width: int | None = None
     stem: str | None = None
     per_channel: bool = False
+    initialiser: str | None = None
 
     def __post_init__(self) -> None:
         if self.width is not None:

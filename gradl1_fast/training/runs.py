@@ -112,6 +112,8 @@ def network(config: Config, classes: int, channels: int) -> nn.Module:
     model = models.build(
         settings.name, classes=classes, channels=channels, width=settings.width, stem=settings.stem
     )
+    if settings.initialiser is not None:
+        models.initialise(model, settings.initialiser)
     return convert(model, per_channel=settings.per_channel)
 
 

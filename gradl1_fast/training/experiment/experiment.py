@@ -17,7 +17,8 @@ from gradl1_fast.quantization import calibrate
 from gradl1_fast.training.config import Config, recipe
 from gradl1_fast.training.data import Dataset, load
 from gradl1_fast.training.experiment import measurements
-from gradl1_fast.training.experiment.methods import check_methods, method_of, settings_of
+from gradl1_fast.training.experiment.distributions import distributions
+from gradl1_fast.training.experiment.methods import at, check_methods, initialiser_of, method_of, settings_of
 from gradl1_fast.training.experiment.regimes import OWN, REGIMES, Width, evaluate
 from gradl1_fast.training.experiment.results import ResultError, Results, Row, Run
 from gradl1_fast.training.experiment.session import Session
@@ -71,7 +72,12 @@ class Experiment:
             method=method_of(method),
             settings=settings_of(method, self.config.penalty.settings),
         )
-        return replace(self.config, penalty=penalty, training=replace(self.config.training, seed=seed))
+        model = self.config.model
+        start = initialiser_of(method)
+        if start is not None:
+            model = replace(model, initialiser=start)
+        training = replace(self.config.training, seed=seed)
+        return replace(self.config, model=model, penalty=penalty, training=training)
 
     def settings_of(self, method: str, seed: int) -> dict[str, Any]:
         """Return everything that decides the result of one run, as it comes back from JSON."""
@@ -79,6 +85,8 @@ class Experiment:
         others.pop("config")
         config = asdict(self.config_of(method, seed))
         config["data"].pop("folder")  # where files lie decides nothing
+        if config["model"]["initialiser"] is None:
+            config["model"].pop("initialiser")  # runs of earlier versions have none
         widths = [list(width) for width in self.widths]
         return {**config, **others, "widths": widths, "regimes": list(self.regimes)}
 
@@ -166,7 +174,7 @@ def run(
             continue
         data = data or _data(experiment)
         with backend("reference"), _one_thread():
-            for finished in _runs(experiment, missing, seed, data, stage):
+            for finished in _runs_of(experiment, missing, seed, data, stage):
                 Results([finished]).write_runs(_path(folder, finished.method, seed))
                 found[finished.method, seed] = finished
                 on_run(_ordered(found, methods, seeds))
@@ -202,11 +210,22 @@ def _data(experiment: Experiment) -> Dataset:
     return replace(data, train=train, test=test)
 
 
+def _runs_of(
+    experiment: Experiment, methods: Sequence[str], seed: int, data: Dataset, stage: Stage
+) -> Iterator[Run]:
+    """Run methods in groups that share an initialiser."""
+    for initialiser in dict.fromkeys(map(initialiser_of, methods)):
+        same = [method for method in methods if initialiser_of(method) == initialiser]
+        yield from _runs(experiment, same, seed, data, stage)
+
+
 def _runs(
     experiment: Experiment, methods: Sequence[str], seed: int, data: Dataset, stage: Stage
 ) -> Iterator[Run]:
-    """Train what methods share, then branch for each of them."""
-    trunk = Session(experiment.config_of("plain", seed), data, experiment.probed, experiment.marks)
+    """Train what methods of one initialiser share, then branch for each of them."""
+    plain = experiment.config_of(at("plain", initialiser_of(methods[0])), seed)
+    trunk = Session(plain, data, experiment.probed, experiment.marks)
+    start = distributions(trunk.trainer.model, "start")
     _train(trunk, experiment.shared_epochs, stage(f"seed {seed}: shared epochs", experiment.shared_epochs))
     for method in methods:
         config = experiment.config_of(method, seed)
@@ -214,7 +233,8 @@ def _runs(
         _train(branch, config.penalty.epochs, stage(f"seed {seed}: {method}", config.penalty.epochs))
         own = _own_rows(method, seed, branch, data)
         branch.trainer.finish()
-        yield _finished(experiment, method, seed, branch, data, stage, own)
+        finished = _finished(experiment, method, seed, branch, data, stage, own)
+        yield replace(finished, weights=start + distributions(branch.trainer.model, "end"))
 
 
 def _train(session: Session, epochs: int, after_epoch: Callable[[], None]) -> None:

@@ -52,6 +52,8 @@ $changes
 least 8 bits.</p>
 $alone
 
+$weights
+
 <h2>Cost</h2>
 <p>Median computing time of an epoch with the method, on one thread; other work on the same computer may
 have slowed some epochs. Measuring norms is not counted.</p>

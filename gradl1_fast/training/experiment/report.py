@@ -54,7 +54,7 @@ def accuracy_table(results: Results) -> Table:
 
 def own_table(results: Results) -> Table:
     """Return the accuracies with the quantizers of the methods themselves, at the widths they trained for."""
-    rows = [
+    rows: list[tuple[str, ...]] = [
         (m, _name(w, a), str(results.spread(m, OWN, w, a)))
         for m in results.methods
         for w, a in results.own_widths(m)
@@ -111,6 +111,7 @@ def html(results: Results) -> str:
         verdict=items(verdict(results)),
         accuracy=table(*accuracy_table(results)),
         own=_own(results),
+        weights=_weights(results),
         regimes=items([f"{name}: {REGIMES[name].text}" for name in results.regimes if name in REGIMES]),
         methods=table(("method", "what is minimised", "settings"), _methods(results)),
         bits=image(charts.bits_chart(results), "Accuracy over bits for each method", narrow=False),
@@ -148,6 +149,25 @@ def _methods(results: Results) -> list[tuple[str, ...]]:
         text = ", ".join(f"{key} = {value}" for key, value in settings.items())
         found.append((method, text_of(method), text or "none"))
     return found
+
+
+def _weights(results: Results) -> str:
+    """Return the distributions of the weights of the first seed, or nothing where they were not measured."""
+    rows: list[tuple[str, ...]] = [
+        (
+            *(run.method, d.tensor, d.when, f"{d.low:.3f}", f"{d.high:.3f}", f"{d.deviation:.3f}"),
+            *(f"{d.kurtosis:.2f}", f"{d.precision:.2f}", f"{d.error:.1e}"),
+        )
+        for run in results.runs
+        for d in run.weights
+        if run.seed == results.runs[0].seed
+    ]
+    head = ("method", "tensor", "at", "smallest", "largest", "deviation", "kurtosis", "precision", "error")
+    text = (
+        "<h2>Distribution of the weights</h2>\n<p>Of the first seed. Precision: mean range of a channel over "
+        "that of the tensor. Error: mean squared error at 8 bits with one range.</p>"
+    )
+    return f"{text}\n{table(head, rows)}" if rows else ""
 
 
 def _alone(results: Results) -> Table:

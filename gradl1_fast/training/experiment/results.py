@@ -6,11 +6,12 @@ import json
 import math
 import statistics
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 from gradl1_fast import _files, _json
+from gradl1_fast.training.experiment.distributions import Distribution
 from gradl1_fast.training.experiment.measurements import Alone, Change, Norms
 from gradl1_fast.training.experiment.regimes import OWN
 from gradl1_fast.training.experiment.session import Epoch
@@ -60,6 +61,7 @@ class Run:
         changes: of the loss, when weights move.
         alone: the loss when one tensor alone is quantized.
         environment: versions and devices.
+        weights: distributions of the weights, at the start and at the end.
     """
 
     method: str
@@ -71,6 +73,7 @@ class Run:
     changes: list[Change]
     alone: list[Alone]
     environment: dict[str, dict[str, str]]
+    weights: list[Distribution] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, ready for JSON; :meth:`from_dict` gives the run back."""
@@ -83,6 +86,7 @@ class Run:
         Raises:
             ResultError: the values are those of something else; names ``where``.
         """
+        values = {"weights": [], **values}  # runs of earlier versions have none
         _check_kinds(values, where)
         try:
             lists: dict[str, Any] = {
@@ -94,13 +98,16 @@ class Run:
             raise ResultError(f"{where}: not a result of gradl1 experiment: {error!s:.300}") from error
 
 
-_LISTS: dict[str, type] = {"rows": Row, "epochs": Epoch, "norms": Norms, "changes": Change, "alone": Alone}
+_LISTS: dict[str, type] = {
+    **{"rows": Row, "epochs": Epoch, "norms": Norms, "changes": Change, "alone": Alone},
+    "weights": Distribution,
+}
 _KINDS = {"method": str, "seed": int, "settings": dict, "environment": dict} | dict.fromkeys(_LISTS, list)
 
 
 def _with_nan(kind: type, entry: dict[str, Any]) -> dict[str, Any]:
     """Return the entry with NaN where a number was not finite: JSON has null there. An accuracy is finite."""
-    numbers = {field.name for field in fields(kind) if field.type == "float" and kind is not Row}
+    numbers = {each.name for each in fields(kind) if each.type == "float" and kind is not Row}
     return {name: math.nan if value is None and name in numbers else value for name, value in entry.items()}
 
 

@@ -39,7 +39,7 @@ def correlation(layer: nn.Module, x: Tensor) -> Tensor | None:
     if isinstance(layer, nn.Linear):
         rows = x.flatten(0, -2)
     elif isinstance(layer, nn.Conv2d) and layer.groups == 1 and not isinstance(layer.padding, str):
-        patches = F.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride)  # type: ignore[arg-type]
+        patches = F.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
         rows = patches.transpose(1, 2).flatten(0, 1)
     else:
         return None

@@ -76,7 +76,7 @@ class _QuantizedGradient(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         low, high = ctx.estimate.next(grad)
         return quantize_stochastically(grad, low, high, ctx.bits), None, None
 
@@ -145,7 +145,7 @@ class InHindsight(Quantizing):
     def _quantize_gradient(
         self, estimate: HindsightRange, layer: nn.Module, args: Any, output: Tensor
     ) -> Tensor:
-        return _QuantizedGradient.apply(output, estimate, self.gradient_bits)  # type: ignore[no-untyped-call]
+        return _QuantizedGradient.apply(output, estimate, self.gradient_bits)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the ranges of activations and gradients so far."""

@@ -92,7 +92,11 @@ class RangeRegularisation(WeightPenalty):
 
     def part(self, weight: Tensor, layer: QuantizedLayer) -> Tensor:
         """Return the measure of one weight, a scalar."""
-        return _SCALARS[self.kind](weight, layer.r2) if self.kind in _SCALARS else largest(weight)
+        return (
+            _SCALARS[self.kind](weight, layer.get_parameter("r2"))
+            if self.kind in _SCALARS
+            else largest(weight)
+        )
 
     def penalty(self, parts: Tensor) -> Tensor:
         """See :meth:`WeightPenalty.penalty`."""

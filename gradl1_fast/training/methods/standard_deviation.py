@@ -193,7 +193,7 @@ class StandardDeviation(Quantizing):
     def _freeze(self) -> None:
         if self.joint_steps and self._steps >= self.joint_steps:
             for holder in (*self.grids.values(), *self.sites.values()):
-                holder.alpha.requires_grad_(False)  # type: ignore[union-attr]
+                holder.alpha.requires_grad_(False)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return ranges and the number of steps."""

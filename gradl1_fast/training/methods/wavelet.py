@@ -64,8 +64,8 @@ class HaarGrid(WeightGrid):
 
     def quantize(self, weight: Tensor, bits: int) -> Tensor:
         """See :meth:`WeightGrid.quantize`."""
-        bands = (on_levels(band, bits) for band in haar(weight, self.axis))
-        return inverse_haar(*bands, self.axis, weight.shape[self.axis])
+        sums, differences = (on_levels(band, bits) for band in haar(weight, self.axis))
+        return inverse_haar(sums, differences, self.axis, weight.shape[self.axis])
 
 
 class Wavelet(SeveralWidths):

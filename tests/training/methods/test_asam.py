@@ -43,5 +43,6 @@ def test_the_gradient_is_that_at_the_moved_weights():
 
 def test_no_gradient_gives_no_move():
     model = gl.convert(nn.Sequential(nn.Linear(2, 2)))
-    _, grads = small.step("asam", model, lambda: 0 * model(torch.ones(1, 2)).sum(), rho=0.2)
+    terms, grads = small.step("asam", model, lambda: 0 * model(torch.ones(1, 2)).sum(), rho=0.2)
+    assert terms.penalty == 0
     assert all(g.isfinite().all() for g in grads.values())

@@ -11,7 +11,8 @@ from gradl1_fast.training.methods.symmetry import asymmetry
 from tests.gradients import assert_gradient
 from tests.training.methods import small
 
-VALUES = torch.randn(13, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+NORMAL = torch.randn(13, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+VALUES = NORMAL + 0.3 * NORMAL**2 - 0.4  # skewed: sums of pairs have both signs
 
 
 def formula(w, group):

@@ -210,13 +210,13 @@ def laughing(state):
 
 GREEDY = {
     "expanded": (expanded, "'optimizer.state.0.exp_avg' is a tensor with fewer values than its shape says"),
-    "meta": (put("order", value=torch.empty(2**40, device="meta")), "asks for 'torch._utils _rebuild_meta"),
+    "meta": (put("order", value=torch.empty(2**40, device="meta")), "refers to 'torch._utils _rebuild_meta"),
     "nested": (nested, "nested more than 20 levels deep"),
     "in many places": (laughing, "there are more values than the file has bytes"),
     "long number": (put("schedule", "T_max", value=2**70), "'schedule.T_max' is a number of more than 64"),
     "long key": (put("schedule", 2**70, value=1), "'schedule' has a key that is neither"),
-    "bytes": (put("schedule", "T_max", value=bytearray(3)), "asks for '(__builtin__|builtins) bytearray'"),
-    "set": (put("schedule", "T_max", value={3}), "asks for"),
+    "bytes": (put("schedule", "T_max", value=bytearray(3)), "refers to '(__builtin__|builtins) bytearray'"),
+    "set": (put("schedule", "T_max", value={3}), "refers to"),
 }
 
 

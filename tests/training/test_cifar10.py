@@ -222,7 +222,7 @@ def test_arrays_of_bytes_are_read_as_numpy_reads_them(protocol, order):
     ],
 )
 def test_an_operation_cannot_ask_for_more_than_the_pickle_holds(content):
-    with pytest.raises(pickle.UnpicklingError, match=r"counts 2147483646 values|expected 8589934592 bytes"):
+    with pytest.raises(pickle.UnpicklingError, match=r"claims 2147483646 values|expected 8589934592 bytes"):
         read_pickle(content)
 
 

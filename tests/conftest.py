@@ -8,6 +8,12 @@ import torch
 from tests.full import thinned
 from tests.skipped import table
 
+# Tests of minutes, which begin first.
+LONG = (
+    *("tests/triton/test_interpreted.py", "tests/triton/test_compiled_ahead.py"),
+    *("tests/compiled/test_emulated.py", "tests/compiled/test_cuda_sources.py"),
+)
+
 try:
     from hypothesis import settings
 except ImportError:  # `make gpu` installs nothing, and tests/gpu needs none of it
@@ -26,6 +32,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     items[:], left = thinned(items)
+    items.sort(key=lambda item: not item.nodeid.startswith(LONG))  # so that none is left alone at the end
     if left:
         config.hook.pytest_deselected(items=left)
 

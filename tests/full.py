@@ -12,7 +12,7 @@ __all__ = ["FULL", "thinned"]
 FULL = os.environ.get("GRADL1_TEST_FULL") == "1"
 
 # Of each test function below a path, `make test` runs one case in so many.
-EVERY = {"tests/triton/interpreted/": 3}
+EVERY = {"tests/triton/interpreted/": 6}
 
 
 def thinned(items: list[pytest.Item]) -> tuple[list[pytest.Item], list[pytest.Item]]:

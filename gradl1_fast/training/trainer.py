@@ -320,12 +320,14 @@ class Trainer:
 
 @contextlib.contextmanager
 def _values_kept(model: nn.Module) -> Iterator[None]:
-    """Give parameters and buffers back the very values that they had before the block."""
-    before = {key: value.detach().clone() for key, value in model.state_dict().items()}
+    """Give parameters and buffers back the values, memory and strides that they had before the block."""
+    before = {key: (value.detach(), value.detach().clone()) for key, value in model.state_dict().items()}
     try:
         yield
     finally:
         with torch.no_grad():
-            for key, value in model.state_dict().items():
-                if not torch.equal(value, before[key]):
-                    value.copy_(before[key])
+            for key, value in model.state_dict(keep_vars=True).items():
+                memory, kept = before[key]
+                if not torch.equal(memory, kept):
+                    memory.copy_(kept)
+                value.data = memory

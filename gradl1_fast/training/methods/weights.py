@@ -116,6 +116,16 @@ def parametrize_all(
 
 
 def unparametrized(layer: QuantizedLayer) -> None:
-    """Give a layer its weight back as a parameter, with the present value of the parametrization."""
+    """Give a layer its weight back as a parameter, with the present value of the parametrization.
+
+    It is the first parameter again, as an optimizer's state goes by the order.
+    """
     if parametrize.is_parametrized(layer, "weight"):
         parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
+        weight = layer._parameters.pop("weight")
+        layer._parameters.update({"weight": weight, **_emptied(layer._parameters)})
+
+
+def _emptied(values: dict[str, Any]) -> dict[str, Any]:
+    """Take all entries out of a dictionary, and return them."""
+    return {key: values.pop(key) for key in list(values)}

@@ -69,7 +69,7 @@ def test_the_same_seed_gives_the_same_rows_and_another_one_others(results, tmp_p
     assert other.norms[0] != whole.norms[0]
 
 
-@pytest.mark.parametrize("method", ["gradl1", "qat-4", "sam", "gradl1+kure"])
+@pytest.mark.parametrize("method", ["gradl1", "qat-4", "sam", "symreg+satnl"])
 def test_a_branch_equals_a_whole_training(method):
     data = digits(0)
     data = replace(data, train=tuple(part[:200] for part in data.train))

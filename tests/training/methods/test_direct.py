@@ -71,6 +71,17 @@ def test_a_channel_of_large_variance_moves_the_weighted_levels_less():
     assert move(inverse) < 0.05 * move(lambda x: torch.ones(len(x)).double())
 
 
+def test_a_site_weighs_channels_by_their_inverse_variance():
+    x = X.clone()
+    x[0] *= 100
+    x[1] = 0  # constant: it has no variance and does not count
+    site = LevelSite(2, torch.zeros((), dtype=torch.float64))
+    site(x.T.contiguous(), 2)
+    inverse = torch.cat([1 / x[:1].var(1, correction=0), torch.zeros(1), 1 / x[2:].var(1, correction=0)])
+    start = x.min() + (x.max() - x.min()) * torch.linspace(0, 1, 4, dtype=torch.float64)
+    torch.testing.assert_close(site.levels, weighted_levels(x, start, inverse.double()))
+
+
 def test_a_site_follows_the_batches_and_passes_the_gradient_between_its_ends():
     site = LevelSite(2, torch.zeros((), dtype=torch.float64))
     x = X.T.contiguous().requires_grad_()  # 400 samples of 8 channels

@@ -110,7 +110,8 @@ def test_closing_leaves_an_ordinary_model(name):
     plain = small.network()
     kinds = [type(module) for module in plain.modules()]
     model = made.finish()
-    assert model.state_dict().keys() == plain.state_dict().keys()
+    assert list(model.state_dict()) == list(plain.state_dict())
+    assert [key for key, _ in model.named_parameters()] == [key for key, _ in plain.named_parameters()]
     assert [type(module) for module in model.modules()] == kinds
     assert all(p.requires_grad for p in model.parameters())
     gl.calibrate(model, [small.IMAGES[0]])

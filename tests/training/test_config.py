@@ -13,7 +13,7 @@ from gradl1_fast.training.config import Config, Data, Model, Optimizer, Penalty,
 
 EVERYTHING = Config(
     Data("cifar10", 'a "folder" with \\ and ä', 64, flip=True, crop=4),
-    Model("resnet18", 8, "imagenet", per_channel=True),
+    Model("resnet18", 8, "imagenet", per_channel=True, initialiser="he-normal"),
     Optimizer("sgd", 0.05, 0.85, 5e-4, 2),
     Training(9, 64, 4, 0.1, 0.999, 3, "bfloat16", True, True, True, 100),
     Penalty("gradl1", 3, 1, {"lambda_w": 1e-3, "every": 2, "scale": "none", "flag": True}),

@@ -62,8 +62,9 @@ def text(results: dict[str, Result]) -> str:
 
 def _environment(results: dict[str, Result]) -> str:
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in PACKAGES)
-    date = max(result["date"] for result in results.values())
-    return f"{len(results)} models on {date}: Python {platform.python_version()}, {versions}.\n\n"
+    dates = sorted({result["date"] for result in results.values()})
+    when = f"on {dates[0]}" if len(dates) == 1 else f"in several runs from {dates[0]} to {dates[-1]}"
+    return f"{len(results)} models {when}: Python {platform.python_version()}, {versions}.\n\n"
 
 
 def _by_family(results: dict[str, Result], families: Iterable[str]) -> str:

@@ -142,5 +142,6 @@ class Task:
 LAUNCH_BOUND = [
     Workload("resnet18", 2, 2, 8),
     Workload("resnet50", 2, 2, 8),
-    Workload("mobilenet_v2", 4, 2, 8),
+    # At 8 x 8 its last batch norms see two values: no gradient in float32 has a digit that is right.
+    Workload("mobilenet_v2", 4, 2, 16),
 ]

@@ -17,7 +17,16 @@ from gradl1_fast.quantization.bits import INPUT_BITS, check_width, width_at
 from gradl1_fast.training.methods.interface import Method, Width
 from gradl1_fast.training.methods.weights import parametrize_all, unparametrized
 
-__all__ = ["MovingRange", "Quantizing", "SiteGrid", "WeightGrid", "at_rate", "ends_of", "straight_through"]
+__all__ = [
+    "MovingRange",
+    "Quantizing",
+    "SiteGrid",
+    "WeightGrid",
+    "at_rate",
+    "ends_of",
+    "set_ends",
+    "straight_through",
+]
 
 MOMENTUM = 0.1  # share of the present batch in the moving range
 _SITE = "grid_in_training"  # name of a :class:`SiteGrid` in its quantizer
@@ -155,8 +164,7 @@ class Quantizing(Method):
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Load a state that :meth:`state_dict` returned."""
-        for name, moving in self.ranges.items():
-            moving.low, moving.high = state.get(f"{name}.low"), state.get(f"{name}.high")
+        set_ends(self.ranges, state)
 
     def close(self) -> None:
         """Restore the ranges of the activations, and leave the float weights."""
@@ -176,6 +184,13 @@ def ends_of(ranges: Mapping[str, MovingRange]) -> dict[str, Tensor]:
         for end, value in (("low", r.low), ("high", r.high))
         if value is not None
     }
+
+
+def set_ends(ranges: Mapping[str, MovingRange], state: Mapping[str, Tensor], prefix: str = "") -> None:
+    """Set what :func:`ends_of` returned, under names that begin with a prefix."""
+    for name, moving in ranges.items():
+        low, high = (state.get(f"{prefix}{name}.{end}") for end in ("low", "high"))
+        moving.low, moving.high = low, high
 
 
 class MovingRange:

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from gradl1_fast import _checks as check
 from gradl1_fast.training.methods.interface import Closure, Scale, Terms, identity
-from gradl1_fast.training.methods.quantizing import Quantizing, ends_of
+from gradl1_fast.training.methods.quantizing import Quantizing, ends_of, set_ends
 
 __all__ = ["SeveralWidths", "WidthStatistics", "widths_in"]
 
@@ -102,8 +102,7 @@ class SeveralWidths(Quantizing):
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Load a state that :meth:`state_dict` returned."""
         for b, ranges in self._ranges_at.items():
-            for name, moving in ranges.items():
-                moving.low, moving.high = state.get(f"{b}.{name}.low"), state.get(f"{b}.{name}.high")
+            set_ends(ranges, state, f"{b}.")
         self.statistics.load_state_dict(state)
 
 

@@ -143,7 +143,7 @@ def test_the_experiment_prints_its_table_and_writes_its_rows(tmp_path):
     ("arguments", "message"),
     [
         (["imagenet"], "experiment must be one of fashion-mnist, fashion-mnist-depthwise"),
-        (["digits", "--methods", "plain,magic"], "methods must be among plain, "),
+        (["digits", "--methods", "plain,magic"], "methods must be among plain, asam, gradl1"),
         (["digits", "--methods", ","], "got none"),
         (["digits", "--regimes", "magic"], "regimes must be among per tensor; per channel"),
         (["fashion-mnist", "--data", "/nowhere"], "dataset-fashion-mnist"),

@@ -52,7 +52,7 @@ CHANGES = {
     "a scale": ("2.weight.scale", lambda v: v * 1.1, "codes at "),
     "a bias": ("0.bias.scale", lambda v: v * 3, "codes at "),
     "a zero point": ("2.input.zero_point", lambda v: v + 3, "codes at "),
-    "the last bias": ("7.bias.codes", lambda v: v[::-1].copy(), "output"),
+    "the last bias": ("7.bias.codes", lambda v: v[::-1].copy(), "outputs differ by "),
 }
 
 

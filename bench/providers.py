@@ -17,7 +17,7 @@ from bench.transforms import CompiledStep, JvpStep
 from bench.workloads import Task
 from gradl1_fast import backends
 from gradl1_fast._extras import install
-from gradl1_fast.training.speed import EagerPenalty
+from gradl1_fast.training.demo.speed import EagerPenalty
 
 __all__ = ["LAMBDA", "PLAIN", "PROVIDERS", "SCALE", "STEP_BITS", "CannotRunError", "Provider"]
 

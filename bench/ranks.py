@@ -20,7 +20,7 @@ from bench.providers import LAMBDA, PROVIDERS, SCALE
 from bench.step import Settings, empty_row
 from bench.steps import Penalised
 from bench.workloads import Workload
-from gradl1_fast.training.speed import EagerPenalty
+from gradl1_fast.training.demo.speed import EagerPenalty
 
 __all__ = ["measure_ranks"]
 

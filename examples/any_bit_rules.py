@@ -23,7 +23,7 @@ from torch import Tensor, nn
 import gradl1_fast as gl
 from gradl1_fast.nn.sites import named_layers
 from gradl1_fast.training.data import digits
-from gradl1_fast.training.loop import Recipe, accuracy, train
+from gradl1_fast.training.loop.simple import Recipe, accuracy, train
 from gradl1_fast.training.models import digits_net
 
 WIDTHS = (8, 6, 5, 4, 3, 2)

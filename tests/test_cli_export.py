@@ -17,8 +17,9 @@ from typer.testing import CliRunner, Result
 
 from gradl1_fast.cli import app
 from gradl1_fast.cli import export as command
-from gradl1_fast.training import data, runs
+from gradl1_fast.training import data
 from gradl1_fast.training.config import Config, Model
+from gradl1_fast.training.runs import folder as runs
 
 
 @pytest.fixture(scope="module")

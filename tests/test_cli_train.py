@@ -16,8 +16,9 @@ from typer.testing import CliRunner
 
 import gradl1_fast as gl
 from gradl1_fast.cli import app
-from gradl1_fast.training import config, runs
+from gradl1_fast.training import config
 from gradl1_fast.training.config import Config
+from gradl1_fast.training.runs import folder as runs
 
 WIDE = {"COLUMNS": "160", "TERM": "dumb", "NO_COLOR": "1"}
 QUICK = ["--epochs", "2", "--penalty-epochs", "1", "--width", "4", "--batch-size", "200", "--device", "cpu"]
@@ -29,7 +30,7 @@ def gradl1(*args):
 
 def configured(*args):
     """Return the configuration that a dry run prints; whether it could run is for other tests."""
-    with patch("gradl1_fast.training.launch.rehearse"):
+    with patch("gradl1_fast.training.runs.launch.rehearse"):
         result = gradl1("train", "--dry-run", *args)
     assert result.exit_code == 0, result.output
     return config.toml.from_dict(Config, config.toml._parser().loads(result.stdout), "printed")
@@ -118,7 +119,7 @@ def test_one_that_is_stopped_says_how_to_go_on_where_it_can(tmp_path, monkeypatc
             runs.Folder(folder).write_config(config)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("gradl1_fast.training.launch.launch", stopped)
+    monkeypatch.setattr("gradl1_fast.training.runs.launch.launch", stopped)
     output = refused("--out", tmp_path)
     assert "stopped" in output
     assert (f"--resume {tmp_path}" in output) == begun
@@ -256,7 +257,7 @@ def test_a_dry_run_that_could_run_says_so_by_its_exit_code_and_writes_nothing(tm
 @DRY
 def test_images_that_the_network_does_not_take_are_refused_before_the_work(dry, tmp_path, monkeypatch):
     net = gl.convert(nn.Sequential(nn.Conv2d(1, 2, 9), nn.Flatten(), nn.Linear(2, 10)))
-    monkeypatch.setattr("gradl1_fast.training.launch.network", lambda *args: net)
+    monkeypatch.setattr("gradl1_fast.training.runs.launch.network", lambda *args: net)
     output = refused(*QUICK, *dry, "--out", tmp_path / "run")
     assert "digits_net does not take images of shape (1, 8, 8): " in output
     assert "Kernel size" in output
@@ -279,7 +280,7 @@ def test_a_network_that_pytorch_differentiates_once_is_refused_before_the_work(
     method, dry, tmp_path, monkeypatch
 ):
     net = gl.convert(nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), Distances(), nn.Linear(10, 10)))
-    monkeypatch.setattr("gradl1_fast.training.launch.network", lambda *args: net)
+    monkeypatch.setattr("gradl1_fast.training.runs.launch.network", lambda *args: net)
     output = refused(*QUICK, *dry, "--method", method, "--out", tmp_path / "run")
     assert f"digits_net cannot be differentiated twice, as {method} needs: " in output
     assert "cdist" in output

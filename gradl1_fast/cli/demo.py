@@ -11,8 +11,8 @@ from rich.console import Console
 from gradl1_fast.cli._console import fail, table
 from gradl1_fast.cli._stages import stages
 from gradl1_fast.cli.app import app
-from gradl1_fast.training import demo as demos
-from gradl1_fast.training import report
+from gradl1_fast.training.demo import demo as demos
+from gradl1_fast.training.demo import report
 
 __all__ = ["demo"]
 

@@ -12,12 +12,12 @@ from gradl1_fast.cli._console import fail, table
 from gradl1_fast.cli._stages import stages
 from gradl1_fast.cli.app import app
 from gradl1_fast.training import experiment as experiments
+from gradl1_fast.training.demo.report import prepare
 from gradl1_fast.training.experiment import report as reports
 from gradl1_fast.training.experiment.experiment import DEFAULT_REGIMES
 from gradl1_fast.training.experiment.methods import at, text_of
+from gradl1_fast.training.loop.trainer import TrainingError
 from gradl1_fast.training.models import INITIALISERS
-from gradl1_fast.training.report import prepare
-from gradl1_fast.training.trainer import TrainingError
 
 __all__ = ["experiment"]
 

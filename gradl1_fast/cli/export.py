@@ -15,9 +15,9 @@ from gradl1_fast.cli._console import fail, pairs, table
 from gradl1_fast.cli.app import app
 from gradl1_fast.quantization.export import FORMATS, Agreement, Format, agreement
 from gradl1_fast.quantization.export.formats import File
-from gradl1_fast.training import runs
 from gradl1_fast.training.data.batches import Batch
-from gradl1_fast.training.loop import accuracy
+from gradl1_fast.training.loop.simple import accuracy
+from gradl1_fast.training.runs import folder as runs
 
 __all__ = ["export"]
 

@@ -12,8 +12,9 @@ from gradl1_fast._plots import new_figure, width_name
 from gradl1_fast.cli._console import fail, table
 from gradl1_fast.cli.app import app
 from gradl1_fast.quantization.ranges.choice import NAMES
-from gradl1_fast.training import runs, sweep_report
-from gradl1_fast.training import sweep as sweeps
+from gradl1_fast.training.runs import folder as runs
+from gradl1_fast.training.runs import sweep as sweeps
+from gradl1_fast.training.runs import sweep_report
 
 __all__ = ["sweep"]
 

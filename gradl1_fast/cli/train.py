@@ -17,13 +17,13 @@ from gradl1_fast.cli._console import fail, table
 from gradl1_fast.cli.app import app
 from gradl1_fast.quantization import Table
 from gradl1_fast.training import config as configs
-from gradl1_fast.training import launch as launches
 from gradl1_fast.training.config import Config
+from gradl1_fast.training.loop.ranks import is_first
+from gradl1_fast.training.loop.trainer import Trainer, TrainingError
 from gradl1_fast.training.methods import METHODS
-from gradl1_fast.training.ranks import is_first
-from gradl1_fast.training.runs import Folder
+from gradl1_fast.training.runs import launch as launches
+from gradl1_fast.training.runs.folder import Folder
 from gradl1_fast.training.toml import parse_value
-from gradl1_fast.training.trainer import Trainer, TrainingError
 
 __all__ = ["train"]
 

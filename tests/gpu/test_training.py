@@ -7,9 +7,9 @@ import torch
 
 import gradl1_fast as gl
 from gradl1_fast.training.config import Config, Optimizer, Penalty, Training
+from gradl1_fast.training.loop.ranks import Ranks
+from gradl1_fast.training.loop.trainer import Trainer
 from gradl1_fast.training.models import digits_net
-from gradl1_fast.training.ranks import Ranks
-from gradl1_fast.training.trainer import Trainer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import gradl1_fast as gl
-from gradl1_fast.training.optimization import Average
-from gradl1_fast.training.weights_file import load_weights, save_weights
+from gradl1_fast.training.loop.optimization import Average
+from gradl1_fast.training.runs.weights_file import load_weights, save_weights
 
 
 class Versioned(nn.Sequential):

@@ -17,14 +17,15 @@ import torch
 from torch import Tensor, nn
 
 import gradl1_fast as gl
-from gradl1_fast.training import checkpoints, runs
 from gradl1_fast.training.config import Config, Model, Penalty, Training
 from gradl1_fast.training.data import digits
 from gradl1_fast.training.data.idx import IdxFile
 from gradl1_fast.training.experiment.results import Results, Row, Run
+from gradl1_fast.training.loop.trainer import Trainer
 from gradl1_fast.training.models import digits_net
-from gradl1_fast.training.trainer import Trainer
-from gradl1_fast.training.weights_file import load_weights, save_weights
+from gradl1_fast.training.runs import checkpoints
+from gradl1_fast.training.runs import folder as runs
+from gradl1_fast.training.runs.weights_file import load_weights, save_weights
 
 image_folder = importlib.import_module("gradl1_fast.training.data.image_folder")  # likewise
 cifar10 = importlib.import_module("gradl1_fast.training.data.cifar10")  # the function has the same name

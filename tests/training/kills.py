@@ -15,9 +15,10 @@ from pathlib import Path
 
 import torch
 
-from gradl1_fast.training import data, launch
+from gradl1_fast.training import data
 from gradl1_fast.training.config import Config, Data, Model, Optimizer, Penalty, Training
-from gradl1_fast.training.trainer import Trainer
+from gradl1_fast.training.loop.trainer import Trainer
+from gradl1_fast.training.runs import launch
 
 CONFIG = Config(
     Data(flip=True, crop=1),

@@ -25,8 +25,8 @@ import torch
 from safetensors.torch import load_file
 
 from gradl1_fast.training.config import Config
-from gradl1_fast.training.runs import Folder
-from gradl1_fast.training.trainer import Trainer
+from gradl1_fast.training.loop.trainer import Trainer
+from gradl1_fast.training.runs.folder import Folder
 from tests.conversion.region_checks import regions_of
 from tests.test_faults_training import resident_bytes, tensors
 from tests.training import kills

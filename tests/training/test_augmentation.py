@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gradl1_fast.training.augmentation import augment, generator_of
+from gradl1_fast.training.data.augmentation import augment, generator_of
 
 IMAGES = torch.arange(1.0, 1 + 50 * 2 * 5 * 6).reshape(50, 2, 5, 6)
 

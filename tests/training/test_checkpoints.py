@@ -10,11 +10,11 @@ import pytest
 import torch
 
 import gradl1_fast as gl
-from gradl1_fast.training import checkpoints, state_file
 from gradl1_fast.training.config import Config, Penalty, Training
 from gradl1_fast.training.data import digits
+from gradl1_fast.training.loop.trainer import Trainer
 from gradl1_fast.training.models import digits_net
-from gradl1_fast.training.trainer import Trainer
+from gradl1_fast.training.runs import checkpoints, state_file
 
 DATA = tuple(part[:60] for part in digits(0).train)
 

@@ -6,10 +6,11 @@ import sys
 import pytest
 import torch
 
-from gradl1_fast.training import data, launch
+from gradl1_fast.training import data
 from gradl1_fast.training.config import Config, Data, Model, Penalty, Training
-from gradl1_fast.training.loop import accuracy
-from gradl1_fast.training.trainer import Trainer
+from gradl1_fast.training.loop.simple import accuracy
+from gradl1_fast.training.loop.trainer import Trainer
+from gradl1_fast.training.runs import launch
 
 pillow = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
 reader = importlib.import_module("gradl1_fast.training.data.image_folder")

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from gradl1_fast.training import runs
 from gradl1_fast.training.config import Config, Model
 from gradl1_fast.training.models import INITIALISERS, initialise
+from gradl1_fast.training.runs import folder as runs
 
 FAN_IN, FAN_OUT = 64 * 9, 128 * 9
 DEVIATIONS = {

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gradl1_fast.training.data import digits
-from gradl1_fast.training.loop import Recipe, accuracy, train
+from gradl1_fast.training.loop.simple import Recipe, accuracy, train
 from gradl1_fast.training.models import digits_net
 
 DATA = tuple(part[:100] for part in digits(0).train)

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import gradl1_fast as gl
+from gradl1_fast.training.loop.norms import step_norms
 from gradl1_fast.training.models import digits_net
-from gradl1_fast.training.norms import step_norms
 from tests.networks import NETWORKS
 
 

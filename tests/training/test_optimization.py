@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from gradl1_fast.training.config import Optimizer
-from gradl1_fast.training.optimization import Average, optimizer_for, schedule_for
+from gradl1_fast.training.loop.optimization import Average, optimizer_for, schedule_for
 
 
 def model():

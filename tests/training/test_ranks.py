@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import gradl1_fast as gl
-from gradl1_fast.training import ranks as module
+from gradl1_fast.training.loop import ranks as module
 from tests.gradients import assert_gradients
 from tests.ports import free_port
 

@@ -8,10 +8,10 @@ from xml.etree import ElementTree
 import pytest
 
 from gradl1_fast.quantization.sweep import Row, Table
-from gradl1_fast.training import report
-from gradl1_fast.training.demo import PENALISED, PLAIN, Results, Settings
-from gradl1_fast.training.speed import EAGER, OURS, OURS_STEP, Speed
-from gradl1_fast.training.speed import PLAIN as PLAIN_STEP
+from gradl1_fast.training.demo import report
+from gradl1_fast.training.demo.demo import PENALISED, PLAIN, Results, Settings
+from gradl1_fast.training.demo.speed import EAGER, OURS, OURS_STEP, Speed
+from gradl1_fast.training.demo.speed import PLAIN as PLAIN_STEP
 
 BITS = (None, 8, 4, 3)
 

@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 import gradl1_fast as gl
-from gradl1_fast.training import checkpoints
 from gradl1_fast.training.config import Config, Data, Model, Optimizer, Penalty, Training
 from gradl1_fast.training.data import digits
-from gradl1_fast.training.trainer import Trainer
+from gradl1_fast.training.loop.trainer import Trainer
+from gradl1_fast.training.runs import checkpoints
 
 ROOT = Path(__file__).parents[2]
 DATA = tuple(part[:60] for part in digits(0).train)

@@ -9,9 +9,10 @@ import torch
 from safetensors.torch import load_file, save
 
 import gradl1_fast as gl
-from gradl1_fast.training import data, runs
+from gradl1_fast.training import data
 from gradl1_fast.training.config import Config, Model
-from gradl1_fast.training.weights_file import FORMAT
+from gradl1_fast.training.runs import folder as runs
+from gradl1_fast.training.runs.weights_file import FORMAT
 
 CONFIG = Config(model=Model(width=4))
 DIGITS = data.load("digits")

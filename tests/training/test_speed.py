@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gradl1_fast.training import speed
+from gradl1_fast.training.demo import speed
 from gradl1_fast.training.models import digits_net, resnet18
 
 CASES = {

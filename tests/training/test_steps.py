@@ -13,12 +13,12 @@ from gradl1_fast.nn.sites import named_layers
 from gradl1_fast.penalty.measured import activation_sites
 from gradl1_fast.training.config import Config, Optimizer, Penalty, Training
 from gradl1_fast.training.data import digits
+from gradl1_fast.training.loop.ranks import Ranks
+from gradl1_fast.training.loop.recompute import recomputing
+from gradl1_fast.training.loop.steps import CompiledGradients
+from gradl1_fast.training.loop.trainer import Trainer, TrainingError
 from gradl1_fast.training.methods import make
 from gradl1_fast.training.models import digits_net
-from gradl1_fast.training.ranks import Ranks
-from gradl1_fast.training.recompute import recomputing
-from gradl1_fast.training.steps import CompiledGradients
-from gradl1_fast.training.trainer import Trainer, TrainingError
 from tests.conversion.runs import without_noise
 from tests.gradients import assert_gradients
 from tests.networks import NETWORKS
@@ -160,7 +160,7 @@ def test_a_penalty_that_is_no_number_ends_the_training_at_once():
 
 
 def test_where_a_look_has_to_wait_it_is_taken_at_intervals(monkeypatch):
-    monkeypatch.setattr("gradl1_fast.training.trainer.CHECK_EVERY", 3)
+    monkeypatch.setattr("gradl1_fast.training.loop.trainer.CHECK_EVERY", 3)
     made = trainer(config(), Overflowing())
     made.ranks = Ranks(0, 1, torch.device("meta"))  # any that is not a CPU
     monkeypatch.setattr(made, "batch", lambda step: tuple(part[:30] for part in DATA))
@@ -180,7 +180,7 @@ def test_in_float16_training_ends_where_not_one_step_is_taken():
 
 @pytest.mark.parametrize("every", [3, 50])
 def test_in_float16_a_penalty_may_be_infinite_only_until_the_scale_fits(every, monkeypatch):
-    monkeypatch.setattr("gradl1_fast.training.trainer.CHECK_EVERY", every)
+    monkeypatch.setattr("gradl1_fast.training.loop.trainer.CHECK_EVERY", every)
     made = trainer(config(precision="float16"))
     computed = made.gradients
     made.gradients = lambda *args: replace(computed(*args), penalty=torch.tensor(torch.inf))

@@ -11,9 +11,11 @@ from typer.testing import CliRunner
 import gradl1_fast as gl
 from gradl1_fast.cli import app
 from gradl1_fast.nn.sites import named_quantizers
-from gradl1_fast.training import data, runs, sweep, sweep_report
+from gradl1_fast.training import data
 from gradl1_fast.training.config import Config, Model
-from gradl1_fast.training.loop import accuracy
+from gradl1_fast.training.loop.simple import accuracy
+from gradl1_fast.training.runs import folder as runs
+from gradl1_fast.training.runs import sweep, sweep_report
 
 CONFIG = Config(model=Model(width=4))
 DIGITS = data.load("digits")

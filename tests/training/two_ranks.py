@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 import gradl1_fast as gl
 from gradl1_fast.training.config import Config, Penalty, Training
+from gradl1_fast.training.loop.ranks import ALONE, Ranks, ranks
+from gradl1_fast.training.loop.trainer import Trainer, TrainingError
 from gradl1_fast.training.methods import make
-from gradl1_fast.training.ranks import ALONE, Ranks, ranks
-from gradl1_fast.training.trainer import Trainer, TrainingError
 
 METHODS: dict[str, dict[str, object]] = {
     "gradl1": {"lambda_w": 0.05, "lambda_a": 0.03, "scale": "step"},

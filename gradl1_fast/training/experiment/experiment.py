@@ -22,7 +22,7 @@ from gradl1_fast.training.experiment.methods import at, check_methods, initialis
 from gradl1_fast.training.experiment.regimes import OWN, REGIMES, Width, evaluate
 from gradl1_fast.training.experiment.results import ResultError, Results, Row, Run
 from gradl1_fast.training.experiment.session import Session
-from gradl1_fast.training.loop import accuracy
+from gradl1_fast.training.loop.simple import accuracy
 
 __all__ = ["EXPERIMENTS", "Experiment", "run"]
 

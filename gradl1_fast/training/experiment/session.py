@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import torch
 
-from gradl1_fast.training import runs
 from gradl1_fast.training.config import Config
 from gradl1_fast.training.data import Dataset
 from gradl1_fast.training.experiment.measurements import Norms, norms
-from gradl1_fast.training.trainer import Trainer
+from gradl1_fast.training.loop.trainer import Trainer
+from gradl1_fast.training.runs import folder as runs
 
 __all__ = ["Epoch", "Session"]
 

@@ -11,8 +11,8 @@ import gradl1_fast as gl
 from gradl1_fast.training.config import Config, Data, Model, Optimizer, Penalty, Training
 from gradl1_fast.training.data import digits
 from gradl1_fast.training.experiment.methods import VARIANTS, method_of, settings_of
+from gradl1_fast.training.loop.trainer import Trainer
 from gradl1_fast.training.methods import Terms, make
-from gradl1_fast.training.trainer import Trainer
 
 IMAGES = tuple(part[:60] for part in digits(0).train)
 RECIPE = {"lambda_w": 0.01, "lambda_a": 0.01, "scale": "step"}

@@ -10,10 +10,11 @@ import torch
 
 import gradl1_fast as gl
 from docs_site import methods_table
-from gradl1_fast.training import checkpoints, methods
+from gradl1_fast.training import methods
 from gradl1_fast.training.experiment.methods import VARIANTS, method_of, settings_of, text_of
+from gradl1_fast.training.loop.optimization import Average
 from gradl1_fast.training.methods import Composed, Family, Method, make
-from gradl1_fast.training.optimization import Average
+from gradl1_fast.training.runs import checkpoints
 from tests.training.methods import small
 
 each = pytest.mark.parametrize("name", small.NAMES)

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from gradl1_fast import _checks as check
 from gradl1_fast import _files
-from gradl1_fast.training.epoch import Epoch
-from gradl1_fast.training.state_file import entries_in, is_finite, read_state
-from gradl1_fast.training.trainer import Trainer
-from gradl1_fast.training.weights_file import load_weights, save_weights
+from gradl1_fast.training.loop.epoch import Epoch
+from gradl1_fast.training.loop.trainer import Trainer
+from gradl1_fast.training.runs.state_file import entries_in, is_finite, read_state
+from gradl1_fast.training.runs.weights_file import load_weights, save_weights
 
 __all__ = ["latest", "load", "save"]
 

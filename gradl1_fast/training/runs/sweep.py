@@ -28,7 +28,7 @@ from gradl1_fast.quantization import (
 )
 from gradl1_fast.quantization.calibration import set_per_channel
 from gradl1_fast.training.data import Batch, Dataset
-from gradl1_fast.training.norms import step_norms
+from gradl1_fast.training.loop.norms import step_norms
 
 __all__ = ["BITS", "Results", "Settings", "run"]
 

@@ -13,17 +13,19 @@ import torch
 from torch import nn
 
 from gradl1_fast.quantization import Table, calibrate, sweep
-from gradl1_fast.training import checkpoints, data, rehearsal, run_report
+from gradl1_fast.training import data
 from gradl1_fast.training.config import Config
 from gradl1_fast.training.data import Dataset
-from gradl1_fast.training.loop import accuracy
-from gradl1_fast.training.norms import step_norms
-from gradl1_fast.training.ranks import Ranks, is_first, ranks
-from gradl1_fast.training.recorder import Recorder
-from gradl1_fast.training.runs import Folder, RunError, network
+from gradl1_fast.training.loop.norms import step_norms
+from gradl1_fast.training.loop.ranks import Ranks, is_first, ranks
+from gradl1_fast.training.loop.simple import accuracy
+from gradl1_fast.training.loop.trainer import Trainer
+from gradl1_fast.training.runs import checkpoints, rehearsal
+from gradl1_fast.training.runs import report as run_report
+from gradl1_fast.training.runs.folder import Folder, RunError, network
+from gradl1_fast.training.runs.recorder import Recorder
+from gradl1_fast.training.runs.weights_file import require_safetensors
 from gradl1_fast.training.toml import SettingsError
-from gradl1_fast.training.trainer import Trainer
-from gradl1_fast.training.weights_file import require_safetensors
 
 __all__ = ["BITS", "CALIBRATION_IMAGES", "launch", "rehearse"]
 
@@ -63,7 +65,7 @@ def launch(
         config: of the run; to resume, that of the folder.
         folder: is made if it is not there.
         resume: go on with what is in the folder.
-        device: as for :func:`gradl1_fast.training.ranks.ranks`.
+        device: as for :func:`gradl1_fast.training.loop.ranks.ranks`.
         on_step: called after each step, for a progress bar.
         say: called with each line of the log.
 

@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradl1_fast.training.augmentation import augment, generator_of
 from gradl1_fast.training.config import Config
-from gradl1_fast.training.cuda_graph import GraphedStep
 from gradl1_fast.training.data import Batch
-from gradl1_fast.training.epoch import Epoch, TrainingError, check_finite
+from gradl1_fast.training.data.augmentation import augment, generator_of
+from gradl1_fast.training.loop.cuda_graph import GraphedStep
+from gradl1_fast.training.loop.epoch import Epoch, TrainingError, check_finite
+from gradl1_fast.training.loop.optimization import Average, add_parameters, optimizer_for, schedule_for
+from gradl1_fast.training.loop.ranks import ALONE, Ranks
+from gradl1_fast.training.loop.recompute import recomputing
+from gradl1_fast.training.loop.steps import CompiledGradients, EagerGradients, Gradients, check_supported
 from gradl1_fast.training.methods import Method, Terms, make
-from gradl1_fast.training.optimization import Average, add_parameters, optimizer_for, schedule_for
-from gradl1_fast.training.ranks import ALONE, Ranks
-from gradl1_fast.training.recompute import recomputing
-from gradl1_fast.training.steps import CompiledGradients, EagerGradients, Gradients, check_supported
 
 __all__ = ["CHECK_EVERY", "Epoch", "Trainer", "TrainingError"]
 

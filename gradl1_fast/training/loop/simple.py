@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from gradl1_fast.conversion import convert
 from gradl1_fast.training.config import Config, Optimizer, Penalty, Training
 from gradl1_fast.training.data import Batch
-from gradl1_fast.training.trainer import Trainer
+from gradl1_fast.training.loop.trainer import Trainer
 
 __all__ = ["Recipe", "accuracy", "train"]
 

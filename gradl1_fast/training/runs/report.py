@@ -10,8 +10,8 @@ from gradl1_fast._plots import new_figure, svg, tidy, width_name
 from gradl1_fast.quantization import Table
 from gradl1_fast.training import toml
 from gradl1_fast.training.config import Config
-from gradl1_fast.training.recorder import NORM
-from gradl1_fast.training.runs import Folder
+from gradl1_fast.training.runs.folder import Folder
+from gradl1_fast.training.runs.recorder import NORM
 
 __all__ = ["html", "require_matplotlib", "write"]
 

@@ -15,9 +15,9 @@ from torch import nn
 from gradl1_fast import _environment
 from gradl1_fast.quantization import Table, calibrate, sweep
 from gradl1_fast.training.data import Dataset, digits
-from gradl1_fast.training.loop import Recipe, accuracy, train
+from gradl1_fast.training.demo.speed import Speed, measure
+from gradl1_fast.training.loop.simple import Recipe, accuracy, train
 from gradl1_fast.training.models import digits_net, resnet18
-from gradl1_fast.training.speed import Speed, measure
 
 __all__ = ["PENALISED", "PLAIN", "Results", "Settings", "Spread", "run"]
 

@@ -8,11 +8,11 @@ from string import Template
 from gradl1_fast import _json
 from gradl1_fast._html import image, items, page, table
 from gradl1_fast._plots import new_figure
-from gradl1_fast.training.charts import accuracy_chart, grids_chart, speed_chart
-from gradl1_fast.training.demo import PENALISED, PLAIN, Results, Settings, Spread
-from gradl1_fast.training.page import BODY, TITLE
-from gradl1_fast.training.speed import EAGER, OURS, OURS_STEP, Speed
-from gradl1_fast.training.speed import PLAIN as PLAIN_STEP
+from gradl1_fast.training.demo.charts import accuracy_chart, grids_chart, speed_chart
+from gradl1_fast.training.demo.demo import PENALISED, PLAIN, Results, Settings, Spread
+from gradl1_fast.training.demo.page import BODY, TITLE
+from gradl1_fast.training.demo.speed import EAGER, OURS, OURS_STEP, Speed
+from gradl1_fast.training.demo.speed import PLAIN as PLAIN_STEP
 
 __all__ = ["accuracy_rows", "averaged", "html", "prepare", "speed_rows", "verdict", "write"]
 

@@ -22,7 +22,7 @@ from gradl1_fast.training import models
 from gradl1_fast.training.config import Config
 from gradl1_fast.training.data import Dataset
 from gradl1_fast.training.data import load as load_data
-from gradl1_fast.training.weights_file import check_entries, put_weights, read_weights, save_weights
+from gradl1_fast.training.runs.weights_file import check_entries, put_weights, read_weights, save_weights
 
 __all__ = ["Folder", "Loaded", "RunError", "load", "network"]
 

@@ -11,7 +11,7 @@ from typing import Any
 from gradl1_fast import _environment, _files
 from gradl1_fast._html import image, items, page, table
 from gradl1_fast._plots import heat_map, new_figure, svg, tidy, width_name
-from gradl1_fast.training.sweep import Results
+from gradl1_fast.training.runs.sweep import Results
 
 __all__ = ["html", "write"]
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from gradl1_fast._plots import heat_map, new_figure, svg, tidy, width_name
-from gradl1_fast.training.demo import PENALISED, PLAIN, Results
-from gradl1_fast.training.speed import Speed
+from gradl1_fast.training.demo.demo import PENALISED, PLAIN, Results
+from gradl1_fast.training.demo.speed import Speed
 
 __all__ = ["accuracy_chart", "grids_chart", "speed_chart"]
 

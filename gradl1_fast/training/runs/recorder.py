@@ -13,8 +13,8 @@ from torch import Tensor
 
 from gradl1_fast import _files
 from gradl1_fast._extras import install
-from gradl1_fast.training.runs import Folder
-from gradl1_fast.training.trainer import Trainer
+from gradl1_fast.training.loop.trainer import Trainer
+from gradl1_fast.training.runs.folder import Folder
 
 __all__ = ["NORM", "PART", "Recorder"]
 

@@ -111,7 +111,7 @@ def test_a_name_that_is_missing_would_be_found() -> None:
 
 
 def test_a_guard_that_is_gone_would_be_found() -> None:
-    checkpoints = ROOT / "gradl1_fast" / "training" / "checkpoints.py"
+    checkpoints = ROOT / "gradl1_fast" / "training" / "runs" / "checkpoints.py"
     assert occurs("_check", checkpoints)
     assert not occurs("_chec", checkpoints)
     assert occurs("save_for_backward", ROOT / "gradl1_fast" / "ops")

@@ -15,6 +15,7 @@ from gradl1_fast import functional as F
 from gradl1_fast.nn.foreign import used_weight
 from gradl1_fast.nn.sites import named_layers, named_quantizers
 from gradl1_fast.quantization.export.arguments import Arguments
+from gradl1_fast.quantization.export.attention import PlainAttention
 from gradl1_fast.quantization.export.integers import shift_of
 from gradl1_fast.quantization.export.joints import add_biases, add_joints
 from gradl1_fast.quantization.export.marks import MARK, Grid, Mark, marked
@@ -173,7 +174,7 @@ def export_program(
     args_shapes, kwargs_shapes = arguments.dynamic(batch, sizes) or ((), {})
     shapes = _by_parameter(model, args_shapes, kwargs_shapes) if batch or sizes else None
     try:
-        with torch.no_grad():
+        with torch.no_grad(), PlainAttention():
             return torch.export.export(
                 model, arguments.args, arguments.kwargs, dynamic_shapes=shapes, strict=False
             )

@@ -196,3 +196,21 @@ def with_dead_channels(bias: float) -> nn.Module:
         norm.weight[:4] = 1e-8  # type: ignore[index]
         norm.bias[:4] = torch.linspace(0.2, bias, 4)  # type: ignore[index]
     return nn.Sequential(*layers)
+
+
+class AttentionOfOtherSizes(nn.Module):
+    """Attention with queries of three and of five dimensions, masks of both kinds among them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(4, 12), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, -1)
+        q = q + F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        q, k, v = (t.unflatten(0, (-1, 1)).unflatten(2, (2, 3)) for t in (q, k, v))
+        mask = torch.ones(3, 3, dtype=torch.bool).triu()
+        masked = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.out(
+            (masked + F.scaled_dot_product_attention(q, k, v, mask.float(), scale=0.5)).flatten(1, 3)
+        )

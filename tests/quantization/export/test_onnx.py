@@ -19,6 +19,7 @@ from tests.networks import MOBILENET, NO_NORM, Network
 from tests.quantization.export.models import (
     RESIDUAL,
     Attention,
+    AttentionOfOtherSizes,
     Branching,
     OfDict,
     Pools,
@@ -252,6 +253,7 @@ OTHERS: dict[str, tuple[type[nn.Module], Any, list[str], int]] = {
         ["ids", "weights"],
         2,
     ),
+    "attention of 3 and 5 dimensions": (AttentionOfOtherSizes, inputs(6, 6, 4), ["input"], 1),
     "two in, two out": (
         TwoInTwoOut,
         (inputs(6, 3, 8, 8), {"images": inputs(6, 2, 8, 8), "scale": inputs(6, 4, 1, 1)}),

@@ -1,4 +1,4 @@
-"""Attention as PyTorch's ONNX exporter takes it: products and a softmax where it supports four dimensions only."""
+"""Attention of any number of dimensions in plain products: PyTorch's ONNX exporter supports four only."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """Return what ``torch.nn.functional.scaled_dot_product_attention`` documents, of any number of dimensions.
+    """Return the result of ``torch.nn.functional.scaled_dot_product_attention``.
 
     Args:
         query: ``(..., L, E)``.

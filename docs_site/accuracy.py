@@ -1,7 +1,7 @@
-"""Tables of accuracy in the pages, made from the committed results of ``gradl1 experiment``.
+"""Accuracy in the pages and in README, made from the committed results of ``gradl1 experiment``.
 
     python -m docs_site.accuracy FOLDER NAME    # keep the runs of a folder first
-    python -m docs_site.accuracy                # rewrite the tables
+    python -m docs_site.accuracy                # rewrite the tables, README's figures and its picture
 
 Nothing is measured.
 """
@@ -20,10 +20,11 @@ from gradl1_fast._plots import width_name
 from gradl1_fast.training.experiment import Results
 from gradl1_fast.training.experiment.results import Spread
 
-__all__ = ["PAGE", "keep", "rewritten", "section"]
+__all__ = ["DOCS", "PAGES", "cell", "cost", "keep", "read", "rewritten", "section"]
 
 DOCS = Path(__file__).parent.parent / "docs"
-PAGE = DOCS / "before-training.md"
+PAGES = (DOCS / "before-training.md", DOCS / "results" / "fashion-mnist.md")
+PLAIN = "plain"
 NAMES = ("fashion-mnist", "fashion-mnist-depthwise", "fashion-mnist-resnet")
 
 Row = dict[str, Any]
@@ -50,10 +51,13 @@ def keep(folder: Path, name: str) -> None:
 
 
 def rewritten(text: str) -> str:
-    """Return a page with its tables made anew, for the networks that have results."""
+    """Return a page with its tables made anew: of all methods, or of plain training alone."""
     for name in NAMES:
-        if _file(name).exists() and _marks(name)[0] in text:
-            text = between(text, _marks(name), section(name), PAGE.name)
+        if _file(name).exists():
+            for subject, methods in (("accuracy", None), ("free steps", [PLAIN])):
+                marks = _marks(subject, name)
+                if marks[0] in text:
+                    text = between(text, marks, section(name, methods), "the page")
     return text
 
 
@@ -61,22 +65,33 @@ def _file(name: str) -> Path:
     return DOCS / "results" / f"accuracy-{name}.json"
 
 
-def _marks(name: str) -> tuple[str, str]:
-    return f"<!-- accuracy of {name}: written by python -m docs_site.accuracy -->", f"<!-- end of {name} -->"
+def read(name: str) -> dict[str, Any]:
+    """Return what is kept of a network."""
+    kept: dict[str, Any] = json.loads(_file(name).read_text())
+    return kept
 
 
-def section(name: str) -> str:
-    """Return the table of a network: for each regime a line for each method."""
-    kept = json.loads(_file(name).read_text())
-    rows = kept["rows"]
+def _marks(subject: str, name: str) -> tuple[str, str]:
+    return f"<!-- {subject} of {name}: written by python -m docs_site.accuracy -->", f"<!-- end of {name} -->"
+
+
+def section(name: str, methods: list[str] | None = None) -> str:
+    """Return the table of a network: for each regime a line for each method, plain training first.
+
+    Args:
+        name: of the experiment.
+        methods: None for all.
+    """
+    kept = read(name)
+    rows = [row for row in kept["rows"] if methods is None or row["method"] in methods]
     widths = list(dict.fromkeys((row["w"], row["a"]) for row in rows))
-    methods = sorted(dict.fromkeys(row["method"] for row in rows), key=lambda method: method != "plain")
+    methods = sorted(dict.fromkeys(row["method"] for row in rows), key=lambda method: method != PLAIN)
     header = ["regime", "training", *map(_name, widths), "time"]
     lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
     for regime in dict.fromkeys(row["regime"] for row in rows):
         for method in methods:
-            cells = [_cell(rows, method, regime, width) for width in widths]
-            lines.append("| " + " | ".join([regime, method, *cells, _cost(kept, method)]) + " |")
+            cells = [cell(rows, method, regime, width) for width in widths]
+            lines.append("| " + " | ".join([regime, method, *cells, cost(kept, method)]) + " |")
     seeds = len({row["seed"] for row in rows})
     return "\n".join([*lines, "", f"{seeds} seed(s), mean ± standard deviation of the sample."])
 
@@ -86,7 +101,8 @@ def _name(width: tuple[int | None, int | None]) -> str:
     return "float" if w == a == "float" else f"({w}, {a})"
 
 
-def _cell(rows: list[Row], method: str, regime: str, width: tuple[int | None, int | None]) -> str:
+def cell(rows: list[Row], method: str, regime: str, width: tuple[int | None, int | None]) -> str:
+    """Return mean and deviation of the accuracy of a method in a regime at a width."""
     values = [
         row["top1"]
         for row in rows
@@ -95,7 +111,7 @@ def _cell(rows: list[Row], method: str, regime: str, width: tuple[int | None, in
     return str(Spread(tuple(values)))
 
 
-def _cost(kept: dict[str, Any], method: str) -> str:
+def cost(kept: dict[str, Any], method: str) -> str:
     """Return the computing time of a training over that of plain training with the same seeds."""
     seconds = kept["cpu_seconds"]
     seeds = [key.split()[1] for key in seconds if key.split()[0] == method]
@@ -106,9 +122,13 @@ def _cost(kept: dict[str, Any], method: str) -> str:
 
 def main() -> None:
     """Do what the arguments ask for."""
+    from docs_site import headline
+
     if len(sys.argv) == 3:
         keep(Path(sys.argv[1]), sys.argv[2])
-    PAGE.write_text(rewritten(PAGE.read_text()))
+    for page in PAGES:
+        page.write_text(rewritten(page.read_text()))
+    headline.write()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""Figures that pages ask for by a comment, drawn from the committed results when the site is built.
+"""Figures of the pages and of README, drawn from the committed results.
 
-They are SVG inside the page, in the page's own colours, so that they fit its light and its dark form.
+They are SVG. Inside a page of the site they have the page's own colours, so that they fit its light and its
+dark form; a file of its own, as README shows it, brings both sets of colours.
 """
 
 from __future__ import annotations
@@ -10,35 +11,67 @@ import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-__all__ = ["FIGURES", "widths"]
+__all__ = ["FIGURES", "RESULTS", "standalone", "widths"]
 
-RESULTS = Path(__file__).parent.parent / "docs" / "results" / "fashion-mnist.json"
+RESULTS = Path(__file__).parent.parent / "docs" / "results" / "accuracy-fashion-mnist-depthwise.json"
 WIDTHS = (None, 8, 6, 4, 3, 2)
-# Method, how the figure calls it, its class in extra.css.
-LINES = (("plain", "plain training", "plain"), ("gradl1", "with the penalty", "ours"))
+# Method, regime, how the figure calls it, its class in extra.css.
+LINES = (
+    ("plain", "per channel", "plain, without data", "plain"),
+    ("gradl1", "per channel", "penalty, without data", "ours"),
+    ("plain", "calibrated, gptq", "plain, free steps", "free"),
+    ("gradl1", "calibrated, gptq", "penalty, free steps", "both"),
+)
+# As extra.css has them, for a page without it.
+STYLE = """
+text { fill: #57606a; font: 12px sans-serif; }
+.grid { stroke: #d0d7de; }
+polyline { fill: none; stroke-width: 2.5; }
+line { stroke-width: 2.5; }
+line.grid { stroke-width: 1; }
+.plain { stroke: #6b7280; } circle.plain { fill: #6b7280; }
+.free { stroke: #0072b2; } circle.free { fill: #0072b2; }
+.ours { stroke: #d55e00; } circle.ours { fill: #d55e00; }
+.both { stroke: #009e73; } circle.both { fill: #009e73; }
+.seed { opacity: .35; stroke-width: 1; }
+@media (prefers-color-scheme: dark) {
+  text { fill: #9da7b3; } .grid { stroke: #30363d; }
+  .plain { stroke: #9ca3af; } circle.plain { fill: #9ca3af; }
+  .free { stroke: #56b4e9; } circle.free { fill: #56b4e9; }
+}
+"""
 
 _LEFT, _TOP, _WIDTH, _HEIGHT = 44, 16, 400, 230
 
 
 def widths() -> str:
-    """Return accuracy against width on Fashion-MNIST: the mean over the seeds, and each seed."""
-    rows = json.loads(RESULTS.read_text())
+    """Return accuracy over bit width: the mean over the seeds, and each seed."""
+    rows = json.loads(RESULTS.read_text())["rows"]
     parts = [_axes()]
-    for place, (method, words, kind) in enumerate(LINES):
-        seeds = sorted({row["seed"] for row in rows if row["method"] == method})
-        found = {(r["seed"], r["w"]): r["top1"] for r in rows if r["method"] == method and r["w"] == r["a"]}
-        curves = [[found[seed, width] for width in WIDTHS] for seed in seeds]
-        mean = [statistics.fmean(values) for values in zip(*curves, strict=True)]
+    for index, (method, regime, words, kind) in enumerate(LINES):
+        chosen = [row for row in rows if (row["method"], row["regime"]) == (method, regime)]
+        values = {(row["seed"], row["w"]): row["top1"] for row in chosen if row["w"] == row["a"]}
+        seeds = sorted({row["seed"] for row in chosen})
+        curves = [[values[seed, width] for width in WIDTHS] for seed in seeds]
+        mean = [statistics.fmean(each) for each in zip(*curves, strict=True)]
         parts += [_line(curve, f"{kind} seed") for curve in curves] + [_line(mean, kind)]
         parts += [_dot(at, value, kind) for at, value in enumerate(mean)]
-        parts.append(_label(place, words, kind))
-    summary = "Test accuracy against bits of weights and activations, with the penalty and without"
+        parts.append(_label(index, words, kind))
+    summary = (
+        "Test accuracy over bits of weights and activations: plain training, free steps, and the penalty"
+    )
     height, width = _TOP + _HEIGHT + 44, _LEFT + _WIDTH + 12
     return (
         f'<svg class="widths" viewBox="0 0 {width} {height}" role="img" aria-label="{summary}">'
         + "".join(parts)
         + "</svg>"
     )
+
+
+def standalone() -> str:
+    """Return the same figure as a file that brings its colours, light and dark."""
+    opening, rest = widths().split(">", 1)
+    return f'{opening} xmlns="http://www.w3.org/2000/svg"><style>{STYLE}</style>{rest}\n'
 
 
 def _x(at: int) -> float:
@@ -72,12 +105,12 @@ def _line(values: Sequence[float], kind: str) -> str:
 
 def _dot(at: int, value: float, kind: str) -> str:
     name = "float" if WIDTHS[at] is None else f"{WIDTHS[at]} bits"
-    place = f'cx="{_x(at):.1f}" cy="{_y(value):.1f}"'
-    return f'<circle class="{kind}" {place} r="4"><title>{name}: {value:.1f} %</title></circle>'
+    centre = f'cx="{_x(at):.1f}" cy="{_y(value):.1f}"'
+    return f'<circle class="{kind}" {centre} r="4"><title>{name}: {value:.1f} %</title></circle>'
 
 
-def _label(place: int, words: str, kind: str) -> str:
-    y = _y(35) + 18 * place
+def _label(index: int, words: str, kind: str) -> str:
+    y = _y(50) + 18 * index
     return (
         f'<line class="{kind}" x1="{_LEFT + 16}" x2="{_LEFT + 40}" y1="{y:.1f}" y2="{y:.1f}"/>'
         f'<text x="{_LEFT + 48}" y="{y + 4:.1f}">{words}</text>'

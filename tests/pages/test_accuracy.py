@@ -7,14 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from docs_site import accuracy
+from docs_site import accuracy, figures, headline
 from gradl1_fast.training.experiment import Results, Row, Run
 from gradl1_fast.training.experiment.session import Epoch
 
 
-def test_the_page_is_up_to_date() -> None:
-    text = accuracy.PAGE.read_text()
-    assert accuracy.rewritten(text) == text, "run python -m docs_site.accuracy"
+def test_the_pages_readme_and_its_picture_are_up_to_date() -> None:
+    for page in accuracy.PAGES:
+        text = page.read_text()
+        assert accuracy.rewritten(text) == text, "run python -m docs_site.accuracy"
+    readme = headline.README.read_text()
+    assert headline.rewritten(readme) == readme, "run python -m docs_site.accuracy"
+    assert headline.PICTURE.read_text() == figures.standalone(), "run python -m docs_site.accuracy"
 
 
 def run(method: str, seed: int, top1: float, seconds: float) -> Run:
@@ -41,8 +45,10 @@ def test_a_table_has_means_deviations_and_what_training_cost(
         "",
         "2 seed(s), mean ± standard deviation of the sample.",
     ]
-    begin, end = accuracy._marks("fashion-mnist-resnet")
-    page = accuracy.rewritten(f"a\n{begin}\nold\n{end}\nb")
-    assert page == f"a\n{begin}\n{accuracy.section('fashion-mnist-resnet')}\n{end}\nb"
+    for subject, methods in (("accuracy", None), ("free steps", ["plain"])):
+        begin, end = accuracy._marks(subject, "fashion-mnist-resnet")
+        page = accuracy.rewritten(f"a\n{begin}\nold\n{end}\nb")
+        assert page == f"a\n{begin}\n{accuracy.section('fashion-mnist-resnet', methods)}\n{end}\nb"
+        assert ("gradl1" in page) == (methods is None)
     kept = json.loads((tmp_path / "results" / "accuracy-fashion-mnist-resnet.json").read_text())
     assert kept["cpu_seconds"] == {"gradl1 0": 30.0, "gradl1 2": 30.0, "plain 0": 20.0, "plain 2": 20.0}

@@ -61,13 +61,14 @@ def test_a_formula_with_a_mistake_ends_the_build(formula: str, message: str) -> 
 
 
 def test_the_figure_of_widths_has_the_means_of_the_results() -> None:
-    rows = json.loads(figures.RESULTS.read_text())
-    four = [row["top1"] for row in rows if (row["method"], row["w"], row["a"]) == ("gradl1", 4, 4)]
+    rows = json.loads(figures.RESULTS.read_text())["rows"]
+    key = ("gradl1", "per channel", 4, 4)
+    four = [row["top1"] for row in rows if (row["method"], row["regime"], row["w"], row["a"]) == key]
     drawn = hooks.on_page_markdown("<!-- figure: widths -->", Page("index.md"))
     assert f"<title>4 bits: {sum(four) / len(four):.1f} %</title>" in drawn
-    assert drawn.count("<polyline") == 2 * (1 + len(four))
+    assert drawn.count("<polyline") == len(figures.LINES) * (1 + len(four))
     heights = [float(y) for y in re.findall(r'cy="([\d.]+)"', drawn)]
-    assert len(heights) == 2 * len(figures.WIDTHS)
+    assert len(heights) == len(figures.LINES) * len(figures.WIDTHS)
     assert heights[0] < heights[5]  # float stands above 2 bits
 
 

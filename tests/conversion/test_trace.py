@@ -127,9 +127,9 @@ def test_a_container_that_cannot_be_traced_is_one_call_in_its_parents(kind: str)
     make, reason = INNER[kind]
     model = gl.convert(nn.Sequential(nn.Conv2d(4, 4, 1), make(), nn.Conv2d(4, 2, 1)))
     traced = trace(model)
-    assert bool(traced.kept_whole) == bool(reason)
+    assert bool(traced.untraced) == bool(reason)
     if reason:
-        assert reason in traced.kept_whole["1"]
+        assert reason in traced.untraced["1"]
         assert [node.target for node in traced.graph.nodes if node.op == "call_module"] == ["0", "1", "2"]
 
 
@@ -383,9 +383,9 @@ def test_arguments_that_are_not_read_stay_arguments() -> None:
     assert converted.inner._compiled_call_impl.reason == ""
 
 
-def test_a_part_of_what_is_kept_whole_is_no_part_of_the_graph() -> None:
+def test_a_module_inside_an_untraced_container_is_not_in_the_graph() -> None:
     blocks = [Branching(Branching(nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU()))) for _ in range(3)]
     model = gl.convert(nn.Sequential(*blocks))
-    assert list(trace(model).kept_whole) == ["0", "1", "2"]
+    assert list(trace(model).untraced) == ["0", "1", "2"]
     names = [part.name for part in parts_of(model)]
     assert names == ["", *(f"{i}{below}" for i in range(3) for below in ("", ".part", ".part.part"))]

@@ -60,7 +60,7 @@ class _Region(torch.autograd.Function):
         tensors = tensors[: len(program.requires_grad)]
         deferred = _take_deferred(ctx.saved)
         if torch.is_grad_enabled() and deferred is None:
-            values = _RegionBackward.apply(program, ctx.saved, ctx.arming.asked, *dys, *tensors, token)
+            values = _RegionBackward.apply(program, ctx.saved, ctx.arming.requested, *dys, *tensors, token)
             return None, None, *values
         with torch.no_grad():
             of_inputs, of_args = program.last_backward(ctx.saved, tensors[program.inputs :], dys, deferred)
@@ -75,12 +75,12 @@ class _RegionBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, program: Program, saved: Saved, asked: str, *tensors: Tensor | None
+        ctx: Any, program: Program, saved: Saved, requested: str, *tensors: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         outputs = len(program.outputs)
         dys, values = tensors[:outputs], tensors[outputs:-1]
         args: Any = list(values[program.inputs :])
-        (of_inputs, of_args), terms, record = program.first_backward(saved, args, dys, asked)
+        (of_inputs, of_args), terms, record = program.first_backward(saved, args, dys, requested)
         ctx.program, ctx.saved, ctx.record = program, saved, record
         ctx.save_for_backward(*dys, *values)
         ctx.set_materialize_grads(False)

@@ -74,12 +74,12 @@ class Program:
         return [run.values[slot] for slot in self.outputs]
 
     def first_backward(
-        self, saved: Saved, args: list[Tensor], dys: Sequence[Tensor | None], asked: str
+        self, saved: Saved, args: list[Tensor], dys: Sequence[Tensor | None], requested: str
     ) -> tuple[Gradients, list[Tensor | None], Record]:
         """Return the gradients of inputs and parameters, the term of each measured site, and the record."""
         run, record = Backward(saved.by_operation, args, [None] * self.slots), Record(len(self.operations))
         run.record = record.by_operation
-        run.of_weights, run.of_others = asked != "activations", asked == "all"
+        run.of_weights, run.of_others = requested != "activations", requested == "all"
         self._add_output_gradients(run, dys)
         self._backward(run)
         terms = self._terms(run.l1, saved, record)

@@ -268,9 +268,9 @@ class ActivationQuantizer(_Quantizer):
     def is_foldable(self) -> bool:
         """Whether the preceding operation can take over this quantizer: its grid and its probe.
 
-        It cannot if anything needs the values themselves: an observer, a step that is measured on them, a hook,
-        or an overridden ``forward``. Global module hooks (``register_module_forward_hook``) do not see a folded
-        quantizer.
+        It cannot if the values themselves are needed: by an observer, by a step that is measured on them, by
+        a hook, or by an overridden ``forward``. Global module hooks (``register_module_forward_hook``) do not
+        see a folded quantizer.
         """
         customized = type(self) is not ActivationQuantizer or has_own_forward(self) or has_hooks(self)
         looks = self.observer is not None or self.move is not None

@@ -104,7 +104,7 @@ class _Read:
 
 
 class StandIn(ReadOnly):
-    """A tensor with the values of a weight's quantizer at its current width, stored in the memory of one value.
+    """A tensor with the values of a weight's quantizer at its current width. It occupies one value.
 
     Code that reads its memory without PyTorch finds NaN.
     """

@@ -89,7 +89,7 @@ class Builder:
         measurement = None if quantizer is None else self._measure(quantizer, len(self._needs), active)
         merged = measurement is not None and not (measurement.by_step and measurement.codes is not None)
         if measurement is not None and merged:
-            operation.what = measurement
+            operation.measurement = measurement
             active = active or measurement.number is not None
         slot = self.append(operation, active)
         self.give(node, slot)
@@ -120,7 +120,7 @@ class Builder:
         operation = Site(slot, measurement)
         if measurement.by_step:
             norm = self._norms.get(slot)
-            if norm is not None and norm.what is None:
+            if norm is not None and norm.measurement is None:
                 norm.ends_slot = slot
             else:
                 operation.ends_slot = slot

@@ -47,9 +47,8 @@ class _Region(torch.autograd.Function):
         # The saved outputs are detached: otherwise they would keep their own node alive.
         outputs = [value.detach() for value in program.forward(inputs, args, ctx.saved)]
         token = inputs[0].new_zeros(())
-        saved_outputs = [
-            outputs[i] for i in program.saved_outputs
-        ]  # saved so that autograd detects in-place changes
+        # Saved so that autograd detects in-place changes.
+        saved_outputs = [outputs[i] for i in program.saved_outputs]
         needed = [t if program.is_needed[i] else None for i, t in enumerate(tensors[:count])]
         ctx.save_for_backward(*needed, *saved_outputs, token)
         ctx.set_materialize_grads(False)

@@ -191,13 +191,13 @@ def test_a_change_between_steps_counts(change: str) -> None:
 
 def test_a_plan_is_kept_for_each_mode_and_taken_again(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[bool] = []
-    original = planned._make
+    original = planned._plan_of
 
     def counted(module: nn.Module, arming: Any) -> Any:
         made.append(module.training)
         return original(module, arming)
 
-    monkeypatch.setattr(planned, "_make", counted)
+    monkeypatch.setattr(planned, "_plan_of", counted)
     converted, x = gl.convert(built(Switched)), images()
     for training in (True, True, False, True, False):
         armed(converted.train(training), x)

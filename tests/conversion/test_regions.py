@@ -384,8 +384,8 @@ def test_with_several_processes_regions_end_where_a_bucket_of_gradients_is_full(
 
 def test_programs_are_made_once_for_a_shape_and_old_ones_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
-    original = regions.Region._make
-    monkeypatch.setattr(regions.Region, "_make", lambda *args: (made.append(1), original(*args))[1])
+    original = regions.Region._build
+    monkeypatch.setattr(regions.Region, "_build", lambda *args: (made.append(1), original(*args))[1])
     converted = gl.convert(built(make("residual")))
     penalty = gl.GradL1(converted, 0.3, 0.2)
     for size in (4, 4, 2, 4, 2):
@@ -395,7 +395,7 @@ def test_programs_are_made_once_for_a_shape_and_old_ones_make_room(monkeypatch: 
     for size in range(5, 30):
         loss = loss_of(torch.randn(2, 4, 5, size, dtype=torch.float64))(converted)
         (loss + penalty(loss)).backward()
-    assert all(len(region._programs) <= regions._KEPT for region in regions_of(converted))
+    assert all(len(region._programs) <= regions._CACHE_SIZE for region in regions_of(converted))
 
 
 CHANGES: tuple[Callable[[nn.Module], Any], ...] = (

@@ -28,13 +28,13 @@ __all__ = ["SignSAM"]
 class SignSAM(Method):
     """The loss at ``W + epsilon * sign(dL/dW)``: to first order loss plus ``epsilon * ||dL/dW||_1``.
 
-    The weights that are quantized are moved, and no others; the move itself is not differentiated,
-    as in SAM. Two passes a step; batch-norm statistics keep what the first one left. ``penalty`` of
-    the terms is the rise of the loss.
+    Only quantizable weights are moved, and the move is not differentiated, as in SAM. Each step takes two
+    passes; batch-norm statistics are those of the first pass. The term ``penalty`` is the increase of the
+    loss.
 
     Args:
         model: a converted model.
-        epsilon: size of the move, in units of the weights; times ``strength``.
+        epsilon: size of the move in units of the weights, multiplied by ``strength``.
 
     Source: Foret et al. 2021, arXiv 2010.01412, with the l-infinity ball.
     """
@@ -53,7 +53,7 @@ class SignSAM(Method):
         trainable_layers(model)
 
     def move(self, weights: list[Tensor], grads: list[Tensor], size: float) -> list[Tensor]:
-        """Return by how much each weight is moved, given the gradients of the loss and the size."""
+        """Return the move of each weight, given the gradients of the loss and the size."""
         return [size * grad.sign() for grad in grads]
 
     def backward(self, closure: Closure, scale: Scale = identity) -> Terms:

@@ -150,5 +150,5 @@ GOOD = {
         ({"error": "ValueError: FILE" + "a" * 1000}, "the message is too long"),
     ],
 )
-def test_each_fault_is_seen(change: dict[str, Any], expected: str | None) -> None:
+def test_each_fault_is_detected(change: dict[str, Any], expected: str | None) -> None:
     assert fault({**GOOD, **change}) == expected

@@ -1,4 +1,4 @@
-"""The gradl1 command, as a user types it."""
+"""The gradl1 command."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""``gradl1 train``, as a user types it."""
+"""``gradl1 train``."""
 
 import csv
 import os

@@ -1,4 +1,4 @@
-"""Whole training steps: memory, repeatability, what must be refused or must work."""
+"""Whole training steps: memory, repeatability, and refused configurations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Atomic replacement: the old file or the new one, whole, whatever happens in between."""
+"""Atomic replacement: a file is complete, either old or new, in every case."""
 
 import os
 import signal

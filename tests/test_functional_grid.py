@@ -1,4 +1,4 @@
-"""Ranges and grids: zero is on every grid, the range is covered to half a step, widths from 1 to 16."""
+"""Ranges and grids: zero is on every grid, and the range is covered to half a step, at 1 to 16 bits."""
 
 from __future__ import annotations
 

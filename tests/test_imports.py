@@ -1,4 +1,4 @@
-"""Who may import whom, read from the sources; and what importing the package needs and does."""
+"""Allowed imports between modules, read from the sources, and the effects of importing the package."""
 
 from __future__ import annotations
 

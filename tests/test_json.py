@@ -1,4 +1,4 @@
-"""What every file of numbers is written with."""
+"""The JSON writer of all files of numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where an optional package is missing, what needs it says what to install; everything else works."""
+"""Without an optional package, its features say what to install, and everything else works."""
 
 from __future__ import annotations
 

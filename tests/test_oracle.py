@@ -1,4 +1,4 @@
-"""The truth itself against closed forms and finite differences."""
+"""The oracle compared with closed forms and finite differences."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bars and lines about long work: on a terminal, elsewhere, and without the package that draws them."""
+"""Progress bars and lines on a terminal, elsewhere, and without rich."""
 
 from __future__ import annotations
 

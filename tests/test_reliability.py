@@ -1,4 +1,4 @@
-"""docs/reliability.md names a guard, a test and what was broken for every fault, and each of them exists."""
+"""docs/reliability.md names a guard, a test and a failing change for every fault, and all of them exist."""
 
 from __future__ import annotations
 

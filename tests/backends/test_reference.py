@@ -1,4 +1,4 @@
-"""The reference returns none of its arguments and changes none, for every sweep, type and layout."""
+"""The reference returns none of its arguments and changes none, for every pass, type and layout."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Copies of a converted model: whole and independent, before, between and after penalised steps."""
+"""Copies of a converted model are complete and independent, before, between and after penalised steps."""
 
 from __future__ import annotations
 

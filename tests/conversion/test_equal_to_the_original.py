@@ -1,4 +1,4 @@
-"""A converted model computes what the original computes, and a penalised step what double backprop says."""
+"""A converted model equals the original, and a penalised step equals double backprop."""
 
 from __future__ import annotations
 

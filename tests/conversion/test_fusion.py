@@ -1,4 +1,4 @@
-"""Fusion in plans: what becomes one operation, what must not, and that both compute the same."""
+"""Fusion in plans: which operations are fused, which are not, and that results are equal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hooks and replaced forward passes: they see what they see in the original, also in a penalised step."""
+"""Hooks and replaced forward passes get the same arguments as in the original, also in penalised steps."""
 
 from __future__ import annotations
 

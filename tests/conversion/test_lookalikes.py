@@ -1,4 +1,4 @@
-"""Constructs of well-known packages: equal to the original, and penalised as double backprop says."""
+"""Constructs of well-known packages equal the original, and double backprop when penalised."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Parts of a converted model, called by themselves: they compute what the parts of the original compute."""
+"""Separately called parts of a converted model equal those of the original."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Plans: when they run, when not and why, and that they are dropped as soon as their container changes."""
+"""When plans run, when they do not and why, and that a change of the container invalidates them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The warning of multiply-adds that stay in float."""
+"""The warning about multiply-adds in float."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What leads back into a model from its attributes leads into the converted one; nothing else runs."""
+"""References from attributes into a model refer to the converted model after conversion."""
 
 from __future__ import annotations
 

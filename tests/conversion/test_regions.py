@@ -1,4 +1,4 @@
-"""Regions: one node of the graph that computes what its modules do, however gradients are asked for."""
+"""A region is one node of the graph and equals its modules, however gradients are requested."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A second conversion converts what is new, and keeps what is there."""
+"""A second conversion converts new layers and keeps existing ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What conversion keeps of a model, what it replaces, and what it refuses."""
+"""The parts of a model that conversion keeps, replaces and refuses."""
 
 from __future__ import annotations
 

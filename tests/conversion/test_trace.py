@@ -1,4 +1,4 @@
-"""Tracing a container: what it records, what it keeps whole, and that it leaves nothing behind."""
+"""Tracing a container: recorded operations, untraced parts, and no side effects."""
 
 from __future__ import annotations
 

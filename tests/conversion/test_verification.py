@@ -1,4 +1,4 @@
-"""The comparison of a plan with its modules: what it rejects, and that it leaves no trace."""
+"""The comparison of a plan with its modules: which plans it rejects, and no side effects."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The rules that were compared, and the one that was chosen."""
+"""The compared rounding rules of any-bit files, and the chosen one."""
 
 from __future__ import annotations
 

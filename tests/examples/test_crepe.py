@@ -1,4 +1,4 @@
-"""The example on a network that somebody else trained."""
+"""The example with a pretrained network."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""fully_shard, FullyShardedDataParallel and SyncBatchNorm: the right gradient, or a sentence.
+"""fully_shard, FullyShardedDataParallel and SyncBatchNorm: a correct gradient, or an error.
 
 DistributedDataParallel is tested in tests/training/test_ranks.py.
 """

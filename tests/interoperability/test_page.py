@@ -1,4 +1,4 @@
-"""docs/interoperability.md names, for every row, files of tests that are there."""
+"""Every row of docs/interoperability.md names existing test files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""PyTorch's own sample inputs (OpInfo) through our functions: three sweeps against plain PyTorch."""
+"""PyTorch's sample inputs (OpInfo) in our functions: the three passes compared with plain PyTorch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The switch of a model: on for as long as a penalty waits for the next forward pass."""
+"""The arming state of a model: armed while a penalty will differentiate the next forward pass."""
 
 from __future__ import annotations
 

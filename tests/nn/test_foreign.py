@@ -1,4 +1,4 @@
-"""Layers of others and layers with computed weights: quantized as their forward pass uses the weight."""
+"""Foreign layers and computed weights are quantized as their forward pass uses the weight."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The modules against their torch twins."""
+"""The layers compared with their torch twins."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Layers that are given the very same tensor share a site; nobody else does."""
+"""Layers share a site if and only if they have the same input tensor."""
 
 from __future__ import annotations
 

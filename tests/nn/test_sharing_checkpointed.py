@@ -1,4 +1,4 @@
-"""Sites in checkpointed regions, under AMP and while compiled: those of eager mode, or named in an error."""
+"""Sites in checkpointed regions, under AMP and in compiled steps equal those of eager mode, or raise."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Classes with a version, without which they load nothing."""
+"""Classes that require a version to load a state dict."""
 
 from __future__ import annotations
 

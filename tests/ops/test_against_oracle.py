@@ -1,4 +1,4 @@
-"""Every operation against ordinary automatic differentiation and finite differences, in float64."""
+"""Every operation compared with automatic differentiation and finite differences, in float64."""
 
 from __future__ import annotations
 

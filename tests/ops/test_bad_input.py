@@ -1,4 +1,4 @@
-"""NaN, infinities, overflow, odd sizes, changed tensors, mixed devices: right, or an error that says so."""
+"""NaN, infinities, overflow, odd sizes, changed tensors, mixed devices: correct, or a clear error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many convolutions a penalised step takes, counted where PyTorch dispatches them."""
+"""The number of convolutions in a penalised step, counted in PyTorch's dispatcher."""
 
 from __future__ import annotations
 

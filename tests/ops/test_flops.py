@@ -1,4 +1,4 @@
-"""``torch.utils.flop_counter`` counts the products of every sweep."""
+"""``torch.utils.flop_counter`` counts the products of every pass."""
 
 from __future__ import annotations
 

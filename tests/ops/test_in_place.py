@@ -1,4 +1,4 @@
-"""What an operation returns may be changed in place, with right gradients; what it saved may not."""
+"""Results of operations may be changed in place with correct gradients; saved tensors may not."""
 
 from __future__ import annotations
 

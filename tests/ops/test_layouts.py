@@ -1,4 +1,4 @@
-"""Strides of inputs and of incoming gradients change no result; channels_last stays channels_last."""
+"""Strides of inputs and gradients do not change results, and channels_last is kept."""
 
 from __future__ import annotations
 

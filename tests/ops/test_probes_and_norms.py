@@ -1,4 +1,4 @@
-"""What is absent stays absent, and the sign of zero is zero."""
+"""Missing gradients stay missing, and the sign of zero is zero."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sweeps of convolution and linear layer as operators: what autograd's own calls of them do not reach."""
+"""Passes of convolutions and linear layers called directly, in ways that autograd does not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Second derivatives of fused attention and of the hard sigmoid: PyTorch's unfused form is the truth."""
+"""Second derivatives of fused attention and the hard sigmoid, compared with PyTorch's unfused form."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The reference leaves out no public name."""
+"""The reference contains every public name."""
 
 from __future__ import annotations
 

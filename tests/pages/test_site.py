@@ -1,4 +1,4 @@
-"""What the site is made of besides MkDocs: links, formulas, figures, docstrings."""
+"""The site's own extensions of MkDocs: links, formulas, figures, docstrings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""When a penalty arms a model: other passes run PyTorch's own operators and measure nothing."""
+"""When a penalty arms a model; other passes run PyTorch's own operators and measure nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights that are computed from parameters: the penalty is on the gradient of what the forward pass used."""
+"""The penalty applies to the gradient of a computed weight as the forward pass used it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Custom functions of others: a lost second derivative raises and names the function, a right one is left."""
+"""Custom functions: a lost second derivative raises with the name, and a correct one is accepted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The finite difference: it converges to the exact gradient and leaves nothing behind."""
+"""The finite difference converges to the exact gradient and has no side effects."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is called more often than once: a penalty, a layer, micro-batches; and what copies share."""
+"""Repeated calls of a penalty or layer, micro-batches, and penalties of copies."""
 
 from __future__ import annotations
 

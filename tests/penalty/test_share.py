@@ -1,4 +1,4 @@
-"""The two coefficients from one number: the share that the penalty has of the loss."""
+"""Both coefficients from the share of the penalty in the loss."""
 
 from __future__ import annotations
 

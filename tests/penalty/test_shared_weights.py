@@ -1,4 +1,4 @@
-"""Weights that several layers use, that are frozen, or that a functional call replaces."""
+"""Shared and frozen weights, and weights replaced by a functional call."""
 
 from __future__ import annotations
 

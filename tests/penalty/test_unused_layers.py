@@ -1,4 +1,4 @@
-"""A layer that a step did not use contributes zero; a penalty that would be lost as a whole raises."""
+"""Unused layers contribute zero; a penalty without any gradient raises."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Random networks on their way out: folded, exported, and in a file for every width."""
+"""Folding and export of random networks, and any-bit files."""
 
 from __future__ import annotations
 

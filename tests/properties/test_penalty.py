@@ -1,4 +1,4 @@
-"""Penalty and gradient of random networks against float64 double backprop by ordinary autograd."""
+"""Penalty and gradient of random networks compared with float64 double backprop."""
 
 from __future__ import annotations
 

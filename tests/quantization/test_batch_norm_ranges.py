@@ -1,4 +1,4 @@
-"""Ranges without data, against Monte-Carlo and closed forms."""
+"""Ranges without data, compared with Monte Carlo and closed forms."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Corrected biases: the mean of each output channel is that of the float layer, to rounding."""
+"""Corrected biases restore the mean of each output channel of the float layer, up to rounding."""
 
 from __future__ import annotations
 

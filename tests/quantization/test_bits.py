@@ -1,4 +1,4 @@
-"""Widths: what may be asked for, and that they are put back."""
+"""Setting widths: accepted values, and restoring them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Activation ranges: found by hand as well, kept where data is bad, refused where they are none."""
+"""Activation ranges: compared with manual results, kept for bad data, refused if invalid."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Equalization: the float function stays, ranges of channels meet; and what is left alone."""
+"""Equalization keeps the float function and matches channel ranges; unsupported layers are unchanged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Folded batch norms: the same function, in float64 to 1e-10; and what must not be folded."""
+"""Folding keeps the function to 1e-10 in float64, and refuses unsupported batch norms."""
 
 from __future__ import annotations
 

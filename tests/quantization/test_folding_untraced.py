@@ -1,4 +1,4 @@
-"""Folding by a watched pass, of subclasses and frozen batch norms, and of layers of several kinds."""
+"""Folding with an observed pass, of subclasses, frozen batch norms and other layers."""
 
 from __future__ import annotations
 

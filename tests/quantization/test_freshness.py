@@ -1,4 +1,4 @@
-"""A warning where weights have changed since the activation ranges were calibrated, and none elsewhere."""
+"""A warning if weights have changed since calibration, and only then."""
 
 from __future__ import annotations
 

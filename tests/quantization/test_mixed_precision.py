@@ -1,4 +1,4 @@
-"""The search against all choices there are, where the truth is known; and its budget."""
+"""The search compared with all choices, and its budget."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One call that does what costs no training: the same as its steps, by hand, one after the other."""
+"""Preparation in one call equals its separate steps."""
 
 from __future__ import annotations
 

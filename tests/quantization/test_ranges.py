@@ -1,4 +1,4 @@
-"""Ranges against formulas of NumPy, brute force and Monte-Carlo; streams against all values at once."""
+"""Ranges compared with NumPy, brute force and Monte Carlo; streams compared with all values at once."""
 
 from __future__ import annotations
 

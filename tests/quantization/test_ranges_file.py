@@ -1,4 +1,4 @@
-"""The file of ranges: what goes in comes out, and what was tampered with is refused by name."""
+"""Files of ranges: a round trip keeps them, and modified entries are refused by name."""
 
 from __future__ import annotations
 

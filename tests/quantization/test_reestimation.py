@@ -1,4 +1,4 @@
-"""Statistics of batch norms at a width: what training mode would collect there, and only in use there."""
+"""Batch-norm statistics at a width equal those of training mode there, and are used only there."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rounding beyond nearest: the methods against other truths, and codes that are used where they belong."""
+"""Rounding methods compared with independent results, and the use of their codes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One tensor at a time: what is quantized, and what comes out."""
+"""Sensitivity to quantizing a single tensor."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One model at many widths, and the table that comes out."""
+"""A model at many widths, and the resulting table."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ranges that follow training batches: by hand; never in evaluation."""
+"""Ranges tracked in training compared with manual results; evaluation does not change them."""
 
 from __future__ import annotations
 

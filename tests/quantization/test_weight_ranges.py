@@ -1,4 +1,4 @@
-"""Stored ranges of weights: what they clamp, what follows the weight, and what the penalty says of them."""
+"""Stored weight ranges: clamping, and errors of the penalty."""
 
 from __future__ import annotations
 

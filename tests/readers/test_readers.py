@@ -1,4 +1,4 @@
-"""Files that are cut, flipped or made to do harm: refused by name, or read; never more than that."""
+"""Truncated, corrupted and malicious files are refused by name, or read."""
 
 from __future__ import annotations
 

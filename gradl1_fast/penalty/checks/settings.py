@@ -57,7 +57,7 @@ def check_loss(loss: Tensor) -> None:
 
 
 def refuse_for_finite_difference(penalty: GradL1) -> None:
-    """Raise if a finite difference cannot measure the model, whose weights are quantized or computed, say.
+    """Raise if a finite difference cannot measure the model, for example because it is quantized.
 
     Raises:
         RuntimeError: names the obstacle.

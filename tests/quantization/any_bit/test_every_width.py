@@ -1,4 +1,4 @@
-"""One file for every width: what a reader of w bits reads, and what it gets."""
+"""Any-bit files: the bytes that a reader of w bits reads, and the resulting weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is refused: widths, models, and files that are damaged or made to do harm."""
+"""Refused widths and models, and damaged or malicious files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model read from an any-bit file holds bits of weights and no weights."""
+"""A model read from an any-bit file stores bits of weights instead of weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights of an any-bit file that a model reads, or changes, without calling their layers."""
+"""Weights of an any-bit file that a model reads or changes without calling their layer."""
 
 from __future__ import annotations
 

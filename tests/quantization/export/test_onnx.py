@@ -1,4 +1,4 @@
-"""A network in ONNX: what it is made of, and what a plain onnxruntime session computes."""
+"""ONNX files: their contents, and the results of a default onnxruntime session."""
 
 from __future__ import annotations
 

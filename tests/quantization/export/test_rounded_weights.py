@@ -1,4 +1,4 @@
-"""Codes of round_weights are what files hold."""
+"""Files contain the codes of round_weights."""
 
 from __future__ import annotations
 

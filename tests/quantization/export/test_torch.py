@@ -1,4 +1,4 @@
-"""A network as a program of torch.export."""
+"""Export as a program of torch.export."""
 
 from __future__ import annotations
 

@@ -22,12 +22,12 @@ def table(
     title: str, header: tuple[str, ...], rows: Iterable[tuple[str, ...]], *, numbers: bool = True
 ) -> Table:
     """Return a table of plain text cells. Columns after the first are right-aligned for numbers."""
-    made = Table(title=title, title_justify="left", title_style="bold")
-    for place, name in enumerate(header):
-        made.add_column(name, justify="right" if numbers and place else "left")
+    result = Table(title=title, title_justify="left", title_style="bold")
+    for index, name in enumerate(header):
+        result.add_column(name, justify="right" if numbers and index else "left")
     for row in rows:
-        made.add_row(*map(escape, row))
-    return made
+        result.add_row(*map(escape, row))
+    return result
 
 
 def fail(message: str) -> NoReturn:

@@ -76,9 +76,9 @@ def step(
     settings = steps.Settings(**{"rounds": rounds, "deep": deep, **quick})
     folder, rows = None if smoke else _folder(out, device), []
 
-    def done(workload: Any, found: Rows) -> None:
-        rows.extend(found)
-        _print(workload.title(), tables.steps(found, wide=Console().width >= 140), found)
+    def done(workload: Any, result: Rows) -> None:
+        rows.extend(result)
+        _print(workload.title(), tables.steps(result, wide=Console().width >= 140), result)
         _write("step", rows, device, folder, json, rounds=settings.rounds)
 
     steps.measure(todo, settings, done)
@@ -143,8 +143,8 @@ def compare(
 
 def _module(name: str) -> ModuleType:
     """Import a module of the benchmarks, which are not part of the installed package."""
-    results_folders = (Path(__file__).parents[2], Path.cwd())
-    root = next((place for place in results_folders if (place / "bench" / "providers.py").is_file()), None)
+    candidates = (Path(__file__).parents[2], Path.cwd())
+    root = next((folder for folder in candidates if (folder / "bench" / "providers.py").is_file()), None)
     if root is None:
         fail("gradl1 bench runs in a checkout of the project, installed by pip install -e '.[cli,bench]'")
     if str(root) not in sys.path:

@@ -121,17 +121,17 @@ def _write(
 ) -> None:
     images, labels = batch
     file = format.write(loaded.model, images, w=w, a=a)
-    found = format.compare(file, images, labels)
+    result = format.compare(file, images, labels)
     before = accuracy(loaded.model, batch)
-    _print_network(file, found, before)
+    _print_network(file, result, before)
     for details in format.details(file, images):
         Console().print(table(details.title, details.header, details.rows))
-    _print_agreement(found, len(file.data))
+    _print_agreement(result, len(file.data))
     for remark in file.remarks:
         Console().print(f"- {remark}", highlight=False, markup=False)
-    faults = found.faults()
-    if max_drop is not None and found.accuracy is not None and found.accuracy < before - max_drop:
-        drop = f"from {before:.2f} to {found.accuracy:.2f} %"
+    faults = result.faults()
+    if max_drop is not None and result.accuracy is not None and result.accuracy < before - max_drop:
+        drop = f"from {before:.2f} to {result.accuracy:.2f} %"
         faults.append(f"accuracy drops {drop}; at most {max_drop:g} points are allowed")
     if faults:
         raise ValueError(f"no file was written: {'; '.join(faults)}")

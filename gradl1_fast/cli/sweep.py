@@ -100,13 +100,13 @@ def sweep(
 
 def _bits(text: str) -> tuple[int | None, ...]:
     """Return the requested widths in order."""
-    found: list[int | None] = []
+    widths: list[int | None] = []
     for part in text.split(","):
         word = part.strip()
         if word != "float" and not (word.isdecimal() and 1 <= int(word) <= 16):
             raise ValueError(f"--bits: widths are float or numbers from 1 to 16, with commas, got {part!r}")
-        found.append(None if word == "float" else int(word))
-    return tuple(dict.fromkeys(found))
+        widths.append(None if word == "float" else int(word))
+    return tuple(dict.fromkeys(widths))
 
 
 def _print_results(console: Console, results: sweeps.Results) -> None:

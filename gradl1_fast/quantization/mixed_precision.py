@@ -252,14 +252,14 @@ def _uniform(keys: Keys, width: int) -> State:
     return {key: width if width in tried else min(tried) for key, tried in keys.items()}
 
 
-def _losses(found: Sensitivity, keys: Keys, sign: int) -> dict[Key, dict[int, float]]:
+def _losses(sensitivities: Sensitivity, keys: Keys, sign: int) -> dict[Key, dict[int, float]]:
     """Return the loss of each tensor at each width, made monotone, since a decreasing loss is noise."""
     losses: dict[Key, dict[int, float]] = {}
     for key, widths in keys.items():
         worst = 0.0
         losses[key] = {}
         for width in widths:
-            worst = max(worst, sign * (found.float_value - found[(*key, width)]))
+            worst = max(worst, sign * (sensitivities.float_value - sensitivities[(*key, width)]))
             losses[key][width] = worst
     return losses
 

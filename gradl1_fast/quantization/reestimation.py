@@ -231,7 +231,7 @@ def _of(module: Any) -> _OfNorm | _OfLayer:
 def _keep(model: nn.Module, estimates: dict[str, Any], width: str | None, result: Reestimation) -> None:
     """Store all estimates, or none if one is invalid."""
     modules = dict(model.named_modules())
-    found = {}
+    results = {}
     for name, estimate in estimates.items():
         if not estimate.count:
             result.left[name] = "no value reached it"
@@ -239,14 +239,14 @@ def _keep(model: nn.Module, estimates: dict[str, Any], width: str | None, result
         estimate.moments = _over_ranks(*estimate.moments)
         if not all(bool(t.isfinite().all()) for t in estimate.moments):
             raise ValueError(f"reestimate_batch_norm: the input of {name!r} holds NaN or infinity")
-        found[name] = estimate.values()
-    for name, values in found.items():
+        results[name] = estimate.values()
+    for name, values in results.items():
         if width is None:
             for key, value in values.items():
                 getattr(modules[name], key).copy_(value)
         else:
             keep_values(modules[name], width, values)
-    result.norms = list(found)
+    result.norms = list(results)
     if width is not None:
         mark_weights(model)
         use_after_loading(model)

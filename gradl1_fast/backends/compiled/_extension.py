@@ -22,12 +22,12 @@ def engine(half: str) -> Any:
         UnavailableError: the half is not available; the message says why.
     """
     module, reason = _load()
-    found = getattr(module, half, None)
-    if found is None:
+    half_module = getattr(module, half, None)
+    if half_module is None:
         from gradl1_fast.backends import UnavailableError
 
         raise UnavailableError(reason or f"the compiled extension was built without its {half} part")
-    return found
+    return half_module
 
 
 def describe() -> dict[str, str]:

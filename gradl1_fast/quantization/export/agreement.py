@@ -181,9 +181,9 @@ def _compare_batch(
 ) -> None:
     feed, program, grids = feed_of(exported, part), exported.program, exported.grids
     end = [torch.from_numpy(value) for value in file.run(exported.outputs, feed)]
-    found = watched.run(None, feed)
-    outputs = [torch.from_numpy(value) for value in found[: len(end)]]
-    codes = dict(zip(exported.quantized, found[len(end) :], strict=True))
+    actual = watched.run(None, feed)
+    outputs = [torch.from_numpy(value) for value in actual[: len(end)]]
+    codes = dict(zip(exported.quantized, actual[len(end) :], strict=True))
     calls = _Calls()
 
     def alone(key: int, x: Tensor) -> Tensor:

@@ -87,11 +87,11 @@ class Filling:
             elif mark.kind == "bias":
                 result = self._bias(mark.name, grid, dequantize, source)
             else:
-                place = id(source), mark.name
-                if place not in self._results:
+                position = id(source), mark.name
+                if position not in self._results:
                     first = key if mark.same_as is None else mark.same_as
-                    self._results[place] = self._activation(first, grid, dequantize, source)
-                result = self._results[place]
+                    self._results[position] = self._activation(first, grid, dequantize, source)
+                result = self._results[position]
             dequantize.outputs[0].replace_all_uses_with(result)
             if grid is not None and mark.kind == "weight":
                 yield mark.name, result, grid

@@ -119,14 +119,14 @@ def _untranslated(exported: torch.export.ExportedProgram) -> list[str]:
 
         registry = _registration.ONNXRegistry.from_torchlib(opset_version=OPSET)
         nodes = _fx_passes.decompose_with_registry(copy.deepcopy(exported), registry).graph.nodes
-        found: dict[str, str] = {}
+        modules: dict[str, str] = {}
         for node in nodes:
             is_operator = isinstance(node.target, torch._ops.OpOverload) and node.target is not MARK
             if is_operator and not registry.is_registered(node.target):
-                found.setdefault(str(node.target), _module_of(node))
+                modules.setdefault(str(node.target), _module_of(node))
     except (ImportError, AttributeError, TypeError):
         return []
-    return [f"{name} (in {place})" for name, place in found.items()]
+    return [f"{name} (in {module})" for name, module in modules.items()]
 
 
 def _reason(error: Exception) -> str:

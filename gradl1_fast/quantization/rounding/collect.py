@@ -90,10 +90,10 @@ class Data:
         counts: Mapping[str, int] | None = None,
     ) -> _Products:
         """Return the products of layers in a forward pass that ends after a number of calls of each layer."""
-        found: _Products = {}
-        with bits(self._model, w=w, a=a), _noted(layers, found, counts), contextlib.suppress(_Enough):
+        products: _Products = {}
+        with bits(self._model, w=w, a=a), _noted(layers, products, counts), contextlib.suppress(_Enough):
             call(self._model, batch, self._forward)
-        return found
+        return products
 
 
 @contextlib.contextmanager

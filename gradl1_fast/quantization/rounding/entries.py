@@ -86,5 +86,5 @@ def _error_in_codes(layer: QuantizedLayer, bits: int, codes: Tensor) -> str:
     return ""
 
 
-def _key(name: str, what: str, bits: int) -> str:
-    return f"{name}.weight_quantizer.{what}.{bits}".removeprefix(".")
+def _key(name: str, kind: str, bits: int) -> str:
+    return f"{name}.weight_quantizer.{kind}.{bits}".removeprefix(".")

@@ -188,10 +188,10 @@ class BinaryTransform(Quantizing):
 
     @torch.no_grad()
     def _look(self, name: str, layer: nn.Module, args: Any) -> None:
-        found = correlation(layer, args[0].detach())
-        if found is not None:
-            self._set(name, found)
-            self.grids[name].groups.copy_(groups_of(found.diagonal(), self.group_count))
+        moments = correlation(layer, args[0].detach())
+        if moments is not None:
+            self._set(name, moments)
+            self.grids[name].groups.copy_(groups_of(moments.diagonal(), self.group_count))
 
     def _set(self, name: str, value: Tensor) -> None:
         self._correlations[name] = value

@@ -77,6 +77,6 @@ class SignSAM(Method):
         layers = trainable_layers(self.model)
         weights = [leaf_of(layer) for layer in layers.values()]
         grads = torch.autograd.grad(loss, weights, allow_unused=True)
-        found = require_gradients([name_of(name) for name in layers], grads)
+        required = require_gradients([name_of(name) for name in layers], grads)
         with torch.no_grad():
-            return list(zip(weights, self.move(weights, list(found), size), strict=True))
+            return list(zip(weights, self.move(weights, list(required), size), strict=True))

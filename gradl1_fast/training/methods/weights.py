@@ -101,18 +101,18 @@ def parametrize_all(
     Returns:
         The parametrizations by the name of their layer.
     """
-    made: dict[str, M] = {}
+    parametrizations: dict[str, M] = {}
     try:
         for name, layer in layers.items():
             parametrization = make(name, layer)
             if parametrization is not None:
                 parametrized(layer, parametrization)
-                made[name] = parametrization
+                parametrizations[name] = parametrization
     except BaseException:
-        for name in made:
+        for name in parametrizations:
             unparametrized(layers[name])
         raise
-    return made
+    return parametrizations
 
 
 def unparametrized(layer: QuantizedLayer) -> None:

@@ -1,4 +1,4 @@
-"""What `make full` runs and `make test` does not: the rest of long matrices of cases."""
+"""Long matrices of cases: `make full` runs all of them and `make test` a part."""
 
 from __future__ import annotations
 

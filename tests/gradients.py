@@ -1,4 +1,4 @@
-"""The one assertion for gradients: shape, direction and signed bias as well as closeness."""
+"""The assertion for gradients: shape, direction, signed bias and closeness."""
 
 from __future__ import annotations
 

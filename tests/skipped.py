@@ -1,4 +1,4 @@
-"""What a run skipped, and why, in one table."""
+"""A table of skipped tests with their reasons."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The benchmark of the kernels, as far as it goes without a GPU."""
+"""The kernel benchmark, without a GPU."""
 
 from __future__ import annotations
 

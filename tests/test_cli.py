@@ -1,4 +1,4 @@
-"""The gradl1 command, as a user types it."""
+"""The gradl1 command."""
 
 import json
 import subprocess
@@ -68,14 +68,14 @@ def test_info_names_the_operations_that_a_reason_is_about(monkeypatch):
     assert "not lunar for tap: the moon is full" in gradl1("info").output
 
 
-def test_info_tells_what_was_compiled(monkeypatch):
+def test_info_shows_the_compiled_extension(monkeypatch):
     facts = {"C++ compiler": "GNU 99", "CUDA architectures": "80 90"}
     monkeypatch.setattr(compiled, "describe", lambda: facts)
     output = gradl1("info").output
     assert all(text in output for pair in facts.items() for text in pair)
 
 
-def test_info_tells_how_to_ask_for_a_backend_that_does_not_come_first(monkeypatch):
+def test_info_shows_how_to_request_another_backend(monkeypatch):
     other = {"other": lambda op, device: sys}
     monkeypatch.setattr(backends, "_LOADERS", backends._LOADERS | other)
     assert (

@@ -92,7 +92,7 @@ def test_too_large_a_loss_of_accuracy_fails_and_nothing_is_written(
     assert not list(tmp_path.iterdir())
 
 
-def test_widths_are_asked_for(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_widths_are_prompted_for(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = gradl1(run)
     assert result.exit_code == 1
     assert "which widths? Give --w and --a" in result.output
@@ -118,7 +118,7 @@ def test_what_is_refused(run: Path, arguments: tuple[object, ...], message: str)
     assert result.output.count("gradl1:") == 1
 
 
-def test_a_folder_that_holds_no_run(tmp_path: Path) -> None:
+def test_a_folder_without_a_run(tmp_path: Path) -> None:
     result = gradl1(tmp_path)
     assert result.exit_code == 1
     assert "not the folder of a finished run" in result.output

@@ -1,4 +1,4 @@
-"""``gradl1 train``, as a user types it."""
+"""``gradl1 train``."""
 
 import csv
 import os
@@ -73,7 +73,7 @@ def test_a_run_leaves_everything_in_its_folder(finished):
     assert "epoch 2 of 2" in (folder / "log.txt").read_text()
 
 
-def test_the_report_is_whole(finished):
+def test_the_report_is_complete(finished):
     page = (finished[0] / "report.html").read_text()
     assert page.count("data:image/svg+xml") == 3
     for word in (
@@ -86,7 +86,7 @@ def test_the_report_is_whole(finished):
         assert word in page
 
 
-def test_a_finished_run_may_be_resumed_and_says_the_same(finished):
+def test_resuming_a_finished_run_prints_the_same(finished):
     before = (finished[0] / "metrics.csv").read_text()
     result = gradl1("train", "--resume", finished[0], "--device", "cpu")
     assert result.exit_code == 0, result.output
@@ -113,7 +113,7 @@ def test_a_resumed_run_is_not_changed(finished):
 
 
 @pytest.mark.parametrize("begun", [True, False])
-def test_one_that_is_stopped_says_how_to_go_on_where_it_can(tmp_path, monkeypatch, begun):
+def test_a_stopped_run_says_how_to_resume_if_possible(tmp_path, monkeypatch, begun):
     def stopped(config, folder, **_options):
         if begun:
             runs.Folder(folder).write_config(config)
@@ -224,7 +224,7 @@ DRY = pytest.mark.parametrize("dry", [[], ["--dry-run"]], ids=["run", "dry run"]
 
 @DRY
 @MISTAKES
-def test_a_mistake_is_said_in_one_sentence(args, message, dry, tmp_path):
+def test_a_mistake_is_reported_in_one_sentence(args, message, dry, tmp_path):
     output = refused(*args, *dry, "--out", tmp_path / "run")
     assert message in output
     assert "Traceback" not in output
@@ -255,7 +255,7 @@ def test_a_dry_run_that_could_run_says_so_by_its_exit_code_and_writes_nothing(tm
 
 
 @DRY
-def test_images_that_the_network_does_not_take_are_refused_before_the_work(dry, tmp_path, monkeypatch):
+def test_images_that_do_not_fit_the_network_are_refused_before_the_work(dry, tmp_path, monkeypatch):
     net = gl.convert(nn.Sequential(nn.Conv2d(1, 2, 9), nn.Flatten(), nn.Linear(2, 10)))
     monkeypatch.setattr("gradl1_fast.training.runs.launch.network", lambda *args: net)
     output = refused(*QUICK, *dry, "--out", tmp_path / "run")
@@ -276,7 +276,7 @@ class Distances(nn.Module):
 
 @DRY
 @pytest.mark.parametrize("method", ["gradl1", "l2"])
-def test_a_network_that_pytorch_differentiates_once_is_refused_before_the_work(
+def test_a_network_that_is_differentiable_only_once_is_refused_before_the_work(
     method, dry, tmp_path, monkeypatch
 ):
     net = gl.convert(nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), Distances(), nn.Linear(10, 10)))
@@ -299,7 +299,7 @@ def test_a_dry_run_of_a_resumption_reads_the_checkpoint(finished, tmp_path):
     )
 
 
-def test_without_tensorboard_it_says_so_and_goes_on(tmp_path, monkeypatch):
+def test_without_tensorboard_training_continues_with_a_message(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     result = gradl1("train", *QUICK, "--epochs", "1", "--out", tmp_path / "run")
     assert result.exit_code == 0, result.output

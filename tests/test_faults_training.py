@@ -1,4 +1,4 @@
-"""Whole training steps: memory, repeatability, what must be refused or must work."""
+"""Whole training steps: memory, repeatability, and refused configurations."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def check_flat_memory(scale: str) -> None:
     assert sizes[-1] - sizes[0] < 4e6
 
 
-def test_a_step_leaves_nothing_to_the_garbage_collector() -> None:
+def test_a_step_creates_no_reference_cycles() -> None:
     counted: list[int] = []
     gc.collect()
     gc.disable()
@@ -115,7 +115,7 @@ class Waiting(TorchDispatchMode):
 
 @pytest.mark.parametrize("scale", ["none", "step"])
 @pytest.mark.parametrize("bits", [None, 4])
-def test_a_step_never_looks_at_a_value(bits: int | None, scale: str) -> None:
+def test_a_step_never_reads_a_value(bits: int | None, scale: str) -> None:
     model = gl.convert(VGG.make(torch.float32))
     x, y = VGG.batch(torch.float32)
     gl.calibrate(model, [x])
@@ -169,7 +169,7 @@ def test_reentrant_checkpointing_is_refused() -> None:
         penalty(loss)
 
 
-def test_a_batch_of_one_is_pytorchs_own_error() -> None:
+def test_a_batch_of_one_raises_pytorchs_error() -> None:
     plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
     x = torch.ones(1, 3, 3, 3)
     with pytest.raises(ValueError, match="more than 1 value") as theirs:
@@ -194,7 +194,7 @@ def test_weights_changed_in_place_between_forward_and_penalty_are_an_error() -> 
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_what_is_not_finite_in_a_weight_is_not_hidden_by_quantization(value: float) -> None:
+def test_quantization_does_not_hide_non_finite_weights(value: float) -> None:
     model = gl.convert(VGG.make().eval())
     gl.calibrate(model, [VGG.batch()])
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Atomic replacement: the old file or the new one, whole, whatever happens in between."""
+"""Atomic replacement: a file is complete, either old or new, in every case."""
 
 import os
 import signal
@@ -27,7 +27,7 @@ def test_a_file_is_made_and_replaced(tmp_path):
     assert names(tmp_path) == ["a.txt"]
 
 
-def test_the_file_beside_has_the_same_ending(tmp_path):
+def test_the_temporary_file_has_the_same_extension(tmp_path):
     with files.replacing(tmp_path / "a.npz") as partial:
         assert partial.suffix == ".npz"
         assert partial.parent == tmp_path
@@ -43,7 +43,7 @@ def test_an_exception_leaves_the_old_file_and_nothing_else(tmp_path):
     assert names(tmp_path) == ["a.bin"]
 
 
-def test_a_kill_in_the_middle_leaves_the_old_file(tmp_path):
+def test_a_kill_during_writing_leaves_the_old_file(tmp_path):
     path = tmp_path / "a.bin"
     files.write_bytes(path, b"old")
     code = f"""
@@ -61,7 +61,7 @@ with replacing({str(path)!r}) as partial:
     assert names(tmp_path) == ["a.bin"]
 
 
-def test_the_content_is_on_the_disk_before_the_name_points_to_it(tmp_path, monkeypatch):
+def test_the_content_is_flushed_before_the_rename(tmp_path, monkeypatch):
     calls = []
     fsync, replace = os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda handle: (calls.append("fsync"), fsync(handle)))

@@ -1,4 +1,4 @@
-"""Bad arguments of the public functions are refused by name; autocast chooses the type of products."""
+"""Public functions refuse bad arguments by name; autocast determines the type of products."""
 
 from __future__ import annotations
 

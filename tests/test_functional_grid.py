@@ -1,4 +1,4 @@
-"""Ranges and grids: zero is on every grid, the range is covered to half a step, widths from 1 to 16."""
+"""Ranges and grids: zero is on every grid, and the range is covered to half a step, at 1 to 16 bits."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ RANGES = {
 @pytest.mark.parametrize("ends", RANGES.values(), ids=RANGES.keys())
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", [2, 8, 16])
-def test_odd_ranges_give_finite_results(ends: tuple[float, float], symmetric: bool, bits: int) -> None:
+def test_degenerate_ranges_give_finite_results(ends: tuple[float, float], symmetric: bool, bits: int) -> None:
     scale, *codes = grid(*ends, bits, symmetric)
     assert scale >= torch.finfo(torch.float64).tiny
     x = torch.tensor([*ends, 0.0], dtype=torch.float64)
@@ -80,7 +80,7 @@ def test_channels_have_their_own_grids(symmetric: bool) -> None:
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
-def test_the_step_is_differentiable_as_the_oracles(bits: int) -> None:
+def test_the_step_has_the_gradient_of_the_oracle(bits: int) -> None:
     t = leaf(torch.randn(3, 4, dtype=torch.float64))
     for symmetric, truth in ((True, oracle.symmetric_step), (False, oracle.affine_step)):
         step, expected = quantization_grid(*value_range(t), bits, symmetric=symmetric)[0], truth(t, bits)
@@ -98,7 +98,7 @@ def test_value_range_is_that_of_each_channel(axis: int | None) -> None:
     assert torch.equal(high, torch.amax(x, others))
 
 
-def test_nan_shows_in_a_range_and_in_its_grid() -> None:
+def test_nan_propagates_to_a_range_and_its_grid() -> None:
     low, high = value_range(torch.tensor([1.0, float("nan")]))
     assert low.isnan()
     assert quantization_grid(low, high, 4, symmetric=False)[0].isnan()

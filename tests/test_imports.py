@@ -1,4 +1,4 @@
-"""Who may import whom, read from the sources; and what importing the package needs and does."""
+"""Allowed imports between modules, read from the sources, and the effects of importing the package."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_operators_name_no_backend(path: Path) -> None:
     assert {n for n in named if n.split(".")[2] in backends} == exceptions
 
 
-def test_backends_know_nothing_of_autograd() -> None:
+def test_backends_do_not_use_autograd() -> None:
     for path in (PACKAGE / "backends").rglob("*.py"):
         assert "autograd" not in {
             node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)
@@ -132,7 +132,7 @@ def in_a_fresh_interpreter(code: str) -> str:
     return result.stdout.strip()
 
 
-def test_the_package_needs_torch_alone_and_touches_no_gpu() -> None:
+def test_the_package_needs_only_torch_and_uses_no_gpu() -> None:
     code = f"""
 import sys
 sys.modules.update(dict.fromkeys({OPTIONAL}))

@@ -1,4 +1,4 @@
-"""What every file of numbers is written with."""
+"""The JSON writer of all files of numbers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_a_number_that_is_not_finite_is_null_at_any_depth() -> None:
 
 
 @pytest.mark.parametrize("value", [0, 1.5, True, None, "±NaN", [], {}, {"1": [1e-300, -0.0]}])
-def test_all_else_is_as_it_was(value: object) -> None:
+def test_other_values_are_unchanged(value: object) -> None:
     assert strictly(_json.dumps(value)) == value
 
 

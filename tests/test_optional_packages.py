@@ -1,4 +1,4 @@
-"""Where an optional package is missing, what needs it says what to install; everything else works."""
+"""Without an optional package, its features say what to install, and everything else works."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NEEDS: dict[str, tuple[str, str, Callable[[nn.Module, Path], object]]] = {
 
 
 @pytest.mark.parametrize("feature", NEEDS)
-def test_what_is_missing_is_named(feature: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_packages_are_named(feature: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package, extra, use = NEEDS[feature]
     model = gl.convert(nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2)).eval())
     gl.calibrate(model, [torch.ones(1, 3)])
@@ -43,5 +43,5 @@ EXTRAS = (
 
 
 @pytest.mark.skipif("CI" not in os.environ, reason="CI is not set: elsewhere packages may be missing")
-def test_continuous_integration_skips_nothing_for_want_of_a_package() -> None:
+def test_continuous_integration_skips_nothing_for_a_missing_package() -> None:
     assert [name for name in EXTRAS if find_spec(name) is None] == []

@@ -1,4 +1,4 @@
-"""The truth itself against closed forms and finite differences."""
+"""The oracle compared with closed forms and finite differences."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class Branches(nn.Module):
         return y + self.one(y) + self.other(y)
 
 
-def test_layers_of_one_tensor_have_one_site_and_what_goes_past_them_is_not_measured() -> None:
+def test_layers_with_one_input_share_a_site_and_other_readers_are_not_measured() -> None:
     model, x = Branches(), torch.randn(2, 3, dtype=torch.float64)
     sites = {"inputs_of": ["one", "other"]}
     result = penalise(model, x, **sites)
@@ -98,7 +98,7 @@ def test_a_layer_called_twice_has_two_sites() -> None:
     assert list(measured.activations) == ["shared.0", "shared.0 #1", "last"]
 
 
-def test_a_tensor_changed_in_place_is_another_one() -> None:
+def test_a_tensor_changed_in_place_is_a_different_tensor() -> None:
     seen = []
     sites = oracle.Sites(lambda name, t: seen.append(name) or t)
     t = torch.ones(2)
@@ -108,7 +108,7 @@ def test_a_tensor_changed_in_place_is_another_one() -> None:
     assert seen == ["one", "three"]
 
 
-def test_of_a_parametrized_weight_the_tensor_in_use_is_measured() -> None:
+def test_the_computed_tensor_of_a_parametrized_weight_is_measured() -> None:
     model = nn.Sequential(nn.Linear(3, 2, bias=False)).double()
     grid = oracle.FakeQuantize(torch.tensor(0.25).double(), torch.tensor(0.0).double(), -7, 7)
     parametrize.register_parametrization(model[0], "weight", grid)
@@ -118,7 +118,7 @@ def test_of_a_parametrized_weight_the_tensor_in_use_is_measured() -> None:
     assert torch.autograd.grad(measured.loss, measured.weights["0.weight"])[0].eq(1).all()
 
 
-def test_the_oracle_imports_nothing_of_the_package() -> None:
+def test_the_oracle_does_not_import_the_package() -> None:
     tree = ast.parse(Path(oracle.__file__).read_text())
     names = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
     names |= {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}

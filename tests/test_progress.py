@@ -1,4 +1,4 @@
-"""Bars and lines about long work: on a terminal, elsewhere, and without the package that draws them."""
+"""Progress bars and lines on a terminal, elsewhere, and without rich."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ def test_on_a_terminal_there_is_a_bar(terminal: Callable[[], Terminal]) -> None:
 
 
 @pytest.mark.parametrize("show", [True, False])
-def test_elsewhere_and_when_not_asked_for_there_is_none(show: bool, terminal: Callable[[], Terminal]) -> None:
+def test_there_is_no_bar_elsewhere_or_if_not_requested(show: bool, terminal: Callable[[], Terminal]) -> None:
     shown = terminal()
     shown.isatty = lambda: not show  # type: ignore[method-assign]
     assert list(track("abc", "letters", show=show)) == ["a", "b", "c"]
     assert shown.getvalue() == ""
 
 
-def test_without_rich_the_work_goes_on(
+def test_without_rich_the_work_continues(
     terminal: Callable[[], Terminal], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shown = terminal()
@@ -55,7 +55,7 @@ def test_without_rich_the_work_goes_on(
     assert shown.getvalue() == ""
 
 
-def test_within_another_bar_there_is_none_and_errors_arrive(terminal: Callable[[], Terminal]) -> None:
+def test_there_is_no_bar_inside_another_and_errors_propagate(terminal: Callable[[], Terminal]) -> None:
     terminal()
     with rich.Progress():
         assert list(track("abc", "letters")) == ["a", "b", "c"]

@@ -1,4 +1,4 @@
-"""docs/reliability.md names a guard, a test and what was broken for every fault, and each of them exists."""
+"""docs/reliability.md names a guard, a test and a failing change for every fault, and all of them exist."""
 
 from __future__ import annotations
 
@@ -72,14 +72,14 @@ def occurs(name: str, place: Path) -> bool:
     return any(re.search(rf"\b{re.escape(name)}\b", file.read_text(encoding="utf-8")) for file in files)
 
 
-def test_every_fault_has_its_lines_in_order() -> None:
+def test_every_section_has_complete_rows() -> None:
     numbers = [line.number for line in LINES]
     assert numbers == sorted(numbers)
     assert set(numbers) == set(FAULTS)
 
 
 @EACH
-def test_every_test_that_is_named_exists(line: Line) -> None:
+def test_every_named_test_exists(line: Line) -> None:
     assert line.tests
     for test in line.tests:
         file, separator, name = test.partition("::")
@@ -89,7 +89,7 @@ def test_every_test_that_is_named_exists(line: Line) -> None:
 
 
 @EACH
-def test_every_guard_that_is_named_exists(line: Line) -> None:
+def test_every_named_guard_exists(line: Line) -> None:
     assert line.guards or "`" not in line.guard
     for guard in line.guards:
         assert (ROOT / guard).exists(), guard
@@ -98,19 +98,19 @@ def test_every_guard_that_is_named_exists(line: Line) -> None:
 
 
 @EACH
-def test_what_was_broken_is_said_or_that_no_gpu_has_seen_it(line: Line) -> None:
+def test_every_row_gives_a_failing_change_or_needs_a_gpu(line: Line) -> None:
     assert line.red
     on_a_gpu = [test.startswith("tests/gpu/") for test in line.tests]
     assert len(set(on_a_gpu)) == 1, "tests that need a GPU have lines of their own"
     assert bool(ON_A_GPU.search(line.red)) == on_a_gpu[0]
 
 
-def test_a_name_that_is_missing_would_be_found() -> None:
+def test_a_missing_test_name_is_detected() -> None:
     assert "test_layouts" in names_in(ROOT / "tests" / "gpu" / "test_triton_elementwise.py")
     assert "test_no_such_thing" not in names_in(Path(__file__))
 
 
-def test_a_guard_that_is_gone_would_be_found() -> None:
+def test_a_missing_guard_is_detected() -> None:
     checkpoints = ROOT / "gradl1_fast" / "training" / "runs" / "checkpoints.py"
     assert occurs("_check", checkpoints)
     assert not occurs("_chec", checkpoints)

@@ -1,4 +1,4 @@
-"""torchvision where its compiled half is of another build than torch, as a CPU torch meets it from PyPI.
+"""Makes torchvision importable if its compiled half was built for another torch, as with CPU builds.
 
 It then fails at import, and with it timm and lightning, which use none of its operators but import it.
 """

@@ -1,12 +1,11 @@
-"""Who computes: the contract of the raw operations, and the one place that chooses a backend.
+"""Backends: the contract of the raw operations, and the selection of a backend.
 
-A backend is a module (or package) that holds, for each operation it supports, the sweeps of that
-operation under the names below. It knows tensors and nothing of autograd; it never changes its
-arguments and never returns one of them. The reference is the definition of every sweep: another
-backend has the same signatures and agrees with it.
+A backend is a module or package that provides, for each operation it supports, the passes of that operation
+under the names below. It does not use autograd, does not change its arguments, and does not return one of
+them. The reference backend defines every pass; other backends have the same signatures and agree with it.
 
 ==================  ==========================================================================
-operation           sweeps
+operation           passes
 ==================  ==========================================================================
 ``tap``             ``tap_backward``, ``tap_double_backward`` (the forward is the identity)
 ``fake_quantize``   ``fake_quantize_forward``, ``..._backward``, ``..._double_backward``
@@ -17,9 +16,9 @@ operation           sweeps
 ``batch_norm_act``  ``batch_norm_act_forward``, ``..._backward``, ``..._double_backward``
 ==================  ==========================================================================
 
-In the arguments, the first sweep's gradients are ``dy, dx``; the second prefixes ``d_``, which reads
-"derivative of the objective with respect to". A gradient that nobody asked for is an empty tensor
-of shape ``(0,)``; one that did not arrive is ``None``.
+The backward pass names gradients ``dy`` and ``dx``. The double backward pass adds the prefix ``d_``, which
+stands for the derivative of the objective with respect to them. A gradient that was not requested is an empty
+tensor of shape ``(0,)``; a missing incoming gradient is ``None``.
 """
 
 from __future__ import annotations
@@ -39,14 +38,14 @@ from gradl1_fast.backends import reference
 __all__ = ["OPERATIONS", "PRODUCTS", "UnavailableError", "available", "backend", "chosen_by_name", "resolve"]
 
 OPERATIONS = ("tap", "fake_quantize", "l1_norm", "conv", "conv_transpose", "linear", "batch_norm_act")
-# Computed by cuDNN, cuBLAS and their like: no backend but the reference, which calls them, implements these.
+# Computed by libraries such as cuDNN and cuBLAS, which only the reference backend calls.
 PRODUCTS = ("conv", "conv_transpose", "linear")
 
 _log = logging.getLogger("gradl1_fast")
 
 
 class UnavailableError(RuntimeError):
-    """A backend was asked for by name and cannot compute the operation; the message says why."""
+    """A backend was requested by name but cannot compute the operation; the message says why."""
 
 
 def _load_reference(op: str, device: torch.device) -> ModuleType:
@@ -54,13 +53,13 @@ def _load_reference(op: str, device: torch.device) -> ModuleType:
 
 
 def _load_triton(op: str, device: torch.device) -> ModuleType:
-    """Load the Triton kernels; for products the reference."""
+    """Load the Triton kernels, or the reference for products."""
     if not _is_installed("triton"):
         raise UnavailableError("Triton is not installed; run `pip install triton`")
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise UnavailableError(
-            "Triton computes on CUDA tensors; on a CPU only in its interpreter, with TRITON_INTERPRET=1 "
-            f"from the start of the program, and this tensor is on {device.type}"
+            "Triton computes on CUDA tensors, and this tensor is on "
+            f"{device.type}; to run its interpreter on a CPU, start the program with TRITON_INTERPRET=1"
         )
     if op in PRODUCTS:
         return reference
@@ -86,20 +85,20 @@ def _load_host(op: str, device: torch.device) -> ModuleType:
     return compiled.load("host", op, device)
 
 
-# Each loader returns the backend for an operation on a device, or raises UnavailableError with the reason.
+# Each loader returns the backend of an operation on a device, or raises UnavailableError with the reason.
 _LOADERS: dict[str, Callable[[str, torch.device], ModuleType]] = {
     "cuda": _load_cuda,
     "triton": _load_triton,
     "host": _load_host,
     "reference": _load_reference,
 }
-# The automatic choice by type of device: the first that can, computes. Only by name: `cuda`, which waits
-# for its first run on a GPU, and Triton's interpreter. On a CPU, bench/results shows `host` ahead.
+# The automatic choice is the first available backend for the type of device. `cuda` has not yet been run on a
+# GPU and is used only by name, as is Triton's interpreter. On CPUs `host` is the fastest, see bench/results.
 _AUTOMATIC = {"cpu": ("host", "reference"), "cuda": ("triton", "reference")}
-_ELSEWHERE = ("reference",)
+_OTHER_DEVICES = ("reference",)
 
-# The names of the `with backend(...)` blocks in force, of the whole process: the backward pass of CUDA
-# tensors runs in threads of autograd's own, which would not see a variable of the caller's context.
+# The names of the active `with backend(...)` blocks, global to the process: autograd runs the backward
+# pass of CUDA tensors in its own threads, which do not see the caller's context variables.
 _forced: list[str] = []
 
 
@@ -110,13 +109,13 @@ def available() -> tuple[str, ...]:
 
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Compute every operation inside the ``with`` block with the named backend, in all threads.
+    """Context manager that computes every operation with the named backend, in all threads.
 
     Args:
         name: one of :func:`available`.
 
     Raises:
-        ValueError: the name is not known. An operation that the named backend cannot compute raises
+        ValueError: the name is unknown. An operation that the named backend cannot compute raises
             :class:`UnavailableError` when it is called.
 
     Examples:
@@ -140,7 +139,7 @@ def backend(name: str) -> Iterator[None]:
 def resolve(op: str, tensor: torch.Tensor) -> ModuleType:
     """Return the backend that computes ``op`` for ``tensor``.
 
-    Precedence: :func:`backend`, then the environment variable ``GRADL1_BACKEND``, then automatic.
+    Precedence: :func:`backend`, then the environment variable ``GRADL1_BACKEND``, then the automatic choice.
     """
     name = chosen_by_name()
     if name:
@@ -150,15 +149,15 @@ def resolve(op: str, tensor: torch.Tensor) -> ModuleType:
 
 
 def chosen_by_name() -> str | None:
-    """Return the backend that :func:`backend` or the environment asks for, or None."""
+    """Return the backend requested by :func:`backend` or the environment, or None."""
     return _forced[-1] if _forced else os.environ.get("GRADL1_BACKEND")
 
 
 @functools.cache
 def _first_that_can(op: str, device_type: str) -> ModuleType:
-    """Choose once for each operation and type of device, and log the choice with every rejection."""
+    """Choose once per operation and type of device, and log the choice with every rejection."""
     device, reasons = torch.device(device_type), []
-    for name in _AUTOMATIC.get(device_type, _ELSEWHERE):
+    for name in _AUTOMATIC.get(device_type, _OTHER_DEVICES):
         try:
             chosen = _LOADERS[name](op, device)
         except UnavailableError as reason:

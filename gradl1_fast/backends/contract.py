@@ -1,18 +1,18 @@
-"""Raw operations prepared once for tensors of one shape, layout, type and device.
+"""Raw operations that are prepared once for tensors of one shape, layout, type and device.
 
-A planned region calls the same few passes in every step. What does not change from one call to the next,
-sizes, layout, options, is settled when the pass is prepared; a call then takes tensors alone. The tensors of
-a call have the shapes, strides, types and devices of preparation, which whoever calls vouches for.
+A planned region calls the same passes in every step. Preparation fixes what does not change between calls:
+sizes, layout and options. A call then takes only tensors. The caller guarantees that they have the shapes,
+strides, types and devices of preparation.
 
-``None`` stands for a gradient that did not arrive and for a result that nobody asked for. No argument is
-changed or returned, and the results have the bits of the sweeps of the same name.
+``None`` stands for a missing incoming gradient and for a result that was not requested. Arguments are neither
+changed nor returned. The results are bitwise equal to those of the raw passes of the same name.
 
-A backend that prepares nothing for a tensor, such as one with gaps in memory, has no function of that name or
-returns None from it: its sweeps are called instead.
+A backend that cannot prepare an operation for a tensor, such as one with gaps in memory, does not define the
+function or returns None from it. Its raw passes are called instead.
 
-``ends`` are four numbers in the type of sums: the smallest and the largest value of a tensor, and how many
-values are equal to each. ``d_ends`` are the gradients with respect to the first two, which equal values
-share evenly, as those of ``torch.amin`` and ``torch.amax``.
+``ends`` are four numbers in the type of sums: the smallest and the largest value of a tensor, and the number
+of values equal to each. ``d_ends`` are the gradients of the first two. They are shared evenly among equal
+values, as in ``torch.amin`` and ``torch.amax``.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ __all__ = [
 class BatchNormAct(Protocol):
     """``y = q(act(norm(x) * weight + bias + residual))`` and its derivatives.
 
-    ``activated`` is what gives the mask: what q was given with a grid and a residual, ``y`` without a grid.
+    ``activated`` determines the mask: the input of q with a grid and a residual, ``y`` without a grid.
     """
 
     def forward(
@@ -69,10 +69,10 @@ class BatchNormAct(Protocol):
         ends: Tensor | None,
         d_ends: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Return ``dx, dweight, dbias, dresidual, l1`` of ``dy`` plus what ``d_ends`` gives to ``y``.
+        """Return ``dx, dweight, dbias, dresidual, l1`` for ``dy`` plus the gradient through ``d_ends``.
 
-        ``dresidual`` is None without a residual, and where it is ``dy`` itself: with neither activation,
-        grid nor ``d_ends``.
+        ``dresidual`` is None without a residual, and if it equals ``dy`` because there is no activation, grid
+        or ``d_ends``.
         """
 
     def double_backward(
@@ -96,7 +96,7 @@ class BatchNormAct(Protocol):
 
 
 class Tap(Protocol):
-    """The identity whose gradient is measured, and the ends of what passes."""
+    """The identity, which measures the norm of its gradient and the ends of its input."""
 
     def ends(self, x: Tensor) -> Tensor:
         """Return the ends of ``x``."""
@@ -108,14 +108,14 @@ class Tap(Protocol):
         """Return ``d_dy = d_dx + d_l1 * sign(dy)``."""
 
     def add_ends_gradient(self, dy: Tensor | None, x: Tensor, ends: Tensor, d_ends: Tensor) -> Tensor:
-        """Return ``dy`` plus what ``d_ends`` gives to ``x``."""
+        """Return ``dy`` plus the gradient that ``d_ends`` gives ``x``."""
 
 
 class FakeQuantize(Protocol):
-    """Fake quantization to one grid for the tensor."""
+    """Per-tensor fake quantization."""
 
     def forward(self, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-        """Return ``x`` on the grid."""
+        """Return ``x`` rounded to the grid."""
 
     def backward(
         self, dy: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, with_l1: bool
@@ -145,40 +145,40 @@ def prepare_batch_norm_act(
     codes: tuple[int, int] | None,
     with_ends: bool,
 ) -> BatchNormAct:
-    """Prepare batch norm, residual, activation and quantizer.
+    """Prepare a batch norm with residual, activation and quantizer.
 
     Args:
-        backend: who computes.
-        x: a tensor as each call will give it, ``(N, C, *size)``.
-        training: normalise by the statistics of the batch.
+        backend: the backend that computes.
+        x: ``(N, C, *size)``, an example of the tensors of later calls.
+        training: normalise with the statistics of the batch.
         eps: added to the variance.
         activation: ``"none"``, ``"relu"`` or ``"relu6"``.
-        with_residual: whether there is a residual, in the shape, layout and type of ``x``.
-        codes: the smallest and the largest code of the grid; None without one.
-        with_ends: whether the ends of ``y`` are wanted, which excludes a grid.
+        with_residual: whether there is a residual, of the shape, layout and type of ``x``.
+        codes: the smallest and the largest code of the grid; None without a grid.
+        with_ends: whether to return the ends of ``y``; not with a grid.
     """
-    own = getattr(backend, "prepare_batch_norm_act", None)
+    prepare = getattr(backend, "prepare_batch_norm_act", None)
     options = (training, eps, activation, with_residual, codes, with_ends)
-    prepared = None if own is None or not x.numel() else own(x, *options)
+    prepared = None if prepare is None or not x.numel() else prepare(x, *options)
     return _BatchNormAct(backend, *options) if prepared is None else prepared
 
 
 def prepare_tap(backend: ModuleType, x: Tensor) -> Tap:
     """Prepare the tap of tensors like ``x``."""
-    own = getattr(backend, "prepare_tap", None)
-    prepared = None if own is None or not x.numel() else own(x)
+    prepare = getattr(backend, "prepare_tap", None)
+    prepared = None if prepare is None or not x.numel() else prepare(x)
     return _Tap(backend) if prepared is None else prepared
 
 
 def prepare_fake_quantize(backend: ModuleType, x: Tensor, codes: tuple[int, int]) -> FakeQuantize:
-    """Prepare fake quantization of tensors like ``x``, with the smallest and the largest code."""
-    own = getattr(backend, "prepare_fake_quantize", None)
-    prepared = None if own is None or not x.numel() else own(x, codes)
+    """Prepare fake quantization of tensors like ``x``, given the smallest and the largest code."""
+    prepare = getattr(backend, "prepare_fake_quantize", None)
+    prepared = None if prepare is None or not x.numel() else prepare(x, codes)
     return _FakeQuantize(backend, codes) if prepared is None else prepared
 
 
 class _BatchNormAct:
-    """Calls the sweeps of a backend that prepares nothing."""
+    """Calls the raw passes of a backend that cannot prepare the operation."""
 
     def __init__(
         self,
@@ -199,8 +199,8 @@ class _BatchNormAct:
             x, weight, bias, running_mean, running_var, residual, scale, zero_point, *self._codes,
             self._training, self._eps, self._activation,
         )  # fmt: skip
-        kept = None if scale is None or residual is None else activated
-        return y, kept, mean, rstd, _ends(y) if self._with_ends else None
+        mask_source = None if scale is None or residual is None else activated
+        return y, mask_source, mean, rstd, _ends(y) if self._with_ends else None
 
     def backward(self, dy, x, activated, weight, bias, mean, rstd, scale, zero_point, with_l1, ends, d_ends):  # type: ignore[no-untyped-def]
         total = dy if d_ends is None else _add_ends_gradient(dy, activated, ends, d_ends)
@@ -223,7 +223,7 @@ class _BatchNormAct:
 
 
 class _Tap:
-    """Calls the sweeps of a backend that prepares nothing."""
+    """Calls the raw passes of a backend that cannot prepare the operation."""
 
     def __init__(self, backend: ModuleType) -> None:
         self.backward, self.double_backward = backend.tap_backward, backend.tap_double_backward
@@ -236,7 +236,7 @@ class _Tap:
 
 
 class _FakeQuantize:
-    """Calls the sweeps of a backend that prepares nothing."""
+    """Calls the raw passes of a backend that cannot prepare the operation."""
 
     def __init__(self, backend: ModuleType, codes: tuple[int, int]) -> None:
         self._backend, self._codes = backend, codes

@@ -1,4 +1,4 @@
-"""What every subcommand prints with: tables, and the one way to fail."""
+"""Output helpers of all subcommands: tables and errors."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ def pairs(title: str, values: dict[str, str]) -> Table:
 def table(
     title: str, header: tuple[str, ...], rows: Iterable[tuple[str, ...]], *, numbers: bool = True
 ) -> Table:
-    """Return a table; cells are text, not markup. Columns after the first are set for numbers."""
-    made = Table(title=title, title_justify="left", title_style="bold")
-    for place, name in enumerate(header):
-        made.add_column(name, justify="right" if numbers and place else "left")
+    """Return a table of plain text cells. Columns after the first are right-aligned for numbers."""
+    result = Table(title=title, title_justify="left", title_style="bold")
+    for index, name in enumerate(header):
+        result.add_column(name, justify="right" if numbers and index else "left")
     for row in rows:
-        made.add_row(*map(escape, row))
-    return made
+        result.add_row(*map(escape, row))
+    return result
 
 
 def fail(message: str) -> NoReturn:
-    """Say on standard error what was wrong, and end with exit code 1."""
-    text = f"[red]gradl1:[/red] {escape(message)}"  # a message may hold brackets, as in '.[cli]'
+    """Print an error message to standard error, and exit with code 1."""
+    text = f"[red]gradl1:[/red] {escape(message)}"  # a message may contain brackets, as in '.[cli]'
     Console(stderr=True).print(text, highlight=False, soft_wrap=True)
     raise typer.Exit(1)

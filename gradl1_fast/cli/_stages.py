@@ -1,4 +1,4 @@
-"""Progress of long work: bars on a terminal, lines elsewhere."""
+"""Progress of long tasks: bars on a terminal, lines elsewhere."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Stage = Callable[[str, int], Callable[[], None]]
 def stages() -> Iterator[Stage]:
     """Yield a function that takes the name of a stage and its number of parts.
 
-    It returns what is to be called after each part. All of it goes to standard error.
+    It returns a function to call after each part. All output goes to standard error.
     """
     console = Console(stderr=True)
     if not console.is_terminal:

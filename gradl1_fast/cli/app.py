@@ -1,4 +1,4 @@
-"""The command itself and the options that come before a subcommand."""
+"""The main command and its options."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``gradl1 bench``: time and memory of operations and training steps, by this library and its peers."""
+"""``gradl1 bench``: time and memory of operations and training steps, compared with other implementations."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ Rows = list[dict[str, Any]]
 bench = typer.Typer(
     invoke_without_command=True,
     help=(
-        "Measure operations, training steps and how they grow, by this library and its peers.\n\n"
-        "Without a subcommand: all three, which takes about half an hour on two CPU cores, most of it "
-        "compiling. Each gradient is compared with float64 double backprop before its time is taken.\n\n"
-        "Runs in a checkout of the project: pip install --editable '.[cli,bench]'"
+        "Measure operations, training steps and their scaling, compared with other implementations.\n\n"
+        "Without a subcommand, all three are measured. This takes about half an hour on two CPU cores, "
+        "mostly for compilation. Each gradient is compared with float64 double backprop before timing.\n\n"
+        "Requires a checkout of the project: pip install --editable '.[cli,bench]'"
     ),
     epilog="Example: gradl1 bench step --smoke",
 )
@@ -64,10 +64,10 @@ def step(
     network: Networks = None,
     deep: Deep = False,
 ) -> None:
-    """Measure a whole training step by every provider, on four networks at two image sizes.
+    """Measure a training step of every provider, on four networks at two image sizes.
 
-    Takes a few minutes with --smoke, otherwise about a quarter of an hour on
-    two CPU cores. Results are written after each network and size.
+    Takes about a quarter of an hour on two CPU cores, or a few minutes with
+    --smoke. Results are written after each network and size.
     """  # fmt: skip
     steps, tables = _module("step"), _module("tables")
     _check_device(device)
@@ -76,9 +76,9 @@ def step(
     settings = steps.Settings(**{"rounds": rounds, "deep": deep, **quick})
     folder, rows = None if smoke else _folder(out, device), []
 
-    def done(workload: Any, found: Rows) -> None:
-        rows.extend(found)
-        _print(workload.title(), tables.steps(found, wide=Console().width >= 140), found)
+    def done(workload: Any, result: Rows) -> None:
+        rows.extend(result)
+        _print(workload.title(), tables.steps(result, wide=Console().width >= 140), result)
         _write("step", rows, device, folder, json, rounds=settings.rounds)
 
     steps.measure(todo, settings, done)
@@ -89,10 +89,10 @@ def step(
 def ops(
     smoke: Smoke = False, json: Json = None, out: Out = None, device: Device = "cpu", rounds: Rounds = 15
 ) -> None:
-    """Measure every operation and sweep by every backend, by plain PyTorch and compiled, against a copy.
+    """Measure every operation and pass in every backend and in PyTorch, compared with a copy.
 
-    Convolution's double backward for the layer shapes of ResNet-18, ResNet-50
-    and MobileNetV2 is compared with PyTorch's own.
+    The double backward of convolutions with the shapes of ResNet-18, ResNet-50
+    and MobileNetV2 is compared with PyTorch's.
     """  # fmt: skip
     family, tables = _module("ops"), _module("tables")
     _check_device(device)
@@ -110,7 +110,7 @@ def ops(
 def scale(
     smoke: Smoke = False, json: Json = None, out: Out = None, device: Device = "cpu", rounds: Rounds = 7
 ) -> None:
-    """Measure how time and memory of a step grow with batch, width, depth, and ranks under DDP."""
+    """Measure how time and memory of a step scale with batch, width, depth and DDP ranks."""
     family, tables = _module("scale"), _module("tables")
     _check_device(device)
     rows = family.measure(device, smoke=smoke, rounds=3 if smoke else rounds)
@@ -129,7 +129,7 @@ def compare(
     device: Device = "cpu",
     rounds: Rounds = 15,
 ) -> None:
-    """Measure the working tree's training step against that of another revision, in turns."""
+    """Compare the training step of the working tree with that of another revision, in turns."""
     comparison, steps, tables = _module("compare"), _module("step"), _module("tables")
     _check_device(device)
     todo = steps.SMOKE[:1] if smoke else steps.workloads(device)[: len(steps.SMOKE)]
@@ -142,9 +142,9 @@ def compare(
 
 
 def _module(name: str) -> ModuleType:
-    """Import a module of the checkout's benchmarks, which are no part of the installed package."""
-    places = (Path(__file__).parents[2], Path.cwd())
-    root = next((place for place in places if (place / "bench" / "providers.py").is_file()), None)
+    """Import a module of the benchmarks, which are not part of the installed package."""
+    candidates = (Path(__file__).parents[2], Path.cwd())
+    root = next((folder for folder in candidates if (folder / "bench" / "providers.py").is_file()), None)
     if root is None:
         fail("gradl1 bench runs in a checkout of the project, installed by pip install -e '.[cli,bench]'")
     if str(root) not in sys.path:
@@ -179,10 +179,10 @@ def _folder(out: Path | None, device: str) -> Path:
 def _chosen(workloads: Iterable[Any], networks: list[str] | None) -> list[Any]:
     """Return the workloads of some networks, or all."""
     every = list(workloads)
-    known = list(dict.fromkeys(w.network for w in every))
+    valid = list(dict.fromkeys(w.network for w in every))
     for name in networks or ():
-        if name not in known:
-            fail(f"--network: one of {', '.join(known)}, not {name!r}")
+        if name not in valid:
+            fail(f"--network: one of {', '.join(valid)}, not {name!r}")
     return [w for w in every if not networks or w.network in networks]
 
 

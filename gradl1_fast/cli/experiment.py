@@ -1,4 +1,4 @@
-"""``gradl1 experiment``: methods compared, over seeds and widths."""
+"""``gradl1 experiment``: comparison of methods over seeds and widths."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ _METHODS = "\n".join(f"- {name}: {text_of(name)}\n" for name in experiments.VARI
 _REGIMES = "\n".join(f"- {name}: {regime.text}\n" for name, regime in experiments.REGIMES.items())
 _HELP = f"""Train a network by each method, quantize each to many widths, and compare.
 
-On Fashion-MNIST one network takes five to fifteen minutes of one CPU core.
-The same seed and settings give the same rows on the same computer.
-Each finished run is kept in the folder --out: the same command goes on
-after an interruption.
+On Fashion-MNIST, one network takes five to fifteen minutes on one CPU core.
+The same seed and settings give the same rows on the same computer. Finished
+runs are stored in the folder --out; after an interruption, the same command
+continues.
 
 Methods:
 
 {_METHODS}
-Regimes, what is known of the data when a network is quantized:
+Regimes, the data available when a network is quantized:
 
 {_REGIMES}"""
 _EXAMPLE = "Example: gradl1 experiment fashion-mnist --methods plain,gradl1 --seeds 1 --json rows.json"
@@ -66,8 +66,8 @@ def experiment(
     initialisers: Annotated[
         str | None,
         typer.Option(
-            help="Distributions of the initial weights, with commas between them, or: all. Each method runs "
-            f"with each of them. They are {', '.join(INITIALISERS)}. Default: the network's own."
+            help="Comma-separated distributions of the initial weights, or all. Each method runs with "
+            f"each of them. Available: {', '.join(INITIALISERS)}. Default: that of the network."
         ),
     ] = None,
     quick: Annotated[

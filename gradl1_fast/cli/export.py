@@ -1,4 +1,4 @@
-"""``gradl1 export``: a run as a file for other programs, compared with the simulation first."""
+"""``gradl1 export``: exports a run to a file, after comparing it with the simulation."""
 
 from __future__ import annotations
 
@@ -97,13 +97,13 @@ def export(
 
 
 def _widths(format: Format, w: int | None, a: int | None) -> tuple[int | None, int | None]:
-    """Return the widths that were given; ask for them where there is somebody to answer."""
+    """Return the given widths, or prompt for them on a terminal."""
     if not format.has_widths or (w, a) != (None, None):
         return w, a
     if not _is_answered():
         raise ValueError(_ASKED)
-    asked = [typer.prompt(f"Bits of the {kind}", 8, type=int) for kind in ("weights", "activations")]
-    return asked[0], asked[1]
+    widths = [typer.prompt(f"Bits of the {kind}", 8, type=int) for kind in ("weights", "activations")]
+    return widths[0], widths[1]
 
 
 def _is_answered() -> bool:
@@ -121,45 +121,45 @@ def _write(
 ) -> None:
     images, labels = batch
     file = format.write(loaded.model, images, w=w, a=a)
-    found = format.compare(file, images, labels)
+    result = format.compare(file, images, labels)
     before = accuracy(loaded.model, batch)
-    _print_network(file, found, before)
+    _print_network(file, result, before)
     for details in format.details(file, images):
         Console().print(table(details.title, details.header, details.rows))
-    _print_agreement(found, len(file.data))
+    _print_agreement(result, len(file.data))
     for remark in file.remarks:
         Console().print(f"- {remark}", highlight=False, markup=False)
-    faults = found.faults()
-    if max_drop is not None and found.accuracy is not None and found.accuracy < before - max_drop:
-        drop = f"from {before:.2f} to {found.accuracy:.2f} %"
+    faults = result.faults()
+    if max_drop is not None and result.accuracy is not None and result.accuracy < before - max_drop:
+        drop = f"from {before:.2f} to {result.accuracy:.2f} %"
         faults.append(f"accuracy drops {drop}; at most {max_drop:g} points are allowed")
     if faults:
         raise ValueError(f"no file was written: {'; '.join(faults)}")
     file.save(path)
 
 
-def _print_network(file: File, found: Agreement, before: float) -> None:
+def _print_network(file: File, result: Agreement, before: float) -> None:
     folding = file.prepared.folding
     rows = {"widths": file.prepared.widths()}
     if norms := len(folding.folded) + len(folding.refused):
         rows["batch norms folded"] = f"{len(folding.folded)} of {norms}"
     rows["accuracy in float"] = f"{before:.2f} %"
-    rows["accuracy of the file"] = f"{found.accuracy:.2f} %, in the simulation {found.expected:.2f} %"
+    rows["accuracy of the file"] = f"{result.accuracy:.2f} %, in the simulation {result.expected:.2f} %"
     Console().print(pairs("Network", rows))
 
 
-def _print_agreement(found: Agreement, size: int) -> None:
+def _print_agreement(result: Agreement, size: int) -> None:
     rows = [("file size", "", f"{size:,} bytes")]
-    if found.where:  # there are codes
+    if result.where:  # there are codes
         rows += [
-            ("largest code difference", str(agreement.CODES), str(found.codes)),
-            ("codes that differ", "", f"{100 * found.differing:.4f} %"),
+            ("largest code difference", str(agreement.CODES), str(result.codes)),
+            ("codes that differ", "", f"{100 * result.differing:.4f} %"),
         ]
     rows += [
-        ("largest error, relative to the largest output", f"{agreement.OUTPUTS:g}", f"{found.outputs:.1e}"),
-        ("the same end to end", "", f"{found.end_to_end:.1e}"),
-        ("top-1 agreement", f"{100 * agreement.TOP_1:g} %", f"{100 * found.top_1:.2f} %"),
+        ("largest error, relative to the largest output", f"{agreement.OUTPUTS:g}", f"{result.outputs:.1e}"),
+        ("the same end to end", "", f"{result.end_to_end:.1e}"),
+        ("top-1 agreement", f"{100 * agreement.TOP_1:g} %", f"{100 * result.top_1:.2f} %"),
     ]
     Console().print(
-        table(f"File against simulation, {found.inputs} test images", ("", "bound", "file"), rows)
+        table(f"File against simulation, {result.inputs} test images", ("", "bound", "file"), rows)
     )

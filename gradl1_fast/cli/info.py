@@ -1,4 +1,4 @@
-"""``gradl1 info``: what is here, and what computes what."""
+"""``gradl1 info``: versions, devices, and the backend of each operation."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ __all__ = ["info"]
 
 @app.command(epilog="Example: GRADL1_BACKEND=reference gradl1 info")
 def info() -> None:
-    """Print versions, devices, what was compiled, and which backend computes each operation, and why.
+    """Print versions, devices, the compiled extension, and the backend of each operation with the reason.
 
-    Takes a few seconds. Look here first when something is slower than expected.
+    Takes a few seconds. Check this first if something is slower than expected.
     """
     console = Console()
     console.print(pairs("Versions", _environment.versions()))
@@ -50,7 +50,7 @@ def _print_backends(console: Console, device: str) -> None:
 
 
 def _choice(op: str, device: str) -> tuple[str, dict[str, str]]:
-    """Return the name of the backend for an operation, and for each other the reason why not."""
+    """Return the name of the backend for an operation, and the reason against every other one."""
     tensor = torch.empty(0, device=device)
     chosen = backends.resolve(op, tensor)
     name, others = chosen.__name__, {}

@@ -1,4 +1,4 @@
-"""``gradl1 sweep``: a finished run at every width."""
+"""``gradl1 sweep``: evaluates a finished run at every width."""
 
 from __future__ import annotations
 
@@ -63,20 +63,19 @@ def sweep(
 ) -> None:
     """Evaluate a finished run at every width, and write a report.
 
-    Prints the test accuracy for every pair of widths, after the steps that
-    cost no training (gradl1_fast.prepare). The input of the network keeps 8
-    bits when activations get fewer. The report adds what
-    each tensor loses when it alone is quantized, the ranges, and step times
-    gradient norm of each tensor.
+    Prints the test accuracy for every pair of widths, after preparation without
+    training (gradl1_fast.prepare). The report also shows the loss of each tensor
+    when only it is quantized, the ranges, and the product of step and gradient
+    norm of each tensor.
 
-    The network's input keeps 8 bits where activations get fewer.
+    The network's input keeps 8 bits if activations have fewer.
 
     Quantization is simulated in floating point. It shows what a width costs in
     accuracy; it is slower than float, not faster.
     """  # fmt: skip
     console = Console()
     try:
-        new_figure(1, 1)  # without matplotlib there is no report: say so before the work
+        new_figure(1, 1)  # fail before the work if matplotlib is missing
         settings = sweeps.Settings(
             bits=_bits(bits),
             alone=alone,
@@ -100,14 +99,14 @@ def sweep(
 
 
 def _bits(text: str) -> tuple[int | None, ...]:
-    """Return the widths that were written, in their order."""
-    found: list[int | None] = []
+    """Return the requested widths in order."""
+    widths: list[int | None] = []
     for part in text.split(","):
         word = part.strip()
         if word != "float" and not (word.isdecimal() and 1 <= int(word) <= 16):
             raise ValueError(f"--bits: widths are float or numbers from 1 to 16, with commas, got {part!r}")
-        found.append(None if word == "float" else int(word))
-    return tuple(dict.fromkeys(found))
+        widths.append(None if word == "float" else int(word))
+    return tuple(dict.fromkeys(widths))
 
 
 def _print_results(console: Console, results: sweeps.Results) -> None:

@@ -1,4 +1,4 @@
-"""Conversion of models: layers replaced in place, containers traced, plans, and the report."""
+"""Conversion of models: replacement of layers, tracing of containers, plans, and the report."""
 
 from gradl1_fast.conversion.convert import convert
 from gradl1_fast.conversion.report import Report, report

@@ -1,4 +1,4 @@
-"""Weights of layers that a function reads while the layer is not called, as far as tracing shows it."""
+"""Finds, by tracing, weights that a function reads without a call of their layer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["used_by_function"]
 
 
 def used_by_function(model: nn.Module, parts: Iterable[Part]) -> dict[int, str]:
-    """Return what reads the weight of a layer without calling the layer, by the identity of the layer.
+    """Return the operation that reads the weight of an uncalled layer, by the identity of the layer.
 
     Args:
         model: a converted model.

@@ -1,4 +1,4 @@
-"""Conversion of a model: its layers are replaced in place, everything else stays what it is."""
+"""Conversion of a model: replaces its layers and leaves everything else unchanged."""
 
 from __future__ import annotations
 
@@ -44,31 +44,30 @@ _WORTH_A_WARNING = 0.05
 def convert(model: nn.Module, *, per_channel: bool = False) -> nn.Module:
     """Return the model with layers that can be penalised and quantized on demand.
 
-    The result is a copy of the same class around the same parameters and buffers: methods, attributes,
-    hooks and state dicts are those of the original, and each part computes what it did. Convolutions,
-    transposed convolutions, linear layers and embeddings are replaced by subclasses of theirs, such as
-    :class:`gradl1_fast.QConv2d`; so are small subclasses of these, the weight being quantized as their
-    forward pass uses it. Every width is float at first.
+    The result is a copy of the same class that shares parameters and buffers with the model. Methods,
+    attributes, hooks and state dicts are those of the original, and so are the outputs. Convolutions,
+    transposed convolutions, linear layers and embeddings are replaced by subclasses such as
+    :class:`gradl1_fast.QConv2d`. Subclasses of these layers are replaced too; their weight is quantized as
+    their forward pass uses it. All layers and sites start in float.
 
-    Each layer has a *site* at its input, where the tensor is quantized and measured by a penalty; layers
-    that are given the very same tensor share one. The input of the network has a site that no penalty
-    counts.
+    Each layer has a *site* at its input, where the tensor is quantized and measured by a penalty. Layers
+    with the same input tensor share a site. Penalties do not count the site of the network's input.
 
-    ``model`` stays as it is, and an optimizer made for one serves the other. Of a model that was converted
-    before, what is new is converted; without anything new it is returned unchanged.
+    ``model`` is not changed, and an optimizer created for one works for the other. If ``model`` was converted
+    before, only new layers are converted; without new layers it is returned unchanged.
 
     Args:
-        model: any module, in any mode and on any device.
-        per_channel: quantize each weight with one range for each output channel.
+        model: the model, in any mode and on any device.
+        per_channel: quantize each weight with one range per output channel.
 
     Returns:
-        The converted model. What stays in float is listed by :func:`gradl1_fast.report`, and a warning names
-        it if it holds more than a twentieth of the weights.
+        The converted model. :func:`gradl1_fast.report` lists the parts that stay in float. A warning names
+        them if they hold more than 5 % of the weights.
 
     Raises:
         TypeError: ``model`` is not a module.
-        ValueError: the model has no layer to convert, has a layer that is lazy and has no weight yet, or is
-            wrapped for distributed training: convert first, then wrap.
+        ValueError: the model has no layer to convert, has a lazy layer without a weight, or is wrapped for
+            distributed training (convert first, then wrap).
 
     Examples:
         >>> import torch, gradl1_fast as gl
@@ -99,7 +98,7 @@ def convert(model: nn.Module, *, per_channel: bool = False) -> nn.Module:
             module.use(arming)
     share_sites(converted)
     name_sites(converted)
-    _warn_of_rest(converted)
+    _warn_if_left_in_float(converted)
     return converted
 
 
@@ -120,7 +119,7 @@ def _refuse_lazy(model: nn.Module) -> None:
 
 
 def _own_modules(tree: nn.Module) -> Iterator[nn.Module]:
-    """Yield the modules, but not what is inside others of torch.nn, which may read weights themselves."""
+    """Yield the modules, except those inside modules of torch.nn, which may read weights directly."""
     yield tree
     if is_holder(tree) or not type(tree).__module__.startswith("torch.nn"):
         for child in tree.children():
@@ -131,14 +130,14 @@ def _is_convertible(module: nn.Module) -> bool:
     if isinstance(module, QuantizedLayer) or has_own_forward(module):
         return False
     if isinstance(module, nn.Embedding):
-        # PyTorch's second derivative leaves out the frequency; the others change weights or gradients'
-        # layout.
+        # PyTorch's second derivative ignores scale_grad_by_freq; max_norm changes the weight in place, and
+        # sparse changes the layout of gradients.
         return not (module.scale_grad_by_freq or module.sparse or module.max_norm is not None)
     return isinstance(module, tuple(LAYERS)) or is_conv1d_of_transformers(module)
 
 
 def _replaced(tree: nn.Module, per_channel: bool, arming: Arming) -> nn.Module:
-    """Put a twin in the place of each layer; return the root, which may be one itself."""
+    """Replace each layer by its twin; return the root, which may itself be a twin."""
     twins: dict[int, nn.Module] = {}
     for module in list(_own_modules(tree)):
         if id(module) not in twins and _is_convertible(module):
@@ -160,11 +159,11 @@ def _twin(module: nn.Module, per_channel: bool, arming: Arming) -> nn.Module | N
     return foreign_twin(module, per_channel=per_channel, arming=arming)
 
 
-def _warn_of_rest(model: nn.Module) -> None:
-    left = left_in_float(model)
-    share = sum(left.values()) / max(size_of(model), 1)
+def _warn_if_left_in_float(model: nn.Module) -> None:
+    sizes = left_in_float(model)
+    share = sum(sizes.values()) / max(size_of(model), 1)
     if share > _WORTH_A_WARNING:
-        names = ", ".join(left)
+        names = ", ".join(sizes)
         warnings.warn(
             f"gradl1_fast.convert: {share:.0%} of the weights stay in float and are not penalised: {names}; "
             "see gradl1_fast.report(model)",

@@ -1,4 +1,4 @@
-"""What a fused call in a plan's graph computes, by the registered operators."""
+"""Computes the fused calls of a plan's graph with the registered operators."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from gradl1_fast import functional as F
 from gradl1_fast._dtypes import sum_dtype
 from gradl1_fast.conversion.fusion import fuse
-from gradl1_fast.conversion.graphs import hands_on
+from gradl1_fast.conversion.graphs import returns_input
 from gradl1_fast.conversion.regions.statistics import share_of_batch
 from gradl1_fast.nn.layers import QuantizedLayer
 from gradl1_fast.nn.quantizers import ActivationQuantizer
@@ -27,12 +27,12 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def fused(container: nn.Module, graph: fx.Graph) -> fx.Graph:
-    """Return a copy of a container's graph with batch norms fused with what follows them."""
+    """Return a copy of a container's graph in which batch norms are fused with the operations that follow."""
     copy = fx.Graph()
     copy.output(copy.graph_copy(graph, {}))
-    copy.owning_module = container  # type: ignore[assignment]  # what is impure depends on the modules called
-    for node in list(copy.nodes):  # layers on both sides of an identity are given one tensor
-        if hands_on(container, node):
+    copy.owning_module = container  # type: ignore[assignment]  # fx looks up impure modules in it
+    for node in list(copy.nodes):  # layers before and after an identity share a tensor
+        if returns_input(container, node):
             node.replace_all_uses_with(node.all_input_nodes[0])
             copy.erase_node(node)
     fuse(container, copy, batch_norm_act)
@@ -42,13 +42,13 @@ def fused(container: nn.Module, graph: fx.Graph) -> fx.Graph:
 def batch_norm_act(
     norm: nn.BatchNorm2d, x: Tensor, residual: Any, activation: str, reader: QuantizedLayer | None
 ) -> Tensor:
-    """Return ``activation(norm(x) + residual)``, quantized and measured where a site alone reads it.
+    """Return ``activation(norm(x) + residual)``, quantized and measured if only one site reads it.
 
     Args:
-        norm: the batch norm, whose statistics are updated in training as it would itself.
+        norm: the batch norm; its running statistics are updated in training.
         x: ``(N, C, *size)``.
-        residual: added before the activation; where ``x`` is the one to be broadcast, where the types differ
-            and for a number, sum and activation are operations of their own.
+        residual: added before the activation. The sum and the activation are not fused if the residual is a
+            number, has another type, or does not broadcast to the shape of ``x``.
         activation: ``"none"``, ``"relu"`` or ``"relu6"``.
         reader: a layer whose site is the only reader of the result, or None.
     """
@@ -92,7 +92,7 @@ def _normalize(
 
 
 def _count_batch(norm: nn.BatchNorm2d) -> float:
-    """Count a training batch and return its share in the running statistics."""
+    """Count a training batch and return its weight in the running statistics."""
     if not (norm.training and norm.track_running_stats):
         return 0.0
     if norm.num_batches_tracked is not None:
@@ -102,7 +102,7 @@ def _count_batch(norm: nn.BatchNorm2d) -> float:
 
 
 def _fits(residual: Any, x: Tensor) -> bool:
-    """Return whether ``residual`` is a tensor of the same type that can be expanded to the shape of ``x``."""
+    """Return whether ``residual`` has the type of ``x`` and can be expanded to its shape."""
     if not isinstance(residual, Tensor) or residual.dim() > x.dim() or residual.dtype != x.dtype:
         return False
     sizes = zip(reversed(residual.shape), reversed(x.shape), strict=False)

@@ -1,4 +1,4 @@
-"""Fusion in a traced graph: a batch norm, the residual sum and the activation behind it become one call."""
+"""Fuses a batch norm, the residual sum and the activation that follow it into one call of a graph."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ __all__ = ["fuse"]
 
 
 def fuse(root: nn.Module, graph: fx.Graph, operation: Callable[..., Any]) -> None:
-    """Replace each ``nn.BatchNorm2d`` of a graph, with what follows it, by a call of ``operation``.
+    """Replace each ``nn.BatchNorm2d`` of a graph by a call of ``operation``, fused with what follows.
 
-    That is an activation, or the sum with a residual and an activation. ``operation`` takes the module, its
-    input, the residual or None, the activation, and the module whose site the result feeds alone, or None.
+    This is an activation, or the sum with a residual followed by an activation. ``operation`` takes the
+    module, its input, the residual or None, the activation, and a layer whose site is the only reader of the
+    result, or None.
 
-    A tensor that is changed in place is read by nobody else, and nothing is moved past an in-place operation:
-    the graph computes what it did.
+    The fusion preserves the result of the graph: it requires that a tensor that is changed in place has no
+    other reader, and moves no operation past an in-place operation.
     """
     order = {node: i for i, node in enumerate(graph.nodes)}
     changes = [order[node] for node in graph.nodes if changes_in_place(root, node)]
@@ -42,7 +43,7 @@ def fuse(root: nn.Module, graph: fx.Graph, operation: Callable[..., Any]) -> Non
 
 
 def _tail(root: nn.Module, node: fx.Node) -> tuple[fx.Node, fx.Node | None, str]:
-    """Return the last node of the fused operation, the residual if there is one, and the activation."""
+    """Return the last node of the fused operation, the residual or None, and the activation."""
     user = _only_user(node)
     if user is None:
         return node, None, "none"
@@ -55,7 +56,7 @@ def _tail(root: nn.Module, node: fx.Node) -> tuple[fx.Node, fx.Node | None, str]
 
 
 def _residual(node: fx.Node, operand: fx.Node) -> fx.Node | None:
-    """Return the other operand if ``node`` adds a tensor to ``operand``, and changes no other in place."""
+    """Return the other operand if ``node`` adds a tensor to ``operand`` without changing another in place."""
     if operation_of(node) not in ADDITIONS or node.kwargs or len(node.args) != 2:
         return None
     others = [arg for arg in node.args if arg is not operand]
@@ -74,7 +75,7 @@ def _replace(
     operation: Callable[..., Any],
 ) -> None:
     node, end = ends
-    site = _site_alone(root, end)
+    site = _only_site(root, end)
     with graph.inserting_before(end):
         names = [str(node.target), None if site is None else str(site.target)]
         modules = [None if name is None else graph.get_attr(name) for name in names]
@@ -85,8 +86,8 @@ def _replace(
             graph.erase_node(old)
 
 
-def _site_alone(root: nn.Module, node: fx.Node) -> fx.Node | None:
-    """Return a call of a layer that reads ``node``, if nothing but layers of the same site does."""
+def _only_site(root: nn.Module, node: fx.Node) -> fx.Node | None:
+    """Return a call of a layer that reads ``node``, if all readers are layers of the same site."""
     layers = [layer_of(root, user) for user in node.users]
     sites = {id(None if layer is None else layer.input_quantizer) for layer in layers}
     alone = len(sites) == 1 and all(

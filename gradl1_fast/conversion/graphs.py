@@ -1,4 +1,4 @@
-"""What the nodes of a traced graph call."""
+"""Queries on the nodes of a traced graph."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ __all__ = [
     "RELU6",
     "activation_of",
     "changes_in_place",
-    "hands_on",
     "kind_of",
     "layer_of",
-    "may_hand_on",
+    "may_return_input",
     "module_of",
     "operation_of",
+    "returns_input",
 ]
 
 _functional = nn.functional
@@ -59,7 +59,7 @@ def kind_of(root: nn.Module, node: fx.Node) -> str:
 
 
 def activation_of(root: nn.Module, node: fx.Node) -> str | None:
-    """Return the activation that a node computes, by the name it has in the fused operation."""
+    """Return the activation that a node computes, as named by the fused operation, or None."""
     module = module_of(root, node)
     if module is not None:
         return {nn.ReLU: "relu", nn.ReLU6: "relu6"}.get(type(module))
@@ -68,15 +68,15 @@ def activation_of(root: nn.Module, node: fx.Node) -> str | None:
     return "relu6" if operation_of(node) in RELU6 else None
 
 
-def hands_on(root: nn.Module, node: fx.Node) -> bool:
-    """Return whether the result of a node is the very tensor that it is given, in the present mode."""
+def returns_input(root: nn.Module, node: fx.Node) -> bool:
+    """Return whether the result of a node is its input tensor itself, in the current mode."""
     module = module_of(root, node)
     same = type(module) is nn.Identity or (isinstance(module, _DropoutNd) and not module.training)
     return same and len(node.args) == 1 and isinstance(node.args[0], fx.Node) and not node.kwargs
 
 
-def may_hand_on(root: nn.Module, node: fx.Node) -> bool:
-    """Return whether the result of a node may be the very tensor that it is given."""
+def may_return_input(root: nn.Module, node: fx.Node) -> bool:
+    """Return whether the result of a node may be its input tensor itself."""
     if isinstance(module_of(root, node), nn.Identity | nn.Flatten | _DropoutNd):
         return True
     operation = operation_of(node)
@@ -84,7 +84,7 @@ def may_hand_on(root: nn.Module, node: fx.Node) -> bool:
 
 
 def changes_in_place(root: nn.Module, node: fx.Node) -> bool:
-    """Return whether a node changes a tensor in place, or might, as a module that is kept whole does."""
+    """Return whether a node changes a tensor in place, or might, such as a call of an untraced module."""
     module = module_of(root, node)
     if module is not None:
         return bool(getattr(module, "inplace", False)) or not is_leaf(module)

@@ -1,4 +1,4 @@
-"""Weights that conversion leaves in float."""
+"""Finds the weights that conversion leaves in float."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ _NORMALISATIONS = (
 
 
 def left_in_float(model: nn.Module) -> dict[str, int]:
-    """Return how many weights each module holds that are in no layer of this library, by name and class.
+    """Return the number of weights outside of this library's layers, by name and class of their module.
 
-    A weight is a parameter of two dimensions or more; those of normalisations do not count.
+    A weight is a parameter of two or more dimensions. Normalisations are not counted.
     """
     quantized = {id(p) for m in model.modules() if isinstance(m, QuantizedLayer) for p in m.parameters()}
     seen = set(quantized)
-    left: dict[str, int] = {}
+    sizes: dict[str, int] = {}
     for name, module in model.named_modules():
         if isinstance(module, (QuantizedLayer, *_NORMALISATIONS)):
             continue
         weights = [p for p in module._parameters.values() if _is_weight(p) and id(p) not in seen]
         seen.update(map(id, weights))
         if weights:
-            left[f"{name or 'the model'} ({type(module).__name__})"] = sum(p.numel() for p in weights)
-    return left
+            sizes[f"{name or 'the model'} ({type(module).__name__})"] = sum(p.numel() for p in weights)
+    return sizes
 
 
 def size_of(model: nn.Module) -> int:
-    """Return how many weights a model holds."""
+    """Return the number of weights of a model."""
     return sum(p.numel() for p in model.parameters() if p.dim() > 1)
 
 

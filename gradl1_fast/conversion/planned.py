@@ -1,9 +1,9 @@
-"""Containers that run their plan while it is proved to compute what their modules compute.
+"""Runs containers by a plan that has been verified to compute the same outputs as their modules.
 
-``torch.nn.Module`` has a place for a function that is called instead of ``_call_impl``, which its own
-``compile()`` uses. It belongs to the instance, and neither copying nor pickling takes it along: the class
-of a container, its ``forward`` and its hooks stay what they are. A penalty installs the plans of a model
-when it arms it.
+Plans use the attribute ``_compiled_call_impl`` of ``torch.nn.Module``, which ``Module.compile()`` uses too.
+If set, it is called instead of ``_call_impl``. It belongs to the instance and is neither copied nor pickled,
+so the class of a container, its ``forward`` and its hooks do not change. A penalty installs the plans of a
+model when it arms the model.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ _HOOKS = "has hooks inside"
 
 
 def install(model: nn.Module) -> None:
-    """Let the containers of a model, and batch norms beside them, run plans while a penalty is armed."""
+    """Make the containers and batch norms of a model run plans while a penalty is armed."""
     arming = next((m.arming for m in model.modules() if isinstance(m, QuantizedLayer)), None)
     if arming is None:
         return
     for module in containers(model):
-        present = module._compiled_call_impl
-        if present is None or (isinstance(present, Planned) and present.module is not module):
+        current = module._compiled_call_impl
+        if current is None or (isinstance(current, Planned) and current.module is not module):
             module._compiled_call_impl = Planned(module, arming)
     root = model._compiled_call_impl
     if isinstance(root, Planned):
@@ -48,7 +48,7 @@ def install(model: nn.Module) -> None:
 
 
 def containers(model: nn.Module) -> Iterator[nn.Module]:
-    """Yield the modules that may have a plan: what holds layers, and each ``nn.BatchNorm2d``."""
+    """Yield the modules that may have a plan: containers of layers, and each ``nn.BatchNorm2d``."""
     for module in model.modules():
         runs = not is_leaf(module) and type(module).forward is not nn.Module.forward
         holds_layers = runs and any(isinstance(m, QuantizedLayer) for m in module.modules())
@@ -57,15 +57,15 @@ def containers(model: nn.Module) -> Iterator[nn.Module]:
 
 
 class Planned:
-    """Runs a container: by its plan in an armed forward pass, otherwise by its modules.
+    """Runs a container by its plan in an armed forward pass, and by its modules otherwise.
 
     Args:
-        module: the container; it is not kept alive.
-        arming: the switch of its model.
+        module: the container, held by a weak reference.
+        arming: the arming state of the model.
 
     Attributes:
-        is_root: whether its arguments are the input of the network.
-        has_run: whether it was called in an armed forward pass.
+        is_root: whether the container's arguments are the input of the network.
+        has_run: whether the container was called in an armed forward pass.
         reason: why the last armed forward pass ran the modules; empty if it ran the plan.
     """
 
@@ -84,7 +84,7 @@ class Planned:
 
     @property
     def regions(self) -> list[Region]:
-        """The regions of the plan for the present mode."""
+        """The regions of the plan for the current mode."""
         module = self.module
         plan = None if module is None else self._plans.get(module.training)
         return plan.regions if isinstance(plan, _Plan) else []
@@ -93,7 +93,7 @@ class Planned:
         """Call the container with its arguments."""
         if torch.compiler.is_compiling():
             return self._module()._call_impl(*args, **kwargs)  # type: ignore[union-attr]
-        # A replica of data parallelism has this object among its attributes, and is another module.
+        # A replica of DataParallel copies this attribute, but is a different module.
         caller: Any = sys._getframe(1).f_locals.get("self")
         module = self._module()
         if module is None or caller is not module:
@@ -113,41 +113,41 @@ class Planned:
         if self.reason:
             return None
         plan = self._plans.get(module.training)
-        # Hooks may be gone by now; another reason stays one.
+        # Hooks may have been removed since; other reasons are permanent.
         if plan is None or plan == _HOOKS or (isinstance(plan, _Plan) and not plan.snapshot.holds(module)):
-            plan = self._plans[module.training] = _make(module, self._arming)
+            plan = self._plans[module.training] = _plan_of(module, self._arming)
         if isinstance(plan, str):
             self.reason = plan
             return None
-        self.reason = plan.prove(module, args)
+        self.reason = plan.verify(module, args)
         return None if self.reason else plan.run
 
 
 class _Plan:
-    """What a container computes, as one function, and the state in which that was found.
+    """A container's computation as one function, and the state for which it is valid.
 
     Attributes:
-        snapshot: of the container.
+        snapshot: the state of the container.
         run: computes the container's result from its arguments.
-        regions: the parts of it that run as one node of the autograd graph.
+        regions: the parts that run as one node of the autograd graph.
     """
 
     def __init__(self, snapshot: Snapshot, run: Callable[..., Any], regions: list[Region]) -> None:
         self.snapshot, self.run, self.regions = snapshot, run, regions
-        self._proved: dict[tuple[Any, ...], str] = {}
+        self._verified: dict[tuple[Any, ...], str] = {}
 
-    def prove(self, module: nn.Module, args: tuple[Any, ...]) -> str:
-        """Return why the plan may not run; on the first of a kind it is compared with the modules."""
+    def verify(self, module: nn.Module, args: tuple[Any, ...]) -> str:
+        """Return why the plan may not run; compare it with the modules on the first call of each kind."""
         kind = (
             tuple((x.dtype, x.dim(), x.device.type) for x in args),
             torch.is_autocast_enabled(args[0].device.type),
         )
-        if kind not in self._proved:
-            self._proved[kind] = difference(module, module._call_impl, self.run, args)
-        return self._proved[kind]
+        if kind not in self._verified:
+            self._verified[kind] = difference(module, module._call_impl, self.run, args)
+        return self._verified[kind]
 
 
-def _make(module: nn.Module, arming: Arming) -> _Plan | str:
+def _plan_of(module: nn.Module, arming: Arming) -> _Plan | str:
     snapshot = Snapshot(module)
     if snapshot.has_hooks:
         return _HOOKS
@@ -160,7 +160,7 @@ def _make(module: nn.Module, arming: Arming) -> _Plan | str:
 
 
 def _why_not_now(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    """Return what about this very call no plan allows for, or nothing."""
+    """Return why this call cannot run a plan, or an empty string."""
     if kwargs or not args or not all(isinstance(x, Tensor) for x in args):
         return "was called with arguments other than positional tensors"
     if (

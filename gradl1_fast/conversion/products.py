@@ -1,4 +1,4 @@
-"""Which share of a model's multiply-adds computes in float at any width."""
+"""Measures the share of multiply-adds that is computed in float at every bit width."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ _WORTH_A_WARNING = 0.05
 
 
 def warn_of_float_products(model: nn.Module, run: Callable[[], Any]) -> Any:
-    """Run a forward pass; warn if more than a twentieth of its multiply-adds is in no layer of this library.
+    """Run a forward pass, and warn if more than 5 % of its multiply-adds are outside our layers.
 
-    Those are products of two activations, as in attention, and weights that are used by function or in
-    modules that conversion leaves alone.
+    These are products of two activations, as in attention, and products with weights that are used by
+    functions or by modules that conversion does not replace.
 
     Args:
-        model: a converted model, at float width.
-        run: calls it on a batch.
+        model: a converted model, in float.
+        run: calls the model on a batch.
 
     Returns:
-        What ``run`` returns.
+        The result of ``run``.
     """
     inside = 0
 
     def count(layer: Any, args: Any, y: Tensor) -> None:
         nonlocal inside
         transposed = isinstance(layer, nn.modules.conv._ConvTransposeNd)
-        one, axis = (args[0], 0) if transposed else (y, layer.out_axis)
-        inside += one.numel() * (layer.weight.numel() // layer.weight.shape[axis])
+        tensor, axis = (args[0], 0) if transposed else (y, layer.out_axis)
+        inside += tensor.numel() * (layer.weight.numel() // layer.weight.shape[axis])
 
     layers = [m for m in model.modules() if isinstance(m, QuantizedLayer) and not isinstance(m, QEmbedding)]
     handles = [layer.register_forward_hook(count) for layer in layers]
@@ -51,16 +51,16 @@ def warn_of_float_products(model: nn.Module, run: Callable[[], Any]) -> Any:
 
 
 class _Products(TorchDispatchMode):
-    """Counts multiply-adds by PyTorch's own formulas.
+    """Counts multiply-adds with PyTorch's own formulas.
 
     Attributes:
-        total: of all operations.
-        operations: names of those that have any.
+        total: the multiply-adds of all operations.
+        operations: the names of operations with multiply-adds.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        from torch.utils.flop_counter import flop_registry  # which takes as long to import as this library
+        from torch.utils.flop_counter import flop_registry  # slow to import
 
         self.total, self.operations = 0, set[str]()
         self._formulas = flop_registry
@@ -79,7 +79,7 @@ def _warn(total: int, inside: int, operations: set[str]) -> None:
     if share > _WORTH_A_WARNING:
         warnings.warn(
             f"calibrate: {share:.0%} of the multiply-adds stay in float at any width: products of "
-            f"activations, or weights used by function (the model computes {', '.join(sorted(operations))}); "
+            f"activations, or weights used by functions (the model calls {', '.join(sorted(operations))}); "
             "see gradl1_fast.report(model)",
             stacklevel=4,
         )

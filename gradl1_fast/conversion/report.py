@@ -1,4 +1,4 @@
-"""What a converted model quantizes, what it leaves alone, and which of its containers run a plan."""
+"""Reports what a converted model quantizes, what it leaves in float, and which containers run a plan."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ _OURS = (QuantizedLayer, ActivationQuantizer, WeightQuantizer)
 
 @dataclass(repr=False)
 class Report:
-    """Rows of text by section; ``print``, or a notebook, shows them as tables.
+    """Rows of text by section. ``print`` and notebooks show them as tables.
 
     Attributes:
         layers: name, class, shape of the weight, bits of the weight, ranges of the weight.
         sites: name, bits, range, whether a penalty counts the tensor.
         unquantized: name and kind of each weight and operation that computes in float at any width.
-        plans: container, number of layers inside, and why it has no plan, or nothing.
-        regions: container, first and last operation, number of layers, and why the last penalised step ran
-            the operators one by one, or nothing; of containers whose plan has run.
+        plans: container, number of layers, and why it has no plan; empty if it has one.
+        regions: for containers whose plan has run: container, first and last operation, number of layers, and
+            why the last penalised step ran the operators one by one; empty if it ran one region.
     """
 
     layers: list[tuple[str, ...]] = field(default_factory=list)
@@ -47,7 +47,7 @@ class Report:
         """Return the tables."""
         plans = [(name or "the model", str(count), reason or "planned") for name, count, reason in self.plans]
         regions = [
-            (name or "the model", what, str(count), reason) for name, what, count, reason in self.regions
+            (name or "the model", nodes, str(count), reason) for name, nodes, count, reason in self.regions
         ]
         return "\n\n".join(
             (
@@ -61,11 +61,11 @@ class Report:
 
 
 def report(model: nn.Module) -> Report:
-    """Return every layer and site, what stays in float, and the plans, to be printed.
+    """Return a printable report of all layers and sites, of what stays in float, and of the plans.
 
-    The forward pass is traced as far as that goes; operations of containers that cannot be traced are listed
-    as far as their source names them. After a pass with a penalty, the plans say what that pass has run, and
-    the regions which operations of a plan ran as one node of the autograd graph.
+    The forward pass is traced where possible. For containers that cannot be traced, the report lists the
+    operations named in their source. After a step with a penalty, the plans show what that step ran, and the
+    regions show which operations of a plan ran as one node of the autograd graph.
 
     Args:
         model: a converted model, or one that contains layers of this library.
@@ -77,7 +77,7 @@ def report(model: nn.Module) -> Report:
         result.layers.append(_layer_row(name, layer, used.get(id(layer), "")))
     result.sites.extend(_site_row(name, quantizer) for name, quantizer in named_quantizers(model).items())
     result.unquantized.extend(dict.fromkeys(_unquantized(model, parts)))
-    result.unquantized.extend((name, f"weight used by {what}") for name, what in _names(model, used))
+    result.unquantized.extend((name, f"weight used by {kind}") for name, kind in _named(model, used))
     result.unquantized.extend(_never_called(model, used))
     result.plans.extend(map(_plan_row, parts))
     for part in parts:
@@ -87,12 +87,12 @@ def report(model: nn.Module) -> Report:
     return result
 
 
-def _names(model: nn.Module, used: dict[int, str]) -> Iterator[tuple[str, str]]:
+def _named(model: nn.Module, used: dict[int, str]) -> Iterator[tuple[str, str]]:
     return ((name, used[id(layer)]) for name, layer in named_layers(model).items() if id(layer) in used)
 
 
 def _never_called(model: nn.Module, used: dict[int, str]) -> Iterator[tuple[str, str]]:
-    """Yield the layers that no forward pass has called, once one has called others."""
+    """Yield the layers that have not been called, if other layers have been."""
     layers = named_layers(model)
     if any(layer.was_called for layer in layers.values()):
         for name, layer in layers.items():
@@ -101,8 +101,8 @@ def _never_called(model: nn.Module, used: dict[int, str]) -> Iterator[tuple[str,
 
 
 def _unquantized(model: nn.Module, parts: list[Part]) -> Iterator[tuple[str, ...]]:
-    for left in left_in_float(model):
-        name, _, kind = left.rpartition(" (")
+    for entry in left_in_float(model):
+        name, _, kind = entry.rpartition(" (")
         yield name, kind.removesuffix(")")
     for part in parts:
         if part.traced is None:
@@ -118,7 +118,7 @@ def _unquantized(model: nn.Module, parts: list[Part]) -> Iterator[tuple[str, ...
 
 
 def _from_source(part: Part) -> Iterator[tuple[str, ...]]:
-    """Yield what the forward pass of a container that cannot be traced names in its source."""
+    """Yield the operations named in the source of a container that cannot be traced."""
     code = getattr(type(part.container).forward, "__code__", None)
     for name in sorted(_NAMES_OF_PRODUCTS & set(code.co_names if code else ())):
         yield part.name or "the model", name
@@ -133,12 +133,12 @@ def _computes_in_float(root: nn.Module, node: fx.Node) -> bool:
 
 
 def _is_traced(name: str, parts: list[Part]) -> bool:
-    """Return whether a module lies in a graph, and is listed by it."""
+    """Return whether a module is part of a traced graph, and listed by it."""
     for part in parts:
         inside = not part.name or name.startswith(f"{part.name}.")
         if part.traced is not None and inside:
             path = name.removeprefix(f"{part.name}.") if part.name else name
-            if not any(path.startswith(f"{whole}.") for whole in part.traced.kept_whole):
+            if not any(path.startswith(f"{prefix}.") for prefix in part.traced.untraced):
                 return True
     return False
 

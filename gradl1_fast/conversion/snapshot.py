@@ -1,4 +1,4 @@
-"""The state of a container for which a plan was made: its modules, their attributes, hooks and modes."""
+"""The state of a container that a plan depends on: modules, attributes, hooks and modes."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from gradl1_fast.nn.hooks import has_hooks, has_own_forward
 __all__ = ["Snapshot"]
 
 _SIMPLE = (bool, int, float, str, type(None))
-# Of an instance, and no part of what it computes; or looked at for themselves.
-_APART = {*vars(nn.Module()), "_compiled_call_impl"} - {"_parameters", "_buffers"}
+# Attributes of every module, which do not affect its result or are compared separately.
+_EXCLUDED = {*vars(nn.Module()), "_compiled_call_impl"} - {"_parameters", "_buffers"}
 
 
 class Snapshot:
-    """What a container is when its forward pass is traced.
+    """The state of a container when its forward pass was traced.
 
     Args:
         container: the module.
 
     Attributes:
-        has_hooks: whether a module has hooks, or a ``forward`` that somebody put into its place.
+        has_hooks: whether a module has hooks, or a ``forward`` that was replaced on the instance.
     """
 
     def __init__(self, container: nn.Module) -> None:
@@ -35,7 +35,7 @@ class Snapshot:
         ]
 
     def holds(self, container: nn.Module) -> bool:
-        """Return whether nothing has changed; every armed forward pass asks."""
+        """Return whether the state is unchanged; called in every armed forward pass."""
         if container is not self._entries[0][0]:
             return False
         for module, kind, forward, training, children, attributes in self._entries:
@@ -51,14 +51,14 @@ class Snapshot:
 
 
 def _attributes(module: nn.Module) -> tuple[Any, ...] | None:
-    """Return what stands for the attributes of a container; those of a leaf are its own affair."""
+    """Return a comparable form of a container's attributes; None for a leaf."""
     if is_leaf(module):
         return None
-    return tuple([(name, _value(value)) for name, value in vars(module).items() if name not in _APART])
+    return tuple([(name, _value(value)) for name, value in vars(module).items() if name not in _EXCLUDED])
 
 
 def _value(value: Any) -> Any:
-    """Return a simple value, those in a container, or what stands for any other object."""
+    """Return a simple value itself, a container's items as a tuple, or the identity of another object."""
     if isinstance(value, _SIMPLE):
         return value
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""The forward pass of a container as a graph, in which a part that cannot be traced is one call."""
+"""Traces the forward pass of a container; a part that cannot be traced becomes one call."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from gradl1_fast.nn.quantizers import ActivationQuantizer, WeightQuantizer
 
 __all__ = ["IN_PLACE_OPERATORS", "Traced", "is_holder", "is_leaf", "trace"]
 
-# What ``a += b`` and its relatives call.
+# The functions behind ``a += b`` and other augmented assignments.
 IN_PLACE_OPERATORS = {
     operator.iadd,
     operator.isub,
@@ -40,34 +40,35 @@ _OURS = (QuantizedLayer, ActivationQuantizer, WeightQuantizer)
 
 @dataclass(frozen=True)
 class Traced:
-    """A container's forward pass.
+    """The graph of a container's forward pass.
 
     Attributes:
-        graph: its placeholders are the arguments without a default, in order; others have their defaults.
-        kept_whole: why a container inside is one call in the graph, by its path.
+        graph: the graph. Its placeholders are the arguments without a default, in order; other arguments have
+            their default values.
+        untraced: the reason for each inner container that is one call in the graph, by path.
     """
 
     graph: fx.Graph
-    kept_whole: dict[str, str] = field(default_factory=dict)
+    untraced: dict[str, str] = field(default_factory=dict)
 
 
 def is_leaf(module: nn.Module) -> bool:
-    """Return whether a module is one operation: of torch.nn, or derived from a layer or a normalisation."""
+    """Return whether a module is a single operation: of torch.nn, or a subclass of a layer or batch norm."""
     if isinstance(module, (*_OURS, *_PRODUCTS)) or is_conv1d_of_transformers(module):
         return True
     return type(module).__module__.startswith("torch.nn") and not is_holder(module)
 
 
 def is_holder(module: nn.Module) -> bool:
-    """Return whether a module of torch.nn does nothing but hold others."""
+    """Return whether a module of torch.nn is only a container of modules."""
     return type(module) is nn.Module or isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict)
 
 
 def trace(container: nn.Module) -> Traced:
-    """Return the graph of a container's forward pass in its present mode, with gradients on.
+    """Return the graph of a container's forward pass in its current mode, with gradients enabled.
 
-    Nothing of the model changes: a part that would change a parameter, a buffer or an attribute, that
-    computes with real tensors or draws random numbers while it is traced, or that fails, is kept whole.
+    The model is not changed. A part becomes one call if tracing it would change a parameter, a buffer or an
+    attribute, would compute with real tensors or draw random numbers, or fails.
 
     Raises:
         NotTraceableError: the container itself cannot be traced; the message says why.
@@ -77,7 +78,7 @@ def trace(container: nn.Module) -> Traced:
     with torch.enable_grad(), _without_autocast(), _same_random_state():
         graph = tracer.guarded(container, unchanged, lambda: tracer.trace(container, defaults))
     _remove_defaults(graph, inspect.signature(type(container).forward).parameters.keys() - defaults.keys())
-    return Traced(graph, tracer.kept_whole)
+    return Traced(graph, tracer.untraced)
 
 
 def _defaults(container: nn.Module) -> dict[str, Any]:
@@ -88,40 +89,40 @@ def _defaults(container: nn.Module) -> dict[str, Any]:
 
 
 class _Tracer(fx.Tracer):
-    """Records what a plain ``torch.fx.Tracer`` would lose, and keeps whole what it cannot take apart."""
+    """Records what ``torch.fx.Tracer`` would lose, and replaces parts that cannot be traced by one call."""
 
     proxy_buffer_attributes = True
 
     def __init__(self) -> None:
         super().__init__()
-        self.kept_whole: dict[str, str] = {}
+        self.untraced: dict[str, str] = {}
         self._hooks = _saved_tensor_hooks()
         self._watched: Watched | None = None
 
     def guarded(self, module: nn.Module, watch: Callable[[nn.Module], Any], run: Callable[[], Any]) -> Any:
-        """Run code of a model; whatever goes wrong is a NotTraceableError, and the model stays as it is."""
+        """Run code of the model; turn any error into a NotTraceableError, and leave the model unchanged."""
         _refuse_own_code(module)
         try:
             with watch(module) as watched:
-                self._watched = self._watched or watched  # of the outermost, which has all
+                self._watched = self._watched or watched  # the outermost watch covers all modules
                 return run()
         except NotTraceableError:
             raise
-        except Exception as error:  # the model's own code runs in here: it may raise anything
+        except Exception as error:  # the model's code may raise anything
             raise NotTraceableError(f"{type(error).__name__}: {error}".splitlines()[0][:200]) from error
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        """Return the proxy of a node, which sees in-place operators."""
+        """Return the proxy of a node, which records in-place operators."""
         return _Proxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Return whether a module is one operation."""
+        """Return whether a module is a single operation."""
         return is_leaf(m)
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """Trace a module inside, or keep it whole."""
+        """Trace an inner module, or record it as one call."""
         path = self.path_of_module(m)
         if is_leaf(m):
             return super().call_module(m, forward, args, kwargs)
@@ -131,27 +132,27 @@ class _Tracer(fx.Tracer):
             watch = functools.partial(attributes_unchanged, known=self._watched)
             return self.guarded(m, watch, lambda: inside(m, forward, args, kwargs))
         except NotTraceableError as reason:
-            self._keep_whole(path, str(reason))
-            self._forget_after(before)
+            self._record_untraced(path, str(reason))
+            self._erase_after(before)
             return self.create_proxy("call_module", path, args, kwargs)
 
-    def _keep_whole(self, path: str, reason: str) -> None:
-        """Write a module down, and forget those inside of it, which the graph does not call."""
-        outside = {p: r for p, r in self.kept_whole.items() if not p.startswith(f"{path}.")}
-        self.kept_whole = outside | {path: reason}
+    def _record_untraced(self, path: str, reason: str) -> None:
+        """Record a module as untraced, and drop the entries of modules inside it."""
+        outside = {p: r for p, r in self.untraced.items() if not p.startswith(f"{path}.")}
+        self.untraced = outside | {path: reason}
 
     def create_arg(self, a: Any) -> Any:
-        """Return an argument as the graph keeps it; a tensor that is not the model's is refused."""
+        """Return an argument in the form stored by the graph; refuse tensors that the model does not hold."""
         if isinstance(a, fx.Proxy):
             return a.node
-        if isinstance(a, dict) and type(a) is not dict:  # which fx would make a plain one
+        if isinstance(a, dict) and type(a) is not dict:  # fx would convert it to a dict
             raise NotTraceableError(f"it creates a {type(a).__name__}")
         if isinstance(a, Tensor) and not isinstance(a, nn.Parameter):
             raise NotTraceableError("it creates a tensor that does not depend on its input")
         return super().create_arg(a)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        """Record an operation, unless a mode is on that the graph would not have."""
+        """Record an operation; refuse modes that the graph would lose."""
         if not torch.is_grad_enabled():
             raise NotTraceableError("it disables gradients in a part of the forward pass")
         if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
@@ -160,7 +161,7 @@ class _Tracer(fx.Tracer):
             raise NotTraceableError("it uses activation checkpointing or other hooks for saved tensors")
         return super().create_node(*args, **kwargs)
 
-    def _forget_after(self, before: fx.Node) -> None:
+    def _erase_after(self, before: fx.Node) -> None:
         for node in reversed(list(self.graph.nodes)):
             if node is before:
                 return
@@ -168,18 +169,18 @@ class _Tracer(fx.Tracer):
 
 
 class _Proxy(fx.Proxy):
-    """Stands for a tensor, and records ``a += b`` as such.
+    """A proxy that records ``a += b`` as an in-place operation.
 
-    fx falls back to ``a + b``, and forgets that ``a`` itself changes. Neither does it record ``a.data = b``,
-    which is refused.
+    ``fx.Proxy`` records ``a + b`` instead and loses the change of ``a``. It does not record ``a.data = b``
+    either, which raises here.
     """
 
-    _is_param = False  # what isinstance(value, nn.Parameter) asks
+    _is_param = False  # read by isinstance(value, nn.Parameter)
 
     def __getattr__(self, name: str) -> Any:
         tracer: Any = self.tracer
-        kept_whole = self.node.op == "call_module" and self.node.target in tracer.kept_whole
-        if not kept_whole and not hasattr(Tensor, name):  # what is kept whole may return anything
+        untraced = self.node.op == "call_module" and self.node.target in tracer.untraced
+        if not untraced and not hasattr(Tensor, name):  # an untraced module may return any object
             raise AttributeError(f"'Tensor' object has no attribute {name!r}")
         return super().__getattr__(name)
 
@@ -211,7 +212,7 @@ def _refuse_own_code(module: nn.Module) -> None:
 
 
 def _remove_defaults(graph: fx.Graph, without: Set[str]) -> None:
-    """Remove what fx leaves of arguments that have their defaults: placeholders, and checks of values."""
+    """Remove the placeholders and checks that fx leaves for arguments with defaults."""
     named = {"_assert", "_assert_is_none"}
     for node in reversed(list(graph.nodes)):
         node.type = None
@@ -234,7 +235,7 @@ def _without_autocast() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _same_random_state() -> Iterator[None]:
-    """Refuse, and undo, a draw from the generators of Python and numpy: it would be made once."""
+    """Refuse and undo random numbers drawn with Python or numpy: a graph would reuse their values."""
     numpy = sys.modules.get("numpy")
     before = random.getstate(), None if numpy is None else numpy.random.get_state()
     try:

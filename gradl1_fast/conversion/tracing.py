@@ -1,4 +1,4 @@
-"""What tracing tells of a whole model: its graphs, and which layers share a site."""
+"""Traces a whole model: its graphs, and the layers that share a site."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gradl1_fast.nn.layers import QuantizedLayer
 from gradl1_fast.nn.quantizers import ActivationQuantizer
 from gradl1_fast.nn.sharing import join
 
-# What hands on the values of a tensor, all of them, in another shape or order; see gradl1_fast.nn.inputs.
+# Operations that return all values of a tensor in another shape or order; see gradl1_fast.nn.inputs.
 _SAME_VALUES = {
     *("channel_shuffle", "clone", "contiguous", "detach", "flatten", "flip", "moveaxis", "movedim"),
     *("permute", "pixel_shuffle", "pixel_unshuffle", "ravel", "reshape", "reshape_as", "roll", "rot90"),
@@ -23,7 +23,7 @@ _SAME_VALUES = {
 }
 _SAME_VALUES_MODULES = (nn.Flatten, nn.Identity, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle)
 
-# What computes, though data in the right range come out as they went in: those of pictures are not negative.
+# Operations that compute, although they may leave image data unchanged, such as a ReLU of pixels.
 _COMPUTES = {
     *("abs", "clamp", "clampmax", "clampmin", "clip", "hardtanh", "leakyrelu", "maximum"),
     *("minimum", "prelu", "relu", "relu6", "threshold"),
@@ -35,13 +35,13 @@ __all__ = ["Part", "parts_of", "share_sites"]
 
 @dataclass(frozen=True)
 class Part:
-    """A container that could be traced, or the reason why not.
+    """A container, with its graph or the reason why it could not be traced.
 
     Attributes:
         name: path in the model; empty for the model itself.
         container: the module.
-        traced: its graph; None where there is a reason.
-        reason: why it could not be traced.
+        traced: the graph; None if there is a reason.
+        reason: why the container could not be traced.
     """
 
     name: str
@@ -51,9 +51,9 @@ class Part:
 
 
 def parts_of(model: nn.Module, name: str = "") -> Iterator[Part]:
-    """Trace a model; where that fails its children, and so on down; also what is kept whole inside a graph.
+    """Trace a model. Where tracing fails, trace the children instead, recursively; also trace untraced parts.
 
-    Only containers that hold layers of this library are tried.
+    Only containers of this library's layers are traced.
     """
     if is_leaf(model) or not any(isinstance(m, QuantizedLayer) for m in model.modules()):
         return
@@ -66,12 +66,12 @@ def parts_of(model: nn.Module, name: str = "") -> Iterator[Part]:
             yield from parts_of(child, f"{name}.{child_name}".removeprefix("."))
         return
     yield Part(name, model, traced)
-    for path in traced.kept_whole:
+    for path in traced.untraced:
         yield from parts_of(model.get_submodule(path), f"{name}.{path}".removeprefix("."))
 
 
 def share_sites(model: nn.Module) -> None:
-    """Let layers that are given the very same tensor share a site, as far as tracing shows it."""
+    """Make layers with the same input tensor share a site, where tracing shows it."""
     if isinstance(model, QuantizedLayer):
         if model.input_quantizer is not None:
             model.input_quantizer.is_input = model.input_quantizer.is_known = True
@@ -82,38 +82,38 @@ def share_sites(model: nn.Module) -> None:
 
 
 def _share(root: nn.Module, graph: fx.Graph, *, is_root: bool) -> None:
-    changed = {
+    modified = {
         _past_identities(root, node.all_input_nodes[0])
         for node in graph.nodes
         if _changes_its_input(root, node)
     }
-    first: dict[fx.Node, QuantizedLayer] = {}
-    given: defaultdict[ActivationQuantizer, set[str]] = defaultdict(set)  # what each site is given
+    leaders: dict[fx.Node, QuantizedLayer] = {}
+    kinds_of: defaultdict[ActivationQuantizer, set[str]] = defaultdict(set)  # the kinds of input of each site
     for node in graph.nodes:
         layer = layer_of(root, node)
         if layer is None or layer.input_quantizer is None or not node.all_input_nodes:
             continue
         source = _past_identities(root, node.all_input_nodes[0])
-        leader = first.setdefault(source, layer)
-        if leader is not layer and source not in changed and leader.input_quantizer is not None:
+        leader = leaders.setdefault(source, layer)
+        if leader is not layer and source not in modified and leader.input_quantizer is not None:
             join(layer, leader.input_quantizer)
-        given[layer.input_quantizer].add(_kind_of(root, source, is_root=is_root))
-    for quantizer, kinds in given.items():
+        kinds_of[layer.input_quantizer].add(_kind_of(root, source, is_root=is_root))
+    for quantizer, site_kinds in kinds_of.items():
         quantizer.is_known = True
-        quantizer.is_input = kinds == {"input"}
-        quantizer.is_mixed = "input" in kinds and len(kinds) > 1
-        quantizer.is_computed = kinds == {"computed"}
+        quantizer.is_input = site_kinds == {"input"}
+        quantizer.is_mixed = "input" in site_kinds and len(site_kinds) > 1
+        quantizer.is_computed = site_kinds == {"computed"}
 
 
 def _past_identities(root: nn.Module, node: fx.Node) -> fx.Node:
-    """Return the node whose very tensor a node hands on, whatever the mode."""
+    """Return the node whose tensor a node returns unchanged in every mode."""
     while type(module_of(root, node)) is nn.Identity and node.all_input_nodes:
         node = node.all_input_nodes[0]
     return node
 
 
 def _origin(root: nn.Module, node: fx.Node) -> fx.Node:
-    """Return the node whose values a node hands on in another shape or order."""
+    """Return the node whose values a node returns in another shape or order."""
     while node.all_input_nodes:
         module, operation = module_of(root, node), operation_of(node)
         name = getattr(operation, "__name__", operation)
@@ -124,7 +124,7 @@ def _origin(root: nn.Module, node: fx.Node) -> fx.Node:
 
 
 def _kind_of(root: nn.Module, node: fx.Node, *, is_root: bool) -> str:
-    """Return whether a tensor is the network's input, is computed, or has values that may be the input's."""
+    """Return ``"input"``, ``"computed"``, or ``"unknown"`` if a tensor may hold the values of the input."""
     origin = _origin(root, node)
     if is_root and origin.op == "placeholder":
         return "input"

@@ -1,4 +1,4 @@
-"""A watch over a model while its forward pass is recorded: it must leave no trace in the model."""
+"""Ensures that tracing a forward pass does not change the model."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ __all__ = ["NotTraceableError", "Watched", "attributes_restored", "attributes_un
 
 
 class NotTraceableError(Exception):
-    """The model's forward pass cannot be taken as one graph; the message says why."""
+    """The forward pass cannot be traced as one graph; the message says why."""
 
 
 @contextlib.contextmanager
 def unchanged(tree: nn.Module) -> Iterator[Watched]:
-    """Refuse, and undo, what the code inside does to the model: a graph would not do it again.
+    """Refuse and undo changes to the model inside the block: a graph would not repeat them.
 
-    No operation on a real tensor is allowed. Attributes are watched, and the lists, dictionaries, sets and
-    deques in them; what is inside other objects is not.
+    Operations on real tensors are refused too. Attributes are watched, including the lists, dictionaries,
+    sets and deques in them, but not the contents of other objects.
 
     Raises:
         NotTraceableError: names the operation, parameter, buffer or attribute.
@@ -45,12 +45,12 @@ def unchanged(tree: nn.Module) -> Iterator[Watched]:
 
 @contextlib.contextmanager
 def attributes_unchanged(tree: nn.Module, known: Watched | None = None) -> Iterator[Watched]:
-    """Refuse, and undo, what the code inside does to the attributes of modules.
+    """Refuse and undo changes to the attributes of modules inside the block.
 
     Args:
         tree: the modules to watch.
-        known: what they hold, from a watch over a larger tree that is still going on: to copy everything
-            once more at each level would take most of the time of a conversion.
+        known: the recorded attributes of an enclosing watch over a larger tree. Copying everything again at
+            each level would take most of the time of a conversion.
 
     Raises:
         NotTraceableError: names the attribute.
@@ -67,7 +67,7 @@ def attributes_unchanged(tree: nn.Module, known: Watched | None = None) -> Itera
 
 @contextlib.contextmanager
 def attributes_restored(tree: nn.Module) -> Iterator[None]:
-    """Undo what the code inside does to the attributes of modules."""
+    """Undo changes to the attributes of modules inside the block."""
     modules = _watched(tree)
     try:
         yield
@@ -85,13 +85,13 @@ _WITH_ITEMS = list, dict, set, deque, tuple
 
 @dataclass
 class _Module:
-    """The attributes of a module, and what the containers in them held.
+    """The attributes of a module, and the contents of the containers in them.
 
     Attributes:
-        path: of the module, with a dot behind it.
-        attributes: the table itself.
-        before: a copy of the table.
-        containers: by identity, the attribute that a container is in, itself, and its content.
+        path: the path of the module, followed by a dot.
+        attributes: the ``__dict__`` of the module.
+        before: a copy of it.
+        containers: by identity, the name of the attribute, the container, and a copy of its contents.
     """
 
     path: str
@@ -113,16 +113,16 @@ class _Module:
             self._find(name, item)
 
     def check(self) -> None:
-        """Raise if anything is not as it was."""
+        """Raise if anything has changed."""
         changed = [k for k in (*self.attributes, *self.before) if not _same(self.attributes, self.before, k)]
         changed += [name for name, value, content in self.containers.values() if not _holds(value, content)]
-        if any(name.startswith("_tensor_constant") for name in changed):  # which fx puts there
+        if any(name.startswith("_tensor_constant") for name in changed):  # added by fx
             raise NotTraceableError("its forward pass creates a tensor that does not depend on its input")
         if changed:
             raise NotTraceableError(f"its forward pass changes {self.path}{changed[0]}")
 
     def restore(self) -> None:
-        """Put everything back."""
+        """Restore the attributes and the contents of the containers."""
         self.attributes.clear()
         self.attributes.update(self.before)
         for _, value, content in self.containers.values():
@@ -134,32 +134,32 @@ class _Module:
 Watched = dict[nn.Module, _Module]
 
 
-def _same(one: dict[str, Any], other: dict[str, Any], key: str) -> bool:
-    return key in one and key in other and one[key] is other[key]
+def _same(first: dict[str, Any], second: dict[str, Any], key: str) -> bool:
+    return key in first and key in second and first[key] is second[key]
 
 
 def _content(value: Any) -> Any:
-    """Return what a container holds; to copy it as its class does takes ten times as long."""
+    """Return a copy of a container's items; ten times as fast as a copy by its class."""
     kind = next((kind for kind in (dict, set) if isinstance(value, kind)), list)
     return kind(value)
 
 
 def _holds(value: Any, content: Any) -> bool:
-    """Return whether a container holds the very objects that it held; values are not compared."""
+    """Return whether a container still holds the same objects; values are not compared."""
     if isinstance(value, set):
-        return value == content  # in whatever order
+        return value == content  # in any order
     if isinstance(value, dict):
         return list(value) == list(content) and all(value[key] is content[key] for key in value)
     return len(value) == len(content) and all(a is b for a, b in zip(value, content, strict=True))
 
 
 class _NoTensors(TorchDispatchMode):
-    """Refuses every operation: what is computed while a model is traced would be computed once."""
+    """Refuses every operation: a graph would reuse a result that was computed during tracing."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         raise NotTraceableError(f"it computes {func.overloadpacket.__name__} independently of its input")
 
 
 def _memory(tensor: Tensor) -> int | None:
-    """Return what stands for the memory of a tensor; None for a sparse one, which has none of its own."""
+    """Return the identity of a tensor's storage; None for a sparse tensor, which has no single storage."""
     return tensor.untyped_storage()._cdata if tensor.layout == torch.strided else None

@@ -1,4 +1,4 @@
-"""The comparison of a plan with the modules that it stands for, on the batch at hand."""
+"""Compares the outputs of a plan with those of the modules that it replaces, on the current batch."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from gradl1_fast.nn.second_pass import RandomState, buffers_kept
 
 __all__ = ["difference"]
 
-# Of the largest output: fused and plain operations round differently, more so in a deep network.
+# Relative to the largest output: fused and plain operations round differently, and errors grow with depth.
 _TOLERANCES = {torch.float64: 1e-8, torch.float32: 2e-3, torch.float16: 0.1, torch.bfloat16: 0.2}
 
 
 @torch.no_grad()
 def difference(
-    module: nn.Module, one: Callable[..., Any], other: Callable[..., Any], args: tuple[Any, ...]
+    module: nn.Module, expected: Callable[..., Any], candidate: Callable[..., Any], args: tuple[Any, ...]
 ) -> str:
-    """Return how the outputs of two functions differ, nothing if they do not; the model stays as it is.
+    """Return how the outputs of two functions differ, or an empty string; the model is not changed.
 
     Args:
-        module: whose buffers and attributes the functions may change.
-        one: a function of ``args``.
-        other: another; if it raises, that is the difference.
-        args: tensors, of which each function is given copies, for it may change them.
+        module: the module whose buffers and attributes the functions may change.
+        expected: a function of ``args``.
+        candidate: another function of ``args``; an error that it raises counts as a difference.
+        args: tensors; each function gets copies, since it may change them.
     """
-    first, first_spec = _results(module, one, args)
+    first, first_spec = _results(module, expected, args)
     try:
-        second, second_spec = _results(module, other, args)
-    except Exception as error:  # the other is a guess at the one: it may raise anything
+        second, second_spec = _results(module, candidate, args)
+    except Exception as error:  # an unverified plan may raise anything
         return f"its plan raises {type(error).__name__}: {error}".splitlines()[0][:200]
     same = first_spec == second_spec and all(map(_is_same, first, second))
     return "" if same else "its outputs differ from those of its modules"
@@ -50,16 +50,16 @@ def _results(
         randomness.replay()
 
 
-def _is_same(one: Any, other: Any) -> bool:
-    if not isinstance(one, Tensor) or not isinstance(other, Tensor):
-        return isinstance(one, Tensor) == isinstance(other, Tensor) and (one is other or bool(one == other))
-    if one.shape != other.shape or one.dtype != other.dtype:
+def _is_same(a: Any, b: Any) -> bool:
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+        return isinstance(a, Tensor) == isinstance(b, Tensor) and (a is b or bool(a == b))
+    if a.shape != b.shape or a.dtype != b.dtype:
         return False
-    if not one.is_floating_point():
-        return bool(torch.equal(one, other))
-    finite = one.isfinite()
-    if not torch.equal(finite, other.isfinite()):
+    if not a.is_floating_point():
+        return bool(torch.equal(a, b))
+    finite = a.isfinite()
+    if not torch.equal(finite, b.isfinite()):
         return False
-    scale = one[finite].abs().max() if bool(finite.any()) else one.new_zeros(())
-    error = (one - other)[finite].abs().max() if bool(finite.any()) else one.new_zeros(())
-    return bool(error <= _TOLERANCES[one.dtype] * scale)
+    scale = a[finite].abs().max() if bool(finite.any()) else a.new_zeros(())
+    error = (a - b)[finite].abs().max() if bool(finite.any()) else a.new_zeros(())
+    return bool(error <= _TOLERANCES[a.dtype] * scale)

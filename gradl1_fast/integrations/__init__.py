@@ -1,3 +1,3 @@
-"""Training loops of other libraries. Each module needs its own; importing gradl1_fast needs none."""
+"""Integrations with the training loops of other libraries, which each module imports when it is used."""
 
 __all__: list[str] = []

@@ -1,8 +1,8 @@
-"""The penalty in Lightning's automatic optimization. Needs ``pip install '.[lightning]'``.
+"""The penalty in Lightning's automatic optimization. Requires ``pip install '.[lightning]'``.
 
-Lightning calls ``loss.backward`` itself, and a callback's ``on_before_backward`` sees the loss without
-being able to replace it. Its one place where the loss can still change is the module's own hook
-``backward(loss)``, so the callback stands in front of that one while ``fit`` runs.
+Lightning calls ``loss.backward`` itself, and a callback's ``on_before_backward`` cannot replace the loss. The
+only hook that can change it is the module's ``backward(loss)``, so the callback wraps this hook while ``fit``
+runs.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ __all__ = ["GradL1Callback"]
 
 
 class GradL1Callback(Callback):  # type: ignore[misc, unused-ignore]  # untyped where lightning is absent
-    """Adds a penalty to the loss of each training step, before Lightning's one backward pass.
+    """Adds a penalty to the loss of each training step, before Lightning's backward pass.
 
-    The module has converted layers, and the penalty was made for them, before ``fit``; its
-    ``training_step`` returns the loss without it.
+    Convert the layers of the module and create the penalty for them before ``fit``. The module's
+    ``training_step`` returns the loss without the penalty.
 
-    The penalty is logged as ``gradl1_penalty``. What Lightning does to the loss before its backward,
-    the scale of a ``GradScaler`` and the share of ``accumulate_grad_batches``, acts on it alike.
+    The penalty is logged as ``gradl1_penalty``. Lightning's factors on the loss, from a ``GradScaler`` and
+    ``accumulate_grad_batches``, apply to the penalty too.
 
     Args:
-        penalty: made for layers of the module that is trained, with ``method="exact"``.
-        first_epoch: Lightning's number of the first epoch with the penalty; 0 is the first of all.
+        penalty: a penalty with ``method="exact"`` for layers of the trained module.
+        first_epoch: the first epoch with the penalty, counted from 0 as in Lightning.
 
     Raises:
         TypeError: the penalty is not a :class:`~gradl1_fast.GradL1`, or ``first_epoch`` is not an int.
         ValueError: the penalty is a finite difference, which needs a closure and two passes, or
             ``first_epoch`` is negative.
 
-    ``fit`` raises a RuntimeError where the penalty could get lost: with manual optimization, with a
-    strategy other than one device or DDP, where the penalty is for another module's layers, and after
-    a backward pass that went past the module's hook. Under DDP the penalty is the mean of the ranks'.
+    ``fit`` raises a RuntimeError if the penalty could be lost: with manual optimization, with a strategy
+    other than a single device or DDP, if the penalty is for layers of another module, and after a backward
+    pass that bypassed the module's hook. Under DDP the penalty is the mean over the ranks.
 
     Examples:
         >>> import torch, gradl1_fast as gl
@@ -68,7 +68,7 @@ class GradL1Callback(Callback):  # type: ignore[misc, unused-ignore]  # untyped 
         self._value: Tensor | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check that nothing can get lost; stand in front of the module's ``backward``."""
+        """Check that the penalty cannot be lost, and wrap the module's ``backward``."""
         _check_strategy(trainer)
         _check_module(self.penalty, pl_module)
         own = pl_module.backward
@@ -80,19 +80,19 @@ class GradL1Callback(Callback):  # type: ignore[misc, unused-ignore]  # untyped 
                 loss = loss + penalty
             own(loss, *args, **kwargs)
 
-        # Of this one module, not of its class; tools that copy a module copy a plain function as it is.
+        # Set on the instance, not the class. A plain function, because copying a module keeps it unchanged.
         vars(pl_module)["backward"] = backward
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let the steps of epochs before the first one with the penalty be ordinary ones."""
+        """Disable the penalty in epochs before ``first_epoch``."""
         self.penalty.enabled = trainer.current_epoch >= self.first_epoch
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Forget the last value, so that a missing one is seen."""
+        """Reset the last value, so that a missing one is detected."""
         self._value = None
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check that the penalty was part of this backward pass; log it."""
+        """Check that the penalty was part of this backward pass, and log it."""
         if trainer.current_epoch < self.first_epoch:
             return
         if self._value is None:

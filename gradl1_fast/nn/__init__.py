@@ -1,4 +1,4 @@
-"""Modules: layers, quantizers and sites. No arithmetic lives here."""
+"""Modules: layers, quantizers and sites. They contain no arithmetic of their own."""
 
 from gradl1_fast.nn.layers import (
     QConv1d,

@@ -1,4 +1,4 @@
-"""Codes of weights: the nearest ones, chosen ones, and the values that codes stand for."""
+"""Conversion between weights and their codes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ __all__ = ["along", "codes", "values"]
 
 
 def along(of_channels: Tensor, x: Tensor, axis: int | None) -> Tensor:
-    """Return one value, or one for each channel along ``axis``, in a shape that broadcasts against ``x``."""
+    """Return a scalar, or one value per channel along ``axis``, in a shape that broadcasts against ``x``."""
     return (
         of_channels if axis is None else of_channels.reshape([-1 if i == axis else 1 for i in range(x.dim())])
     )
@@ -17,11 +17,11 @@ def along(of_channels: Tensor, x: Tensor, axis: int | None) -> Tensor:
 def codes(
     x: Tensor, scale: Tensor, zero_point: Tensor, ends: tuple[int, int], axis: int | None = None
 ) -> Tensor:
-    """Return the codes of a tensor, whole numbers in float, rounded and clamped as by fake quantization."""
+    """Return the codes of a tensor as whole numbers in float, rounded and clamped as in fake quantization."""
     scale, zero_point = along(scale, x, axis), along(zero_point, x, axis)
     return ((x / scale).round() + zero_point).clamp(*ends)
 
 
 def values(codes: Tensor, scale: Tensor, axis: int | None = None) -> Tensor:
-    """Return what codes around zero stand for, in the type of ``scale``."""
+    """Return the values of codes around zero, in the type of ``scale``."""
     return codes.to(scale.dtype) * along(scale, codes, axis)

@@ -1,4 +1,4 @@
-"""Copies of converted models around the same parameters, that nobody else arms, measures or watches."""
+"""Copies of converted models that share parameters but not widths, ranges or penalties."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ __all__ = ["copy_converted"]
 
 
 def copy_converted(model: nn.Module) -> nn.Module:
-    """Return a copy of a converted model: parameters and buffers are shared, widths and ranges are its own.
+    """Return a copy of a converted model that shares its parameters and buffers, but not widths and ranges.
 
-    A penalty of one does not touch the other, and a tensor that both are given leads neither to the sites of
-    the other.
+    A penalty of one model does not affect the other, and neither do tensors that are passed to both.
     """
     copy = copy_structure(model)
     old = next((m.arming for m in model.modules() if isinstance(m, QuantizedLayer)), Arming())

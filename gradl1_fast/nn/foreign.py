@@ -1,9 +1,9 @@
-"""Twins for layers of others: subclasses of convolutions and linear layers, and transformers' Conv1D.
+"""Twins of foreign layers: subclasses of convolutions and linear layers, and transformers' Conv1D.
 
-A twin is a subclass of the foreign class, made when it is needed. Where that class has a ``forward`` of its
-own (weight standardisation, "same" padding), it runs as it is, and the weight that it hands to a
-convolution or a matrix product is replaced by the quantized one: the weight as the forward pass uses it is
-what is quantized.
+A twin is a subclass of the foreign class, created on demand. A ``forward`` that the class defines itself
+(weight standardisation, "same" padding) is run unchanged, except that the weight it passes to a convolution
+or a matrix product is replaced by the quantized weight. The weight is thus quantized as the forward pass
+uses it.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ __all__ = ["Product", "foreign_twin", "is_conv1d_of_transformers", "product_in",
 _functional = nn.functional
 _Products = dict[Callable[..., Any], Callable[..., Any] | None]
 
-# What a layer's forward pass may call with a weight as the second argument, and its twice differentiable
-# form.
+# The functions that a layer's forward pass may call with a weight as the second argument, and their twice
+# differentiable form.
 _CONVOLUTIONS: _Products = dict.fromkeys(
     (_functional.conv1d, _functional.conv2d, _functional.conv3d, torch.conv1d, torch.conv2d, torch.conv3d),
     F.conv,
 )
 _TRANSPOSED: _Products = dict.fromkeys(
     (_functional.conv_transpose1d, _functional.conv_transpose2d, _functional.conv_transpose3d)
-)  # their own second derivative is slow, and exact
+)  # their own second derivative is exact, but slow
 _PRODUCTS: _Products = {**_CONVOLUTIONS, **_TRANSPOSED, _functional.linear: F.linear}
 _BASES: dict[type[nn.Module], type[QuantizedLayer]] = {
     nn.Conv1d: layers._QConv,
@@ -55,17 +55,17 @@ _NAMES = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 
 
 class _Found(Exception):  # noqa: N818  # ends a forward pass early; no error
-    """Carries what a forward pass was about to use."""
+    """Raised to end a forward pass; carries the arguments of its first product."""
 
 
 @dataclass(frozen=True)
 class Product:
-    """What a layer multiplies its weight by.
+    """The operand by which a layer multiplies its weight.
 
     Attributes:
-        x: the input of the product, quantized where its site is, and padded where the layer pads it itself.
-        kernel: size of the kernel of a convolution; ``()`` of a linear layer, where ``x`` is ``(*, in)``.
-        options: of a convolution: stride, padding, dilation and groups as far as they were given.
+        x: the input of the product, quantized by its site and padded if the layer pads it itself.
+        kernel: the kernel size of a convolution; ``()`` for a linear layer, where ``x`` is ``(*, in)``.
+        options: the stride, padding, dilation and groups that were passed to a convolution.
     """
 
     x: Tensor
@@ -87,7 +87,7 @@ class _Stop(TorchFunctionMode):
 
 
 class _Weights(TorchFunctionMode):
-    """Replaces the weight of each product inside a layer's own forward pass."""
+    """Replaces the weight of each product in a layer's forward pass."""
 
     def __init__(self, replace: Callable[[Tensor], Tensor], armed: bool) -> None:
         super().__init__()
@@ -106,14 +106,14 @@ class _Weights(TorchFunctionMode):
 
 
 def _twice_differentiable(
-    function: Callable[..., Any], input: Tensor, weight: Tensor, *rest: Any, **options: Any
+    function: Callable[..., Any], input: Tensor, weight: Tensor, *values: Any, **options: Any
 ) -> Any:
     names = ("bias", "stride", "padding", "dilation", "groups")
-    return function(input, weight, **dict(zip(names, rest, strict=False)), **options)
+    return function(input, weight, **dict(zip(names, values, strict=False)), **options)
 
 
 class _Foreign(QuantizedLayer):
-    """Runs the foreign class's forward pass on the site's tensor, with the quantized weight."""
+    """Runs the forward pass of the foreign class on the output of the site, with the quantized weight."""
 
     computes_weight: bool
 
@@ -125,11 +125,11 @@ class _Foreign(QuantizedLayer):
 
     @property
     def is_computed(self) -> bool:
-        """Whether the weight in use is computed from parameters, rather than one itself."""
+        """Whether the weight is computed from parameters rather than being a parameter."""
         return self.computes_weight
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Return what the foreign layer computes, at the present width."""
+        """Return the output of the foreign layer at the current width."""
         x = pass_through(self, x)
         armed = is_armed(self.arming)
         if not armed and self.weight_quantizer.bits is None:
@@ -145,23 +145,23 @@ class _Conv1D(QuantizedLayer):
     out_axis = 1
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return ``x @ weight + bias`` at the present width."""
+        """Return ``x @ weight + bias`` at the current width."""
         x, weight = self._operands(x)
         if is_armed(self.arming):
             return F.linear(x, weight.t(), self.bias)
         size = *x.shape[:-1], weight.shape[1]
-        own: Any = self
-        return torch.addmm(own.bias, x.view(-1, x.size(-1)), weight).view(size)
+        layer: Any = self
+        return torch.addmm(layer.bias, x.view(-1, x.size(-1)), weight).view(size)
 
 
 def is_conv1d_of_transformers(module: nn.Module) -> bool:
-    """Return whether a module is the transposed linear layer of GPT-2 and its relatives."""
+    """Return whether a module is the transposed linear layer used by GPT-2 and similar models."""
     cls = type(module)
     return cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils"
 
 
 def foreign_twin(module: nn.Module, *, per_channel: bool, arming: Arming) -> QuantizedLayer | None:
-    """Return a twin with the parameters, hooks and mode of a foreign layer; None for an unknown kind."""
+    """Return a twin with the parameters, hooks and mode of a foreign layer; None if it is not supported."""
     foreign: Any = type(module)
     cls = _twin_class(foreign)
     if cls is None:
@@ -171,9 +171,7 @@ def foreign_twin(module: nn.Module, *, per_channel: bool, arming: Arming) -> Qua
     if isinstance(layer, _Foreign):
         try:
             layer.computes_weight = _weight_in_use(layer) is not layer.weight
-        except (
-            Exception
-        ):  # the foreign forward pass may raise anything: it is not of a kind that is known here
+        except Exception:  # a foreign forward pass may raise anything; the layer is then not supported
             return None
     return layer
 
@@ -207,7 +205,7 @@ def _base_of(foreign: type[nn.Module]) -> type[QuantizedLayer] | None:
 
 
 def _reduce(self: QuantizedLayer, protocol: int) -> Any:
-    """Pickle by the foreign class, from which the twin is made again."""
+    """Pickle by the foreign class, from which the twin is re-created."""
     return _rebuild, (self.twin,), self.__getstate__()
 
 
@@ -221,10 +219,10 @@ def _rebuild(foreign: type[nn.Module]) -> nn.Module:
 def used_weight(layer: QuantizedLayer) -> Tensor:
     """Return the weight as the layer's forward pass uses it, detached.
 
-    Of a foreign layer it is found by a pass over a small input of zeros, which ends at the first product.
+    For a foreign layer, it is found by a forward pass of zeros, which ends at the first product.
 
     Raises:
-        RuntimeError: the layer calls no product with a weight.
+        RuntimeError: the layer calls no convolution and no linear function.
     """
     with torch.no_grad():
         return (_weight_in_use(layer) if isinstance(layer, _Foreign) else layer.weight).detach()
@@ -244,9 +242,9 @@ def _weight_in_use(layer: QuantizedLayer) -> Tensor:
 
 
 def product_in(layer: QuantizedLayer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Product:
-    """Return what a layer multiplies its weight by when it is called with these arguments.
+    """Return the operand by which a layer multiplies its weight when it is called with these arguments.
 
-    Its forward pass runs up to there.
+    The forward pass runs up to the product.
 
     Raises:
         RuntimeError: the layer calls no convolution and no linear function.

@@ -1,4 +1,4 @@
-"""What is called around a module's passes, or in the place of its forward pass."""
+"""Detects hooks and replaced forward passes of modules."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ __all__ = ["has_hooks", "has_own_forward"]
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Return whether anything is called before or after the module's passes."""
+    """Return whether a module has hooks of any kind."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
@@ -18,5 +18,5 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def has_own_forward(module: nn.Module) -> bool:
-    """Return whether somebody replaced the ``forward`` of this very module; its class says nothing then."""
+    """Return whether the ``forward`` of this module was replaced on the instance."""
     return "forward" in vars(module)

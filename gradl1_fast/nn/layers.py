@@ -1,4 +1,4 @@
-"""Layers that are twice differentiable at full speed and quantizable on demand, as subclasses of torch's."""
+"""Subclasses of torch's layers with a fast second derivative and quantization on demand."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ __all__ = [
 
 
 class QuantizedLayer(nn.Module):
-    """Base class of the layers: a quantizer for the weight, a site at the input, and the switch of the model.
+    """Base class of the layers, with a quantizer for the weight, a site at the input and the arming state.
 
     Attributes:
-        twin: the class of torch that the layer is a subclass of.
+        twin: the torch class that the layer extends.
         out_axis: the axis of the weight that counts output channels.
-        weight_quantizer: of the weight.
-        input_quantizer: of the input; layers that are given the very same tensor share one. None for a layer
-            whose input is not an activation, such as an embedding.
-        arming: whether a penalty will differentiate the present forward pass.
-        was_called: whether the forward pass of the layer has run since it was made. A weight that others use
-            by function stays in float.
+        weight_quantizer: the quantizer of the weight.
+        input_quantizer: the quantizer of the input, shared by layers with the same input tensor. None if the
+            input is not an activation, as for an embedding.
+        arming: the arming state of the model.
+        was_called: whether the layer's forward pass has run since its creation. A weight that is used by a
+            function without calling the layer stays in float.
 
     """
 
@@ -67,7 +67,7 @@ class QuantizedLayer(nn.Module):
             self.input_quantizer.train(self.training)
 
     def use(self, arming: Arming) -> None:
-        """Take the switch of a model as that of this layer and its site."""
+        """Use the arming state of a model for this layer and its site."""
         self.arming = arming
         if self.input_quantizer is not None:
             self.input_quantizer.arming = arming
@@ -76,15 +76,15 @@ class QuantizedLayer(nn.Module):
     def from_float(
         cls, module: nn.Module, *, per_channel: bool = False, arming: Arming | None = None
     ) -> QuantizedLayer:
-        """Return this layer with the parameters, hooks and mode of its torch twin, which stays as it is.
+        """Return this layer with the parameters, hooks and mode of its torch twin, which is not changed.
 
         Args:
-            module: of the class of the twin.
-            per_channel: quantize the weight with one range for each output channel.
-            arming: the switch of the model that the layer is part of.
+            module: an instance of the twin.
+            per_channel: quantize the weight with one range per output channel.
+            arming: the arming state of the model that contains the layer.
 
         Raises:
-            TypeError: ``module`` is not exactly the twin; a subclass may compute something else.
+            TypeError: the class of ``module`` is not exactly the twin; a subclass may compute something else.
         """
         layer = retype(module, cls.twin, cls)
         layer._add_quantizers(per_channel, arming)
@@ -96,33 +96,33 @@ class QuantizedLayer(nn.Module):
 
     @property
     def is_computed(self) -> bool:
-        """Whether the weight is computed from parameters, rather than one itself."""
+        """Whether the weight is computed from parameters rather than being a parameter."""
         return self._parameters.get("weight") is None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out what belongs to a forward pass."""
+        """Exclude the state of a forward pass."""
         return {**super().__getstate__(), "_used_weights": (0, [])}
 
     def _operands(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return pass_through(self, x), self._quantized(self.weight)
 
     def _quantized(self, weight: Tensor) -> Tensor:
-        """Return the weight at the present width, after taking note of it if a penalty needs to find it."""
+        """Return the weight at the current width, and record it if a penalty needs it."""
         if not torch.compiler.is_compiling():
             if not self.was_called:
                 self.was_called = True
             if self.arming.armed:
-                self._take_note(weight, self.arming.note_run())
+                self._record_weight(weight, self.arming.note_run())
         return weight if self.weight_quantizer.bits is None else self.weight_quantizer(weight)
 
     def weights_in_use(self) -> list[Tensor]:
-        """Return the weights that the last armed forward pass has used, as far as its graph is alive."""
+        """Return the weights used by the last armed forward pass, if its graph is still alive."""
         number, references = self._used_weights
         weights = [reference() for reference in references] if number == self.arming.passes else []
         return [weight for weight in weights if weight is not None]
 
-    def _take_note(self, weight: Tensor, number: int) -> None:
-        """Remember the weight in use, which may be computed or put there by ``functional_call``."""
+    def _record_weight(self, weight: Tensor, number: int) -> None:
+        """Record the weight in use, which may be computed, or passed by ``functional_call``."""
         if weight.requires_grad and torch.is_grad_enabled():
             references = self._used_weights[1] if self._used_weights[0] == number else []
             others = [r for r in references if r() is not None and r() is not weight]
@@ -133,20 +133,26 @@ _OWN_ATTRIBUTES = ("weight_quantizer", "input_quantizer", "arming", "was_called"
 
 
 class _QConv(QuantizedLayer):
-    """Forward pass of the convolutions; the twin's attributes say how to convolve."""
+    """Forward pass of the convolutions, with the geometry given by the attributes of the twin."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Convolve ``x`` as the torch twin does, at the present width."""
+        """Return the result of the torch twin at the current width."""
         x, weight = self._operands(x)
-        own: Any = self
+        layer: Any = self
         if not is_armed(self.arming):
-            return own._conv_forward(x, weight, self.bias)
-        padding = own.padding
-        if own.padding_mode != "zeros":
-            x = nn.functional.pad(x, own._reversed_padding_repeated_twice, mode=own.padding_mode)
+            return layer._conv_forward(x, weight, self.bias)
+        padding = layer.padding
+        if layer.padding_mode != "zeros":
+            x = nn.functional.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
             padding = 0
         return F.conv(
-            x, weight, self.bias, stride=own.stride, padding=padding, dilation=own.dilation, groups=own.groups
+            x,
+            weight,
+            self.bias,
+            stride=layer.stride,
+            padding=padding,
+            dilation=layer.dilation,
+            groups=layer.groups,
         )
 
 
@@ -157,27 +163,34 @@ class _QConvTranspose(QuantizedLayer):
     _function: ClassVar[Callable[..., Tensor]]
 
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
-        """Convolve ``x`` as the torch twin does, at the present width."""
-        own: Any = self
-        dimensions = len(own.kernel_size)
-        output_padding = own._output_padding(
-            x, output_size, own.stride, own.padding, own.kernel_size, dimensions, own.dilation
+        """Return the result of the torch twin at the current width."""
+        layer: Any = self
+        dimensions = len(layer.kernel_size)
+        output_padding = layer._output_padding(
+            x, output_size, layer.stride, layer.padding, layer.kernel_size, dimensions, layer.dilation
         )
         x, weight = self._operands(x)
         if not is_armed(self.arming):
             function = type(self)._function
             return function(
-                x, weight, self.bias, own.stride, own.padding, output_padding, own.groups, own.dilation
+                x,
+                weight,
+                self.bias,
+                layer.stride,
+                layer.padding,
+                output_padding,
+                layer.groups,
+                layer.dilation,
             )
         return F.conv_transpose(
             x,
             weight,
             self.bias,
-            stride=own.stride,
-            padding=own.padding,
+            stride=layer.stride,
+            padding=layer.padding,
             output_padding=output_padding,
-            groups=own.groups,
-            dilation=own.dilation,
+            groups=layer.groups,
+            dilation=layer.dilation,
         )
 
 
@@ -185,19 +198,19 @@ class _QLinear(QuantizedLayer):
     """Forward pass of the linear layer."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return ``x @ weight.T + bias`` at the present width."""
+        """Return ``x @ weight.T + bias`` at the current width."""
         x, weight = self._operands(x)
         function = F.linear if is_armed(self.arming) else nn.functional.linear
         return function(x, weight, self.bias)
 
 
 class _QEmbedding(QuantizedLayer):
-    """Forward pass of the embedding, whose weight alone is quantized."""
+    """Forward pass of the embedding, which quantizes only the weight."""
 
     has_site = False
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return the rows of the weight at the present width that ``input`` names."""
+        """Return the rows of the weight with the indices ``input``, at the current width."""
         own: Any = self
         weight = self._quantized(self.weight)
         options = own.padding_idx, own.max_norm, own.norm_type, own.scale_grad_by_freq, own.sparse
@@ -209,7 +222,7 @@ class QConv1d(_QConv, nn.Conv1d):
 
     Args:
         *args: as for ``nn.Conv1d``.
-        per_channel: quantize the weight with one range for each output channel.
+        per_channel: quantize the weight with one range per output channel.
         **kwargs: as for ``nn.Conv1d``.
 
     The state dict has the keys of ``nn.Conv1d``. Differentiable twice.
@@ -245,8 +258,8 @@ class QConv3d(_QConv, nn.Conv3d):
 class QConvTranspose1d(_QConvTranspose, nn.ConvTranspose1d):
     """``nn.ConvTranspose1d`` that can be quantized on demand and differentiated twice.
 
-    With ``per_channel`` the weight has one range for each index of its second axis, which the groups share.
-    See :class:`QConv1d`.
+    With ``per_channel`` the weight has one range per index of its second axis, shared by the groups. See
+    :class:`QConv1d`.
     """
 
     twin = nn.ConvTranspose1d
@@ -292,7 +305,7 @@ class QLinear(_QLinear, nn.Linear):  # type: ignore[misc]
 class QEmbedding(_QEmbedding, nn.Embedding):
     """``nn.Embedding`` whose weight can be quantized on demand; see :class:`QConv1d`.
 
-    With ``per_channel`` each row, that is each word, has a range.
+    With ``per_channel`` each row has its own range.
     """
 
     twin = nn.Embedding

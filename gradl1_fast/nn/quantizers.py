@@ -1,4 +1,4 @@
-"""Quantizer modules: widths, ranges and probes. They hold no parameter and nothing in the state dict."""
+"""Quantizer modules: widths, ranges and probes. They have no parameters and no entries in the state dict."""
 
 from __future__ import annotations
 
@@ -22,48 +22,49 @@ __all__ = ["ActivationQuantizer", "Observer", "WeightQuantizer"]
 
 
 class Observer(Protocol):
-    """What watches the tensors that reach a quantizer, to find its range."""
+    """Observes the tensors that reach a quantizer, to find its range."""
 
     def update(self, x: Tensor) -> None:
-        """Take note of one batch."""
+        """Observe a batch."""
 
 
 class _Quantizer(nn.Module):
-    """What the quantizers share: a width, and stored ranges that stay in float32 at least."""
+    """Base class of the quantizers: a width, and stored ranges in at least float32."""
 
     bits: int | None
     _ranges: ClassVar[tuple[str, ...]]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        # In half precision the ends of a range may overflow; a range goes along to devices alone.
-        kept = {name: getattr(self, name) for name in self._ranges if getattr(self, name) is not None}
+        # Ranges follow the module to another device but not to half precision, where their ends may overflow.
+        ranges = {name: getattr(self, name) for name in self._ranges if getattr(self, name) is not None}
         super()._apply(fn, recurse)
-        for name, value in kept.items():
-            moved = getattr(self, name)
-            setattr(self, name, value.to(moved.device) if moved.dtype.itemsize < 4 else moved)
+        for name, value in ranges.items():
+            converted = getattr(self, name)
+            setattr(self, name, value.to(converted.device) if converted.dtype.itemsize < 4 else converted)
         return self
 
 
 class WeightQuantizer(_Quantizer):
     """Fake-quantizes a weight to ``bits``, with codes around zero.
 
-    Codes are the nearest ones, unless others were stored by :func:`gradl1_fast.round_weights`. Stored codes
-    belong to the weight and the range that they were chosen for: with another the quantizer raises.
+    Values are rounded to the nearest code, unless codes were stored by :func:`gradl1_fast.round_weights`.
+    Stored codes are valid only for the weight and the range they were chosen for; otherwise the quantizer
+    raises.
 
-    The range is the weight's own, from its smallest to its largest value, unless one was stored by
+    The range is that of the weight, from its smallest to its largest value, unless a range was stored by
     :func:`gradl1_fast.calibrate_weights`.
 
     Args:
-        per_channel: one range for each output channel rather than one for the tensor.
-        out_axis: the axis of the weight that counts output channels: 1 in a transposed convolution.
+        per_channel: use one range per output channel instead of one for the tensor.
+        out_axis: the axis of the weight that counts output channels; 1 for a transposed convolution.
 
     Attributes:
         bits: 1 to 16, or None for float. Set it with :func:`gradl1_fast.set_bits`.
-        axis: the axis of output channels where each has a range, None for one range for the tensor.
-        clip: the stored range goes from ``-clip`` to ``clip`` and weights beyond are clamped. Shape
-            ``(widths, channels)``, with one row for all widths or 16, for 1 to 16 bits, and one column
-            or one for each channel. None for the weight's own range.
-        widest: the largest width that can be chosen.
+        axis: the axis of output channels if each has its own range; None for one range for the tensor.
+        clip: the stored range is from ``-clip`` to ``clip``, and weights outside are clamped. Shape
+            ``(widths, channels)``, with one row for all widths or 16 rows for 1 to 16 bits, and one column
+            or one per channel. None for the range of the weight itself.
+        widest: the largest supported width.
     """
 
     clip: Tensor | None
@@ -79,10 +80,10 @@ class WeightQuantizer(_Quantizer):
         self.register_buffer("clip", None, persistent=False)
 
     def forward(self, weight: Tensor) -> Tensor:
-        """Return the weight as it is used at the present width.
+        """Return the weight at the current width.
 
         Raises:
-            RuntimeError: codes are stored for this width, and they were chosen for another weight or range.
+            RuntimeError: the stored codes of this width were chosen for another weight or range.
         """
         if self.bits is None:
             return weight
@@ -93,20 +94,20 @@ class WeightQuantizer(_Quantizer):
         if self.bits not in self._made_for:
             return quantized
         chosen = values(self._checked(weight, self.bits), scale, self.axis).to(weight.dtype)
-        return chosen + (quantized - quantized.detach())  # the gradient is that of rounding to nearest
+        return chosen + (quantized - quantized.detach())  # the gradient of rounding to nearest
 
     @property
     def rounded(self) -> dict[int, Tensor]:
-        """The codes that are stored, by width: whole numbers in the shape of the weight."""
+        """The stored codes by width: whole numbers in the shape of the weight."""
         return {bits: self.get_buffer(_buffer(bits)) for bits in self._made_for}
 
     def set_rounded(self, bits: int, codes: Tensor | None, made_for: MadeFor | None = None) -> None:
-        """Store codes for a width, or remove those that are there.
+        """Store or remove the codes of a width.
 
         Args:
             bits: the width.
-            codes: in the shape of the weight, within the grid of the width; None to round to nearest again.
-            made_for: the weight and range that they were chosen for.
+            codes: the codes, in the shape of the weight and within the width's grid; None to remove them.
+            made_for: the weight and range that the codes were chosen for.
         """
         self._made_for = {width: other for width, other in self._made_for.items() if width != bits}
         self._buffers.pop(_buffer(bits), None)
@@ -118,14 +119,14 @@ class WeightQuantizer(_Quantizer):
             self.register_buffer(_buffer(bits), codes.detach().to(kind), persistent=False)
 
     def made_for(self, bits: int) -> MadeFor | None:
-        """Return what the codes of a width were chosen for; None if there are none."""
+        """Return the weight and range that the codes of a width were chosen for; None without codes."""
         return self._made_for.get(bits)
 
     def codes_of(self, weight: Tensor, bits: int) -> Tensor:
-        """Return the codes of a weight, whole numbers in float: the stored or the nearest ones.
+        """Return the codes of a weight as whole numbers in float: the stored codes, or the nearest ones.
 
         Raises:
-            RuntimeError: codes are stored for this width, and they were chosen for another weight or range.
+            RuntimeError: the stored codes of this width were chosen for another weight or range.
         """
         scale, zero_point, *ends = self.grid(weight, bits)
         if bits in self._made_for:
@@ -138,7 +139,7 @@ class WeightQuantizer(_Quantizer):
 
     @property
     def clamps(self) -> bool:
-        """Whether weights may be beyond the range at the present width, where their gradient stops."""
+        """Whether weights may be outside the range at the current width, where they get no gradient."""
         return self.bits == 1 or (self.bits is not None and self.clip is not None)
 
     def grid(self, weight: Tensor, bits: int) -> tuple[Tensor, Tensor, int, int]:
@@ -152,10 +153,10 @@ class WeightQuantizer(_Quantizer):
         return F.quantization_grid(low, high, bits, symmetric=True)
 
     def set_clip(self, clip: Tensor | None) -> None:
-        """Store a range from ``-clip`` to ``clip``; see :attr:`clip`. None gives the weight its own again.
+        """Store a range from ``-clip`` to ``clip``; see :attr:`clip`. None removes the stored range.
 
         Raises:
-            ValueError: the shape is none of those allowed, or a value is negative, NaN or infinite.
+            ValueError: the shape is not allowed, or a value is negative, NaN or infinite.
         """
         if clip is not None:
             if clip.dim() != 2 or clip.shape[0] not in (1, MAX_BITS):
@@ -167,15 +168,15 @@ class WeightQuantizer(_Quantizer):
         self.clip = None if clip is None else clip.detach()
 
     def step(self, weight: Tensor, bits: int) -> Tensor:
-        """Return the step at ``bits`` of the weight's own range, differentiable.
+        """Return the quantization step at ``bits`` for the range of the weight; differentiable.
 
-        It has a shape that broadcasts against the weight.
+        The shape broadcasts against the weight.
         """
         scale = F.quantization_grid(*F.value_range(weight, self.axis), bits, symmetric=True)[0]
         return along(scale, weight, self.axis)
 
     def extra_repr(self) -> str:
-        """Return what ``print(model)`` shows of this quantizer."""
+        """Return the text that ``print(model)`` shows for this quantizer."""
         stored = "own" if self.clip is None else "stored"
         rounded = f", rounded={sorted(self._made_for)}" if self._made_for else ""
         return f"bits={self.bits}, per_channel={self.axis is not None}, range={stored}{rounded}"
@@ -184,28 +185,28 @@ class WeightQuantizer(_Quantizer):
 class ActivationQuantizer(_Quantizer):
     """Fake-quantizes the input of a layer to ``bits``, and measures the l1 norm of its gradient.
 
-    The range is per tensor and includes zero; :func:`gradl1_fast.calibrate` sets it. At float
-    width the output is the input.
+    The range is per tensor and includes zero; :func:`gradl1_fast.calibrate` sets it. In float the output
+    equals the input.
 
     Args:
-        is_input: whether the tensor is the input of the network. It is data, so no penalty counts it.
+        is_input: whether the tensor is the input of the network, which no penalty counts.
 
     Attributes:
         bits: 1 to 16, or None for float. Set it with :func:`gradl1_fast.set_bits`.
-        low: lower end of the range: a scalar for all widths, or 16 values, for 1 to 16 bits; None before
-            calibration. :meth:`range_at` reads it, :meth:`set_range` sets it.
+        low: lower end of the range, a scalar for all widths or 16 values for 1 to 16 bits; None before
+            calibration. Read it with :meth:`range_at` and set it with :meth:`set_range`.
         high: upper end of the range, of the same shape.
-        is_input: see above; a forward pass may find it out.
-        is_mixed: whether a layer of the site is given the network's input in one call and an activation in
-            another. The site is then one of an activation, and no penalty measures the call with the input.
-        is_known: whether a forward pass in eager mode, or a trace, has shown which layers share the site.
-        is_computed: whether a trace has shown that the tensor is an activation, whatever its values.
-        name: of the site, for messages; ``<first layer>.input``.
-        arming: the switch of the model; measures while it is on.
-        probe: the scalar leaf whose gradient is ``sum |dL/dy|`` where a penalty on activations measures.
-        step_bits: when set, the probe's gradient is multiplied by the step at this width.
-        observer: watches what arrives, while ranges are found.
-        move: replaces what arrives by another tensor, for finite differences.
+        is_input: see above; a forward pass may set it.
+        is_mixed: whether the site gets the network's input in one call and an activation in another. It then
+            counts as an activation, but no penalty measures the calls with the input.
+        is_known: whether a forward pass in eager mode or a trace has shown which layers share the site.
+        is_computed: whether a trace has shown that the tensor is an activation.
+        name: the name of the site, for messages; ``<first layer>.input``.
+        arming: the arming state of the model; the site measures only while it is armed.
+        probe: the scalar leaf whose gradient is ``sum |dL/dy|`` if a penalty measures the site.
+        step_bits: if set, the probe's gradient is multiplied by the quantization step at this width.
+        observer: observes the incoming tensors during calibration.
+        move: replaces the incoming tensor by another, for finite differences.
     """
 
     low: Tensor | None
@@ -229,30 +230,30 @@ class ActivationQuantizer(_Quantizer):
         self.arming = Arming()
         self._penalties: set[int] = set()
 
-    def measure_for(self, penalty: int, wanted: bool) -> None:
-        """Measure in armed passes, or no more, for one penalty, which is known by a number of its own."""
-        (self._penalties.add if wanted else self._penalties.discard)(penalty)
+    def measure_for(self, penalty: int, enabled: bool) -> None:
+        """Start or stop measuring in armed passes for a penalty, which is identified by a number."""
+        (self._penalties.add if enabled else self._penalties.discard)(penalty)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copy and pickle as a quantizer that nobody measures or watches."""
+        """Copy and pickle without penalties, observer and move."""
         fresh = {"probe": _new_probe(self.probe), "_penalties": set(), "observer": None, "move": None}
         return {**super().__getstate__(), **fresh}
 
     @property
     def is_measured(self) -> bool:
-        """Whether a penalty counts the tensor of the present forward pass."""
+        """Whether a penalty measures the tensor in the current forward pass."""
         if not self._penalties or self.is_input or not torch.is_grad_enabled():
             return False
         return self.arming.measuring
 
     @property
     def is_idle(self) -> bool:
-        """Whether there is nothing to do: the output is the input, and nobody looks at it."""
+        """Whether the output equals the input and nothing observes or measures it."""
         return self.bits is None and self.observer is None and self.move is None and not self.is_measured
 
     @property
     def state(self) -> tuple[Any, ...]:
-        """What must be the same for two layers to share a result."""
+        """The settings that must be equal for layers to share a result."""
         return (
             self.bits,
             id(self.low),
@@ -265,32 +266,32 @@ class ActivationQuantizer(_Quantizer):
 
     @property
     def is_foldable(self) -> bool:
-        """Whether the operation before can do all that this quantizer does: its grid and its probe.
+        """Whether the preceding operation can take over this quantizer: its grid and its probe.
 
-        What looks at the values themselves needs them: an observer, a step measured on them, a hook, a
-        ``forward`` of its own. Hooks of all modules (``register_module_forward_hook``) do not see a
-        quantizer that is folded.
+        It cannot if the values themselves are needed: by an observer, by a step that is measured on them, by
+        a hook, or by an overridden ``forward``. Global module hooks (``register_module_forward_hook``) do not
+        see a folded quantizer.
         """
-        own = type(self) is not ActivationQuantizer or has_own_forward(self) or has_hooks(self)
+        customized = type(self) is not ActivationQuantizer or has_own_forward(self) or has_hooks(self)
         looks = self.observer is not None or self.move is not None
-        return not own and not looks and not (self.step_bits and self.is_measured)
+        return not customized and not looks and not (self.step_bits and self.is_measured)
 
     def forward(self, x: Tensor, measured: bool = True) -> Tensor:
-        """Return the activation at the present width; without ``measured`` no penalty counts it.
+        """Return the activation at the current width; with ``measured=False`` no penalty counts it.
 
         Raises:
-            RuntimeError: the width is quantized and there is no range yet, or a penalty measures the tensor
-                by its step under ``torch.vmap``.
+            RuntimeError: the width is quantized and there is no range yet, or a penalty with ``scale="step"``
+                measures the tensor under ``torch.vmap``.
         """
         if self.observer is not None:
             self.observer.update(x.detach())
         return self.quantize(x if self.move is None or not measured else self.move(x), measured)
 
     def quantize(self, x: Tensor, measured: bool = True) -> Tensor:
-        """Return the activation at the present width, without showing it to the observer."""
+        """Return the activation at the current width, bypassing the observer."""
         probe = self._scaled_probe(x) if measured else None
         if self.bits is None:
-            # No view: only layers read it, and none of them changes it in place.
+            # Not a view: only layers read it, and layers do not change it in place.
             return x if probe is None else alias(x, probe)
         scale, zero_point, q_min, q_max = self.grid(sum_dtype(x.dtype), self.bits)
         return F.fake_quantize(x, scale, zero_point, q_min, q_max, probe=probe)
@@ -305,7 +306,7 @@ class ActivationQuantizer(_Quantizer):
         return F.quantization_grid(low.to(dtype), high.to(dtype), bits, symmetric=False)
 
     def range_at(self, bits: int) -> tuple[Tensor, Tensor]:
-        """Return the two ends of the range at a width, scalars.
+        """Return both ends of the range at a width, as scalars.
 
         Raises:
             RuntimeError: there is no range yet.
@@ -317,14 +318,14 @@ class ActivationQuantizer(_Quantizer):
         return _row(self.low, bits), _row(self.high, bits)
 
     def set_range(self, low: Tensor, high: Tensor) -> None:
-        """Store the range of the activation. Reading the values waits for the device.
+        """Store the range of the activation. Synchronizes with the device to check the values.
 
         Args:
-            low: lower end: a single value for all widths, or 16, for 1 to 16 bits.
-            high: upper end, with as many values.
+            low: lower end, a single value for all widths or 16 values for 1 to 16 bits.
+            high: upper end, with the same number of values.
 
         Raises:
-            ValueError: an end has another number of values, is NaN or infinite, or the ends are inverted.
+            ValueError: the number of values is wrong, a value is NaN or infinite, or the ends are inverted.
         """
         if low.numel() != high.numel() or low.numel() not in (1, MAX_BITS):
             raise ValueError(
@@ -340,7 +341,7 @@ class ActivationQuantizer(_Quantizer):
         self.low, self.high = low.detach().reshape(shape), high.detach().reshape(shape)
 
     def step(self, x: Tensor, bits: int) -> Tensor:
-        """Return the step at ``bits`` for the present range of ``x``, a differentiable scalar."""
+        """Return the quantization step at ``bits`` for the range of ``x``, a differentiable scalar."""
         return F.quantization_grid(*F.value_range(x), bits, symmetric=False)[0]
 
     def _scaled_probe(self, x: Tensor) -> Tensor | None:
@@ -363,7 +364,7 @@ class ActivationQuantizer(_Quantizer):
         return self
 
     def extra_repr(self) -> str:
-        """Return what ``print(model)`` shows of this quantizer."""
+        """Return the text that ``print(model)`` shows for this quantizer."""
         ends = "None"
         if self.low is not None and self.high is not None:
             low, high = self.range_at(self.bits or MAX_BITS)
@@ -372,25 +373,25 @@ class ActivationQuantizer(_Quantizer):
 
 
 def _note(result: Tensor, name: str, bits: int) -> None:
-    """Write a width on the graph, where a penalty will ask for it that may come when it is another.
+    """Record a width in the graph, for a penalty that is called after the width has changed.
 
-    A region that is being compiled has no graph yet.
+    Does nothing during compilation, when there is no graph yet.
     """
     if not torch.compiler.is_compiling() and result.grad_fn is not None:
         setattr(result.grad_fn, name, bits)
 
 
 def _buffer(bits: int) -> str:
-    """Return the name under which the codes of a width are kept."""
+    """Return the name of the buffer with the codes of a width."""
     return f"rounded_{bits}"
 
 
 def _row(values: Tensor, bits: int) -> Tensor:
-    """Return the entry of a width from one row for all widths, or from 16."""
+    """Return the entry of a width, from a single row for all widths or from 16 rows."""
     return values[0] if values.shape[0] == 1 else values[bits - 1]
 
 
 def _new_probe(like: Tensor) -> Tensor:
-    """Return a fresh leaf on the device of ``like``, in float32 at least: it receives a sum."""
-    with torch.inference_mode(False):  # made inside, it could never require a gradient
+    """Return a new leaf on the device of ``like``, in at least float32, since its gradient is a sum."""
+    with torch.inference_mode(False):  # an inference tensor cannot require a gradient
         return torch.zeros((), dtype=sum_dtype(like.dtype), device=like.device, requires_grad=True)

@@ -1,8 +1,8 @@
-"""References to modules outside the tables of modules: bound methods, closures and containers.
+"""Redirects references to modules in bound methods, closures and containers.
 
-A copy of a tree of modules whose attributes lead back into the original would run parts of it: a ``forward``
-that was chosen in ``__init__`` (``self.forward = self.forward_split``), a list of layers beside the
-registered ones, a hook that is a method.
+Without redirection, a copy of a module tree would run parts of the original through such attributes: a
+``forward`` assigned in ``__init__`` (``self.forward = self.forward_split``), a list of unregistered layers,
+or a hook that is a method.
 """
 
 from __future__ import annotations
@@ -20,40 +20,40 @@ __all__ = ["redirect"]
 _TABLES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 
 
-def redirect(tree: nn.Module, moved: Mapping[int, nn.Module]) -> None:
-    """Let what the modules of a tree refer to be the modules that stand for others, by the identity of those.
+def redirect(tree: nn.Module, replacements: Mapping[int, nn.Module]) -> None:
+    """Redirect the references of a tree's modules to the modules that replace others, given by identity.
 
-    Attributes are replaced, not changed: a container that refers to none of them stays the same object.
+    Attributes are replaced, not changed. A container without such references stays the same object.
     """
     for module in tree.modules():
         for name, value in list(vars(module).items()):
             if name in _TABLES:
                 continue
-            new = _Redirection(moved).of(value)
+            new = _Redirection(replacements).of(value)
             if new is not value:
                 vars(module)[name] = new
 
 
 class _Redirection:
-    """Follows references from one value.
+    """Replaces references in a value, recursively.
 
     Args:
-        moved: what stands for a module, by the identity of that.
+        replacements: the replacement of a module, by the module's identity.
     """
 
-    def __init__(self, moved: Mapping[int, nn.Module]) -> None:
-        self._moved = moved
-        self._seen: dict[int, Any] = {}  # with the values, whose identities others must not get
+    def __init__(self, replacements: Mapping[int, nn.Module]) -> None:
+        self._replacements = replacements
+        self._seen: dict[int, Any] = {}  # keeps the values alive, so that identities stay unique
 
     def of(self, value: Any) -> Any:
-        """Return a value with its references replaced; itself if there are none."""
+        """Return a value with its references replaced; the same object if there are none."""
         if isinstance(value, nn.Module):
-            return self._moved.get(id(value), value)
+            return self._replacements.get(id(value), value)
         of_kind = _KINDS.get(type(value))
         if of_kind is None:
             return value
         if id(value) not in self._seen:
-            self._seen[id(value)] = value, value  # for references that lead back here
+            self._seen[id(value)] = value, value  # for cyclic references
             self._seen[id(value)] = value, of_kind(self, value)
         return self._seen[id(value)][1]
 
@@ -113,7 +113,7 @@ _KINDS = {
 def _content(cell: CellType) -> Any:
     try:
         return cell.cell_contents
-    except ValueError:  # a name that was never given a value
+    except ValueError:  # an unbound cell
         return None
 
 

@@ -1,9 +1,9 @@
-"""Whether codes that were chosen for a weight still belong to it.
+"""Checks that stored codes still belong to their weight.
 
-Codes from :func:`gradl1_fast.round_weights` are right for one weight and one range. What these were is kept
-as digests: numbers that depend on every value and its place. A weight that has been rounded to a narrower
-type is the same; any other change, however small, is one. While the very tensor is used again, unchanged by
-its version and by a few of its values, the digest is not computed again.
+Codes from :func:`gradl1_fast.round_weights` are valid for one weight and one range, which are identified by
+digests that depend on every value and its position. Rounding the weight to a narrower type does not count as
+a change; any other change does. The digest is cached while the same tensor is used and its version and a
+sample of its values are unchanged.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ __all__ = ["MadeFor", "digests"]
 _TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _BLOCK = 1 << 16
 _SAMPLES = 64
-_FACTOR = 0x9E3779B97F4A7C15  # the golden ratio in 64 bits: multiples of it are spread over all of them
+_FACTOR = 0x9E3779B97F4A7C15  # golden ratio in 64 bits, for Fibonacci hashing
 
 
 def digests(x: Tensor | None) -> tuple[int, ...]:
-    """Return the digests of a tensor as it is in each floating type; none of None."""
+    """Return the digests of a tensor in each floating type; empty for None."""
     return () if x is None else tuple(_digest(x.detach().to(dtype)) for dtype in _TYPES)
 
 
@@ -32,8 +32,8 @@ class MadeFor:
 
     Args:
         weight: digests of the weight.
-        clip: digests of the stored range; none for the weight's own.
-        name: of the layer, for messages.
+        clip: digests of the stored range; empty for the range of the weight itself.
+        name: the name of the layer, for messages.
     """
 
     def __init__(self, weight: tuple[int, ...], clip: tuple[int, ...], name: str) -> None:
@@ -42,15 +42,15 @@ class MadeFor:
 
     @classmethod
     def of(cls, weight: Tensor, clip: Tensor | None, name: str) -> MadeFor:
-        """Return what is made for these very tensors."""
+        """Return the record of a weight and its stored range."""
         return cls(digests(weight), digests(clip), name)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copy and pickle without the cache: a copy checks its own tensors again."""
+        """Copy and pickle without the cache, since a copy has other tensors."""
         return {**vars(self), "_seen": None}
 
     def holds(self, weight: Tensor, clip: Tensor | None) -> bool:
-        """Return whether a weight and its stored range are those that the codes were chosen for."""
+        """Return whether the codes were chosen for a weight and its stored range."""
         if self._seen is not None and _is_seen(self._seen, weight, clip):
             return True
         same = _digest(weight.detach()) in self.weight
@@ -63,9 +63,9 @@ class MadeFor:
         """Return ``codes`` if they belong to a weight and its stored range.
 
         Raises:
-            RuntimeError: they do not; names the layer.
+            RuntimeError: they do not; the message names the layer.
         """
-        if torch.compiler.is_compiling():  # looked at in each run of what is compiled
+        if torch.compiler.is_compiling():  # checked in each run of the compiled code
             made_for = list(self.weight), list(self.clip), self.name
             return _checked_codes(codes, weight.detach(), clip, *made_for, bits)
         if not self.holds(weight, clip):
@@ -96,9 +96,9 @@ def _(codes: Tensor, *_: Any) -> Tensor:
 
 
 def _digest(x: Tensor) -> int:
-    """Return a number of 64 bits that depends on each value and its place; minus zero counts as zero."""
+    """Return a 64-bit digest of the values and their positions; minus zero counts as zero."""
     bits = (x.double() + 0.0).contiguous().view(torch.int64).flatten()
-    bits = bits ^ (bits >> 32)  # in float64 the last bits of narrower types are zero
+    bits = bits ^ (bits >> 32)  # the low bits of narrower types are zero in float64
     factors = torch.arange(1, 2 * _BLOCK, 2, device=x.device) * (_FACTOR - (1 << 64))
     sums = [(block * factors[: len(block)]).sum() for block in bits.split(_BLOCK)]
     result = x.numel()
@@ -110,7 +110,7 @@ def _digest(x: Tensor) -> int:
 def _seen(weight: Tensor, clip: Tensor | None) -> tuple[Any, ...] | None:
     tensors = [weight] if clip is None else [weight, clip]
     if any(tensor.is_inference() for tensor in tensors):
-        return None  # without a version
+        return None  # has no version
     index = torch.linspace(0, weight.numel() - 1, min(weight.numel(), _SAMPLES), dtype=torch.float64)
     index = index.long().to(weight.device)
     return [(weakref.ref(t), t._version) for t in tensors], index, weight.detach().take(index)

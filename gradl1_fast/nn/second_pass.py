@@ -1,4 +1,4 @@
-"""What a second pass over one batch needs: moved weights, kept buffers, the same random numbers."""
+"""Helpers for a second pass over a batch: moved weights, restored buffers, the same random numbers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class RandomState:
         self.cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
 
     def replay(self) -> None:
-        """Put the generators back to where they were."""
+        """Restore the state of the generators."""
         torch.set_rng_state(self.cpu)
         if self.cuda:
             torch.cuda.set_rng_state_all(self.cuda)
@@ -27,7 +27,7 @@ class RandomState:
 
 @contextlib.contextmanager
 def buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Give every buffer its value back: a second pass is not a training step."""
+    """Restore every buffer after the block, since a second pass is not a training step."""
     values = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
         yield
@@ -39,7 +39,7 @@ def buffers_kept(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def shifted(weight: Tensor, by: Tensor) -> Iterator[None]:
-    """Move a weight; then it gets back its very values."""
+    """Move a weight for the block, then restore its exact values."""
     value = weight.detach().clone()
     try:
         with torch.no_grad():

@@ -1,8 +1,8 @@
-"""One site for layers that are given the very same tensor.
+"""Shares a site among layers with the same input tensor.
 
-A layer that passes a tensor through its site leaves a note about it: which quantizer, and what came out. A
-layer that is then given the same tensor, by identity and version, takes the result and joins the site. Notes
-are kept beside tensors, not on them, so that neither pickling nor copying a tensor meets one.
+A layer that passes a tensor through its site records a note with the quantizer and the result. A later layer
+with the same tensor, by identity and version, reuses the result and joins the site. Notes are stored in a
+separate table, not on tensors, so they do not affect pickling or copying a tensor.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ __all__ = ["join", "leave_note", "mark_input", "pass_through"]
 
 @dataclass(eq=False)
 class _Note:
-    """What is known of a tensor that passed through a site.
+    """A record of a tensor that passed through a site.
 
     Attributes:
-        quantizer: of the site.
-        state: the quantizer's width, range and observer at that moment.
-        version: of the tensor, which an in-place operation raises.
-        result: what the quantizer returned; None if it is the tensor itself, or was not kept.
-        is_itself: whether the tensor is its own result: its producer quantized and measured it.
-        layers: the layers that have read it.
-        hooks: the saved-tensor hooks that were on top, such as those of a checkpointed region; None without.
+        quantizer: the quantizer of the site.
+        state: the quantizer's width, range and observer at that time.
+        version: the version of the tensor, which in-place operations increment.
+        result: the result of the quantizer; None if it is the tensor itself or was not stored.
+        is_itself: whether the tensor is its own result, because its producer quantized and measured it.
+        layers: the layers that have read the tensor.
+        hooks: the innermost saved-tensor hooks, such as those of a checkpointed region; None without hooks.
     """
 
     quantizer: ActivationQuantizer
@@ -48,7 +48,7 @@ class _Note:
 
 
 def pass_through(layer: QuantizedLayer, x: Tensor) -> Tensor:
-    """Return the input of a layer as its site hands it on.
+    """Return the input of a layer after its site.
 
     Raises:
         RuntimeError: the site has no range at a quantized width.
@@ -58,47 +58,47 @@ def pass_through(layer: QuantizedLayer, x: Tensor) -> Tensor:
         return x
     if torch.compiler.is_compiling():
         return _while_compiling(quantizer, x)
-    if x.is_inference():  # it has no version, so that nothing tells whether it has changed
+    if x.is_inference():  # without a version, changes cannot be detected
         return quantizer(x)
     _begin_pass(quantizer)
     quantizer.is_known = True
-    given_input = _look_for_input(quantizer, x)
+    is_input = _look_for_input(quantizer, x)
     note = _note_on(x, id(layer), quantizer)
     if note is None:
-        result = quantizer(x, measured=not given_input)
+        result = quantizer(x, measured=not is_input)
         leave_note(x, quantizer, result, id(layer))
         return result
     if note.quantizer is not quantizer:
         join(layer, note.quantizer)
     if note.is_itself:
         return x
-    return note.quantizer.quantize(x, not given_input) if note.result is None else note.result
+    return note.quantizer.quantize(x, not is_input) if note.result is None else note.result
 
 
 def _begin_pass(quantizer: ActivationQuantizer) -> None:
-    """Drop the notes of the forward pass before, if this is the first that is heard of a new one."""
+    """Drop the notes of the previous forward pass if a new one has started."""
     if quantizer.arming.armed:
         quantizer.arming.note_run()
 
 
 def _look_for_input(quantizer: ActivationQuantizer, x: Tensor) -> bool:
-    """Return whether ``x`` is the network's input; take note of what the site is given."""
+    """Return whether ``x`` is the network's input, and record it on the site."""
     if not quantizer.is_computed and is_network_input(x):
         quantizer.is_input = not quantizer.is_mixed
         return True
-    if quantizer.is_input and x.requires_grad:  # what depends on parameters is not data
+    if quantizer.is_input and x.requires_grad:  # a tensor that depends on parameters is not data
         quantizer.is_input, quantizer.is_mixed = False, True
     return False
 
 
 def join(layer: QuantizedLayer, quantizer: ActivationQuantizer) -> None:
-    """Make a layer use the site of another, which is given the very same tensor."""
+    """Make a layer use the site of another layer with the same input tensor."""
     quantizer.is_known = True
     layer.input_quantizer = quantizer
 
 
 def _while_compiling(quantizer: ActivationQuantizer, x: Tensor) -> Tensor:
-    """Share a result where layers share their quantizer: a compiled region sees no versions of tensors."""
+    """Share a result among layers with the same quantizer, since compiled code sees no tensor versions."""
     if quantizer.is_mixed and quantizer.is_measured:
         raise RuntimeError(
             f"{quantizer.name} receives the network's input in one call and an activation in another, which "
@@ -120,16 +120,16 @@ def _while_compiling(quantizer: ActivationQuantizer, x: Tensor) -> Tensor:
 
 
 def _note_on(x: Tensor, layer: int, quantizer: ActivationQuantizer) -> _Note | None:
-    """Return the note on a tensor that a layer is given, if it holds in this forward pass.
+    """Return the note on the input tensor of a layer, if it is valid in this forward pass.
 
     Raises:
         RuntimeError: the site was made in a checkpointed region, and this layer is outside of it.
     """
-    note = quantizer.arming.notes.get(x)  # of another model that is given the same batch there is none
+    note = quantizer.arming.notes.get(x)  # notes are separate for each model
     if note is None or note.version != x._version or note.state != note.quantizer.state:
         return None
     if x.is_leaf and layer in note.layers:
-        return None  # the tensor outlives a forward pass: this is the next one
+        return None  # a leaf outlives a forward pass: this is a new pass
     if not _is_in_reach(note):
         return None
     note.layers.add(layer)
@@ -144,24 +144,26 @@ def leave_note(
     *,
     is_itself: bool = False,
 ) -> None:
-    """Write down what a site made of a tensor."""
+    """Record the result of a site for a tensor."""
     _begin_pass(quantizer)
-    kept = None
+    stored = None
     if result is not None and result is not x and (result.requires_grad or quantizer.move is not None):
-        kept = result  # what has no gradient is as easily made again
+        stored = result  # a result without a gradient is cheap to recompute
     layers = set() if layer is None else {layer}
     quantizer.arming.notes[x] = _Note(
-        quantizer, quantizer.state, x._version, kept, is_itself, layers, _top_hooks()
+        quantizer, quantizer.state, x._version, stored, is_itself, layers, _top_hooks()
     )
 
 
 def _is_in_reach(note: _Note) -> bool:
-    """Return whether a note was left under the same saved-tensor hooks, as in one checkpointed region.
+    """Return whether a note was recorded under the same saved-tensor hooks, as in one checkpointed region.
 
-    What is inside of a region is computed again, when notes of what came later would be there as well.
+    When a region is recomputed, notes of later operations already exist and must not be used.
     """
-    here, there = _top_hooks(), note.hooks
-    if here is there is None or (here is not None and there is not None and here() is there()):
+    current, recorded = _top_hooks(), note.hooks
+    if current is recorded is None or (
+        current is not None and recorded is not None and current() is recorded()
+    ):
         return True
     if not is_recomputing() and note.quantizer.is_measured:
         raise RuntimeError(

@@ -1,4 +1,4 @@
-"""The layers and sites of a model by name. A site is where the input of a layer is quantized and measured."""
+"""The layers and sites of a model by name. At a site, the input of a layer is quantized and measured."""
 
 from __future__ import annotations
 
@@ -15,33 +15,33 @@ __all__ = ["name_sites", "named_layers", "named_quantizers", "replaced_at", "sit
 
 
 def named_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
-    """Return the layers of this library by name, shared ones once."""
+    """Return the layers of this library by name; a shared layer appears once."""
     return {name: m for name, m in model.named_modules() if isinstance(m, QuantizedLayer)}
 
 
 def sites_of_layers(model: nn.Module) -> Iterator[tuple[str, ActivationQuantizer]]:
-    """Yield a name for the site of each layer, and its quantizer, once for every layer that shares it."""
+    """Yield the name and the quantizer of each layer's site; a shared site is yielded once per layer."""
     for name, layer in named_layers(model).items():
         if layer.input_quantizer is not None:
             yield f"{name}.input".removeprefix("."), layer.input_quantizer
 
 
 def named_quantizers(model: nn.Module) -> dict[str, ActivationQuantizer]:
-    """Return the activation quantizers by the name of their site, shared ones once.
+    """Return the activation quantizers by the name of their site; a shared site appears once.
 
-    A site is named after the first layer that it feeds, a quantizer that stands alone by its path.
+    A site is named after the first layer that it feeds. A quantizer without a layer is named by its path.
     """
-    found: dict[int, tuple[str, ActivationQuantizer]] = {}
+    quantizers: dict[int, tuple[str, ActivationQuantizer]] = {}
     for name, quantizer in sites_of_layers(model):
-        found.setdefault(id(quantizer), (name, quantizer))
+        quantizers.setdefault(id(quantizer), (name, quantizer))
     for name, module in model.named_modules():
         if isinstance(module, ActivationQuantizer):
-            found.setdefault(id(module), (name, module))
-    return dict(found.values())
+            quantizers.setdefault(id(module), (name, module))
+    return dict(quantizers.values())
 
 
 def name_sites(model: nn.Module) -> None:
-    """Tell each quantizer its name, for messages."""
+    """Set the name of each quantizer, for messages."""
     for name, quantizer in named_quantizers(model).items():
         quantizer.name = name
 
@@ -50,9 +50,9 @@ def name_sites(model: nn.Module) -> None:
 def replaced_at(
     quantizers: Mapping[str, ActivationQuantizer], replace: Callable[[str, Tensor], Tensor]
 ) -> Iterator[None]:
-    """Let ``replace(name, tensor)`` give the tensor that the layers of each site see, for the block.
+    """Replace the tensor of each site by ``replace(name, tensor)`` inside the block.
 
-    It is called once for a tensor, however many layers read it; what goes past the layers stays as it is.
+    The function is called once per tensor, also if several layers read it. Other readers are not affected.
     """
     try:
         for name, quantizer in quantizers.items():
@@ -61,4 +61,4 @@ def replaced_at(
     finally:
         for quantizer in quantizers.values():
             quantizer.move = None
-            quantizer.arming.notes.clear()  # one whose result is a view of its tensor keeps both alive
+            quantizer.arming.notes.clear()  # a note whose result is a view keeps both tensors alive

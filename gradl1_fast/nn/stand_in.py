@@ -1,7 +1,8 @@
-"""A tensor in the place of a weight that is stored otherwise: computed when it is read, never changed.
+"""A read-only tensor that replaces a weight stored in another form, and computes its values when it is read.
 
-Models read the weight of a layer without calling the layer: ``F.linear(x, self.qkv.weight)``, or an embedding
-whose whole table is an input. Some change it, such as RWKV, which rescales its weights for evaluation.
+Some models read the weight of a layer without calling the layer, as in ``F.linear(x, self.qkv.weight)`` or
+for an embedding whose table is an input. Some change it, such as RWKV, which rescales its weights for
+evaluation.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch.utils._pytree import tree_map_only
 
 __all__ = ["METADATA", "ReadOnly", "StandIn"]
 
-# What tells of a tensor without reading its values.
+# Queries that do not read the values of a tensor.
 METADATA = {
     *("size", "dim", "ndimension", "numel", "nelement", "stride", "element_size", "get_device", "__len__"),
     *("is_contiguous", "is_floating_point", "is_complex", "is_inference", "__hash__", "type"),
@@ -26,12 +27,12 @@ _OF_MEMORY = {"data_ptr", "storage_offset", "untyped_storage"}
 
 
 class ReadOnly(Tensor):
-    """Values that every function may read, and none may change, not through a view of them either.
+    """Values that functions may read but not change, directly or through a view.
 
-    What a function computes from them is an ordinary tensor.
+    Results computed from them are ordinary tensors.
 
     Attributes:
-        owner: name of the layer whose weight they belong to.
+        owner: the name of the layer that the weight belongs to.
     """
 
     owner: str
@@ -39,7 +40,7 @@ class ReadOnly(Tensor):
 
     def _values(self) -> Tensor:
         with torch._C.DisableTorchFunctionSubclass():
-            return self.detach()  # shares the version that tells of changes
+            return self.detach()  # shares the version counter, which detects changes
 
     def _without_values(self) -> Tensor:
         """Return a tensor of the same shape, type and device."""
@@ -52,28 +53,28 @@ class ReadOnly(Tensor):
         """Call a function on ordinary tensors with these values.
 
         Raises:
-            RuntimeError: it changes them; the message names the layer.
+            RuntimeError: the function changes them; the message names the layer.
         """
-        given, name = (args, kwargs or {}), getattr(func, "__name__", "")
+        values, name = (args, kwargs or {}), getattr(func, "__name__", "")
         if name == "__get__" or name in METADATA | _OF_MEMORY:
-            args, kwargs = tree_map_only(ReadOnly, lambda t: t._without_values(), given)
+            args, kwargs = tree_map_only(ReadOnly, lambda t: t._without_values(), values)
             result = super().__torch_function__(func, types, args, kwargs)
             if not isinstance(result, Tensor):
                 return result
-        return _result(func, name, given)
+        return _result(func, name, values)
 
 
-@_disable_dynamo  # a compiled graph has no versions of tensors
-def _result(func: Callable[..., Any], name: str, given: tuple[Any, Any]) -> Any:
+@_disable_dynamo  # compiled graphs have no tensor versions
+def _result(func: Callable[..., Any], name: str, values: tuple[Any, Any]) -> Any:
     read = _Read()
-    args, kwargs = tree_map_only(ReadOnly, read.values_of, given)
+    args, kwargs = tree_map_only(ReadOnly, read.values_of, values)
     result = func(*args, **kwargs)
     read.check(name)
     return tree_map_only(Tensor, read.guarded, result)
 
 
 class _Read:
-    """The values that one function was given."""
+    """The values that were passed to a function."""
 
     def __init__(self) -> None:
         self._read: list[tuple[Tensor, int, str]] = []
@@ -84,7 +85,7 @@ class _Read:
         return values
 
     def check(self, name: str) -> None:
-        """Refuse a function that has changed them."""
+        """Raise if the function has changed the values."""
         for values, version, owner in self._read:
             if name == "__set__" or values._version != version:
                 raise RuntimeError(
@@ -93,7 +94,7 @@ class _Read:
                 )
 
     def guarded(self, result: Tensor) -> Tensor:
-        """Return what a function has computed; a view of the values is as read-only as they are."""
+        """Return the result of a function; a view of the values is read-only too."""
         for values, _, owner in self._read:
             if type(result) is Tensor and _memory(result) == _memory(values):
                 view = Tensor._make_subclass(ReadOnly, result)
@@ -103,9 +104,9 @@ class _Read:
 
 
 class StandIn(ReadOnly):
-    """Reads as what a weight's quantizer computes at its present width; takes the memory of one value.
+    """A tensor with the values of a weight's quantizer at its current width. It occupies one value.
 
-    Code that reads memory without asking PyTorch finds NaN.
+    Code that reads its memory without PyTorch finds NaN.
     """
 
     quantizer: Any
@@ -119,7 +120,7 @@ class StandIn(ReadOnly):
 
     @property
     def owner(self) -> str:  # type: ignore[override]
-        """Name of the layer."""
+        """The name of the layer."""
         return self.quantizer.name
 
     def _values(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""Tensors by name as the state dict of a model."""
+"""Loading of tensors by name into a model."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ __all__ = ["load_entries"]
 def load_entries(model: nn.Module, entries: Mapping[str, Tensor], *, strict: bool = True) -> None:
     """Load tensors that were read from a file into a model.
 
-    The versions of its classes, which a state dict holds beside its tensors, are those of the model: some
-    classes, such as torchvision's ``MNASNet``, load nothing without one.
+    The metadata of the state dict, with the versions of its classes, is taken from the model. Some classes,
+    such as torchvision's ``MNASNet``, require a version to load.
 
     Args:
-        model: gets the tensors.
-        entries: by name.
-        strict: whether every name of the model must be there, and no other.
+        model: the model to load into.
+        entries: the tensors by name.
+        strict: require the names to be exactly those of the model.
 
     Raises:
-        RuntimeError: a name or shape is not the model's.
+        RuntimeError: a name or a shape does not match the model.
     """
     state = OrderedDict(entries)
     state._metadata = model.state_dict()._metadata  # type: ignore[attr-defined]  # where PyTorch keeps versions

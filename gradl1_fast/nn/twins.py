@@ -1,4 +1,4 @@
-"""A module and its twin: the same parameters, buffers, hooks and mode under another class."""
+"""Creates twins of modules: another class with the same parameters, buffers, hooks and mode."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def retype(module: nn.Module, expected: type[nn.Module], cls: type[M], without: 
 
 
 def shallow_copy(module: nn.Module) -> nn.Module:
-    """Return a copy with tables of its own that hold the same parameters, buffers, submodules and hooks."""
-    twin = object.__new__(type(module))  # copy.copy asks parametrized modules to pickle, which they refuse
+    """Return a shallow copy that shares parameters, buffers, submodules and hooks in its own dictionaries."""
+    twin = object.__new__(type(module))  # copy.copy fails for parametrized modules, which cannot be pickled
     twin.__dict__.update(vars(module))
     for name, value in vars(module).items():
         if name in _TABLES or name.endswith("_hooks"):
@@ -46,10 +46,10 @@ def shallow_copy(module: nn.Module) -> nn.Module:
 
 
 def copy_structure(module: nn.Module) -> nn.Module:
-    """Return a copy of the tree of modules around the same parameters and buffers.
+    """Return a copy of a module tree that shares parameters and buffers.
 
-    A module that stands in several places does so in the copy as well, and methods, containers and closures
-    among the attributes lead to modules of the copy where they led to modules of the tree.
+    A module that occurs several times does so in the copy too. Methods, containers and closures among the
+    attributes refer to the modules of the copy.
     """
     copies: dict[int, nn.Module] = {}
     copy = _copied(module, copies)

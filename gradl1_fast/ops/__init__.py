@@ -1,4 +1,4 @@
-"""The registered operators ``torch.ops.gradl1_fast.*`` with their derivatives. It names no backend."""
+"""The registered operators ``torch.ops.gradl1_fast.*`` with their derivatives, independent of backends."""
 
 from gradl1_fast.ops import batch_norm_act, conv, fake_quantize, l1_norm, linear, tap
 from gradl1_fast.ops._flops import register_when_counted

@@ -1,8 +1,8 @@
-"""Autograd of an operation that is linear in its input and in its weight: convolution, linear layer.
+"""Autograd of operations that are linear in input and weight: convolutions and the linear layer.
 
-The gradient for the weight hangs on a node of its own. A node's formula cannot see which of its
-gradients a call of ``autograd.grad`` asks for, while the engine runs only the nodes it needs: so a
-penalty on activations alone never pays for a weight gradient.
+The gradient of the weight is computed by a separate node. The formula of a node cannot see which gradients
+``autograd.grad`` requests, but the engine runs only the nodes it needs. A penalty on activations only
+therefore never computes a weight gradient.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gradl1_fast.ops._library import Operator, recorded
 
-# Takes dy, x, weight, and whose gradient it is: 0 for the input, 1 for the weight.
+# Takes dy, x, weight and the index of the gradient: 0 for the input, 1 for the weight.
 _Gradient = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 
 
@@ -25,9 +25,9 @@ def differentiate_bilinear(
     """Register the derivatives of ``forward(x, weight, bias, *geometry)`` and of its ``backward``.
 
     Args:
-        forward: the operator itself.
-        backward: its backward.
-        double_backward: its double backward.
+        forward: the operator of the forward pass.
+        backward: the operator of its backward pass.
+        double_backward: the operator of its double backward pass.
         channel_axis: the axis of the output along which the bias runs.
     """
 
@@ -50,13 +50,13 @@ def differentiate_bilinear(
 
     forward.differentiate_by(kernel)
     _differentiate_backward(backward, double_backward)
-    double_backward.end_the_line()
+    double_backward.refuse_third_order()
 
 
 class _Output(torch.autograd.Function):
-    """The output; its gradient goes to the input by dgrad, and to the other edges as it is.
+    """The output. Its gradient goes to the input by dgrad, and unchanged to the other edges.
 
-    In lists, tensors are saved without becoming edges that the engine would follow.
+    Tensors in lists are saved without becoming edges of the graph.
     """
 
     @staticmethod
@@ -76,7 +76,7 @@ class _Output(torch.autograd.Function):
 
 
 class _WeightEdge(torch.autograd.Function):
-    """A summand in the shape of the output, whose gradient goes to the weight by wgrad."""
+    """A zero summand in the shape of the output, whose gradient goes to the weight by wgrad."""
 
     @staticmethod
     def forward(
@@ -84,7 +84,7 @@ class _WeightEdge(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(*operands)
         ctx.gradient = gradient
-        return weight.new_empty(()).expand(shape)  # nobody reads the values
+        return weight.new_empty(()).expand(shape)  # the values are never read
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

@@ -1,7 +1,6 @@
-"""Formulas for ``torch.utils.flop_counter``, which sees the operators of products but not inside them.
+"""Formulas for ``torch.utils.flop_counter``, which cannot see the kernels inside our operators.
 
-Importing that module imports Triton where it is installed, so the formulas are registered when somebody
-else imports it.
+That module imports Triton if it is installed, so the formulas are registered only once other code imports it.
 """
 
 from __future__ import annotations
@@ -19,9 +18,9 @@ import torch
 
 _COUNTER = "torch.utils.flop_counter"
 _Shape = Sequence[int]
-# Takes the shapes of output, input and weight; returns at how many places the weight is applied.
-_Places = Callable[[_Shape, _Shape, _Shape], int]
-_PLACES: dict[str, _Places] = {
+# Takes the shapes of output, input and weight; returns the number of positions of the weight.
+_Positions = Callable[[_Shape, _Shape, _Shape], int]
+_POSITIONS: dict[str, _Positions] = {
     "conv": lambda y, x, weight: y[0] * math.prod(y[2:]),
     "conv_transpose": lambda y, x, weight: x[0] * math.prod(x[2:]),
     "linear": lambda y, x, weight: math.prod(x[:-1]),
@@ -29,7 +28,7 @@ _PLACES: dict[str, _Places] = {
 
 
 def register_when_counted() -> None:
-    """Register the formulas now if PyTorch's counter is imported already, else as soon as it is."""
+    """Register the formulas now if PyTorch's counter has been imported, otherwise on its import."""
     if _COUNTER in sys.modules:
         _register(sys.modules[_COUNTER])
     else:
@@ -37,7 +36,7 @@ def register_when_counted() -> None:
 
 
 class _Finder(MetaPathFinder):
-    """Finds the counter as usual, once, and lets its loader register the formulas."""
+    """Import hook whose loader registers the formulas after the import of the counter."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -58,16 +57,18 @@ class _Finder(MetaPathFinder):
 
 
 def _register(counter: ModuleType) -> None:
-    for op, places in _PLACES.items():
-        for sweep, formula in zip(("forward", "backward", "double_backward"), _formulas(places), strict=True):
+    for op, positions in _POSITIONS.items():
+        for sweep, formula in zip(
+            ("forward", "backward", "double_backward"), _formulas(positions), strict=True
+        ):
             counter.register_flop_formula(getattr(torch.ops.gradl1_fast, f"{op}_{sweep}"))(formula)
 
 
-def _formulas(places: _Places) -> tuple[Callable[..., int], ...]:
-    """Return the formulas of the three passes, of shapes. Each product of two tensors costs the same."""
+def _formulas(positions: _Positions) -> tuple[Callable[..., int], ...]:
+    """Return the formulas of the three passes. Each product of two tensors costs the same."""
 
     def product(y: _Shape, x: _Shape, weight: _Shape) -> int:
-        return 2 * places(y, x, weight) * math.prod(weight)
+        return 2 * positions(y, x, weight) * math.prod(weight)
 
     def forward(x: _Shape, weight: _Shape, *_: Any, out_shape: _Shape) -> int:
         return product(out_shape, x, weight)

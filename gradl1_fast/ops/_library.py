@@ -1,4 +1,4 @@
-"""How an operator is registered: schema, computation by the resolved backend, fake, derivative."""
+"""Registration of operators: schema, computation by the resolved backend, fake and derivative."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 class Operator:
     """A registered operator. Calling it is the same as calling ``torch.ops.gradl1_fast.<name>``.
 
-    On ordinary tensors the call goes to the derivative's kernel without a detour through the
-    dispatcher, which costs several times as much as the rest of the call. Under ``torch.compile``,
-    dispatch modes, functorch and tensor subclasses the dispatcher sees the operator.
+    On ordinary tensors, a call runs the kernel of the derivative directly, because the dispatcher costs
+    several times as much as the rest of the call. Under ``torch.compile``, dispatch modes, functorch and
+    tensor subclasses, the call goes through the dispatcher.
 
     Args:
-        op: the operation whose backend is resolved, from the first tensor among the arguments.
-        schema: name, arguments and results, as ``torch.library`` writes them.
+        op: the operation whose backend is resolved by the first tensor argument.
+        schema: name, arguments and results, in the syntax of ``torch.library``.
         fake: computes empty results of the right shape, type and strides.
-        compute: computes the results; without it the backend's function of the same name does. It
-            is not given a probe: that argument exists for the derivative alone.
+        compute: computes the results; by default the backend's function of the same name. It is not passed
+            the probe, which exists only for the derivative.
     """
 
     def __init__(
@@ -53,18 +53,17 @@ class Operator:
         return self._overload(*args)
 
     def differentiate_by(self, kernel: Callable[..., Any]) -> None:
-        """Make ``kernel(values, *args)`` the whole autograd behaviour of the operator.
+        """Register ``kernel(values, *args)`` as the entire autograd behaviour of the operator.
 
-        ``values(*args)`` computes the results alone, outside autograd and autocast.
+        ``values(*args)`` computes the results outside of autograd and autocast.
         """
         self._kernel = kernel
         LIBRARY.impl(self.name, partial(kernel, self._dispatched), "Autograd")
 
     def differentiate(self, setup_context: Callable[..., None], backward: Callable[..., Any]) -> None:
-        """Register a derivative formula, in the form that ``torch.library.register_autograd`` has.
+        """Register a derivative formula in the form of ``torch.library.register_autograd``.
 
-        The gradient of a result that nobody used, or asked for, arrives as None; the formula is not
-        called without any.
+        The gradient of an unused result is None; the formula is not called if all are None.
         """
         function = _function(setup_context, backward)
 
@@ -73,11 +72,11 @@ class Operator:
 
         self.differentiate_by(kernel)
 
-    def end_the_line(self) -> None:
-        """Make differentiating this operator, a double backward, an error.
+    def refuse_third_order(self) -> None:
+        """Make differentiating this operator, a double backward, raise an error.
 
-        A derivative that raises is loud everywhere; ``once_differentiable`` is silently wrong under
-        ``autograd.grad``, which does not visit nodes that lead to no requested input.
+        A derivative that raises is always visited. ``once_differentiable`` is silently wrong under
+        ``autograd.grad``, which skips nodes that do not lead to a requested input.
         """
 
         def backward(ctx: Any, *grads: Tensor) -> None:
@@ -86,7 +85,7 @@ class Operator:
         self.differentiate(lambda ctx, inputs, output: None, backward)
 
     def values(self, *args: Any) -> Any:
-        """Compute the results alone, outside autograd and autocast."""
+        """Compute the results outside of autograd and autocast."""
         return (self._directly if _is_ordinary(args) else self._dispatched)(*args)
 
     def _directly(self, *args: Any) -> Any:
@@ -105,8 +104,8 @@ class Operator:
 def _without_views(results: Any) -> Any:
     """Return the results with every view replaced by an alias of its memory that is not a view.
 
-    A matrix product over more than two axes is a view of its result, and autograd refuses in-place
-    changes of a view that a custom function returns.
+    A matrix product over more than two axes returns a view, and autograd refuses in-place changes of a view
+    that a custom function returns.
     """
     if isinstance(results, Tensor):
         return results.detach() if results._is_view() else results
@@ -116,8 +115,8 @@ def _without_views(results: Any) -> Any:
 def recorded(*args: Any) -> bool:
     """Return whether autograd records an operation on the tensors among ``args``.
 
-    Under forward-mode differentiation it does too: a derivative that has no forward mode then raises,
-    where values computed below autograd would lose their tangents.
+    This includes forward-mode differentiation. A derivative without forward mode then raises, whereas values
+    computed below autograd would lose their tangents.
     """
     wanted = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
     wanted = wanted or torch.autograd.forward_ad._current_level >= 0
@@ -144,7 +143,7 @@ def _function(
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor | None) -> Any:
-            # A result that nobody asked for is empty, and so is what arrives for it.
+            # A result that was not requested is empty, and so is its gradient.
             arrived = [None if g is None or g.shape == (0,) else g for g in grads]
             return ctx.nothing if all(g is None for g in arrived) else (*formula(ctx, *arrived), None)
 
@@ -164,13 +163,13 @@ def _below_autograd(device: str) -> contextlib.AbstractContextManager[None]:
 
 
 def _is_ordinary(args: tuple[Any, ...]) -> bool:
-    """Return whether nothing but autograd wants to see the operator called on ``args``."""
+    """Return whether a call on ``args`` can bypass the dispatcher, because only autograd needs to see it."""
     first = _first_tensor(args)
     return (
         not torch.compiler.is_compiling()
         and type(first) in (Tensor, torch.nn.Parameter)
         and not torch._C._len_torch_dispatch_stack()
-        and torch._C._get_tracing_state() is None  # torch.jit.trace records what the dispatcher calls
+        and torch._C._get_tracing_state() is None  # torch.jit.trace records dispatcher calls
         and torch._C._functorch.peek_interpreter_stack() is None
         and not torch._C._functorch.is_legacy_batchedtensor(first)  # of autograd.grad(is_grads_batched=True)
     )

@@ -1,4 +1,4 @@
-"""Operators of batch norm with residual, activation and fake quantization; derived in the reference."""
+"""Operators of batch norm with residual, activation and fake quantization; see the reference backend."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
     x, weight, bias, _, _, residual, scale, zero_point, *codes, training, _, activation, probe = inputs
     y, activated, mean, rstd = output
     ctx.mark_non_differentiable(activated, mean, rstd)
-    # What gives the mask; where nothing needs y, changing it in place is allowed.
+    # The tensor that determines the mask; if y is not needed, it may be changed in place.
     if scale is not None:
         source = None if residual is None else activated
     else:
@@ -34,7 +34,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 
 def _backward(ctx: Any, dy: Tensor, *_: None) -> tuple[Tensor | None, ...]:
-    # The l1 term exists for double backprop; an ordinary backward pass does not pay for it.
+    # The l1 term is needed only for double backprop, so an ordinary backward pass skips it.
     with_l1 = ctx.has_probe and torch.is_grad_enabled()
     dx, dweight, dbias, dresidual, l1 = batch_norm_act_backward(
         dy, *ctx.saved_tensors, *ctx.options, ctx.has_residual, with_l1
@@ -108,4 +108,4 @@ batch_norm_act_double_backward = Operator(
 )
 batch_norm_act_forward.differentiate(_save, _backward)
 batch_norm_act_backward.differentiate(_save_backward, _double_backward)
-batch_norm_act_double_backward.end_the_line()
+batch_norm_act_double_backward.refuse_third_order()

@@ -1,4 +1,4 @@
-"""Operators of convolution and of its transpose in 1, 2 and 3 dimensions; derived in the reference."""
+"""Operators of 1D, 2D and 3D convolutions and transposed convolutions; see the reference backend."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from gradl1_fast.ops._library import Operator
 def _register(op: str, geometry: str) -> tuple[Operator, Operator, Operator]:
     """Register forward, backward and double backward of a convolution.
 
-    On fake tensors the reference computes nothing but shapes, types and strides, PyTorch's own for
-    convolution, which depend on the device and on what the layouts suggest to it.
+    On fake tensors, the reference computes shapes, types and strides. The strides are those of PyTorch's
+    convolution, which depend on the device and on the layouts of the arguments.
     """
     signatures = {
         "forward": f"(Tensor x, Tensor weight, Tensor? bias, {geometry}) -> Tensor",

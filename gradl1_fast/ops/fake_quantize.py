@@ -1,8 +1,8 @@
 """Operators of fake quantization with the straight-through estimator and a probe.
 
-Derivation: with the mask of values that were not clamped, ``dx = mask * dy`` and ``l1 = sum |dy|``,
-so ``d_dy = mask * d_dx + d_l1 * sign(dy)``. The mask is piecewise constant: x, scale and zero point
-receive nothing from the double backward.
+Derivation: with the mask of values that were not clamped, ``dx = mask * dy`` and ``l1 = sum |dy|``, so
+``d_dy = mask * d_dx + d_l1 * sign(dy)``. The mask is piecewise constant, so x, scale and zero point get no
+gradient from double backward.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ _GRID = "Tensor scale, Tensor zero_point, int q_min, int q_max, int? axis"
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, scale, zero_point, ctx.q_min, ctx.q_max, ctx.axis, probe = inputs
-    # An alias without x's Python attributes, through which the graph might refer to itself.
+    # An alias without the Python attributes of x, which could create a reference cycle through the graph.
     ctx.save_for_backward(x.detach(), scale, zero_point)
     ctx.has_probe = probe is not None and probe.requires_grad
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    # The l1 term exists for double backprop; an ordinary backward pass does not pay for it.
+    # The l1 term is needed only for double backprop, so an ordinary backward pass skips it.
     with_l1 = ctx.has_probe and torch.is_grad_enabled()
     dx, l1 = fake_quantize_backward(dy, *ctx.saved_tensors, ctx.q_min, ctx.q_max, ctx.axis, with_l1)
     return dx, None, None, None, None, None, l1 if with_l1 else None
@@ -65,4 +65,4 @@ fake_quantize_double_backward = Operator(
 )
 fake_quantize_forward.differentiate(_save, _backward)
 fake_quantize_backward.differentiate(_save_backward, _double_backward)
-fake_quantize_double_backward.end_the_line()
+fake_quantize_double_backward.refuse_third_order()

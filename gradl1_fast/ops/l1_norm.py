@@ -1,7 +1,7 @@
-"""Operators of the l1 norms of many tensors at once.
+"""Operators of the l1 norms of many tensors, computed together.
 
-Derivation: ``y_i = sum |x_i|``, ``dx_i = dy_i * sign(x_i)``, ``d_dy_i = sum d_dx_i * sign(x_i)``;
-the tensors receive nothing from the double backward, the sign being piecewise constant.
+Derivation: ``y_i = sum |x_i|``, ``dx_i = dy_i * sign(x_i)``, ``d_dy_i = sum d_dx_i * sign(x_i)``. The sign is
+piecewise constant, so the tensors get no gradient from double backward.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _Values = Callable[..., Any]
 
 
 class _L1Norm(torch.autograd.Function):
-    # Flat arguments: autograd does not look into lists.
+    # Flat arguments, because autograd does not track tensors in lists.
     @staticmethod
     def forward(ctx: Any, *tensors: Tensor) -> Tensor:
         ctx.save_for_backward(*tensors)

@@ -1,4 +1,4 @@
-"""Operators of the linear layer; the derivation stands in the reference."""
+"""Operators of the linear layer; see the reference backend for the derivation."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""Second derivatives that PyTorch does not have: of fused attention and of the hard sigmoid.
+"""Second derivatives that PyTorch does not provide: of fused attention and of the hard sigmoid.
 
 PyTorch computes the gradients of ``scaled_dot_product_attention`` and ``hardsigmoid`` with backward
 operators that have no derivative of their own, so a penalty on gradients raises "derivative for aten::... is
 not implemented". :func:`install` registers these derivatives. First gradients remain those of PyTorch's
 kernels, bit for bit; gradients of higher order are those of the unfused form.
 
-Forward mode, and attention under ``torch.func`` or on nested tensors, behave as they do without it.
+Forward mode, and attention under ``torch.func`` or on nested tensors, are not affected.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def _register() -> torch.library.Library:
 
 
 def _override(library: torch.library.Library, name: str, key: str, kernel: Callable[..., Any]) -> None:
-    """Let ``kernel(original, *args)`` compute an operator wherever autograd records it."""
+    """Make ``kernel(original, *args)`` compute an operator whenever autograd records it."""
     original = torch.library.get_kernel(f"aten::{name}", key)
 
     def dispatched(keys: torch.DispatchKeySet, *args: Any, **kwargs: Any) -> Any:
@@ -139,24 +139,24 @@ class _AttentionBackward(torch.autograd.Function):
             )
         if all(grad is None for grad in grads):
             return (None,) * 7
-        wanted = ctx.needs_input_grad[:5]
-        results = iter(_differentiate(ctx.saved_tensors, ctx.options, grads, wanted))
-        return *[next(results) if want else None for want in wanted], None, None
+        required = ctx.needs_input_grad[:5]
+        results = iter(_differentiate(ctx.saved_tensors, ctx.options, grads, required))
+        return *[next(results) if want else None for want in required], None, None
 
 
 def _differentiate(
     saved: tuple[Tensor | None, ...],
     options: _Options,
     grads: tuple[Tensor | None, ...],
-    wanted: tuple[bool, ...],
+    required: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
     """Return the vector-Jacobian products of the first gradients, computed in the unfused form.
 
     Args:
         saved: gradient of the output, query, key, value and bias.
-        options: of attention.
+        options: the options of attention.
         grads: cotangents of the gradients for query, key, value and, if there is a fourth, bias.
-        wanted: which of ``saved`` to differentiate for.
+        required: which of ``saved`` to differentiate with respect to.
     """
     create_graph = torch.is_grad_enabled()
     cotangents = [grad for grad in grads if grad is not None]
@@ -165,7 +165,7 @@ def _differentiate(
         inputs = [x for x, grad in zip(operands[1:], grads, strict=False) if grad is not None]
         output = _attention(operands[1:], options)
         first = torch.autograd.grad(output, inputs, operands[0], create_graph=True)
-        targets = [x for x, want in zip(operands, wanted, strict=True) if want]
+        targets = [x for x, want in zip(operands, required, strict=True) if want]
         return torch.autograd.grad(first, targets, cotangents, create_graph=create_graph, allow_unused=True)
 
 
@@ -177,7 +177,7 @@ def _attention(operands: list[Any], options: _Options) -> Tensor:
 
 
 def _alias(tensor: Tensor, keep_graph: bool) -> Tensor:
-    """Return an alias to differentiate for: the operands themselves may depend on each other."""
+    """Return an alias to differentiate with respect to, since the operands may depend on each other."""
     if keep_graph and tensor.requires_grad:
         return tensor.view_as(tensor)
     return tensor.detach().requires_grad_()

@@ -18,11 +18,11 @@ from gradl1_fast.ops._library import Operator, recorded
 class _Tap(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, probe: Tensor) -> Tensor:
-        return x.view_as(x)  # the identity costs nothing: the operator itself would have to copy
+        return x.view_as(x)  # the operator would have to copy
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None]:
-        # The l1 term exists for double backprop; an ordinary backward pass does not pay for it.
+        # The l1 term is needed only for double backprop, so an ordinary backward pass skips it.
         return _TapBackward.apply(dy) if torch.is_grad_enabled() else (dy, None)
 
 
@@ -47,7 +47,7 @@ class _TapBackward(torch.autograd.Function):
 class _ScaleProbe(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, probe: Tensor, scale: list[Tensor]) -> Tensor:
-        # In a list the scale is saved without becoming an edge: the first backward owes it nothing.
+        # In a list, the scale is saved without becoming an edge: the first backward has no gradient for it.
         ctx.save_for_backward(*scale)
         ctx.set_materialize_grads(False)
         return probe.view_as(probe)
@@ -71,11 +71,11 @@ def _scale_probe_kernel(values: Callable[..., Any], probe: Tensor, scale: Tensor
 
 
 def alias(x: Tensor, probe: Tensor) -> Tensor:
-    """Tap ``x`` without making the result a view of it, for results that the caller alone uses.
+    """Tap ``x`` without making the result a view of ``x``, for results that are used only by the caller.
 
-    Autograd does not relate an in-place change of the result to ``x``, whose values it changes as well:
-    code that reads ``x`` afterwards gets a wrong gradient and no error. :func:`gradl1_fast.functional.tap`
-    returns a view, of which autograd refuses to change anything in place.
+    An in-place change of the result also changes ``x``, but autograd does not see this: code that reads ``x``
+    afterwards gets a wrong gradient without an error. :func:`gradl1_fast.functional.tap` returns a view, for
+    which autograd refuses in-place changes.
     """
     return tap_alias(x, probe) if torch.is_grad_enabled() and probe.requires_grad else x
 
@@ -120,4 +120,4 @@ tap_forward.differentiate_by(_tap_kernel)
 tap_alias.differentiate_by(_alias_kernel)
 scale_probe.differentiate_by(_scale_probe_kernel)
 tap_backward.differentiate(_save_dy, _l1_alone)
-tap_double_backward.end_the_line()
+tap_double_backward.refuse_third_order()

@@ -1,9 +1,9 @@
-"""The penalty's gradient by a finite difference: two ordinary steps instead of double backprop.
+"""The gradient of the penalty by a finite difference: two ordinary steps instead of double backprop.
 
-The gradient of ``c * ||g||_1`` is ``c * H sign(g)``, the change of the gradient along ``sign(g)``.
-It is measured by moving weights and activations a little along their signs and taking gradients
-again. With ``scale="step"`` each direction is multiplied by its step, and the part of the gradient
-that flows through the step, ``||g||_1 * d step``, is differentiated along with the second loss.
+The gradient of ``c * ||g||_1`` is ``c * H sign(g)``, the change of the gradient along ``sign(g)``. It is
+measured by moving weights and activations by a small amount along the signs of their gradients and computing
+the gradient again. With ``scale="step"`` each direction is multiplied by its quantization step, and the part
+of the gradient that flows through the step, ``||g||_1 * d step``, is differentiated with the second loss.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ StepOf = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Measured:
-    """A tensor whose gradient is penalised: a weight, or what layers are given at a site.
+    """A tensor whose gradient is penalised: a weight, or the tensor at a site.
 
     Attributes:
-        name: key of its term.
+        name: the key of its term.
         source: the weight, or the quantizer of the site.
-        coefficient: its lambda.
-        step_of: gives the differentiable step of a tensor; None where the norm is taken as it is.
+        coefficient: the coefficient of its term.
+        step_of: returns the differentiable step of a tensor; None if the norm is not multiplied by a step.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Measured:
 
 @dataclass
 class _Move:
-    """One penalised tensor of the first pass: its gradient, and the direction in which it moves."""
+    """A penalised tensor of the first pass, with its gradient and the direction in which it is moved."""
 
     measured: Measured
     grad: Tensor
@@ -68,7 +68,7 @@ def measured_by(
     lambda_a: float,
     step_bits: int | None,
 ) -> list[Measured]:
-    """Return what a penalty with these coefficients measures; norms alone without ``step_bits``."""
+    """Return the tensors measured by a penalty with these coefficients; without ``step_bits``, norms only."""
 
     def step_of(quantizer: Any) -> StepOf | None:
         return None if step_bits is None else partial(quantizer.step, bits=step_bits)
@@ -86,11 +86,11 @@ def add_gradients(
     epsilon: float,
     factor: float,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Add to each parameter's ``grad`` that of the loss plus ``factor`` times the penalty.
+    """Add the gradient of the loss plus ``factor`` times the penalty to each parameter's ``grad``.
 
     Args:
-        model: owner of parameters and buffers.
-        measured: what is penalised.
+        model: the model with the parameters and buffers.
+        measured: the penalised tensors.
         closure: computes the loss; called twice.
         epsilon: the largest move, in units of weights and activations.
         factor: multiplies the penalty.
@@ -99,8 +99,8 @@ def add_gradients(
         The loss and the terms by name, detached.
 
     Raises:
-        RuntimeError: nothing measured got a gradient, the second call used other parameters, or
-            activations are computed again in the backward pass.
+        RuntimeError: no measured tensor got a gradient, the second call used other parameters, or
+            activations are recomputed in the backward pass.
     """
     params = [p for p in model.parameters() if p.requires_grad]
     randomness = RandomState()
@@ -133,20 +133,20 @@ def _first_pass(
     by_name = {item.name: item for item in measured}
 
     def record(name: str, x: Tensor) -> Tensor:
-        # Of its own: what goes past the layers is not part of the gradient.
-        own = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
-        targets.append((by_name[name], own))
-        return own
+        # A separate tensor, since other readers than the layers are not part of the gradient.
+        alias = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
+        targets.append((by_name[name], alias))
+        return alias
 
     with replaced_at(_sites(measured), record):
         loss = closure()
     grads = torch.autograd.grad(loss, [*params, *(t for _, t in targets)], allow_unused=True)
-    found = [(i, t, g) for (i, t), g in zip(targets, grads[len(params) :], strict=True) if g is not None]
-    if not found:
+    used = [(i, t, g) for (i, t), g in zip(targets, grads[len(params) :], strict=True) if g is not None]
+    if not used:
         names = ", ".join(item.name for item in measured)
         raise RuntimeError(f"GradL1: no gradient reached {names}. {WHY_NOT_REACHED}")
-    moves = [_move(item, tensor, grad) for item, tensor, grad in found]
-    return loss, grads[: len(params)], moves, _terms(moves, [tensor for _, tensor, _ in found])
+    moves = [_move(item, tensor, grad) for item, tensor, grad in used]
+    return loss, grads[: len(params)], moves, _terms(moves, [tensor for _, tensor, _ in used])
 
 
 @torch.no_grad()
@@ -166,9 +166,9 @@ def _terms(moves: list[_Move], tensors: list[Tensor]) -> dict[str, Tensor]:
 
 @contextlib.contextmanager
 def _moved(moves: list[_Move], unit: Tensor) -> Iterator[list[Tensor]]:
-    """Move weights and outputs by ``unit`` times their directions; yield the terms that hold a step.
+    """Move weights and outputs by ``unit`` times their directions; yield the terms that contain a step.
 
-    The list fills up while the forward pass runs. Weights get back their very values.
+    The list is filled while the forward pass runs. Weights get their exact values back.
     """
     weights = [move for move in moves if isinstance(move.measured.source, Tensor)]
     waiting = [move for move in moves if not isinstance(move.measured.source, Tensor)]
@@ -181,7 +181,7 @@ def _moved(moves: list[_Move], unit: Tensor) -> Iterator[list[Tensor]]:
                 f"GradL1: {name} was computed more often in the second pass than in the first; the "
                 "finite difference does not support activation checkpointing"
             )
-        waiting.remove(move)  # a site that is passed twice has two moves, in the order of its calls
+        waiting.remove(move)  # a site with several calls has one move per call, in order
         moved = x + unit.to(x.dtype) * move.direction
         _add_step_term(through_steps, move, moved)
         return moved
@@ -196,13 +196,13 @@ def _moved(moves: list[_Move], unit: Tensor) -> Iterator[list[Tensor]]:
 
 @contextlib.contextmanager
 def autocast_refused(layers: Mapping[str, QuantizedLayer]) -> Iterator[None]:
-    """Raise if autocast is on where a layer runs: a small move would be rounded away there.
+    """Raise if a layer runs under autocast, which would round small moves away.
 
     Args:
-        layers: by name; those of float64 stay what they are.
+        layers: the layers by name; autocast does not affect layers of float64.
 
     Raises:
-        RuntimeError: names the layer.
+        RuntimeError: a layer runs under autocast; the message names it.
     """
 
     def look(name: str, layer: nn.Module, _args: Any) -> None:

@@ -1,4 +1,4 @@
-"""The regulariser: gradient-l1 penalty by exact double backprop, or by a finite difference."""
+"""The gradient-l1 regulariser, by exact double backprop or by a finite difference."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gradl1_fast import _checks as check
 from gradl1_fast.functional import l1_norm
-from gradl1_fast.nn.arming import Arming, armings_of, asking
+from gradl1_fast.nn.arming import Arming, armings_of, requesting
 from gradl1_fast.nn.sites import named_layers
 from gradl1_fast.ops import second_derivatives
 from gradl1_fast.penalty.checks.custom_functions import gradients
@@ -46,21 +46,21 @@ class GradL1:
 
     Args:
         model: a converted model, or one that contains layers of this library.
-        lambda_w: coefficient of the weights' term, 0 or more; 0 costs nothing.
-        lambda_a: coefficient of the activations' term, 0 or more; 0 costs nothing.
+        lambda_w: coefficient of the weights' term, 0 or more; 0 disables the term at no cost.
+        lambda_a: coefficient of the activations' term, 0 or more; 0 disables the term at no cost.
         scale: ``"step"`` multiplies each norm by the quantization step of its tensor at ``step_bits``, for
-            its range in this batch, before quantization; the gradient flows through the step too, so that
-            ranges shrink as well. Half of ``step * norm`` is the largest first-order change of the loss at
-            that width, so one coefficient suits every layer. ``"none"`` uses the norm alone, as in the
-            paper; the same lambda is then several times as strong.
-        every: apply the penalty every ``every`` calls, multiplied by ``every``; other calls return 0,
-            and their forward pass is an ordinary one.
-        share: the penalty as a share of the loss when it is switched on, such as 0.25, instead of the two
-            coefficients. Each of the two terms gets half of it, measured on the first 8 calls that are due;
-            then ``lambda_w`` and ``lambda_a`` are fixed.
+            its range in this batch before quantization. The gradient flows through the step too, so ranges
+            shrink as well. Half of ``step * norm`` is the largest first-order change of the loss at that
+            width, so one coefficient suits every layer. ``"none"`` uses only the norm, as in the paper; the
+            same lambda is then several times as strong.
+        every: apply the penalty every ``every`` calls, multiplied by ``every``; other calls return 0 and
+            use an ordinary forward pass.
+        share: the initial penalty as a share of the loss, such as 0.25, instead of the two coefficients.
+            Each term gets half of it. The coefficients are measured on the first 8 calls that apply the
+            penalty, and then fixed.
         method: ``"exact"``, or ``"finite_difference"`` for the approximation of :meth:`backward`.
         step_bits: the width at which ``scale="step"`` measures steps.
-        epsilon: size of the finite difference, in units of the weights and activations; smaller is
+        epsilon: size of the finite difference, in units of the weights and activations; a smaller value is
             not always better, see :meth:`backward`.
 
     Raises:
@@ -145,12 +145,12 @@ class GradL1:
 
     @property
     def sites(self) -> list[Site]:
-        """The sites that have a term. A forward pass may show that one is given the network's input."""
+        """The sites that have a term. A forward pass may remove a site that gets the network's input."""
         return [site for site in self._sites if not site.quantizer.is_input]
 
     @property
     def enabled(self) -> bool:
-        """Whether calls compute the penalty. While they do not, they return 0 and steps are ordinary ones."""
+        """Whether calls compute the penalty. If False, they return 0 and steps are ordinary."""
         return self._enabled
 
     @enabled.setter
@@ -159,24 +159,23 @@ class GradL1:
         self._arm()
 
     def __call__(self, loss: Tensor) -> Tensor:
-        """Return the penalty, a scalar to be added to the loss and differentiated with it.
+        """Return the penalty, a scalar to add to the loss and differentiate with it.
 
         Args:
-            loss: a single value with its graph, from a forward pass of the model. A NaN or infinite
-                loss gives a NaN or infinite penalty: nothing here waits for the device to look.
+            loss: a single value with its graph, from a forward pass of the model. A NaN or infinite loss
+                gives a NaN or infinite penalty without an error, to avoid synchronizing with the device.
 
         Raises:
-            RuntimeError: the loss has no graph, gradients are disabled, nothing measured got a
-                gradient, the penalty would not depend on the parameters, a custom function in the graph
-                would lose the penalty's gradient, or in the forward pass a penalised weight was quantized
-                to 1 bit or in a stored range, which clamps, or activations were measured for another
-                penalty with a different scale.
+            RuntimeError: the loss has no graph, gradients are disabled, no measured tensor got a gradient,
+                the penalty would not depend on the parameters, a custom function in the graph would lose
+                the penalty's gradient, a penalised weight was quantized to 1 bit or in a stored range
+                (which clamps), or activations were measured for a penalty with a different scale.
             TypeError: the loss is not a tensor.
-            ValueError: the loss has more than one value, or the method is the finite difference,
-                which takes a closure: see :meth:`backward`.
+            ValueError: the loss has more than one value, or the method is the finite difference, which
+                needs a closure, see :meth:`backward`.
 
-        It may be called twice for one loss and gives the same value; with ``every`` above 1 each call
-        counts, and one of both may return 0. Source: section 3 of arXiv 2002.07520.
+        Calling it twice for one loss gives the same value. With ``every`` above 1 each call counts, so one
+        of the two may return 0. Source: section 3 of arXiv 2002.07520.
         """
         if self.method != "exact":
             raise ValueError("GradL1: with method='finite_difference' call penalty.backward(closure) instead")
@@ -193,25 +192,25 @@ class GradL1:
         return penalty
 
     def backward(self, closure: Callable[[], Tensor]) -> Tensor:
-        """Add the gradient of loss plus penalty to each parameter's ``grad``; return the loss, detached.
+        """Add the gradient of loss plus penalty to each parameter's ``grad``; return the detached loss.
 
         With ``method="finite_difference"`` the penalty's gradient ``H sign(g)`` is approximated by
-        ``(grad L(W + e s_W, Y + e s_Y) - grad L) / e`` with ``s = sign(g)``: two ordinary steps. In a
-        smooth network its error falls with ``epsilon`` until rounding takes over. In one with kinks, as
-        those of ReLU, a move that crosses some adds a jump of the gradient divided by ``epsilon``: the
-        result may point elsewhere, and a smaller ``epsilon`` can be worse, as long as any is crossed.
+        ``(grad L(W + e s_W, Y + e s_Y) - grad L) / e`` with ``s = sign(g)``, which takes two ordinary steps.
+        In a smooth network the error falls with ``epsilon`` until rounding dominates. With kinks, such as
+        those of ReLU, each kink that a move crosses adds a jump of the gradient divided by ``epsilon``. The
+        result may then have another direction, and a smaller ``epsilon`` can be worse.
         With ``method="exact"`` this is ``(loss + penalty(loss)).backward()``.
 
         Args:
-            closure: computes the forward pass and returns the loss; it is called twice, with the
-                same numbers from torch's default generators (CPU and CUDA; no others), and the
-                buffers (batch-norm statistics) keep what the first call left.
+            closure: computes the forward pass and returns the loss. It is called twice with the same random
+                numbers from torch's default generators (CPU and CUDA only). Buffers, such as batch-norm
+                statistics, keep the values of the first call.
 
         Raises:
-            RuntimeError: nothing measured got a gradient, the two calls used different
-                parameters, activations are computed again (checkpointing), the model is quantized or of
-                low precision, by its type or autocast, where a small move is rounded away or becomes a
-                whole step, or it is wrapped for distributed training.
+            RuntimeError: no measured tensor got a gradient, the two calls used different parameters,
+                activations are recomputed (checkpointing), the model is wrapped for distributed training,
+                or it is quantized or of low precision (by type or autocast), so that small moves would be
+                rounded.
         """
         if self.method == "exact":
             loss = closure()
@@ -237,7 +236,7 @@ class GradL1:
         return self._calls % self.every == 0 and bool(self.lambda_w or self.lambda_a)
 
     def _start(self) -> None:
-        """Install plans and arm the model; the model is disarmed when nobody keeps the penalty any more."""
+        """Install plans and arm the model; the model is disarmed when the penalty is garbage-collected."""
         if self.method != "exact":
             return
         second_derivatives.install()
@@ -251,13 +250,13 @@ class GradL1:
         self._arm()
 
     def _measure(self) -> None:
-        """Let sites measure in armed passes if activations have a coefficient."""
+        """Make sites measure in armed passes if activations have a coefficient."""
         if self.method == "exact":
             for site in self._sites:
                 site.quantizer.measure_for(self._number, bool(self.lambda_a))
 
     def _arm(self) -> None:
-        """Arm the model, and let its sites measure, if the next call is due; disarm it otherwise."""
+        """Arm the model and its sites if the next call applies the penalty; disarm them otherwise."""
         if torch.compiler.is_compiling() or self.method != "exact":
             return
         due = self._enabled and (self._calls + 1) % self.every == 0
@@ -269,12 +268,12 @@ class GradL1:
     def _differentiate(
         self, loss: Tensor, weights: Sequence[WeightTerm], sites: Sequence[Site], functions: list[Any]
     ) -> list[Tensor | None]:
-        """Return the gradient of each weight and the norm at each site; None for what was not used."""
+        """Return the gradient of each weight and the norm at each site; None for unused weights and sites."""
         inputs = [term.tensor for term in weights] + [site.probe for site in sites]
         if not inputs:
             raise RuntimeError("GradL1: every weight is frozen and no activation is penalised")
-        asked = "weights" if weights else "activations"
-        with _no_autocast(loss.device.type), asking(self._armings, asked):
+        requested = "weights" if weights else "activations"
+        with _no_autocast(loss.device.type), requesting(self._armings, requested):
             grads = list(gradients(loss, inputs, functions))
         if not torch.compiler.is_compiling():
             if is_distributed():
@@ -297,13 +296,13 @@ class GradL1:
         sites: Sequence[Site],
         activation_terms: Sequence[Tensor | None],
     ) -> Tensor:
-        if any(norm is None for norm in activation_terms):  # layers may have joined another's site
+        if any(norm is None for norm in activation_terms):  # layers may have joined another site
             self._sites = sites_of(self.model)
-        present = self.sites if sites else []
-        self.terms = {name: loss.new_zeros(()) for name in _names(weights, present)}
+        current_sites = self.sites if sites else []
+        self.terms = {name: loss.new_zeros(()) for name in _names(weights, current_sites)}
         of_weights = self._norms_of_weights(weights, weight_grads)
         of_sites = self._norms_at_sites(sites, activation_terms)
-        if self.share is not None and not self.share.is_found:
+        if self.share is not None and not self.share.is_fixed:
             self._lambda_w, self._lambda_a = self.share.take(loss, of_weights, of_sites)
         parts = [
             coefficient * norm
@@ -313,33 +312,33 @@ class GradL1:
         return self.every * (parts[0] if len(parts) == 1 else parts[0] + parts[1])
 
     def _norms_of_weights(self, terms: Sequence[WeightTerm], grads: Sequence[Tensor | None]) -> Tensor | None:
-        present = [(term, grad) for term, grad in zip(terms, grads, strict=True) if grad is not None]
-        if not present:
+        pairs = [(term, grad) for term, grad in zip(terms, grads, strict=True) if grad is not None]
+        if not pairs:
             return None
-        norms = self._weighted_norms([term for term, _ in present], [grad for _, grad in present])
-        for (term, _), norm in zip(present, norms.detach(), strict=True):
+        norms = self._weighted_norms([term for term, _ in pairs], [grad for _, grad in pairs])
+        for (term, _), norm in zip(pairs, norms.detach(), strict=True):
             self.terms[term.name] = self.terms[term.name] + norm
         return norms.sum()
 
     def _weighted_norms(self, terms: list[WeightTerm], grads: list[Tensor]) -> Tensor:
-        """Return the norm of each gradient, times the step of its weight if asked for."""
+        """Return the norm of each gradient, multiplied by the step of its weight with ``scale="step"``."""
         if self.scale == "none" or not can_be_together(terms):
             return l1_norm([self._by_step(term, grad) for term, grad in zip(terms, grads, strict=True)])
         return l1_norm(grads) * weight_steps([term.tensor for term in terms], self.step_bits)
 
     def _by_step(self, term: WeightTerm, grad: Tensor) -> Tensor:
-        """Return a weight's gradient, multiplied by the step of the weight if asked for."""
+        """Return the gradient of a weight, multiplied by the weight's step with ``scale="step"``."""
         if self.scale == "none":
             return grad
         return term.layer.weight_quantizer.step(term.tensor, self.step_bits) * grad
 
     def _norms_at_sites(self, sites: Sequence[Site], norms: Sequence[Tensor | None]) -> Tensor | None:
-        present = [(site, norm) for site, norm in zip(sites, norms, strict=True) if norm is not None]
-        if not present:
+        pairs = [(site, norm) for site, norm in zip(sites, norms, strict=True) if norm is not None]
+        if not pairs:
             return None
-        for site, norm in present:
+        for site, norm in pairs:
             self.terms[site.name] = norm.detach()
-        return torch.stack([norm.to(present[0][1].device) for _, norm in present]).sum()
+        return torch.stack([norm.to(pairs[0][1].device) for _, norm in pairs]).sum()
 
 
 def _share(share: float | None, lambda_w: float | None, lambda_a: float | None, method: str) -> Share | None:
@@ -359,7 +358,7 @@ def _share(share: float | None, lambda_w: float | None, lambda_a: float | None, 
 def _coefficients(
     share: Share | None, lambda_w: float | None, lambda_a: float | None, sites: Sequence[Site]
 ) -> tuple[float, float]:
-    if share is not None:  # until the first batch has been seen, whatever is not 0
+    if share is not None:  # any value but 0 until the first batch
         return 1.0, 1.0 if sites else 0.0
     return check.coefficient("GradL1: lambda_w", lambda_w), check.coefficient("GradL1: lambda_a", lambda_a)
 

@@ -1,4 +1,4 @@
-"""What a penalty measures in a model: the weights that layers use, and the tensors at their sites."""
+"""The tensors that a penalty measures: the weights used by layers, and the tensors at sites."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Site:
     """A penalised activation tensor.
 
     Attributes:
-        name: of the site, ``<layer>.input`` after the first layer that it feeds.
-        quantizer: owner of the probe.
+        name: the name of the site, ``<layer>.input``, after the first layer that it feeds.
+        quantizer: the quantizer that owns the probe.
     """
 
     name: str
@@ -29,18 +29,18 @@ class Site:
 
     @property
     def probe(self) -> Tensor:
-        """The leaf that receives the l1 norm."""
+        """The leaf whose gradient is the l1 norm."""
         return self.quantizer.probe
 
 
 @dataclass(frozen=True)
 class WeightTerm:
-    """A penalised weight, as a layer uses it.
+    """A penalised weight, as used by a layer.
 
     Attributes:
-        name: of the term, ``<layer>.weight``.
-        layer: the first layer that uses it.
-        tensor: a parameter, or what was computed from some in the last forward pass.
+        name: the name of the term, ``<layer>.weight``.
+        layer: the first layer that uses the weight.
+        tensor: a parameter, or the weight that the last forward pass computed from parameters.
     """
 
     name: str
@@ -49,7 +49,7 @@ class WeightTerm:
 
 
 def sites_of(model: nn.Module) -> list[Site]:
-    """Return all sites, those of the network's input among them."""
+    """Return all sites, including those of the network's input."""
     return [Site(name, quantizer) for name, quantizer in named_quantizers(model).items()]
 
 
@@ -59,10 +59,10 @@ def activation_sites(model: nn.Module) -> list[Site]:
 
 
 def weight_terms(layers: Mapping[str, QuantizedLayer]) -> list[WeightTerm]:
-    """Return the weights that require a gradient, each tensor once.
+    """Return the distinct weights that require a gradient.
 
-    Of a layer that computes its weight they are those of the forward pass before this call, as long as its
-    graph is alive; the penalty is then on the gradient of the computed weight.
+    For a layer that computes its weight, these are the weights of the last forward pass, if its graph is
+    alive; the penalty then applies to the gradient of the computed weight.
     """
     terms: dict[int, WeightTerm] = {}
     for name, layer in layers.items():
@@ -73,7 +73,7 @@ def weight_terms(layers: Mapping[str, QuantizedLayer]) -> list[WeightTerm]:
 
 
 def _weights_of(layer: QuantizedLayer) -> Sequence[Tensor]:
-    if torch.compiler.is_compiling():  # which takes no note of weights; computed ones are refused
+    if torch.compiler.is_compiling():  # weights are not recorded; computed ones are refused
         return [] if layer.is_computed else [layer.weight]
     used = layer.weights_in_use()
     return used if layer.is_computed else [layer.weight, *used]

@@ -1,4 +1,4 @@
-"""The quantization steps of many weights at once, as a vector that can be differentiated."""
+"""The quantization steps of many weights, computed together as a differentiable vector."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["can_be_together", "weight_steps"]
 
 
 def can_be_together(terms: Sequence[WeightTerm]) -> bool:
-    """Return whether :func:`weight_steps` can take the weights: those with one range for the tensor."""
+    """Return whether :func:`weight_steps` supports the weights: each has one range for the tensor."""
     if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
         return False
     if is_traced_by_make_fx():
@@ -31,9 +31,9 @@ def can_be_together(terms: Sequence[WeightTerm]) -> bool:
 
 
 def weight_steps(weights: Sequence[Tensor], bits: int) -> Tensor:
-    """Return the step at ``bits`` of each weight's own range, in the type of sums.
+    """Return the step at ``bits`` for the range of each weight, in the type of sums.
 
-    The gradient goes to the largest magnitude, evenly shared among equal values, as it does through
+    The gradient goes to the largest magnitude and is shared evenly among equal values, as in
     :meth:`gradl1_fast.nn.quantizers.WeightQuantizer.step`. Differentiable once.
     """
     steps: Tensor = _Steps.apply(bits, *weights)
@@ -73,7 +73,7 @@ def _unclamped(ends: Tensor, bits: int) -> Tensor:
 
 
 def _d_ends(d_steps: Tensor, ends: Tensor, bits: int) -> Tensor:
-    """Return the gradients of both ends, one row for each weight."""
+    """Return the gradients of both ends, one row per weight."""
     below, above = -ends[:, 0].clamp(max=0), ends[:, 1].clamp(min=0)
     passed = _unclamped(ends, bits) >= torch.finfo(ends.dtype).tiny
     d = torch.where(passed, d_steps / max(2 ** (bits - 1) - 1, 1), 0)

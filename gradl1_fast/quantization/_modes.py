@@ -1,4 +1,4 @@
-"""How a model is run to look at it: in evaluation mode, in float, and then as it was."""
+"""Runs a model in evaluation mode and in float, and restores its state afterwards."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ Forward = Callable[[nn.Module, Any], Any]
 
 @contextlib.contextmanager
 def evaluation(model: nn.Module) -> Iterator[None]:
-    """Switch to evaluation mode, float and no gradients for the block; each module gets its mode back."""
+    """Switch to evaluation mode, float and no gradients inside the block, then restore each module's mode."""
     with at_present_widths(model), bits(model, w=None, a=None):
         yield
 
 
 @contextlib.contextmanager
 def at_present_widths(model: nn.Module) -> Iterator[None]:
-    """Switch to evaluation mode and no gradients for the block; each module gets its mode back."""
+    """Switch to evaluation mode and no gradients inside the block, then restore each module's mode."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        # Tensors made in inference mode have no version, by which a site recognises its tensor.
+        # Not inference mode: its tensors have no version, by which sites recognise a tensor.
         with torch.inference_mode(False), torch.no_grad():
             yield
     finally:
@@ -44,53 +44,54 @@ def at_present_widths(model: nn.Module) -> Iterator[None]:
 def run(
     model: nn.Module,
     batches: Iterable[Any],
-    what: str,
+    caller: str,
     forward: Forward | None = None,
     first: Callable[[nn.Module, Callable[[], Any]], Any] | None = None,
 ) -> None:
-    """Run the model on each batch, with a progress bar; ``what`` names the caller.
+    """Run the model on each batch, with a progress bar; ``caller`` is used in messages.
 
-    ``first(model, run)`` runs the first batch, if given, to look at it.
+    If given, ``first(model, run)`` runs the first batch.
 
     Raises:
-        TypeError: ``batches`` is a single tensor, whose first dimension would be taken for the batches, or a
-            mapping, which is a batch.
+        TypeError: ``batches`` is a single tensor or mapping instead of a list of batches.
         ValueError: there is no batch.
     """
     if isinstance(batches, Tensor):
-        raise TypeError(f"{what}: batches is a tensor of shape {tuple(batches.shape)}; put it in a list: [x]")
+        raise TypeError(
+            f"{caller}: batches is a tensor of shape {tuple(batches.shape)}; put it in a list: [x]"
+        )
     if isinstance(batches, Mapping):
-        raise TypeError(f"{what}: batches is a mapping; put it in a list: [batch]")
+        raise TypeError(f"{caller}: batches is a mapping; put it in a list: [batch]")
     count = 0
-    for batch in track(batches, what):
+    for batch in track(batches, caller):
         if first is not None and not count:
             first(model, partial(call, model, batch, forward))
         else:
             call(model, batch, forward)
         count += 1
     if not count:
-        raise ValueError(f"{what}: got no batches (an iterator can be used only once)")
+        raise ValueError(f"{caller}: got no batches (an iterator can be used only once)")
 
 
-def lasting(what: str, batches: Iterable[Any]) -> Iterable[Any]:
-    """Return batches that can be gone through several times; ``what`` names the caller.
+def lasting(caller: str, batches: Iterable[Any]) -> Iterable[Any]:
+    """Return batches that can be iterated several times; ``caller`` is used in messages.
 
     Raises:
         TypeError: they are an iterator.
     """
     if iter(batches) is batches:
         raise TypeError(
-            f"{what}: batches is an iterator, which can be used only once; pass a list or a loader"
+            f"{caller}: batches is an iterator, which can be used only once; pass a list or a loader"
         )
     return batches
 
 
 def call(model: nn.Module, batch: Any, forward: Forward | None = None) -> Any:
-    """Run the model on a batch as a data loader gives it, moved to the device of the model.
+    """Run the model on a batch of a data loader, moved to the device of the model.
 
-    The first entry of a tuple or list is the input, and a mapping is the keyword arguments. ``forward(model,
-    batch)`` runs the model in any other way. Sites that are given a tensor of the batch, or an argument of
-    the model, get to know that it is the input of the network.
+    The first entry of a tuple or list is the input, and a mapping holds the keyword arguments. For other
+    calls, pass ``forward(model, batch)``. Sites that get a tensor of the batch, or an argument of the model,
+    are marked as sites of the network's input.
     """
     if forward is None and isinstance(batch, tuple | list):
         batch = batch[0]
@@ -104,7 +105,7 @@ def call(model: nn.Module, batch: Any, forward: Forward | None = None) -> Any:
 
 
 def call_with(model: nn.Module, inputs: Any, forward: Forward | None = None) -> Any:
-    """Run the model on its inputs: one, a tuple of several in order, or a mapping of keyword arguments."""
+    """Run the model on its inputs: a single input, a tuple of inputs, or a mapping of keyword arguments."""
     inputs = moved(model, inputs)
     if forward is not None:
         return forward(model, inputs)
@@ -120,7 +121,7 @@ def moved(model: nn.Module, batch: Any) -> Any:
     def move(value: Any) -> Any:
         if isinstance(value, Tensor):
             return value.clone().to(device) if value.is_inference() else value.to(device)
-        # Such as the batch of a tokenizer, which is a mapping, but none that PyTorch takes apart.
+        # Such as the batch of a tokenizer, a mapping that PyTorch does not flatten.
         return value.to(device) if isinstance(value, Mapping) and hasattr(value, "to") else value
 
     return tree_map(move, batch)
@@ -128,7 +129,7 @@ def moved(model: nn.Module, batch: Any) -> Any:
 
 @contextlib.contextmanager
 def _inputs_marked(model: nn.Module) -> Iterator[None]:
-    """Mark the tensors that the model is called with."""
+    """Mark the arguments of the model as inputs of the network."""
 
     def mark(_module: nn.Module, args: Any, kwargs: Any) -> None:
         for value in tree_leaves((args, kwargs)):

@@ -1,4 +1,4 @@
-"""The arithmetic of folding: a layer takes in the affine map of a batch norm, which then maps nothing."""
+"""The arithmetic of folding: a layer absorbs the affine map of a batch norm, which becomes the identity."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ __all__ = ["Absorption", "along_outputs", "is_batch_norm", "is_neutral"]
 
 _PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _NEUTRAL = {"running_mean": 0.0, "running_var": 1.0, "weight": 1.0, "bias": 0.0}
-_IS_NEUTRAL = "was_folded"  # in the table of a batch norm
+_IS_NEUTRAL = "was_folded"  # attribute of a batch norm
 _CLOSE = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 
 def is_batch_norm(module: nn.Module) -> bool:
-    """Return whether a module is a batch norm: PyTorch's, a subclass, or a frozen one made of buffers."""
+    """Return whether a module is a batch norm of PyTorch, a subclass, or a frozen one made of buffers."""
     return isinstance(module, _BatchNorm) or is_frozen(module)
 
 
@@ -32,19 +32,19 @@ def is_frozen(module: nn.Module) -> bool:
 
 
 def is_neutral(module: nn.Module) -> bool:
-    """Return whether a batch norm maps every value to itself, since a layer has taken its map in."""
+    """Return whether a batch norm is the identity because a layer has absorbed it."""
     return _IS_NEUTRAL in vars(module)
 
 
 class Absorption:
-    """What a batch norm's map does to a layer.
+    """The effect of a batch norm's map on the preceding layer.
 
     Args:
         norm: a batch norm with running statistics.
         layer: the layer before it.
 
     Attributes:
-        rest: what stands in the place of the batch norm afterwards.
+        rest: the module that replaces the batch norm.
     """
 
     def __init__(self, norm: Any, layer: QuantizedLayer) -> None:
@@ -59,14 +59,14 @@ class Absorption:
 
     @torch.no_grad()
     def reason_against(self) -> str | None:
-        """Return why the map cannot be taken in, or None."""
+        """Return why the layer cannot absorb the map, or None."""
         if type(self._norm) not in _PLAIN and not self._is_map_and_rest():
             return "computes more than a batch norm before what follows it"
         return None
 
     @torch.no_grad()
     def apply(self) -> bool:
-        """Give the layer a weight and a bias of its own; return False if it lost a stored range."""
+        """Give the layer a new weight and bias; return False if a stored range was dropped."""
         layer = self._layer
         bias = self._shift
         if layer.bias is not None:
@@ -80,7 +80,7 @@ class Absorption:
 
     @torch.no_grad()
     def applies(self) -> bool:
-        """Return whether a layer with a forward pass of its own uses the bias that it gets."""
+        """Return whether a layer with a custom forward pass uses the bias that it is given."""
         scratch: Any = shallow_copy(self._layer)
         x = _example_of(scratch)
         expected = self._mapped(scratch(x))
@@ -103,7 +103,7 @@ class Absorption:
         return fits
 
     def _is_map_and_rest(self) -> bool:
-        """Return whether the batch norm is its map and then the rest, on random values."""
+        """Return whether the batch norm equals its map followed by the rest, on random values."""
         generator = torch.Generator().manual_seed(0)
         like = self._norm.running_mean
         for dimensions in (4, 3, 2, 5):
@@ -111,23 +111,23 @@ class Absorption:
             x = torch.randn(shape, generator=generator).to(like)
             try:
                 return _are_close(self.rest(self._mapped(x)), self._norm(x))
-            except Exception:  # it takes another number of dimensions, or is of no known kind
+            except Exception:  # other number of dimensions, or unsupported
                 continue
         return False
 
 
 def along_outputs(factor: Tensor, layer: QuantizedLayer, weight: Tensor) -> Tensor:
-    """Return a factor for each output channel in a shape that broadcasts against the weight."""
+    """Return a factor per output channel, in a shape that broadcasts against the weight."""
     axis, groups = layer.out_axis, getattr(layer, "groups", 1)
     if axis == 0 or groups == 1:
         return along(factor, weight, axis)
-    # A transposed convolution: the rows of a group have the output channels of that group.
+    # In a transposed convolution, the rows of a group hold the output channels of that group.
     rows = factor.reshape(groups, -1).repeat_interleave(weight.shape[0] // groups, dim=0)
     return rows.reshape(*rows.shape, *[1] * (weight.dim() - 2))
 
 
 def _neutral(norm: nn.Module) -> nn.Module:
-    """Return a copy of a batch norm that maps every value to itself; what else it does, it does."""
+    """Return a copy of a batch norm whose affine map is the identity."""
     copy: Any = shallow_copy(norm)
     for name, value in _NEUTRAL.items():
         old = getattr(norm, name)
@@ -150,7 +150,7 @@ def _parameter(value: Tensor, like: Tensor, requires_grad: bool) -> nn.Parameter
 
 
 def _example_of(layer: Any) -> Tensor:
-    """Return random values that a convolution or linear layer can take."""
+    """Return random input for a convolution or linear layer."""
     generator = torch.Generator().manual_seed(0)
     shape: tuple[int, ...] = (2, getattr(layer, "in_features", 0))
     if not shape[1]:
@@ -162,8 +162,8 @@ def _example_of(layer: Any) -> Tensor:
     return torch.randn(shape, generator=generator).to(layer.weight)
 
 
-def _are_close(one: Any, other: Any) -> bool:
-    if not isinstance(one, Tensor) or not isinstance(other, Tensor) or one.shape != other.shape:
+def _are_close(first: Any, second: Any) -> bool:
+    if not isinstance(first, Tensor) or not isinstance(second, Tensor) or first.shape != second.shape:
         return False
-    scale = float(other.abs().max()) if other.numel() else 1.0
-    return bool((one - other).abs().max() <= _CLOSE.get(one.dtype, 2e-2) * max(scale, 1e-6))
+    scale = float(second.abs().max()) if second.numel() else 1.0
+    return bool((first - second).abs().max() <= _CLOSE.get(first.dtype, 2e-2) * max(scale, 1e-6))

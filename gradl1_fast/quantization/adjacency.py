@@ -1,4 +1,4 @@
-"""Which layer feeds which batch norm, and nothing else: from traced graphs, or from a watched pass."""
+"""Finds the layer that feeds only one batch norm, from traced graphs or from an observed forward pass."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ _CONVOLUTION = (nn.modules.conv._ConvNd, nn.Linear)
 
 
 class Neighbours:
-    """Finds what can be folded in a model.
+    """Finds the batch norms of a model that can be folded.
 
     Args:
         model: a converted model.
-        watch: of a forward pass of it; None without inputs.
+        watch: an observed forward pass of the model; None without inputs.
 
     Attributes:
-        pairs: batch norms, each with the layer that it can be folded into.
-        refused: why others cannot, by name.
+        pairs: the batch norms that can be folded, each with its layer.
+        refused: the reason for every other batch norm, by name.
     """
 
     def __init__(self, model: nn.Module, watch: Watch | None) -> None:
@@ -110,16 +110,18 @@ class Neighbours:
 
     def _reason_of_source(self, source: fx.Node, layer: nn.Module | None, alone: bool) -> str | None:
         if not isinstance(layer, QuantizedLayer) or not isinstance(layer, _CONVOLUTION):
-            what = source.name if layer is None else f"{self._names[id(layer)]} ({type(layer).__name__})"
+            source_kind = (
+                source.name if layer is None else f"{self._names[id(layer)]} ({type(layer).__name__})"
+            )
             operation = operation_of(source)
             kind = getattr(operation, "__name__", operation)
-            return f"follows {what if operation is None else kind}, not a convolution"
+            return f"follows {source_kind if operation is None else kind}, not a convolution"
         if self._calls[id(layer)] > 1:
             return f"follows {self._names[id(layer)]}, which is called in several places"
         return None if alone else f"follows {self._names[id(layer)]}, whose output is read elsewhere too"
 
     def _watched(self, norm: nn.Module) -> tuple[str | None, QuantizedLayer | None]:
-        """Return why a batch norm cannot be folded as far as the pass has shown, or its layer."""
+        """Return why a batch norm cannot be folded according to the observed pass, or its layer."""
         if self._watch is None:
             return (
                 f"is in a part that cannot be traced: {NEEDS_INPUTS}, to see in a pass what it follows",
@@ -145,7 +147,7 @@ def _own_reason(norm: Any) -> str | None:
 
 
 def _calls_of_norms(root: nn.Module, graph: fx.Graph) -> Iterator[tuple[nn.Module, fx.Node, bool]]:
-    """Yield each call of a batch norm, what feeds it, and whether that feeds nothing else."""
+    """Yield each call of a batch norm, its source, and whether the source feeds nothing else."""
     inside: dict[str, list[fx.Node]] = {}
     for node in graph.nodes:
         module = module_of(root, node)

@@ -1,16 +1,16 @@
-"""One file for every width: weights as bit planes, and all else that a converted model consists of.
+"""Any-bit files: a single file for every width, with weights as bit planes and the rest of the model.
 
 The file is safetensors. Its entries, where ``<layer>`` and ``<site>`` are names in the model:
 
 - ``plane.0.<layer>`` to ``plane.7.<layer>``: uint8, one bit of each weight, most significant first, packed;
-- ``scale.<layer>``: step of the 8-bit grid, a scalar or one value for each output channel;
+- ``scale.<layer>``: scale of the 8-bit grid, a scalar or one value per output channel;
 - ``shape.<layer>``: int64, shape of the weight;
-- ``low.<site>``, ``high.<site>``: range of the input of a layer, absent where it has none;
-- ``is_input.<site>``: uint8, 1 where that is the network's input;
-- ``state.<key>``: every other entry of the state dict: biases, norms, what is not quantized, and the
-  parameters that a weight is computed from.
+- ``low.<site>``, ``high.<site>``: range of the input of a layer, absent if there is none;
+- ``is_input.<site>``: uint8, 1 for the network's input;
+- ``state.<key>``: every other entry of the state dict: biases, norms, unquantized weights, and the parameters
+  that a weight is computed from.
 
-Planes come last and in order, so that what a reader of w bits needs is the beginning of the file.
+Planes come last and in order, so that a reader of w bits reads only the beginning of the file.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ def save_any_bit(model: nn.Module, path: str | os.PathLike[str]) -> dict[int, in
 
     Args:
         model: a converted model. If it is calibrated, the activation ranges are saved.
-        path: of the file, customarily ending in ``.safetensors``.
+        path: path of the file, usually ending in ``.safetensors``.
 
     Returns:
-        By width, how many bytes a reader of that width reads: the beginning of the file of that length.
+        The number of bytes from the beginning of the file that a reader needs, by width.
 
     Raises:
         ImportError: safetensors is not installed.
@@ -90,7 +90,7 @@ def save_any_bit(model: nn.Module, path: str | os.PathLike[str]) -> dict[int, in
             entries |= {f"low.{name}": quantizer.low, f"high.{name}": quantizer.high}
     for name, layer in layers.items():
         entries |= _encoded(name, layer)
-    # a clone each: the format refuses tensors that share memory, as tied parameters do
+    # Clones, because the format refuses tensors that share memory, such as tied parameters.
     tensors = {key: value.detach().cpu().contiguous().clone() for key, value in entries.items()}
     for key, value in tensors.items():
         if value.is_floating_point() and not value.isfinite().all():
@@ -115,8 +115,8 @@ def load_any_bit(model: nn.Module, path: str | os.PathLike[str], *, w: int = 8) 
 
     Args:
         model: a converted model of the structure that was saved. It is changed in place.
-        path: of the file.
-        w: bits to read, 1 to 8.
+        path: path of the file.
+        w: number of bits to read, 1 to 8.
 
     Returns:
         The model, at width ``w`` of its weights; activations keep their width.
@@ -175,7 +175,7 @@ def _layers(model: nn.Module) -> dict[str, QuantizedLayer]:
 
 
 def _state(model: nn.Module, layers: dict[str, QuantizedLayer]) -> dict[str, Tensor]:
-    """Return the state dict without the weights that the file has as planes, under any of their names."""
+    """Return the state dict without the weights that are stored as planes, under any of their names."""
     ours = {id(layer) for layer in layers.values() if has_own_weight(layer)}
     weights = {
         f"{name}.weight".removeprefix(".")
@@ -198,9 +198,9 @@ def _read_weight(file: PartialFile, name: str, layer: QuantizedLayer, w: int) ->
     weight = old.codes if isinstance(old, SlicedWeight) else used_weight(layer)
     shape, device = tuple(weight.shape), weight.device
     dtype = old.like.dtype if isinstance(old, SlicedWeight) else weight.dtype
-    found = file.read(f"shape.{name}", Entry(torch.int64, (len(shape),)))
-    if tuple(found.tolist()) != shape:
-        raise file.error(f"shape.{name}", f"the weight of this model has shape {shape}", found.tolist())
+    stored = file.read(f"shape.{name}", Entry(torch.int64, (len(shape),)))
+    if tuple(stored.tolist()) != shape:
+        raise file.error(f"shape.{name}", f"the weight of this model has shape {shape}", stored.tolist())
     channels = () if old.axis is None else (shape[old.axis],)
     scale = file.read(f"scale.{name}", Entry(sum_dtype(dtype), channels))
     if not (scale > 0).all():
@@ -212,7 +212,7 @@ def _read_weight(file: PartialFile, name: str, layer: QuantizedLayer, w: int) ->
 
 
 def _read_ranges(file: PartialFile, model: nn.Module) -> dict[str, Stored]:
-    """Return the checked ends of each range, on the model's device, and which are of the network's input."""
+    """Return the checked ranges on the model's device, and which sites are the network's input."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     sites = every_site(model)
     ranges = {name: _read_range(file, name, device) for name in sites}

@@ -1,4 +1,4 @@
-"""Bias correction: what rounding a weight adds to the mean of each output channel is taken off its bias."""
+"""Bias correction: subtracts the shift of each output channel's mean, caused by rounding, from the bias."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["correct_bias"]
 
 
 class _Shift:
-    """Mean over all examples and places of what quantizing a layer's weight adds to each output channel."""
+    """Mean shift of each output channel from quantizing a layer's weight, over examples and positions."""
 
     def __init__(self, bits: int) -> None:
         self.bits = bits
@@ -54,21 +54,20 @@ class _Shift:
 def correct_bias(
     model: nn.Module, batches: Iterable[Any], *, w: Widths, forward: Forward | None = None
 ) -> nn.Module:
-    """Return a model whose biases make up for the quantization of its weights at given widths.
+    """Return a model whose biases compensate for the quantization of its weights at given widths.
 
-    Rounding a weight moves the mean of each output channel by ``E[(W_hat - W) x]``. That is measured layer
-    by layer, on the inputs of the float network, in one pass over the data, and taken off the bias. The
-    biases then fit these widths and no others; weights are shared with the model, which stays as it is. A
-    layer without a bias gets one, except an embedding. A layer that no batch reaches keeps its bias; a
-    warning names it. Statistics that were re-estimated are dropped: call
-    :func:`gradl1_fast.reestimate_batch_norm` afterwards.
+    Rounding a weight shifts the mean of each output channel by ``E[(W_hat - W) x]``. The shift is measured
+    for each layer on the inputs of the float network, in one pass over the data, and subtracted from the
+    bias. The biases then fit only these widths. The model is not changed, and the result shares its weights.
+    A layer without a bias gets one, except an embedding. A layer that no batch reaches keeps its bias, and a
+    warning names it. Re-estimated statistics are dropped: call :func:`gradl1_fast.reestimate_batch_norm`
+    afterwards.
 
     Args:
-        model: a converted model, usually with its batch norms folded, which would take a shift back in
-            training, but not in evaluation.
-        batches: as of :func:`gradl1_fast.calibrate`.
-        w: bits of the weights, as of :func:`gradl1_fast.set_bits`. Layers at float keep their bias.
-        forward: as of :func:`gradl1_fast.calibrate`.
+        model: a converted model, usually with its batch norms folded.
+        batches: as for :func:`gradl1_fast.calibrate`.
+        w: bits of the weights, as for :func:`gradl1_fast.set_bits`. Layers in float keep their bias.
+        forward: as for :func:`gradl1_fast.calibrate`.
 
     Returns:
         A new model, with the widths of ``model``.

@@ -1,4 +1,4 @@
-"""Choosing the width at which a model computes."""
+"""Sets the bit widths of a model."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ INPUT_BITS = 8
 
 
 def set_bits(model: nn.Module, *, w: Widths, a: Widths, input_bits: int | None = INPUT_BITS) -> None:
-    """Set the width of every weight and every activation, or of the named ones. Nothing is copied.
+    """Set the width of all weights and activations, or of the named ones, without copying anything.
 
     It warns once if weights have changed since the activation ranges were calibrated. Batch norms use the
     statistics that :func:`gradl1_fast.reestimate_batch_norm` estimated for these widths, if there are any.
 
     Args:
         model: a converted model.
-        w: bits of the weights, embeddings included, 1 to 16, or None for float. Or a mapping from names of
-            layers to bits: weights that are not in it keep their width.
-        a: bits of the activations, 1 to 16 or None, or a mapping from names of sites to bits;
-            needs :func:`calibrate` before. A site that no value reached in calibration has no range, and
-            raises an error when a value reaches it.
+        w: bits of the weights including embeddings, 1 to 16, or None for float; or a mapping from names of
+            layers to bits. Weights that are not in the mapping keep their width.
+        a: bits of the activations, 1 to 16 or None, or a mapping from names of sites to bits. Call
+            :func:`calibrate` first. A site that no value reached in calibration has no range and raises an
+            error when a value reaches it.
         input_bits: minimum bits of the network input if ``a`` is a single width, because quantizing an image
             below 8 bits costs more than quantizing any activation; None keeps the input in float.
             ``a=None`` means float everywhere, and a mapping sets each site exactly.
@@ -80,9 +80,9 @@ def set_bits(model: nn.Module, *, w: Widths, a: Widths, input_bits: int | None =
 def bits(
     model: nn.Module, *, w: Widths, a: Widths, input_bits: int | None = INPUT_BITS
 ) -> Iterator[nn.Module]:
-    """Set widths as :func:`set_bits` does, for the ``with`` block alone.
+    """Context manager that sets widths like :func:`set_bits` inside the ``with`` block.
 
-    Each quantizer then gets the width that it had, also after an exception.
+    Each quantizer's previous width is restored at the end, also after an exception.
 
     Examples:
         >>> import torch, gradl1_fast as gl
@@ -106,14 +106,14 @@ def bits(
 
 
 def width_at(quantizer: ActivationQuantizer, a: int | None, input_bits: int | None) -> int | None:
-    """Return the bits of a site where ``a`` is the width of all; see :func:`set_bits`."""
+    """Return the bits of a site if all have the width ``a``; see :func:`set_bits`."""
     if a is None or not quantizer.is_input:
         return a
     return None if input_bits is None else max(a, input_bits)
 
 
 def widths_of(model: nn.Module) -> tuple[dict[str, int | None], dict[str, int | None]]:
-    """Return the present widths of weights, by layer, and of activations, by site."""
+    """Return the current widths of weights by layer, and of activations by site."""
     weights = {name: layer.weight_quantizer.bits for name, layer in named_layers(model).items()}
     return weights, {name: quantizer.bits for name, quantizer in named_quantizers(model).items()}
 
@@ -124,13 +124,13 @@ def check_width(name: str, value: int | None) -> None:
         check.bits(value, f"{name} (None for float)")
 
 
-def _by_name(kind: str, widths: Widths, known: Mapping[str, object]) -> Mapping[str, int | None]:
+def _by_name(kind: str, widths: Widths, valid: Mapping[str, object]) -> Mapping[str, int | None]:
     if not isinstance(widths, Mapping):
         check_width(kind, widths)
-        return dict.fromkeys(known, widths)
-    unknown = [name for name in widths if name not in known]
+        return dict.fromkeys(valid, widths)
+    unknown = [name for name in widths if name not in valid]
     if unknown:
-        raise ValueError(f"{kind}: unknown name {', '.join(map(repr, unknown))}; the names are {list(known)}")
+        raise ValueError(f"{kind}: unknown name {', '.join(map(repr, unknown))}; the names are {list(valid)}")
     for name, width in widths.items():
         check_width(f"{kind}[{name!r}]", width)
     return widths
@@ -139,7 +139,7 @@ def _by_name(kind: str, widths: Widths, known: Mapping[str, object]) -> Mapping[
 def _check_ranges(
     widths: Mapping[str, int | None], quantizers: Mapping[str, ActivationQuantizer], *, named: bool
 ) -> None:
-    """Refuse sites without a range: those that are named, or all of a model that was not calibrated."""
+    """Raise if a named site, or every site of the model, has no range."""
     quantized = [name for name, width in widths.items() if width is not None]
     missing = [name for name in quantized if quantizers[name].low is None]
     if missing and (named or len(missing) == len(quantized)):

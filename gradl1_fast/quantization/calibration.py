@@ -78,14 +78,14 @@ def calibrate(
     if isinstance(method, BatchNormStatistics):
         if batches is not None:
             raise ValueError("calibrate: ranges='batch_norm' uses no data; do not pass batches")
-        found = _from_batch_norms(model, method)
+        ranges_by_name = _from_batch_norms(model, method)
     elif batches is None:
         raise ValueError("calibrate: pass batches, or use ranges='batch_norm', which needs no data")
     else:
-        found = _from_data(model, batches, method, forward)
-    _set_all(quantizers_of(model), found)
+        ranges_by_name = _from_data(model, batches, method, forward)
+    _set_all(quantizers_of(model), ranges_by_name)
     remember_weights(named_layers(model).values())
-    missing = [name for name, ends in found.items() if ends is None]
+    missing = [name for name, ends in ranges_by_name.items() if ends is None]
     if missing:
         warnings.warn(
             f"calibrate: no value reached {', '.join(missing)}, so no range was set. A layer that is "
@@ -134,7 +134,7 @@ def calibrate_weights(model: nn.Module, *, ranges: str | Range = "mse") -> None:
 
 
 def set_per_channel(model: nn.Module, per_channel: bool) -> None:
-    """Give each weight a range for each output channel, or one for the tensor; stored ranges are dropped."""
+    """Switch each weight to one range per output channel, or to one range; drop stored ranges."""
     for layer in named_layers(model).values():
         layer.weight_quantizer.set_clip(None)
         layer.weight_quantizer.axis = layer.out_axis if per_channel else None
@@ -148,13 +148,13 @@ def quantizers_of(model: nn.Module) -> dict[str, ActivationQuantizer]:
     return quantizers
 
 
-def set_range(what: str, name: str, quantizer: ActivationQuantizer, ends: Ends) -> None:
-    """Store a range that was found from values; a ValueError names the quantizer."""
+def set_range(caller: str, name: str, quantizer: ActivationQuantizer, ends: Ends) -> None:
+    """Store a range that was measured on values; a ValueError names the quantizer."""
     try:
         quantizer.set_range(*ends)
     except ValueError as error:
         raise ValueError(
-            f"{what}: the values at {name!r} range {error}. Check the batches and the layers before"
+            f"{caller}: the values at {name!r} range {error}. Check the batches and the layers before"
         ) from error
 
 
@@ -162,7 +162,7 @@ def set_range(what: str, name: str, quantizer: ActivationQuantizer, ends: Ends) 
 def observed(
     quantizers: Mapping[str, ActivationQuantizer], observers: Mapping[str, Observer]
 ) -> Iterator[None]:
-    """Let the observer of each name watch its quantizer, for the block."""
+    """Attach an observer to each named quantizer inside the block."""
     before = {name: quantizer.observer for name, quantizer in quantizers.items()}
     for name, quantizer in quantizers.items():
         quantizer.observer = observers[name]
@@ -174,7 +174,7 @@ def observed(
 
 
 class _Watcher:
-    """Shows a range the tensors that reach a quantizer."""
+    """Passes the tensors that reach a quantizer to a range."""
 
     def __init__(self, method: Range) -> None:
         self.range = copy.deepcopy(method)
@@ -186,32 +186,32 @@ class _Watcher:
 def _from_data(
     model: nn.Module, batches: Iterable[Any], method: Range, forward: Forward | None
 ) -> dict[str, Ends | None]:
-    """Return the ends of each site's range; None where no value reached it."""
+    """Return the ends of each site's range; None if no value reached the site."""
     quantizers = quantizers_of(model)
     watchers = {id(quantizer): _Watcher(method) for quantizer in quantizers.values()}
     with evaluation(model), observed(quantizers, {n: watchers[id(q)] for n, q in quantizers.items()}):
         run(model, batches, "calibrate", forward, first=warn_of_float_products)
-    seen = {n: watchers[id(q)].range for n, q in quantizers_of(model).items()}  # some were joined in the pass
-    reached = [name for name, values in seen.items() if values.low is not None]
-    ends: dict[str, Ends | None] = dict.fromkeys(seen)
-    return ends | {name: seen[name].ends() for name in track(reached, "ranges")}
+    ranges = {n: watchers[id(q)].range for n, q in quantizers_of(model).items()}  # the pass may join sites
+    reached = [name for name, values in ranges.items() if values.low is not None]
+    ends: dict[str, Ends | None] = dict.fromkeys(ranges)
+    return ends | {name: ranges[name].ends() for name in track(reached, "ranges")}
 
 
 def _from_batch_norms(model: nn.Module, method: BatchNormStatistics) -> dict[str, Ends | None]:
     like = next(p for p in model.parameters())
     try:
-        found = method.ranges(model)
+        ends = method.ranges(model)
     except ValueError as error:
         raise ValueError(f"calibrate: {error}") from error
-    return {name: (like.new_tensor(low), like.new_tensor(high)) for name, (low, high) in found.items()}
+    return {name: (like.new_tensor(low), like.new_tensor(high)) for name, (low, high) in ends.items()}
 
 
-def _set_all(quantizers: Mapping[str, ActivationQuantizer], found: Mapping[str, Ends | None]) -> None:
-    """Set every range, or none."""
+def _set_all(quantizers: Mapping[str, ActivationQuantizer], ends_by_name: Mapping[str, Ends | None]) -> None:
+    """Set all ranges, or none if one is invalid."""
     before = {name: (quantizer.low, quantizer.high) for name, quantizer in quantizers.items()}
     try:
         for name, quantizer in quantizers.items():
-            ends = found[name]
+            ends = ends_by_name[name]
             if ends is None:
                 quantizer.low = quantizer.high = None
             else:
@@ -225,9 +225,9 @@ def _set_all(quantizers: Mapping[str, ActivationQuantizer], found: Mapping[str, 
 @torch.no_grad()
 def _clip(name: str, weight: Tensor, quantizer: WeightQuantizer, method: Range) -> Tensor:
     rows = weight.reshape(1, -1) if quantizer.axis is None else weight.movedim(quantizer.axis, 0).flatten(1)
-    found = copy.deepcopy(method)
-    found.update(rows)
-    low, high = found.ends(symmetric=True)
+    ends = copy.deepcopy(method)
+    ends.update(rows)
+    low, high = ends.ends(symmetric=True)
     clip = torch.maximum(-low, high).clamp(min=0)
     if not bool(clip.isfinite().all()):
         raise ValueError(f"calibrate_weights: the weight of {name!r} holds NaN or infinity")

@@ -1,4 +1,4 @@
-"""What a network costs at given widths: bytes of weights, and operations on bits."""
+"""The cost of a network at given widths: bytes of weights, and bit operations."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ FLOAT_BITS = 32
 
 @dataclass(frozen=True)
 class Costs:
-    """What the layers of a network cost, by name.
+    """The cost of each layer of a network, by name.
 
     Attributes:
-        weights: number of weights; where layers share a parameter, 0 at all but the first.
-        products: multiplications of a weight with an input, for one example, none in an embedding; empty
-            without an input.
-        inputs: the site of the layer's input, which others may share; None of an embedding.
+        weights: the number of weights; a shared parameter counts only for its first layer.
+        products: the number of multiplications of a weight with an input for one example, 0 for an
+            embedding; empty if no example was given.
+        inputs: the site of the layer's input; None for an embedding.
     """
 
     weights: dict[str, int]
@@ -35,11 +35,11 @@ class Costs:
     inputs: dict[str, str | None]
 
     def size(self, w: Mapping[str, int | None]) -> float:
-        """Return the bytes of the weights at widths by layer; float takes 32 bits. Scales are not counted."""
+        """Return the bytes of the weights at the given widths, without scales; float counts as 32 bits."""
         return sum(n * (w[name] or FLOAT_BITS) for name, n in self.weights.items()) / 8
 
     def bit_operations(self, w: Mapping[str, int | None], a: Mapping[str, int | None]) -> float:
-        """Return the sum of products, each times the bits of weight and input; float takes 32 bits.
+        """Return the sum over products of weight bits times input bits; float counts as 32 bits.
 
         Source: van Baalen et al. 2020, arXiv 2005.07093, equation 14.
         """
@@ -50,13 +50,13 @@ class Costs:
 
 
 def costs(model: nn.Module, example: Any = None, *, forward: Forward | None = None) -> Costs:
-    """Count the weights of a converted model and, by a pass over an example, its multiplications.
+    """Count the weights of a converted model and, by running an example, its multiplications.
 
     Args:
         model: a converted model.
-        example: a batch, as of :func:`gradl1_fast.calibrate`, of which one example is counted; None counts no
-            multiplications.
-        forward: as of :func:`gradl1_fast.calibrate`.
+        example: a batch as for :func:`gradl1_fast.calibrate`; the result is for one example. If None,
+            multiplications are not counted.
+        forward: as for :func:`gradl1_fast.calibrate`.
 
     Raises:
         ValueError: the model has no layers of this library.
@@ -64,8 +64,8 @@ def costs(model: nn.Module, example: Any = None, *, forward: Forward | None = No
     Examples:
         >>> import torch, gradl1_fast as gl
         >>> model = gl.convert(torch.nn.Sequential(torch.nn.Linear(4, 2, bias=False)))
-        >>> found = gl.costs(model, torch.randn(1, 4))
-        >>> found.weights, found.size({"0": 4}), found.products
+        >>> costs = gl.costs(model, torch.randn(1, 4))
+        >>> costs.weights, costs.size({"0": 4}), costs.products
         ({'0': 8}, 4.0, {'0': 8})
     """
     layers = named_layers(model)
@@ -84,19 +84,19 @@ def costs(model: nn.Module, example: Any = None, *, forward: Forward | None = No
 
 
 def _identity(layer: QuantizedLayer) -> int:
-    """Return what is the same for layers that share a weight."""
+    """Return a key that layers with a shared weight have in common."""
     return id(layer) if layer.is_computed else id(layer.weight)
 
 
 def _products(
     model: nn.Module, layers: Mapping[str, QuantizedLayer], example: Any, forward: Forward | None
 ) -> dict[str, int]:
-    found = dict.fromkeys(layers, 0)
+    counts = dict.fromkeys(layers, 0)
     names = {id(layer): name for name, layer in layers.items()}
 
     def count(layer: Any, args: Any, kwargs: Any, y: Any) -> None:
         x = args[0] if args else next(iter(kwargs.values()))
-        found[names[id(layer)]] += _products_of(layer, x, y)
+        counts[names[id(layer)]] += _products_of(layer, x, y)
 
     hooks = [layer.register_forward_hook(count, with_kwargs=True) for layer in layers.values()]
     try:
@@ -105,11 +105,11 @@ def _products(
     finally:
         for hook in hooks:
             hook.remove()
-    return found
+    return counts
 
 
 def _products_of(layer: QuantizedLayer, x: Any, y: Any) -> int:
-    """Return the multiplications for one example: each entry of one side meets the weights of its channel."""
+    """Return the number of multiplications for one example."""
     if isinstance(layer, QEmbedding):
         return 0
     if isinstance(layer, nn.modules.conv._ConvTransposeNd):

@@ -1,4 +1,4 @@
-"""Cross-layer equalization: scale moved from one layer to the next, so that channels share a range better."""
+"""Cross-layer equalization: moves scale between layers, so that channels have similar ranges."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ __all__ = ["Equalization", "equalize"]
 _ROUNDS, _CLOSE = 100, 1e-3
 _LAYERS = (QConv1d, QConv2d, QConv3d, QLinear)
 
-# Each of these gives s * y for s * x, channel by channel, for every s > 0.
+# Operations that are homogeneous in each channel: f(s * x) = s * f(x) for every s > 0.
 _HOMOGENEOUS = (
     *(nn.ReLU, nn.Identity, nn.Flatten, nn.modules.dropout._DropoutNd, ActivationQuantizer),
     *(nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AvgPoolNd),
@@ -51,7 +51,7 @@ class Equalization:
     Attributes:
         model: the equalized model.
         pairs: names of the layers between which scale was moved.
-        uncalibrated: sites between them, whose ranges no longer fit and were dropped.
+        uncalibrated: sites between them, whose ranges were dropped because they no longer fit.
         without_range: layers whose stored weight range was dropped.
         without_rounding: layers whose codes of :func:`gradl1_fast.round_weights` were dropped.
     """
@@ -63,7 +63,7 @@ class Equalization:
     without_rounding: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        """Return one line for each pair, and what has to be calibrated again."""
+        """Return one line per pair, and the sites that must be calibrated again."""
         lines = [f"{first} and {second}: equalized" for first, second in self.pairs]
         lines += [f"{name}: calibrate again" for name in self.uncalibrated]
         lines += [f"{name}: its stored weight range was dropped" for name in self.without_range]
@@ -132,7 +132,7 @@ def _pairs(model: nn.Module) -> list[_Pair]:
 
 
 class _Chains:
-    """Finds layers that feed another, and what is between them, in the graphs of a model."""
+    """Finds layers that feed another layer, and the operations between them, in the graphs of a model."""
 
     def __init__(self, model: nn.Module, graphs: list[tuple[str, nn.Module, fx.Graph]]) -> None:
         modules = [module_of(root, node) for _, root, graph in graphs for node in graph.nodes]
@@ -154,7 +154,7 @@ class _Chains:
             if end is None or not isinstance(second, _LAYERS) or not self._alone(second):
                 continue
             if second.input_quantizer is None or self._sites[id(second.input_quantizer)] > 1:
-                continue  # another layer is given the same tensor: its weights would have to follow
+                continue  # another layer reads the same tensor
             if _input_range(second, len(first.weight)) is not None:
                 names = tuple(f"{part}.{n.target}".removeprefix(".") for n in (node, end))
                 yield _Pair(names, (first, second), [*quantizers, second.input_quantizer])  # type: ignore[arg-type]
@@ -168,7 +168,7 @@ class _Chains:
     def _follow(
         self, root: nn.Module, node: fx.Node, quantizers: list[ActivationQuantizer]
     ) -> fx.Node | None:
-        """Return the layer that ``node`` feeds and nothing else, collecting quantizers on the way."""
+        """Return the layer that is the only reader of ``node``, and collect the quantizers in between."""
         while len(node.users) == 1:
             node = next(iter(node.users))
             module = module_of(root, node)
@@ -198,7 +198,7 @@ def _is_homogeneous(node: fx.Node, module: nn.Module | None) -> bool:
 
 
 def _input_range(layer: QuantizedLayer, channels: int) -> Tensor | None:
-    """Return the largest weight that reads each of the channels, or None if they cannot be told apart."""
+    """Return the largest weight that reads each channel, or None if channels cannot be distinguished."""
     weight = layer.weight.detach().double().abs()
     if isinstance(layer, QLinear):
         return weight.amax(0).reshape(channels, -1).amax(1) if weight.shape[1] % channels == 0 else None
@@ -210,14 +210,14 @@ def _input_range(layer: QuantizedLayer, channels: int) -> Tensor | None:
 
 @torch.no_grad()
 def _balance(pairs: list[_Pair]) -> None:
-    """Move scale until nothing moves, in float64; the layers get parameters of their own."""
+    """Move scale in float64 until convergence; the layers get new parameters."""
     layers = {id(layer): layer for pair in pairs for layer in pair.layers}
     types = {key: layer.weight.dtype for key, layer in layers.items()}
     for layer in layers.values():
         _own_parameters(layer, torch.float64)
     for _ in range(_ROUNDS):
-        moved = [_move(*pair.layers) for pair in pairs]
-        if max(moved, default=0.0) < _CLOSE:
+        change = [_move(*pair.layers) for pair in pairs]
+        if max(change, default=0.0) < _CLOSE:
             break
     for key, layer in layers.items():
         _own_parameters(layer, types[key])
@@ -234,7 +234,7 @@ def _move(first: QuantizedLayer, second: QuantizedLayer) -> float:
     outgoing = first.weight.abs().flatten(1).amax(1)
     incoming = _input_range(second, len(outgoing))
     assert incoming is not None
-    usable = (outgoing > 0) & (incoming > 0)  # a dead channel has no scale to be moved
+    usable = (outgoing > 0) & (incoming > 0)  # a dead channel has no scale
     s = torch.where(usable, (outgoing / incoming.clamp(min=1e-300)).sqrt(), 1.0)
     first.weight /= s.reshape(-1, *[1] * (first.weight.dim() - 1))
     if first.bias is not None:

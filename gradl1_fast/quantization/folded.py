@@ -1,4 +1,4 @@
-"""What a layer keeps of the batch norm that was folded into it, and how its output is normalised again."""
+"""The record of a folded batch norm in its layer, used to normalise the layer's output again."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from gradl1_fast.quantization.absorption import along_outputs
 
 __all__ = ["FoldedNorm", "divide_norm", "folded_norm", "remember_norm", "scaled"]
 
-_NORM = "folded_norm"  # in the table of a layer, which copies and pickles it
+_NORM = "folded_norm"  # attribute of a layer, so that it is copied and pickled
 
 
 @dataclass(frozen=True)
 class FoldedNorm:
-    """A batch norm that a layer has taken in. Tensors have one value a channel and are float64.
+    """A batch norm that was folded into a layer. Tensors have one float64 value per channel.
 
     Attributes:
-        factor: by which it multiplied, ``weight / sqrt(running_var + eps)``.
-        weight: its own, or 1.
-        bias: its own, or 0; the mean of the layer's output in training.
-        eps: its own.
+        factor: the factor of its map, ``weight / sqrt(running_var + eps)``.
+        weight: the weight of the batch norm, or 1.
+        bias: the bias of the batch norm, or 0; the mean of the layer's output in training.
+        eps: the epsilon of the batch norm.
     """
 
     factor: Tensor
@@ -33,23 +33,23 @@ class FoldedNorm:
     eps: float
 
     def again(self, mean: Tensor, variance: Tensor, *, scale: bool) -> tuple[Tensor, Tensor]:
-        """Return factor and shift which give outputs the mean and variance that the batch norm gave them.
+        """Return the factor and shift that give outputs the mean and variance set by the batch norm.
 
         Args:
-            mean: of the layer's output, ``(C,)``.
-            variance: of the layer's output.
+            mean: ``(C,)``, the mean of the layer's output.
+            variance: ``(C,)``, the variance of the layer's output.
             scale: whether the factor may differ from 1.
         """
         factor = torch.ones_like(mean)
         if scale:
-            before = variance / self.factor.square()  # of what the batch norm would be given
-            found = self.weight / (self.factor * (before + self.eps).sqrt())
-            factor = torch.where(self.factor == 0, factor, found)
+            before = variance / self.factor.square()  # variance at the input of the batch norm
+            result = self.weight / (self.factor * (before + self.eps).sqrt())
+            factor = torch.where(self.factor == 0, factor, result)
         return factor, self.bias.to(mean) - factor * mean
 
 
 def remember_norm(layer: QuantizedLayer, norm: Any) -> None:
-    """Let a layer know which batch norm it takes in, before it does."""
+    """Record the batch norm in a layer, before it is folded."""
     like = norm.running_var.detach().double()
     weight = torch.ones_like(like) if norm.weight is None else norm.weight.detach().double().clone()
     bias = torch.zeros_like(like) if norm.bias is None else norm.bias.detach().double().clone()
@@ -57,7 +57,7 @@ def remember_norm(layer: QuantizedLayer, norm: Any) -> None:
 
 
 def divide_norm(layer: QuantizedLayer, divisor: Tensor) -> None:
-    """Follow a layer whose weight and bias were divided, channel by channel."""
+    """Update the record of a layer whose weight and bias were divided per channel."""
     norm = folded_norm(layer)
     if norm is not None:
         divisor = divisor.to(norm.bias)
@@ -66,17 +66,17 @@ def divide_norm(layer: QuantizedLayer, divisor: Tensor) -> None:
 
 
 def folded_norm(module: nn.Module) -> FoldedNorm | None:
-    """Return the batch norm that a layer has taken in, if any."""
+    """Return the record of the batch norm that was folded into a layer, or None."""
     return vars(module).get(_NORM)
 
 
 @torch.no_grad()
 def scaled(layer: QuantizedLayer, values: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors of a layer, by name, that multiply its output by a factor and add a shift.
+    """Return new tensors for a layer, by name, that multiply its output by a factor and add a shift.
 
     Args:
-        layer: with a bias.
-        values: ``shift`` and, where the weight has one range for each output channel, ``factor``, ``(C,)``.
+        layer: a layer with a bias.
+        values: ``shift`` and, if the weight has one range per output channel, ``factor``; ``(C,)`` each.
     """
     assert layer.bias is not None
     weight, bias = layer.weight.detach().double(), layer.bias.detach().double()

@@ -1,4 +1,4 @@
-"""Batch-norm folding: the normalisation of evaluation mode becomes part of the convolution before it."""
+"""Batch-norm folding: merges the normalisation of evaluation mode into the preceding convolution."""
 
 from __future__ import annotations
 
@@ -31,16 +31,17 @@ class Folding:
 
     Attributes:
         model: the folded model.
-        folded: the convolution that took a batch norm in, by the batch norm's name.
-        refused: why a batch norm stays, by its name.
-        without_range: layers whose stored weight range no longer fits, and was dropped.
-        without_rounding: layers whose codes of :func:`gradl1_fast.round_weights` no longer fit: they are
-            rounded to nearest.
-        statistics: of batch norms that :func:`gradl1_fast.reestimate_batch_norm` found: ``"in use"`` if those
-            of the present widths were folded in, for float too; ``"left behind"`` if there were others only.
-        difference: largest difference between the outputs before and after, and ``scale`` the largest
-            output before; None if no inputs were given.
-        scale: see ``difference``.
+        folded: the convolution that absorbed a batch norm, by the batch norm's name.
+        refused: why a batch norm was not folded, by its name.
+        without_range: layers whose stored weight range was dropped because it no longer fits.
+        without_rounding: layers whose codes of :func:`gradl1_fast.round_weights` were dropped because they no
+            longer fit; their weights are rounded to nearest.
+        statistics: the use of statistics from :func:`gradl1_fast.reestimate_batch_norm`: ``"in use"`` if
+            those of the current widths were folded, for float too; ``"left behind"`` if there were only
+            statistics of other widths.
+        difference: largest difference between the outputs before and after folding; None if no inputs were
+            given.
+        scale: largest output before folding; None if no inputs were given.
     """
 
     model: nn.Module
@@ -53,7 +54,7 @@ class Folding:
     scale: float | None = None
 
     def __str__(self) -> str:
-        """Return one line for each batch norm, and one for the difference."""
+        """Return one line per batch norm, and one for the difference."""
         lines = [f"{bn}: folded into {conv}" for bn, conv in self.folded.items()]
         lines += [f"{bn}: not folded: {reason}" for bn, reason in self.refused.items()]
         lines += [f"{name}: its stored weight range was dropped" for name in self.without_range]
@@ -70,41 +71,42 @@ def fold_batch_norm(model: nn.Module, inputs: Any = None, *, forward: Forward | 
     """Fold each batch norm into the layer before it, for evaluation and export.
 
     With ``f = gamma / sqrt(var + eps)``, the layer's weight becomes ``f * W`` and its bias
-    ``beta + f * (b - mean)``, computed in float64. The model stays as it is; the result is a copy of the same
+    ``beta + f * (b - mean)``, computed in float64. The model is not changed. The result is a copy of the same
     class:
 
-    - a folded convolution has a weight and a bias of its own;
-    - a folded ``nn.BatchNorm*`` is replaced, under its name, by an ``nn.Identity``; a subclass, or a frozen
-      batch norm made of buffers, keeps its class and gets a mean of 0 and a variance of 1, so that what else
-      it does, such as an activation, stays;
-    - everything else shares its parameters with the model.
+    - a folded convolution has a new weight and bias;
+    - a folded ``nn.BatchNorm*`` is replaced by an ``nn.Identity`` of the same name. A subclass, or a frozen
+      batch norm made of buffers, keeps its class with a mean of 0 and a variance of 1, because it may compute
+      more, such as an activation;
+    - all other modules share their parameters with the model.
 
-    Statistics that were re-estimated for the present widths (:func:`gradl1_fast.reestimate_batch_norm`) are
-    folded in permanently; those of other widths are not carried over.
+    Statistics that were re-estimated for the current widths (:func:`gradl1_fast.reestimate_batch_norm`) are
+    folded permanently; those of other widths are dropped.
 
-    Traced graphs show which layer feeds which. With ``inputs``, one forward pass is observed as well, so that
-    batch norms of a model that cannot be traced are folded too; it is assumed that every pass does the same.
+    The layer before each batch norm is found by tracing. With ``inputs``, a forward pass is observed too, so
+    that batch norms of a model that cannot be traced are folded; it is assumed that every pass is the same.
 
-    A batch norm that cannot be folded stays, and a warning and :attr:`Folding.refused` say why. That is
-    one in training mode or without running statistics, one whose input is not the output of a
-    convolution (as in conv -> ReLU -> BN) or is read elsewhere too, one called or with a convolution
-    called in several places, with a weight that another layer shares or that is computed (weight
-    standardisation), or with hooks. Behind a linear layer it takes ``inputs`` to see that channels match.
+    A batch norm that cannot be folded is left unchanged; a warning and :attr:`Folding.refused` give the
+    reason. It cannot be folded if it is in training mode or has no running statistics; if its input is not
+    the output of a convolution (as in conv -> ReLU -> BN) or is read elsewhere too; if it or the convolution
+    is called in several places; or if the convolution's weight is shared or computed (weight
+    standardisation), or the convolution has hooks. After a linear layer, ``inputs`` are needed to check that
+    channels match.
 
-    The weights that are quantized are then those of the folded convolutions: with one range for a
-    tensor, channels of very different ``f`` share it. A stored range is scaled where each channel has
-    one, and dropped otherwise; so are codes from :func:`gradl1_fast.round_weights`.
+    Quantization then applies to the folded weights. With one range per tensor, channels with very different
+    ``f`` share it. Stored ranges and codes from :func:`gradl1_fast.round_weights` are scaled if each channel
+    has its own range, and dropped otherwise.
 
     Args:
         model: a converted model, in evaluation mode.
-        inputs: what the model is called with, a tuple being several inputs in order and a mapping keyword
-            arguments. The outputs of both models, in float, are compared on them: all tensors in containers,
+        inputs: inputs of the model; a tuple holds several positional inputs and a mapping keyword arguments.
+            The float outputs of both models are compared on them, including all tensors in containers,
             dataclasses and other objects.
-        forward: ``forward(model, inputs)`` runs the model in any other way.
+        forward: ``forward(model, inputs)`` runs the model, if it is called in another way.
 
     Raises:
         ValueError: the model has no layers of this library.
-        TypeError: the output to be compared holds no tensor.
+        TypeError: the output contains no tensor to compare.
 
     Examples:
         >>> import torch, gradl1_fast as gl
@@ -175,7 +177,7 @@ def _fold(result: Folding, neighbours: Neighbours) -> None:
 
 
 def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put a module in the place of another, wherever that stands."""
+    """Replace every occurrence of a module by another."""
     for parent in model.modules():
         for name, child in parent._modules.items():
             if child is old:
@@ -186,7 +188,7 @@ def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
 def _compare(
     before: nn.Module, after: nn.Module, inputs: Any, forward: Forward | None
 ) -> tuple[float, float]:
-    """Return the largest difference of the outputs, and the largest output."""
+    """Return the largest difference between the outputs, and the largest output."""
     randomness = RandomState()
     outputs: list[list[Tensor]] = []
     for model in (before, after):
@@ -201,10 +203,10 @@ def _compare(
     return _largest(differences), _largest(outputs[0])
 
 
-def _difference(one: Tensor, other: Tensor) -> Tensor:
-    one, other = (y if y.is_complex() else y.double() for y in (one, other))
-    same = (one == other) | (one.isnan() & other.isnan())
-    return (one - other).masked_fill(same, 0)
+def _difference(first: Tensor, second: Tensor) -> Tensor:
+    first, second = (y if y.is_complex() else y.double() for y in (first, second))
+    same = (first == second) | (first.isnan() & second.isnan())
+    return (first - second).masked_fill(same, 0)
 
 
 def _largest(tensors: list[Tensor]) -> float:

@@ -1,8 +1,8 @@
-"""Whether weights have changed since the ranges of activations were found.
+"""Detects whether weights have changed since activation ranges were calibrated.
 
-Each layer keeps a mark beside its quantizer: the version of its weight, which every in-place operation
-raises, and a few of its values. Values are compared only where the versions differ, so that copying,
-pickling, moving and rounding to a narrower type pass for no change.
+Each layer stores a mark in its quantizer: the version of its weight, which in-place operations increment, and
+a sample of its values. Values are compared only if the versions differ, so copying, pickling, moving and
+rounding to a narrower type do not count as changes.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from gradl1_fast.nn.sites import named_layers
 
 __all__ = ["forget_weights", "is_fresh", "is_rounded", "remember_weights", "warn_if_stale"]
 
-_MARK = "ranges_found_with"  # in the table of a weight quantizer, which copies and pickles it
+_MARK = "ranges_found_with"  # attribute of a weight quantizer, so that it is copied and pickled
 _SAMPLES = 64
 _TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 class _Mark:
-    """What a weight was."""
+    """The version and sampled values of a weight."""
 
     def __init__(self, weight: Tensor) -> None:
         self.reference: weakref.ref[Tensor] | None = weakref.ref(weight)
@@ -35,40 +35,40 @@ class _Mark:
         self.values = _sample(weight)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copy and pickle without the reference: a copy has its own version counts."""
+        """Copy and pickle without the reference, since a copy has its own version counter."""
         return {**vars(self), "reference": None}
 
     def holds(self, weight: Tensor) -> bool:
-        """Return whether a weight is what it was, to the precision that it has now."""
+        """Return whether a weight is unchanged, to the precision of its current type."""
         same = self.reference is not None and self.reference() is weight
         if same and self.version is not None and self.version == _version(weight):
             return True
-        now = _sample(weight)
-        if not is_rounded(now, self.values):
+        current = _sample(weight)
+        if not is_rounded(current, self.values):
             return False
         self.reference, self.version = weakref.ref(weight), _version(weight)
         return True
 
 
-def is_rounded(now: Tensor, before: Tensor) -> bool:
-    """Return whether values are what they were, or were rounded to a narrower type meanwhile."""
-    return any(torch.equal(now.double(), before.to(now.device, dtype).double()) for dtype in _TYPES)
+def is_rounded(current: Tensor, before: Tensor) -> bool:
+    """Return whether values are unchanged, or were only rounded to a narrower type."""
+    return any(torch.equal(current.double(), before.to(current.device, dtype).double()) for dtype in _TYPES)
 
 
 def remember_weights(layers: Iterable[QuantizedLayer], mark: str = _MARK) -> None:
-    """Take the present weights of layers for those that the ranges, or what the mark is of, belong to."""
+    """Record the current weights of layers as those that the ranges, or other marked values, belong to."""
     for layer in layers:
         vars(layer.weight_quantizer)[mark] = [_Mark(weight) for weight in _weights(layer)]
 
 
 def forget_weights(layers: Iterable[QuantizedLayer]) -> None:
-    """Compare layers no more until ranges are found again."""
+    """Remove the marks of layers until the next calibration."""
     for layer in layers:
         vars(layer.weight_quantizer).pop(_MARK, None)
 
 
 def is_fresh(layer: QuantizedLayer, mark: str = _MARK) -> bool:
-    """Return whether a layer's weight is what it was when it was marked; True where it was not."""
+    """Return whether a layer's weight is unchanged since it was marked; True if it was not marked."""
     marks, weights = vars(layer.weight_quantizer).get(mark), _weights(layer)
     if marks is None:
         return True
@@ -76,7 +76,7 @@ def is_fresh(layer: QuantizedLayer, mark: str = _MARK) -> bool:
 
 
 def warn_if_stale(model: nn.Module) -> None:
-    """Warn, once, of ranges that were found with other weights; see :func:`remember_weights`."""
+    """Warn once if ranges were calibrated with other weights; see :func:`remember_weights`."""
     layers = named_layers(model)
     watched = any(
         q.observer is not None for q in (m.input_quantizer for m in layers.values()) if q is not None
@@ -94,9 +94,9 @@ def warn_if_stale(model: nn.Module) -> None:
 
 
 def _weights(layer: QuantizedLayer) -> list[Tensor]:
-    """Return the parameter that the weight is, or those that it is computed from."""
-    own = layer._parameters.get("weight")
-    return [p for p in layer.parameters() if p.dim() > 1] if own is None else [own]
+    """Return the weight if it is a parameter, or the parameters that it is computed from."""
+    parameters = layer._parameters.get("weight")
+    return [p for p in layer.parameters() if p.dim() > 1] if parameters is None else [parameters]
 
 
 def _version(weight: Tensor) -> int | None:
@@ -104,7 +104,7 @@ def _version(weight: Tensor) -> int | None:
 
 
 def _sample(weight: Tensor) -> Tensor:
-    """Return values spread over a weight, which is not copied for it, in float64 on the CPU."""
+    """Return evenly sampled values of a weight, in float64 on the CPU, without copying the weight."""
     count = weight.numel()
     if weight.device.type == "meta" or not count:
         return torch.zeros(0, dtype=torch.float64)

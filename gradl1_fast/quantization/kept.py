@@ -1,6 +1,6 @@
-"""Tensors that have other values at some widths: statistics of batch norms, and what stands for them.
+"""Values that depend on the width: statistics of batch norms, and those of folded batch norms.
 
-A module keeps them by width, beside its tables, and its state dict holds those of float at every width.
+A module stores them by width in an attribute. Its state dict always contains the values of float.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ __all__ = [
 
 Values = dict[str, Tensor]
 
-_KEPT = "values_by_width"  # in the table of a module, which copies and pickles it; never changed in place
-_IN_FLOAT = "values_in_float"  # those in whose place others are now
+_KEPT = "values_by_width"  # attribute of a module, so that it is copied and pickled; never changed in place
+_IN_FLOAT = "values_in_float"  # the replaced values of float
 _IS_KEEPER = "keeps_float_in_its_state_dict"
 _IS_ROOT = "uses_values_after_loading"
 _MARK = "values_found_with"
 
 
 def width_of(model: nn.Module) -> str | None:
-    """Return the present widths of a model as text, the same for the same widths; None for float."""
+    """Return a text that identifies the current widths of a model; None for float."""
     weights = {name: layer.weight_quantizer.bits for name, layer in named_layers(model).items()}
     quantizers = named_quantizers(model).values()
     sites = {name: quantizer.bits for name, quantizer in every_site(model).items()}
@@ -63,7 +63,7 @@ def width_of(model: nn.Module) -> str | None:
 
 
 def is_width(text: object) -> bool:
-    """Return whether something is what :func:`width_of` returns for some model."""
+    """Return whether a value is a possible result of :func:`width_of`."""
     try:
         described = json.loads(text) if isinstance(text, str) else None
     except (ValueError, RecursionError):
@@ -72,7 +72,7 @@ def is_width(text: object) -> bool:
 
 
 def _one(widths: Iterable[int | None]) -> int | str | None:
-    """Return the width of all, ``"none"`` where there are none, or ``"mixed"``."""
+    """Return the common width, ``"none"`` if there is no quantizer, or ``"mixed"``."""
     distinct: set[int | str | None] = set(widths)
     if len(distinct) > 1:
         return "mixed"
@@ -80,7 +80,7 @@ def _one(widths: Iterable[int | None]) -> int | str | None:
 
 
 def use_after_loading(model: nn.Module) -> None:
-    """Let a model use its values again after a state dict was loaded into it."""
+    """Restore the use of values by width after a state dict was loaded."""
     if not vars(model).get(_IS_ROOT):
         vars(model)[_IS_ROOT] = True
         model.register_load_state_dict_post_hook(_after_loading)
@@ -91,42 +91,42 @@ def _after_loading(model: nn.Module, _keys: Any) -> None:
 
 
 def keep_values(module: nn.Module, width: str, values: Values) -> None:
-    """Keep values for a width; they are in use after the next :func:`use_values`."""
+    """Store values for a width; they take effect at the next :func:`use_values`."""
     if not vars(module).get(_IS_KEEPER):
-        vars(module)[_IS_KEEPER] = True  # once, though all values may be dropped and others kept
+        vars(module)[_IS_KEEPER] = True  # stays set even if all values are dropped
         module.register_state_dict_post_hook(_write_float)
         module.register_load_state_dict_pre_hook(_read_float)
     vars(module)[_KEPT] = {**kept_values(module), width: values}
 
 
 def kept_values(module: nn.Module) -> dict[str, Values]:
-    """Return what a module keeps, by width."""
+    """Return the stored values of a module, by width."""
     return vars(module).get(_KEPT, {})
 
 
 def put_back_float(model: nn.Module) -> None:
-    """Give each module the values of float, until the next :func:`use_values`."""
+    """Set each module to the values of float, until the next :func:`use_values`."""
     for module in _keepers(model):
         _take_out(module)
 
 
 def drop_values(model: nn.Module) -> None:
-    """Go back to the values of float, and forget those of all widths."""
+    """Restore the values of float, and drop those of all widths."""
     put_back_float(model)
     for module in _keepers(model):
         del vars(module)[_KEPT]
 
 
 def use_values(model: nn.Module) -> None:
-    """Give each module the values for the present widths, or those of float where it keeps none for them.
+    """Set each module to the values of the current widths, or to those of float if there are none.
 
-    A warning says so where weights have changed since they were found; all are then dropped.
+    If weights have changed since the values were measured, all are dropped with a warning.
     """
     keepers = _keepers(model)
     if not keepers:
         return
     for module in keepers:
-        if isinstance(module, QuantizedLayer):  # marks are of the weights in float
+        if isinstance(module, QuantizedLayer):  # marks refer to the weights in float
             _take_out(module)
     stale = [name or "the layer" for name, m in named_layers(model).items() if not is_fresh(m, _MARK)]
     for module in keepers:
@@ -146,7 +146,7 @@ def use_values(model: nn.Module) -> None:
 
 
 def forget_width(model: nn.Module) -> None:
-    """Forget the values for the present widths; those of float are in use afterwards."""
+    """Drop the values of the current widths, and restore those of float."""
     put_back_float(model)
     width = width_of(model)
     for module in _keepers(model):
@@ -154,10 +154,11 @@ def forget_width(model: nn.Module) -> None:
 
 
 def settle_values(model: nn.Module) -> str:
-    """Let the values in use be those of float from now on, and forget all others; for a copy of a model.
+    """Make the values in use those of float, and drop all others; for a copy of a model.
 
     Returns:
-        ``"in use"`` where there were some, ``"left behind"`` where all were of other widths, or nothing.
+        ``"in use"`` if the current widths had values, ``"left behind"`` if only other widths had, or an empty
+        string.
     """
     keepers = _keepers(model)
     in_use = any(_IN_FLOAT in vars(module) for module in keepers)
@@ -168,7 +169,7 @@ def settle_values(model: nn.Module) -> str:
 
 
 def mark_weights(model: nn.Module) -> None:
-    """Take the present weights for those that the values kept belong to."""
+    """Record the current weights as those that the stored values belong to."""
     remember_weights(named_layers(model).values(), _MARK)
 
 
@@ -186,10 +187,10 @@ def _put_in(module: nn.Module, values: Values) -> None:
 
 
 def _take_out(module: nn.Module, *, trained: bool = False) -> None:
-    """Put the values of float back, on the device and in the type that the module has now.
+    """Restore the values of float, on the current device and in the current type of the module.
 
-    Statistics that passes in training mode have moved at the width are kept for it; where weights were
-    trained meanwhile they become those of float: none are newer.
+    Statistics that were updated in training mode at a width are stored for it. If the weights were trained
+    meanwhile, they become the statistics of float, since they are the most recent.
     """
     if _IN_FLOAT not in vars(module):
         return
@@ -211,7 +212,7 @@ def _take_out(module: nn.Module, *, trained: bool = False) -> None:
 
 @contextlib.contextmanager
 def _rest_kept(module: nn.Module, changed: Values) -> Iterator[None]:
-    """Let ranges of activations and rounded codes belong to a layer after the block if they did before."""
+    """Keep activation ranges and rounded codes valid for a layer that the block changes."""
     if not isinstance(module, QuantizedLayer) or "weight" not in changed:
         yield
         return
@@ -227,7 +228,7 @@ def _get(module: nn.Module, name: str) -> Tensor:
 
 
 def _set(module: nn.Module, name: str, value: Tensor) -> None:
-    """Put a tensor into the table that has one of its name; a parameter without a gradient, if a new one."""
+    """Replace the parameter or buffer of a name; a new one becomes a parameter without gradient."""
     *path, last = name.split(".")
     owner = module.get_submodule(".".join(path))
     if last in owner._parameters:
@@ -238,12 +239,12 @@ def _set(module: nn.Module, name: str, value: Tensor) -> None:
 
 
 def _write_float(module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
-    """Let a state dict hold the network in float, whatever the present widths are."""
+    """State-dict hook that stores the values of float at any width."""
     for name, value in vars(module).get(_IN_FLOAT, ({},))[0].items():
         if f"{prefix}{name}" in state:
             state[f"{prefix}{name}"] = value.detach()
 
 
 def _read_float(module: nn.Module, *_: Any) -> None:
-    """Let what is loaded become the network in float."""
+    """Loading hook that makes the loaded values those of float."""
     _take_out(module)

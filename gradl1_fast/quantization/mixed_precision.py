@@ -1,4 +1,4 @@
-"""A width for each tensor under a budget: greedy by sensitivity, verified by evaluation."""
+"""Mixed precision: a width per tensor under a budget, chosen greedily by sensitivity and evaluated."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ __all__ = ["Plan", "Point", "search"]
 
 Key = tuple[str, str]  # kind "w" or "a", and name
 State = dict[Key, int]
-Keys = dict[Key, list[int]]  # what may be chosen, from the widest to the narrowest
+Keys = dict[Key, list[int]]  # the choices, from the widest to the narrowest
 _POINTS = 12
 
 
 @dataclass(frozen=True)
 class Point:
-    """A choice of widths that was evaluated.
+    """An evaluated choice of widths.
 
     Attributes:
         w: bits of the weights, by layer.
         a: bits of the activations, by site; empty if they keep their widths.
-        cost: bytes, or operations on bits for one example.
-        estimate: sum of the single losses, in units of ``value``.
-        value: what ``evaluate`` returned.
-        uniform: whether all tensors have one width, but for the network's input.
+        cost: bytes, or bit operations for one example.
+        estimate: sum of the losses of single tensors, in units of ``value``.
+        value: the result of ``evaluate``.
+        uniform: whether all tensors have the same width, except the network's input.
     """
 
     w: dict[str, int]
@@ -50,15 +50,15 @@ class Point:
 
 @dataclass(frozen=True)
 class Plan:
-    """What :func:`search` found.
+    """The result of :func:`search`.
 
     Attributes:
-        best: the best point within the budget; of several with the best value, the cheapest.
-        points: all points evaluated, by falling cost.
-        budget: what ``best`` may cost.
-        unit: of cost and budget.
-        float_value: what ``evaluate`` returned with everything in float.
-        higher_is_better: of ``value``.
+        best: the best point within the budget; the cheapest one if several have the same value.
+        points: all evaluated points, by decreasing cost.
+        budget: the maximum cost of ``best``.
+        unit: the unit of cost and budget.
+        float_value: the result of ``evaluate`` in float.
+        higher_is_better: whether a larger ``value`` is better.
     """
 
     best: Point
@@ -69,13 +69,13 @@ class Plan:
     higher_is_better: bool
 
     def pareto(self) -> list[Point]:
-        """Return the points that no other betters in cost without being worse in value, by falling cost."""
+        """Return the Pareto-optimal points in cost and value, by decreasing cost."""
         sign = 1 if self.higher_is_better else -1
-        kept: list[Point] = []
+        front: list[Point] = []
         for point in sorted(self.points, key=lambda p: (p.cost, -sign * p.value)):
-            if not kept or sign * point.value > sign * kept[-1].value:
-                kept.append(point)
-        return kept[::-1]
+            if not front or sign * point.value > sign * front[-1].value:
+                front.append(point)
+        return front[::-1]
 
     def apply(self, model: nn.Module) -> None:
         """Set the widths of :attr:`best`."""
@@ -86,10 +86,10 @@ class Plan:
         front = set(map(id, self.pareto()))
         lines = [f"{self.unit:>16}  {'value':>9}  widths"]
         for point in self.points:
-            what = f"all {min(point.w.values())}" if point.uniform else "mixed"
+            widths = f"all {min(point.w.values())}" if point.uniform else "mixed"
             marks = f"{' best within the budget' if point is self.best else ''}"
             marks = f"{' pareto' if id(point) in front else ''}{marks}"
-            lines.append(f"{point.cost:>16,.0f}  {point.value:>9.4f}  {what}{marks}")
+            lines.append(f"{point.cost:>16,.0f}  {point.value:>9.4f}  {widths}{marks}")
         lines += [f"float: {self.float_value:.4f}, budget: {self.budget:,.0f} {self.unit}"]
         lines += [f"w {name}: {width}" for name, width in self.best.w.items()]
         lines += [f"a {name}: {width}" for name, width in self.best.a.items()]
@@ -134,36 +134,36 @@ def search(
     higher_is_better: bool = True,
     progress: bool = True,
 ) -> Plan:
-    """Choose a width for each tensor so that the network keeps within a budget and loses little.
+    """Choose a width for each tensor under a budget.
 
-    First each tensor is quantized alone, at every width, see :func:`gradl1_fast.sensitivity`. Then, from the
-    widest choice on, the step that loses least per cost saved is taken again and again. Widths along this
-    path, those that just keep the budget, and one width for all are then evaluated; the best within the
-    budget is the result. A smooth number, such as the mean loss, orders the steps better than an accuracy,
-    in which small losses do not show.
+    First, each tensor is quantized alone at every width, see :func:`gradl1_fast.sensitivity`. Starting with
+    the widest choice, the search then repeatedly narrows the tensor with the smallest loss per saved cost.
+    It evaluates choices along this path, the first choice within the budget, and uniform widths, and returns
+    the best one within the budget. A smooth value such as the mean loss orders the steps better than an
+    accuracy, which hides small losses.
 
     Args:
         model: a converted model, calibrated if activations are quantized, in the mode in which it is to be
             evaluated.
-        evaluate: takes the model and returns one number.
-        size: budget for the bytes of the weights. Activations keep the widths that they have.
+        evaluate: takes the model and returns a number.
+        size: budget for the bytes of the weights. Activations keep their widths.
         bit_operations: budget for the sum over all products of weight bits times input bits, for one
-            example; widths of weights and activations are chosen. Give this or ``size``.
-        example: a batch, as of :func:`gradl1_fast.calibrate`, needed with ``bit_operations``.
-        forward: runs the model on the example, as of :func:`gradl1_fast.calibrate`.
+            example; the search chooses the widths of weights and activations. Give this or ``size``.
+        example: a batch as for :func:`gradl1_fast.calibrate`, required with ``bit_operations``.
+        forward: runs the model on the example, as for :func:`gradl1_fast.calibrate`.
         choices: widths to choose from.
-        input_bits: least bits of the network's input, None keeps it in float; see
+        input_bits: minimum bits of the network's input, None keeps it in float; see
             :func:`gradl1_fast.set_bits`.
-        higher_is_better: of what ``evaluate`` returns; False for a loss.
-        progress: show progress bars where there is a terminal and rich is installed.
+        higher_is_better: whether a larger result of ``evaluate`` is better; False for a loss.
+        progress: show progress bars in a terminal if rich is installed.
 
     Returns:
-        The best point and all that were evaluated; :meth:`Plan.apply` sets the widths. The model's
-        widths are as they were.
+        The best point and all evaluated points. :meth:`Plan.apply` sets the widths; until then the model
+        keeps its widths.
 
     Raises:
         TypeError: a width is not an int, or a budget is not a number.
-        ValueError: both budgets or none are given, the budget is below what the narrowest choice costs, a
+        ValueError: both budgets or neither are given, the budget is below the cost of the narrowest choice, a
             width is out of range, or ``evaluate`` returned NaN.
         RuntimeError: an activation has no range yet.
 
@@ -203,13 +203,13 @@ def search(
 
     def number(model: nn.Module) -> float:
         value = check.number("search: evaluate", evaluate(model))
-        if math.isnan(value):  # it compares with nothing, and would pass for no loss at all
+        if math.isnan(value):  # NaN compares false, and would count as no loss
             w, a = ({n: b for n, b in widths.items() if b is not None} for widths in widths_of(model))
             raise ValueError(f"search: evaluate returned NaN at w = {w}, a = {a}, everything else in float")
         return value
 
-    found = sensitivity(model, number, w=widths, a=activations, input_bits=input_bits, progress=progress)
-    loss = _losses(found, keys, 1 if higher_is_better else -1)
+    losses = sensitivity(model, number, w=widths, a=activations, input_bits=input_bits, progress=progress)
+    loss = _losses(losses, keys, 1 if higher_is_better else -1)
     uniform = [_uniform(keys, width) for width in widths]
     states = _to_evaluate(_path(keys, loss, price), uniform, price, budget)
     points = []
@@ -220,9 +220,11 @@ def search(
         estimate = sum(loss[key][b] for key, b in state.items())
         points.append(Point(w, a, price(state), estimate, value, state in uniform))
     points.sort(key=lambda p: -p.cost)
-    within = [p for p in reversed(points) if p.cost <= budget]  # of equal values the first, the cheapest
+    within = [
+        p for p in reversed(points) if p.cost <= budget
+    ]  # max returns the first, that is the cheapest, of equal values
     best = max(within, key=lambda p: p.value if higher_is_better else -p.value)
-    return Plan(best, points, budget, unit, found.float_value, higher_is_better)
+    return Plan(best, points, budget, unit, losses.float_value, higher_is_better)
 
 
 def _widths(choices: Sequence[int]) -> list[int]:
@@ -246,18 +248,18 @@ def _price(table: Costs, unit: str) -> Callable[[State], float]:
 
 
 def _uniform(keys: Keys, width: int) -> State:
-    """Return one width for all, and for the network's input the least that it may have."""
+    """Return the same width for all tensors, with the minimum bits for the network's input."""
     return {key: width if width in tried else min(tried) for key, tried in keys.items()}
 
 
-def _losses(found: Sensitivity, keys: Keys, sign: int) -> dict[Key, dict[int, float]]:
-    """Return what each tensor loses at each width, made to grow as widths fall: what shrinks is noise."""
+def _losses(sensitivities: Sensitivity, keys: Keys, sign: int) -> dict[Key, dict[int, float]]:
+    """Return the loss of each tensor at each width, made monotone, since a decreasing loss is noise."""
     losses: dict[Key, dict[int, float]] = {}
     for key, widths in keys.items():
         worst = 0.0
         losses[key] = {}
         for width in widths:
-            worst = max(worst, sign * (found.float_value - found[(*key, width)]))
+            worst = max(worst, sign * (sensitivities.float_value - sensitivities[(*key, width)]))
             losses[key][width] = worst
     return losses
 
@@ -265,7 +267,7 @@ def _losses(found: Sensitivity, keys: Keys, sign: int) -> dict[Key, dict[int, fl
 def _path(
     keys: Keys, loss: Mapping[Key, Mapping[int, float]], price: Callable[[State], float]
 ) -> list[State]:
-    """Return the states from the widest to the narrowest, one step of one tensor apart."""
+    """Return the states from the widest to the narrowest; each differs from the last in one tensor."""
     state = {key: tried[0] for key, tried in keys.items()}
     states = [state]
     narrower = {key: dict(itertools.pairwise(tried)) for key, tried in keys.items()}
@@ -276,7 +278,7 @@ def _path(
             if width in narrower[key]:
                 saved = now - price({**state, key: narrower[key][width]})
                 lost = loss[key][narrower[key][width]] - loss[key][width]
-                # What saves nothing comes last; among equals, what saves most comes first.
+                # Changes without savings come last; among equals, the largest saving comes first.
                 steps.append(((lost / saved if saved else float("inf")), -saved, key))
         _, _, key = min(steps)
         state = {**state, key: narrower[key][state[key]]}
@@ -287,7 +289,7 @@ def _path(
 def _to_evaluate(
     path: list[State], uniform: list[State], price: Callable[[State], float], budget: float
 ) -> list[State]:
-    """Return states spread over the path, the first within the budget, and those of one width for all."""
+    """Return states spread over the path, the first state within the budget, and the uniform states."""
     count = min(_POINTS, len(path))
     chosen = [path[round(i * (len(path) - 1) / max(count - 1, 1))] for i in range(count)]
     chosen.append(next(state for state in path if price(state) <= budget))

@@ -1,4 +1,4 @@
-"""Re-estimated statistics of all widths in a file: safetensors, checked before anything is changed."""
+"""Files of re-estimated batch-norm statistics of all widths."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def save_batch_norms(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Write the statistics that :func:`gradl1_fast.reestimate_batch_norm` found, of every width, into a file.
+    """Write the statistics of :func:`gradl1_fast.reestimate_batch_norm`, of all widths, to a file.
 
-    The file is safetensors. Its metadata have ``widths``, a list in JSON; at the width number ``<i>`` each
-    batch norm has ``<i>.running_mean.<name>`` and ``<i>.running_var.<name>``, and each layer that took one in
-    ``<i>.factor.<name>`` and ``<i>.shift.<name>``, one value a channel. The file is replaced whole or not at
-    all.
+    The file is in the safetensors format. Its metadata contain ``widths``, a JSON list. For the i-th width,
+    each batch norm has the entries ``<i>.running_mean.<name>`` and ``<i>.running_var.<name>``, and each layer
+    with a folded batch norm ``<i>.factor.<name>`` and ``<i>.shift.<name>``, with one value per channel. The
+    file is replaced atomically.
 
     Args:
         model: a converted model.
-        path: of the file, customarily ending in ``.safetensors``.
+        path: path of the file, usually ending in ``.safetensors``.
 
     Raises:
         ImportError: safetensors is not installed.
@@ -68,34 +68,34 @@ def save_batch_norms(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
 
 def load_batch_norms(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Give a model the statistics of every width that :func:`save_batch_norms` wrote for one of its kind.
+    """Load the statistics that :func:`save_batch_norms` wrote for a model of the same structure.
 
-    They belong to the weights that the model has now: where these change, a warning says so at the next
-    width, and the statistics are dropped.
+    They belong to the current weights of the model. If the weights change, the statistics are dropped with a
+    warning the next time a width is set.
 
     Args:
         model: a converted model.
-        path: of the file.
+        path: path of the file.
 
     Raises:
         OSError: the file cannot be read.
         ValueError: the file is damaged or does not fit the model; the message names the file and the entry.
-            The model is then as it was.
+            The model is then unchanged.
     """
     model = _plain(model)
     modules = {name: m for name, m in model.named_modules() if _kinds_of(m)}
     with PartialFile(path) as file:
         file.check_metadata(METADATA)
         widths = _read_widths(file)
-        found = {
+        statistics = {
             (name, width): values
             for number, width in enumerate(widths)
             for name, module in modules.items()
             if (values := _read_values(file, number, name, module))
         }
         file.check_that_all_are_known([])
-    put_back_float(model)  # marks are of the weights in float
-    for (name, width), values in found.items():
+    put_back_float(model)  # marks refer to the weights in float
+    for (name, width), values in statistics.items():
         keep_values(modules[name], width, values)
     mark_weights(model)
     use_after_loading(model)
@@ -103,7 +103,7 @@ def load_batch_norms(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
 
 def _plain(model: nn.Module) -> nn.Module:
-    """Return the model inside what ``torch.compile`` returned, whose names are longer."""
+    """Return the original model of a result of ``torch.compile``, whose names have a prefix."""
     inner = model._modules.get("_orig_mod")
     return model if inner is None else inner
 

@@ -1,4 +1,4 @@
-"""One model evaluated at several widths at once, by threads that share its weights."""
+"""Evaluates a model at several widths in parallel, in threads that share its weights."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ def parallel_map(
 ) -> Iterator[float]:
     """Yield ``task(replica, item)`` for each item, in order; at most ``workers`` run at once.
 
-    A replica has modules of its own and the parameters and buffers of ``model``: its widths may differ,
-    and nothing of size is copied. The threads of torch are divided among the workers, whose gradient mode
-    and autocast, on the model's device, are those of the caller.
+    A replica has separate modules with the parameters and buffers of ``model``, so its widths may differ and
+    no large tensors are copied. Torch's threads are divided among the workers. Workers use the gradient mode
+    of the caller, and its autocast setting for the model's device.
 
     Args:
-        model: in evaluation mode: replicas in training mode would change the same statistics.
-        task: what is done with each item.
-        items: for which it is done.
-        workers: number of threads.
+        model: a model in evaluation mode, since replicas in training mode would change shared statistics.
+        task: the function to call for each item.
+        items: the items.
+        workers: the number of threads.
 
     Raises:
         ValueError: a module of ``model`` is in training mode.

@@ -1,7 +1,7 @@
-"""A reader of safetensors files that reads no more than the entries asked for, also of a file cut off.
+"""A reader of safetensors files that reads only the requested entries, also from a truncated file.
 
-The library's own reader refuses a file of which the end is missing. The format is simple: eight bytes give
-the length of a JSON header, which gives type, shape and place of each tensor behind it.
+The reader of the safetensors library refuses a truncated file. The format is simple: eight bytes give the
+length of a JSON header, which gives the type, shape and offsets of each tensor that follows.
 """
 
 from __future__ import annotations
@@ -26,39 +26,39 @@ _TYPES = {
     "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
     "BOOL": torch.bool,
 }  # fmt: skip
-_LARGEST_HEADER = 2**24  # a thousand layers need a megabyte
+_LARGEST_HEADER = 2**24  # the header of a thousand layers takes a megabyte
 _MOST_DIMENSIONS = 16
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Type and shape that a tensor must have."""
+    """The expected type and shape of a tensor."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
 
     def __str__(self) -> str:
-        """Return them as text."""
+        """Return the type and shape as text."""
         return f"{str(self.dtype).removeprefix('torch.')} of shape {self.shape}"
 
 
 class PartialFile:
-    """A safetensors file, open for reading; a context manager.
+    """A safetensors file, opened for reading. It is a context manager.
 
-    What the header claims is compared with what the caller expects before a byte is read or a tensor made,
-    so that nothing in a file decides how much memory is taken.
+    The header is compared with the caller's expectations before data are read or tensors allocated, so a file
+    cannot cause large allocations.
 
     Args:
-        path: of the file.
+        path: path of the file.
 
     Raises:
         OSError: the file cannot be opened.
-        ValueError: it has no sound header.
+        ValueError: the header is invalid.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
-        # Unbuffered: what is not asked for is not read.
+        # Unbuffered, so that only the requested bytes are read.
         self._file = open(path, "rb", buffering=0)  # noqa: SIM115  # closed by __exit__
         self._read: set[str] = set()
         try:
@@ -80,27 +80,27 @@ class PartialFile:
     def __contains__(self, key: str) -> bool:
         return key in self._header
 
-    def error(self, key: str, wanted: str, found: object) -> ValueError:
+    def error(self, key: str, requirement: str, actual: object) -> ValueError:
         """Return an error that names the file and the entry."""
-        return ValueError(f"{self.path}: entry {key!r}: {wanted}, the file has {found}")
+        return ValueError(f"{self.path}: entry {key!r}: {requirement}, the file has {actual}")
 
-    def check_metadata(self, wanted: Mapping[str, str]) -> None:
-        """Check what the file says it is."""
-        for key, value in wanted.items():
-            found = self._metadata.get(key) if isinstance(self._metadata, dict) else None
-            if found != value:
-                raise ValueError(f"{self.path}: its {key} must be {value!r}, the file says {found!r:.80}")
+    def check_metadata(self, expected: Mapping[str, str]) -> None:
+        """Check the metadata of the file."""
+        for key, value in expected.items():
+            actual = self._metadata.get(key) if isinstance(self._metadata, dict) else None
+            if actual != value:
+                raise ValueError(f"{self.path}: its {key} must be {value!r}, the file says {actual!r:.80}")
 
     def metadata(self, key: str) -> str:
-        """Return a text of the file's metadata.
+        """Return a string from the file's metadata.
 
         Raises:
-            ValueError: there is none.
+            ValueError: the string is missing.
         """
-        found = self._metadata.get(key) if isinstance(self._metadata, dict) else None
-        if not isinstance(found, str):
-            raise ValueError(f"{self.path}: its {key} must be a string, the file says {found!r:.80}")
-        return found
+        value = self._metadata.get(key) if isinstance(self._metadata, dict) else None
+        if not isinstance(value, str):
+            raise ValueError(f"{self.path}: its {key} must be a string, the file says {value!r:.80}")
+        return value
 
     def check_that_all_are_known(self, unread: Iterable[str]) -> None:
         """Check that every entry was read or is one of ``unread``."""
@@ -109,10 +109,10 @@ class PartialFile:
             raise ValueError(f"{self.path}: unknown entries for this model: {check.some(unknown)}")
 
     def read(self, key: str, *allowed: Entry) -> Tensor:
-        """Return a tensor, which must be finite and one of the kinds allowed.
+        """Return a tensor, which must be finite and of one of the allowed types and shapes.
 
         Raises:
-            ValueError: it is missing, of another type or shape, cut off, or holds NaN or infinity.
+            ValueError: it is missing, has another type or shape, is truncated, or holds NaN or infinity.
         """
         entry, begin, end = self._locate(key)
         if entry not in allowed:
@@ -121,14 +121,14 @@ class PartialFile:
         data = self._bytes(begin, end - begin)
         if len(data) < end - begin:
             raise self.error(key, f"needs the bytes up to {end}", f"no more than {self._size}: it is cut off")
-        # An empty buffer cannot be looked at as a tensor.
+        # torch.frombuffer refuses an empty buffer.
         tensor = torch.frombuffer(data, dtype=entry.dtype) if data else torch.empty(0, dtype=entry.dtype)
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise self.error(key, "must be finite", "NaN or infinity")
         return tensor.reshape(entry.shape)
 
     def end_of(self, keys: Iterable[str]) -> int:
-        """Return how many bytes from the beginning of the file hold the entries, whatever else they hold."""
+        """Return the number of bytes from the beginning of the file that contain the given entries."""
         return max(self._locate(key)[2] for key in keys)
 
     def _bytes(self, begin: int, count: int) -> bytearray:
@@ -151,7 +151,7 @@ class PartialFile:
         return header, 8 + length
 
     def _locate(self, key: str) -> tuple[Entry, int, int]:
-        """Return the kind of a tensor and where it begins and ends in the file."""
+        """Return the type and shape of a tensor, and its first and last offset in the file."""
         if key not in self._header:
             raise ValueError(f"{self.path}: entry {key!r} is missing")
         claim = self._header[key]

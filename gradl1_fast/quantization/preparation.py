@@ -1,4 +1,4 @@
-"""One call from a trained network to one that computes well at a width, without training."""
+"""Prepares a trained network for a width in a single call, without training."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ class Step:
     """A step of :func:`prepare`.
 
     Attributes:
-        name: what was done.
-        value: the criterion after it and all steps before it; None without a criterion.
-        taken: whether it was kept; a step that helped nothing is taken back.
+        name: description of the step.
+        value: the criterion after this step and all previous ones; None without a criterion.
+        taken: whether the step was kept; a step that does not help is undone.
     """
 
     name: str
@@ -50,9 +50,9 @@ class Preparation:
     """The result of :func:`prepare`.
 
     Attributes:
-        model: the prepared network, at the widths asked for.
-        steps: in order; the first is the network as it was, in float.
-        remarks: sentences on the steps.
+        model: the prepared network, at the requested widths.
+        steps: the steps in order; the first is the original network in float.
+        remarks: remarks on the steps, one sentence each.
     """
 
     model: nn.Module
@@ -60,7 +60,7 @@ class Preparation:
     remarks: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        """Return a line for each step, and one for each remark."""
+        """Return a line per step and per remark."""
         width = max(len(step.name) for step in self.steps)
         lines = [f"{step.name:<{width}}  {_shown(step)}".rstrip() for step in self.steps]
         return "\n".join([*lines, *self.remarks, "the model is at the widths asked for"])
@@ -102,25 +102,25 @@ def prepare(
         model: a network, converted or not.
         batches: a list of batches without labels, or a loader; gone through several times, in evaluation
             mode. A thousand examples or two.
-        w: bits of the weights, as of :func:`gradl1_fast.set_bits`.
-        a: bits of the activations, as of :func:`gradl1_fast.set_bits`.
-        criterion: takes the model at its widths and returns a number, such as the accuracy on images kept
-            aside. It is evaluated after each step, for the report; statistics and corrected biases that make
-            it worse are taken back.
+        w: bits of the weights, as for :func:`gradl1_fast.set_bits`.
+        a: bits of the activations, as for :func:`gradl1_fast.set_bits`.
+        criterion: takes the model at its widths and returns a number, such as the accuracy on validation
+            images. It is evaluated after each step for the report. Statistics and corrected biases that make
+            it worse are undone.
         higher_is_better: whether a larger criterion is better.
         ranges: of activations, a name or an object, see :func:`gradl1_fast.calibrate`.
         weight_ranges: of weights, a name or an object, see :func:`gradl1_fast.calibrate_weights`.
         rounding: ``"gptq"``, ``"adaround"`` or an object, see :func:`gradl1_fast.round_weights`; None rounds
             to nearest.
-        bias_correction: whether to correct biases, see :func:`gradl1_fast.correct_bias`; they then fit this
-            width alone. None does so where the model has no batch norm.
-        ends: least bits of the first and of the last layer, weights and inputs; 8 is customary. None treats
-            them as any other.
-        input_bits: least bits of the network's input, as of :func:`gradl1_fast.set_bits`.
-        forward: as of :func:`gradl1_fast.calibrate`.
+        bias_correction: whether to correct biases, see :func:`gradl1_fast.correct_bias`; they then fit only
+            this width. None corrects them if the model has no batch norm.
+        ends: minimum bits of the weights and inputs of the first and the last layer; 8 is customary. None
+            treats them like other layers.
+        input_bits: minimum bits of the network's input, as for :func:`gradl1_fast.set_bits`.
+        forward: as for :func:`gradl1_fast.calibrate`.
 
     Returns:
-        The prepared model, at the widths, and what each step changed.
+        The prepared model at the requested widths, and the effect of each step.
 
     Raises:
         TypeError: ``batches`` is an iterator or a single tensor; a width is not an int or None; or the
@@ -192,13 +192,13 @@ def _widths(
     for name, layer in (order[0], order[-1]) if order else ():
         weights[name] = None if w is None else max(w, ends)
         site = of_site[id(layer.input_quantizer)]
-        now = sites[site]
-        sites[site] = None if now is None else max(now, ends)
+        current = sites[site]
+        sites[site] = None if current is None else max(current, ends)
     return {"w": weights, "a": sites}
 
 
 def _order(model: nn.Module, batch: Any, forward: Forward | None) -> list[tuple[str, QuantizedLayer]]:
-    """Return the layers in the order in which they are first called, embeddings left out."""
+    """Return the layers without embeddings, in the order of their first calls."""
     called: dict[str, QuantizedLayer] = {}
     layers = {n: layer for n, layer in named_layers(model).items() if not isinstance(layer, QEmbedding)}
     hooks = [
@@ -215,7 +215,7 @@ def _order(model: nn.Module, batch: Any, forward: Forward | None) -> list[tuple[
 
 
 class _Preparing:
-    """A preparation under way.
+    """The state of a preparation.
 
     Args:
         model: a converted copy.
@@ -225,9 +225,9 @@ class _Preparing:
         higher_is_better: see :func:`prepare`.
 
     Attributes:
-        widths: arguments of ``set_bits``.
-        steps: made so far.
-        remarks: so far.
+        widths: the arguments of ``set_bits``.
+        steps: the steps so far.
+        remarks: the remarks so far.
     """
 
     def __init__(
@@ -246,7 +246,7 @@ class _Preparing:
         self._has_norms = True
 
     def note(self, name: str, *, at_width: bool = True) -> None:
-        """Write a step down, with the criterion after it."""
+        """Record a step with the criterion after it."""
         self.steps.append(Step(name, self._value(self.model, at_width)))
 
     def _value(self, model: nn.Module, at_width: bool = True) -> float | None:
@@ -272,7 +272,7 @@ class _Preparing:
         self.note(f"ranges of weights: {_name(weight_ranges)}")
 
     def _begin_anew(self) -> None:
-        """Forget what an earlier preparation found for these widths: it belongs to other ranges."""
+        """Drop the results of an earlier preparation for these widths, which belong to other ranges."""
         with bits(self.model, **self.widths):
             forget_width(self.model)
             for layer in named_layers(self.model).values():
@@ -284,42 +284,44 @@ class _Preparing:
         calibrate(self.model, self._batches, ranges=ranges, forward=self._forward)
 
     def round(self, rounding: str | RoundingMethod) -> None:
-        """Round weights beyond nearest."""
+        """Choose rounded codes for the weights."""
         a = self.widths["a"]
-        done = round_weights(
+        rounding_report = round_weights(
             self.model, self._batches, w=self.widths["w"], a=a, method=rounding, forward=self._forward
         )
-        self.remarks += [f"{name}: rounded to nearest: {why}" for name, why in done.nearest.items()]
+        self.remarks += [
+            f"{name}: rounded to nearest: {why}" for name, why in rounding_report.nearest.items()
+        ]
         self.note(f"rounding: {_name(rounding)}")
 
     def reestimate(self) -> None:
-        """Estimate batch norms at the widths, but not those of float, which are shared with the model."""
+        """Re-estimate batch norms at the widths; not in float, whose statistics are shared with the model."""
         if self.widths["w"] is None and self.widths["a"] is None:
             return
         with bits(self.model, **self.widths), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*no batch norm")
-            done = reestimate_batch_norm(self.model, self._batches, forward=self._forward)
-        self.remarks += [f"{name}: statistics left: {why}" for name, why in done.left.items()]
-        self._has_norms = bool(done.norms)
+            reestimation = reestimate_batch_norm(self.model, self._batches, forward=self._forward)
+        self.remarks += [f"{name}: statistics left: {why}" for name, why in reestimation.left.items()]
+        self._has_norms = bool(reestimation.norms)
         if not self._has_norms:
             self.remarks.append("no batch norm to re-estimate")
         elif not self._helps("batch-norm statistics at the width", self._value(self.model)):
             with bits(self.model, **self.widths):
                 forget_width(self.model)
 
-    def correct(self, wanted: bool | None) -> None:
-        """Correct biases, if wanted, or if it helps where there is no batch norm."""
-        if wanted is False or (wanted is None and self._has_norms) or self.widths["w"] is None:
+    def correct(self, requested: bool | None) -> None:
+        """Correct biases if requested, or, without a batch norm, if it helps."""
+        if requested is False or (requested is None and self._has_norms) or self.widths["w"] is None:
             return
         corrected = correct_bias(self.model, self._batches, w=self.widths["w"], forward=self._forward)
         if self._has_norms:
             with bits(corrected, **self.widths):
                 reestimate_batch_norm(corrected, self._batches, forward=self._forward)
-        if self._helps("bias correction", self._value(corrected), anyway=bool(wanted)):
+        if self._helps("bias correction", self._value(corrected), anyway=bool(requested)):
             self.model = corrected
 
     def _helps(self, name: str, value: float | None, *, anyway: bool = False) -> bool:
-        """Write a step down; return whether it is kept, as without a criterion it is."""
+        """Record a step; return whether it is kept, which is always so without a criterion."""
         before = next((step.value for step in reversed(self.steps) if step.taken), None)
         helps = value is None or before is None or self._sign * (value - before) >= 0
         self.steps.append(Step(name, value, taken=helps or anyway))

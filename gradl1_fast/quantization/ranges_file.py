@@ -1,4 +1,4 @@
-"""Ranges in a file of their own: safetensors, checked entry by entry before anything is changed."""
+"""Files of ranges in the safetensors format. Every entry is checked before a model is changed."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ from gradl1_fast.quantization.sliced import refuse_sliced
 __all__ = ["load_ranges", "save_ranges"]
 
 METADATA = {"format": "gradl1_fast.ranges", "version": "2"}
-WITH_CODES = {**METADATA, "version": "3"}  # what knows version 2 alone cannot read codes
+WITH_CODES = {**METADATA, "version": "3"}  # readers of version 2 cannot read codes
 _ENDS = ("low", "high")
 
 
 def save_ranges(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Write the ranges of a model's activations, and stored ranges and codes of its weights, into a file.
+    """Write the activation ranges of a model, and stored ranges and codes of its weights, to a file.
 
-    The file is safetensors. The site of each layer, shared or not, has the entries ``<name>.low`` and
-    ``<name>.high``, each one value, or 16 for 1 to 16 bits, and ``<name>.is_input``, 1 for the network's
-    input; a site without a range has the last alone. A weight with a stored range has
+    The file is in the safetensors format. The site of each layer, shared or not, has the entries
+    ``<name>.low`` and ``<name>.high``, each with one value or 16 for 1 to 16 bits, and ``<name>.is_input``, 1
+    for the network's input; a site without a range has only the last. A weight with a stored range has
     ``<layer>.weight_quantizer.clip``, see :class:`gradl1_fast.nn.WeightQuantizer`. Codes from
     :func:`gradl1_fast.round_weights` are ``<layer>.weight_quantizer.codes.<w>`` for each width w, int8 or
-    int16, with ``<layer>.weight_quantizer.made_for.<w>``, by which the weight is known that they belong to.
-    The file is replaced whole or not at all.
+    int16, with ``<layer>.weight_quantizer.made_for.<w>``, which identifies the weight that they belong to.
+    The file is replaced atomically.
 
     Args:
         model: a converted, calibrated model.
-        path: of the file, customarily ending in ``.safetensors``.
+        path: path of the file, usually ending in ``.safetensors``.
 
     Raises:
         ImportError: safetensors is not installed.
@@ -66,31 +66,31 @@ def save_ranges(model: nn.Module, path: str | os.PathLike[str]) -> None:
             entries[f"{name}.clip"] = weights.clip
     codes = codes_entries(model)
     entries |= codes
-    # a clone each: the format refuses tensors that share memory, as those of a shared site do
+    # Clones, because the format refuses tensors that share memory, such as those of a shared site.
     tensors = {key: value.cpu().contiguous().clone() for key, value in entries.items()}
     data = save(tensors, metadata=WITH_CODES if codes else METADATA)
     _files.write_bytes(path, data)
 
 
 def load_ranges(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Give a model the ranges that :func:`save_ranges` wrote for one of the same structure.
+    """Load the ranges that :func:`save_ranges` wrote for a model of the same structure.
 
-    A weight without an entry gets its own range, and is rounded to nearest; a site without one has none. The
-    file is read as data, nothing in it is executed, and every entry is checked before the model is changed.
-    Codes belong to one weight: a model with another raises when it uses them, see
+    A weight without an entry gets its own range and is rounded to nearest; a site without an entry has no
+    range. The file is read as data; nothing in it is executed, and every entry is checked before the model is
+    changed. Codes belong to one weight; using them with another raises, see
     :func:`gradl1_fast.round_weights`.
 
     Args:
         model: a converted model; calibrated or not.
-        path: of the file.
+        path: path of the file.
 
     Raises:
         ImportError: safetensors is not installed.
         OSError: the file cannot be read.
-        ValueError: the file is not a file of ranges, an entry is missing, unknown, of a wrong shape or
-            type, not finite or inverted, layers that share a site have different entries, or the model has no
-            activation quantizers, or, where the file has ranges of weights, no float weights. The message
-            names the file and the entry. The model is then as it was.
+        ValueError: the file is not a file of ranges; an entry is missing, unknown, of a wrong shape or type,
+            not finite or inverted; layers that share a site have different entries; the model has no
+            activation quantizers; or the file has ranges of weights and the model no float weights. The
+            message names the file and the entry. The model is then unchanged.
     """
     quantizers_of(model)
     sites, weights = every_site(model), _weight_quantizers(model)
@@ -125,18 +125,18 @@ def _set_codes(layer: QuantizedLayer, codes: list[tuple[int, Tensor, MadeFor]], 
 
 def _read(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     safetensors = _safetensors()
-    with open(path, "rb"):  # the library's own message for a file that cannot be read names no file
+    with open(path, "rb"):  # the library's error for an unreadable file does not name it
         pass
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != METADATA["format"]:
                 raise ValueError(f"{path}: not a file of ranges: its format is {metadata.get('format')!r}")
-            known = METADATA["version"], WITH_CODES["version"]
-            if metadata.get("version") not in known:
+            supported = METADATA["version"], WITH_CODES["version"]
+            if metadata.get("version") not in supported:
                 raise ValueError(
                     f"{path}: its version is {metadata.get('version')!r}, but this library reads "
-                    f"{' and '.join(map(repr, known))}"
+                    f"{' and '.join(map(repr, supported))}"
                 )
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # no mapping
     except safetensors.SafetensorError as error:
@@ -154,16 +154,18 @@ def _check_names(
         if any(f"{name}.{end}" in entries for end in _ENDS):
             needed |= {f"{name}.{end}" for end in _ENDS}
     allowed = needed | {f"{name}.clip" for name in weights}
-    for what, keys in (("missing", needed - entries.keys()), ("unknown", entries.keys() - allowed)):
+    for problem, keys in (("missing", needed - entries.keys()), ("unknown", entries.keys() - allowed)):
         if keys:
-            raise ValueError(f"{path}: {what} entries for this model: {check.some(keys)}")
+            raise ValueError(f"{path}: {problem} entries for this model: {check.some(keys)}")
     for key, value in entries.items():
         if key.endswith(".is_input"):
             if value.dtype != torch.uint8 or value.dim() or int(value) > 1:
                 raise ValueError(f"{path}: entry {key!r} must be a single uint8, 0 or 1")
         elif value.dtype not in (torch.float32, torch.float64):
             raise ValueError(f"{path}: entry {key!r} must have type float32 or float64, got {value.dtype}")
-        elif value.dim() > (2 if key.endswith(".clip") else 1):  # a shape of thousands makes no message
+        elif value.dim() > (
+            2 if key.endswith(".clip") else 1
+        ):  # not the shape, which may have thousands of entries
             raise ValueError(f"{path}: entry {key!r} has too many dimensions: {value.dim()}")
 
 

@@ -1,4 +1,4 @@
-"""Batch-norm statistics at the widths at which a network will compute."""
+"""Re-estimates batch-norm statistics at given widths."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ __all__ = ["Reestimation", "reestimate_batch_norm"]
 
 @dataclass
 class Reestimation:
-    """What :func:`reestimate_batch_norm` did.
+    """The result of :func:`reestimate_batch_norm`.
 
     Attributes:
-        norms: the batch norms with new statistics, by name; where one was folded, its layer.
-        left: why another keeps those it had, by name.
+        norms: the names of batch norms with new statistics; for a folded batch norm, its layer.
+        left: the reason for each batch norm that keeps its statistics, by name.
     """
 
     norms: list[str] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        """Return a line for the number of batch norms, and one for each that was left."""
+        """Return a line with the number of batch norms, and one for each that was left unchanged."""
         lines = [f"statistics re-estimated: {len(self.norms)} batch norm(s)"]
         return "\n".join([*lines, *(f"{name}: left: {reason}" for name, reason in self.left.items())])
 
@@ -54,39 +54,38 @@ class Reestimation:
 def reestimate_batch_norm(
     model: nn.Module, batches: Iterable[Any], *, forward: Forward | None = None
 ) -> Reestimation:
-    """Estimate the statistics of batch norms at the present widths of the model, and keep them for these.
+    """Estimate the statistics of batch norms at the current widths of the model, and store them for these.
 
-    Quantized layers give outputs of another mean and variance than those that training saw, and a batch norm
-    behind them no longer normalises. After this call it does, whenever the model is at these widths, set by
-    :func:`gradl1_fast.set_bits` or :func:`gradl1_fast.bits`; other widths keep what they have, and in float
-    the model is what it was. Each width takes a call of its own and a few numbers a channel;
-    :func:`gradl1_fast.save_batch_norms` writes all of them into a file. Sweeps, export and any-bit files use
-    them. The state dict holds the statistics of float at every width.
+    The outputs of quantized layers have another mean and variance than in training, so the following batch
+    norm no longer normalises them. This call corrects the statistics for the current widths, and they are
+    used whenever :func:`gradl1_fast.set_bits` or :func:`gradl1_fast.bits` sets these widths. Other widths and
+    float are not changed. Call it once for each width; :func:`gradl1_fast.save_batch_norms` writes all of
+    them to a file. Sweeps, export and any-bit files use them. The state dict always contains the statistics
+    of float.
 
-    The statistics are the means over the batches of each batch's mean and unbiased variance, as of
-    :func:`torch.optim.swa_utils.update_bn`. Only batch norms run as in training: dropout is off. At float
-    widths the running statistics themselves are re-estimated, also those of the model that was converted,
-    which are the same tensors.
+    The statistics are the averages over batches of each batch's mean and unbiased variance, as in
+    :func:`torch.optim.swa_utils.update_bn`. Only batch norms run in training mode; dropout is off. In float,
+    the running statistics themselves are re-estimated, which the model shares with the original one.
 
-    Where a batch norm was folded, the layer that took it in gets its output normalised again: by its bias,
-    and with one range for each output channel by the scale of its weight too, whose codes stay what they
-    are. Leave such a model in evaluation mode: its weights at these widths are not those of an optimizer.
+    If a batch norm was folded, the output of its layer is normalised through the bias and, with one range per
+    output channel, also through the scale of the weight, whose codes do not change. Keep such a model in
+    evaluation mode: its weights at these widths are not those of the optimizer.
 
-    In distributed training, every rank calls this with data of its own; the statistics are those of all.
+    In distributed training, every rank calls this with its own data; the statistics are those of all ranks.
 
     Args:
-        model: a converted model, at the widths wanted. Its modes stay what they are.
-        batches: as of :func:`gradl1_fast.calibrate`, without labels: a thousand images or two, in batches of
-            at least 100.
-        forward: as of :func:`gradl1_fast.calibrate`.
+        model: a converted model at the required widths. Its modes are restored.
+        batches: as for :func:`gradl1_fast.calibrate`, without labels: one or two thousand images, in batches
+            of at least 100.
+        forward: as for :func:`gradl1_fast.calibrate`.
 
     Returns:
-        The names of the batch norms; a warning says so if there was none to estimate.
+        The names of the batch norms. A warning is given if there was none to estimate.
 
     Raises:
         TypeError: ``batches`` is a single tensor or mapping.
         ValueError: the model is not converted, there is no batch, or a statistic is NaN or infinite; the
-            message names the batch norm. The model is then as it was.
+            message names the batch norm. The model is then unchanged.
 
     Examples:
         >>> import torch, gradl1_fast as gl
@@ -105,7 +104,7 @@ def reestimate_batch_norm(
     """
     if not named_layers(model):
         raise ValueError("reestimate_batch_norm: the model is not converted: call gradl1_fast.convert first")
-    use_values(model)  # drops those of other weights
+    use_values(model)  # drops statistics of other weights
     result, width = Reestimation(), width_of(model)
     norms = _norms(model, result, width)
     if not norms and not result.left:
@@ -136,8 +135,8 @@ def reestimate_batch_norm(
 
 
 def _norms(model: nn.Module, result: Reestimation, width: str | None) -> dict[str, Any]:
-    """Return what can be estimated; write down what cannot."""
-    found = {}
+    """Return the estimators, and record why other batch norms cannot be estimated."""
+    estimators = {}
     for name, module in model.named_modules():
         if folded_norm(module) is not None:
             if width is None:
@@ -147,19 +146,19 @@ def _norms(model: nn.Module, result: Reestimation, width: str | None) -> dict[st
                     "holds a folded batch norm and was loaded from an any-bit file, without a float weight"
                 )
             else:
-                found[name] = module
+                estimators[name] = module
         elif isinstance(module, _BatchNorm) and not is_neutral(module):
             if module.running_mean is None:
                 result.left[name] = "has no running statistics: it always uses those of the batch"
             else:
-                found[name] = module
+                estimators[name] = module
         elif is_batch_norm(module) and not is_neutral(module):
             result.left[name] = "is a frozen batch norm, made of buffers"
-    return found
+    return estimators
 
 
 class _OfNorm:
-    """Statistics of a batch norm, which it collects itself as in training."""
+    """Estimates the statistics of a batch norm by running it in training mode."""
 
     _names = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -170,7 +169,7 @@ class _OfNorm:
 
     @contextlib.contextmanager
     def taken(self) -> Iterator[None]:
-        """Give the batch norm tables of its own for the block, and let it run as in training."""
+        """Run the batch norm in training mode with separate statistics inside the block."""
         norm = self.norm
         before, momentum = dict(norm._buffers), norm.momentum
         norm._buffers |= dict(zip(self._names, self._fresh, strict=True))
@@ -184,12 +183,12 @@ class _OfNorm:
             norm.momentum = momentum
 
     def values(self) -> Values:
-        """Return what the batch norm is to keep."""
+        """Return the values to store for the batch norm."""
         return dict(zip(self._names, self.moments, strict=False))
 
 
 class _OfLayer:
-    """Statistics of the output of a layer that took a batch norm in; the output is normalised as it comes."""
+    """Estimates the statistics of a layer with a folded batch norm, and normalises its output meanwhile."""
 
     def __init__(self, layer: QuantizedLayer, norm: FoldedNorm) -> None:
         self.layer, self.norm = layer, norm
@@ -199,7 +198,7 @@ class _OfLayer:
 
     @contextlib.contextmanager
     def taken(self) -> Iterator[None]:
-        """Watch the layer for the block, with its weight of float."""
+        """Observe the layer inside the block, with the values of float."""
         hook = self.layer.register_forward_hook(self._normalised)
         try:
             yield
@@ -219,7 +218,7 @@ class _OfLayer:
         self.moments = old[0] + (mean - old[0]) / self.count, old[1] + (variance - old[1]) / self.count
 
     def values(self) -> Values:
-        """Return what the layer is to keep."""
+        """Return the values to store for the layer."""
         factor, shift = self.norm.again(*self.moments, scale=self.scale)
         return {"factor": factor, "shift": shift} if self.scale else {"shift": shift}
 
@@ -230,9 +229,9 @@ def _of(module: Any) -> _OfNorm | _OfLayer:
 
 
 def _keep(model: nn.Module, estimates: dict[str, Any], width: str | None, result: Reestimation) -> None:
-    """Keep all estimates, or none."""
+    """Store all estimates, or none if one is invalid."""
     modules = dict(model.named_modules())
-    found = {}
+    results = {}
     for name, estimate in estimates.items():
         if not estimate.count:
             result.left[name] = "no value reached it"
@@ -240,21 +239,21 @@ def _keep(model: nn.Module, estimates: dict[str, Any], width: str | None, result
         estimate.moments = _over_ranks(*estimate.moments)
         if not all(bool(t.isfinite().all()) for t in estimate.moments):
             raise ValueError(f"reestimate_batch_norm: the input of {name!r} holds NaN or infinity")
-        found[name] = estimate.values()
-    for name, values in found.items():
+        results[name] = estimate.values()
+    for name, values in results.items():
         if width is None:
             for key, value in values.items():
                 getattr(modules[name], key).copy_(value)
         else:
             keep_values(modules[name], width, values)
-    result.norms = list(found)
+    result.norms = list(results)
     if width is not None:
         mark_weights(model)
         use_after_loading(model)
 
 
 def _over_ranks(mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and variance of all ranks together, each of which has seen as much."""
+    """Return the mean and variance over all ranks, which are weighted equally."""
     if not (dist.is_available() and dist.is_initialized()):
         return mean, variance
     moments = torch.stack((mean, variance, mean.square()))

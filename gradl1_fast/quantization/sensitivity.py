@@ -1,4 +1,4 @@
-"""How much each weight and activation suffers from being quantized, alone."""
+"""The sensitivity of a model to quantizing each weight and activation alone."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ __all__ = ["Sensitivity", "SensitivityRow", "sensitivity", "site_widths"]
 
 @dataclass(frozen=True)
 class SensitivityRow:
-    """The result with one tensor quantized and all others in float.
+    """The result with a single tensor quantized and all others in float.
 
     Attributes:
         kind: ``"w"`` for the weight of a layer, ``"a"`` for an activation.
-        name: of the layer, or of the site.
-        bits: of this tensor.
-        value: what ``evaluate`` returned.
+        name: name of the layer or of the site.
+        bits: bits of the tensor.
+        value: the result of ``evaluate``.
     """
 
     kind: str
@@ -40,8 +40,8 @@ class Sensitivity:
     """Results of :func:`sensitivity`.
 
     Attributes:
-        rows: one for each tensor and width.
-        float_value: what ``evaluate`` returned with everything in float.
+        rows: one row per tensor and width.
+        float_value: the result of ``evaluate`` in float.
     """
 
     def __init__(self, rows: Iterable[SensitivityRow], float_value: float) -> None:
@@ -56,7 +56,7 @@ class Sensitivity:
         raise KeyError(f"no row for (kind, name, bits) = {key}")
 
     def __str__(self) -> str:
-        """Return the table as text, the change from float last."""
+        """Return the table as text; the last column is the change from float."""
         width = max([len(row.name) for row in self.rows] + [4])
         lines = [f"{'name':<{width}}  kind  bits     value    change"]
         for r in self.rows:
@@ -73,7 +73,7 @@ class Sensitivity:
             writer.writerows((r.kind, r.name, r.bits, r.value) for r in self.rows)
 
     def plot(self, path: str | os.PathLike[str], *, title: str = "") -> None:
-        """Draw a bar for each tensor and width into an image file; needs matplotlib.
+        """Plot a bar per tensor and width to an image file; requires matplotlib.
 
         Raises:
             ImportError: matplotlib is not installed.
@@ -81,16 +81,16 @@ class Sensitivity:
         save(self.figure(title=title), path)
 
     def figure(self, *, title: str = "") -> Any:
-        """Return a figure with a bar for each tensor and width: the change from float; needs matplotlib."""
+        """Return a figure with the change from float, one bar per tensor and width; requires matplotlib."""
         names = list(dict.fromkeys((row.kind, row.name) for row in self.rows))
         widths = sorted({row.bits for row in self.rows}, reverse=True)
         figure = new_figure(8, 1.2 + 0.16 * len(names) * (len(widths) + 1))
         axes = figure.subplots()
         for i, width in enumerate(widths):
             shown = [row for row in self.rows if row.bits == width]
-            places = [names.index((r.kind, r.name)) + (i + 0.5) / (len(widths) + 1) for r in shown]
+            positions = [names.index((r.kind, r.name)) + (i + 0.5) / (len(widths) + 1) for r in shown]
             changes = [r.value - self.float_value for r in shown]
-            axes.barh(places, changes, 0.9 / (len(widths) + 1), label=f"{width} bits")
+            axes.barh(positions, changes, 0.9 / (len(widths) + 1), label=f"{width} bits")
         axes.axvline(0, color="black", linewidth=0.8)
         labels = [f"{name} ({'weight' if kind == 'w' else 'activation'})" for kind, name in names]
         axes.set_yticks(
@@ -113,20 +113,19 @@ def sensitivity(
     input_bits: int | None = INPUT_BITS,
     progress: bool = True,
 ) -> Sensitivity:
-    """Evaluate a model with one tensor quantized and all others in float, for each tensor and width.
+    """Evaluate a model for each tensor and width with only this tensor quantized.
 
     Args:
-        model: a converted, calibrated model, in the mode in which it is to be evaluated.
-        evaluate: takes the model and returns one number.
-        w: widths of the weights to try; empty to leave weights out.
-        a: widths of the activations to try; empty to leave them out. Sites that no value reached in
-            calibration are left out.
-        input_bits: the network's input is tried at no fewer bits, None leaves it out; see
-            :func:`gradl1_fast.set_bits`.
-        progress: show a progress bar where there is a terminal and rich is installed.
+        model: a converted, calibrated model, in the mode for evaluation.
+        evaluate: takes the model and returns a number.
+        w: widths of the weights to evaluate; empty to skip weights.
+        a: widths of the activations to evaluate; empty to skip activations. Sites that no value reached in
+            calibration are skipped.
+        input_bits: minimum bits of the network's input, None skips it; see :func:`gradl1_fast.set_bits`.
+        progress: show a progress bar in a terminal if rich is installed.
 
     Returns:
-        A row for each tensor and width. The model's widths are as they were.
+        A row per tensor and width. The widths of the model are restored.
 
     Raises:
         TypeError: a width is not an int.
@@ -164,9 +163,9 @@ def sensitivity(
 
 
 def site_widths(model: nn.Module, a: Sequence[int], input_bits: int | None) -> dict[str, list[int]]:
-    """Return the widths that each site may have, in the order of ``a``.
+    """Return the widths to evaluate at each site, in the order of ``a``.
 
-    A site that no value reached in calibration has none, unless no site has a range: then quantizing one
+    A site that no value reached in calibration has no widths, unless no site has a range; quantizing then
     raises an error.
     """
     sites = named_quantizers(model)

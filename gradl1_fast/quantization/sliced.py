@@ -1,4 +1,4 @@
-"""A layer whose weight is read out of codes: as many of their first bits as the present width has."""
+"""Layers whose weight is decoded from the first bits of stored codes."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ __all__ = ["SlicedWeight", "has_own_weight", "refuse_sliced", "slice_weight"]
 
 
 class SlicedWeight(WeightQuantizer):
-    """Stands in for the float weight of a layer: one byte for each weight, of any width up to ``widest``.
+    """Replaces the float weight of a layer by one byte per weight, for any width up to ``widest``.
 
-    Setting ``bits`` chooses the width and touches no weight. None, which is float elsewhere, is ``widest``
-    here: there is no float weight.
+    Setting ``bits`` changes the width without changing the codes. Without a float weight, None means
+    ``widest`` rather than float.
 
     Args:
         codes: bytes in the shape of the weight, see :mod:`gradl1_fast.quantization.bit_planes`.
-        scale: step of the 8-bit grid, a scalar or one value for each output channel.
-        widest: how many of the first bits of each code were read, 1 to 8.
-        dtype: of the weight that the layer computes with.
-        axis: of the output channels where each has a step, None for one step for the tensor.
-        name: of the layer, for messages.
+        scale: scale of the 8-bit grid, a scalar or one value per output channel.
+        widest: the number of bits that were read of each code, 1 to 8.
+        dtype: the type of the decoded weight.
+        axis: the axis of output channels if each has its own scale; None for one scale.
+        name: the name of the layer, for messages.
     """
 
     codes: Tensor
@@ -51,7 +51,7 @@ class SlicedWeight(WeightQuantizer):
         super().__init__(per_channel=axis is not None, out_axis=axis or 0)
         self.register_buffer("codes", codes, persistent=False)
         self.register_buffer("scale", scale, persistent=False)
-        # An empty tensor that goes along with the layer to other types.
+        # An empty tensor, which records the type when the layer is converted to another one.
         self.register_buffer("like", torch.empty(0, dtype=dtype, device=codes.device), persistent=False)
 
     @property
@@ -68,21 +68,21 @@ class SlicedWeight(WeightQuantizer):
         self._bits = self.widest if value is None else value
 
     def forward(self, weight: object = None) -> Tensor:
-        """Return the weight at the present width; the layer has no other."""
+        """Return the weight at the current width."""
         return bit_planes.decode(self.codes, self.scale, self.bits, self.axis).to(self.like.dtype)
 
     def grid(self, weight: Any, bits: int) -> tuple[Tensor, Tensor, int, int]:
-        """Refuse: below 8 bits the values lie half a step beside the grid of any integers."""
+        """Raise, since below 8 bits the values are offset from an integer grid by half a step."""
         raise RuntimeError(
             "a weight from an any-bit file has no grid of integers around zero; use the float model"
         )
 
     def step(self, weight: Any, bits: int) -> Tensor:
-        """Refuse as :meth:`grid` does."""
+        """Raise, see :meth:`grid`."""
         return self.grid(weight, bits)[0]
 
     def set_clip(self, clip: Tensor | None) -> None:
-        """Take no range: the file has set it.
+        """Accept only None, since the range is set by the file.
 
         Raises:
             ValueError: ``clip`` is not None.
@@ -94,30 +94,30 @@ class SlicedWeight(WeightQuantizer):
 
 
 def slice_weight(layer: QuantizedLayer, quantizer: SlicedWeight) -> None:
-    """Take the float weight of a layer away; from now on it computes with the sliced one.
+    """Replace the float weight of a layer by a sliced weight.
 
     A weight that is computed from parameters is still computed, but not used.
     """
     if has_own_weight(layer):
         vars(layer).pop("weight", None)
         layer._parameters.pop("weight", None)
-        # None to state dicts, which neither take nor give it.
+        # None, so that state dicts neither load nor store it.
         layer.register_parameter("weight", None)
         vars(layer)["weight"] = StandIn.of(quantizer)
     layer.weight_quantizer = quantizer.train(layer.training)
 
 
 def has_own_weight(layer: QuantizedLayer) -> bool:
-    """Return whether a layer's weight is a parameter, or was until it was read from an any-bit file."""
+    """Return whether a layer's weight is a parameter, or was one before loading an any-bit file."""
     return not layer.is_computed or isinstance(vars(layer).get("weight"), StandIn)
 
 
-def refuse_sliced(model: nn.Module, what: str) -> None:
-    """Refuse a model without float weights; ``what`` names the caller, which needs them.
+def refuse_sliced(model: nn.Module, caller: str) -> None:
+    """Raise if a model has no float weights; ``caller`` is used in the message.
 
     Raises:
         ValueError: a layer holds codes; the message names it.
     """
     for name, layer in named_layers(model).items():
         if isinstance(layer.weight_quantizer, SlicedWeight):
-            raise ValueError(f"{what}: {name!r} was loaded from an any-bit file and has no float weight")
+            raise ValueError(f"{caller}: {name!r} was loaded from an any-bit file and has no float weight")

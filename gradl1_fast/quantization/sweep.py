@@ -1,4 +1,4 @@
-"""One model, evaluated at many widths."""
+"""Evaluation of a model at many widths."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Row:
     Attributes:
         w: bits of the weights, None for float.
         a: bits of the activations, None for float.
-        value: what ``evaluate`` returned.
+        value: the result of ``evaluate``.
     """
 
     w: int | None
@@ -47,7 +47,7 @@ class Table:
     """Results of a sweep.
 
     Attributes:
-        rows: one :class:`Row` for each width, in the order asked for.
+        rows: one :class:`Row` per width, in the requested order.
     """
 
     def __init__(self, rows: Iterable[Row]) -> None:
@@ -78,14 +78,14 @@ class Table:
             writer.writerows((_cell(row.w), _cell(row.a), row.value) for row in self.rows)
 
     def to_json(self, path: str | os.PathLike[str]) -> None:
-        """Write a list of objects with the keys w, a, value; a float width is null.
+        """Write a list of objects with the keys w, a and value.
 
-        So is a value that is NaN or infinite, which JSON has no way to write.
+        Float widths and values that are NaN or infinite, which JSON cannot represent, are null.
         """
         Path(path).write_text(_json.dumps([vars(row) for row in self.rows], indent=1) + "\n")
 
     def plot(self, path: str | os.PathLike[str], *, title: str = "") -> None:
-        """Draw the values over widths as a heat map into an image file; needs matplotlib.
+        """Plot the values over widths as a heat map to an image file; requires matplotlib.
 
         Raises:
             ImportError: matplotlib is not installed.
@@ -116,16 +116,17 @@ def sweep(
     changed the buffers of the model, as a batch norm in training mode does.
 
     Args:
-        model: a converted, calibrated model, in the mode in which it is to be evaluated.
+        model: a converted, calibrated model, in the mode for evaluation.
         evaluate: takes the model and returns a number. With ``batches``, it takes the model and a batch and
             returns a sum and a count, such as correct answers and images; the result at a width is the
             total sum divided by the total count.
         widths: pairs ``(w, a)``; None stands for float.
-        batches: data, read once for all widths, which saves time if reading is slow. Tensors are moved to
-            the device of the model.
-        input_bits: minimum bits of the network input, see :func:`gradl1_fast.set_bits`; rows say ``(w, a)``.
-        reestimate: batches as of :func:`gradl1_fast.reestimate_batch_norm`, called at each width before
-            the evaluation; the model keeps the result. None uses statistics the model already has.
+        batches: data that are read once for all widths, which saves time if reading is slow. Tensors are
+            moved to the device of the model.
+        input_bits: minimum bits of the network input, see :func:`gradl1_fast.set_bits`; rows contain
+            ``(w, a)`` as given.
+        reestimate: batches for :func:`gradl1_fast.reestimate_batch_norm`, which is called at each width
+            before the evaluation; the model keeps the result. None uses the statistics of the model.
         workers: number of widths evaluated at once, in threads that share the weights and divide torch's
             threads among them. Useful on many cores, for networks too small to use them all; ``evaluate``
             must then be thread-safe, and the model in evaluation mode. Not supported with ``batches``,
@@ -159,7 +160,7 @@ def sweep(
         raise TypeError(f"sweep: evaluate must be a function of the model, got {evaluate!r:.100}")
     check_width("sweep: input_bits", input_bits)
     if any(a is not None for _, a in checked):
-        warn_if_stale(model)  # once, rather than in the replica of each worker
+        warn_if_stale(model)  # here, so that workers do not each warn
     if reestimate is not None:
         _reestimate(model, checked, input_bits, lasting("sweep: reestimate", reestimate), progress)
     before = [(name, buffer, buffer.clone()) for name, buffer in model.named_buffers()]
@@ -186,13 +187,13 @@ def _reestimate(
 
 @dataclass(frozen=True)
 class _Run:
-    """A sweep.
+    """The settings of a sweep.
 
     Attributes:
-        model: what is evaluated.
-        evaluate: what evaluates it.
-        widths: at which.
-        input_bits: least bits of the network's input.
+        model: the model.
+        evaluate: the function that evaluates it.
+        widths: the widths to evaluate.
+        input_bits: minimum bits of the network's input.
     """
 
     model: nn.Module

@@ -1,4 +1,4 @@
-"""Ranges that follow the activations while a model is trained."""
+"""Activation ranges that are updated during training."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ __all__ = ["track_ranges"]
 
 @contextlib.contextmanager
 def track_ranges(model: nn.Module, ranges: str | MovingAverage = "in_hindsight") -> Iterator[nn.Module]:
-    """Let the ranges of activations follow the batches of training, for the ``with`` block.
+    """Context manager that updates activation ranges with each training batch.
 
-    Each forward pass in training mode moves the ranges, at whatever width; one in evaluation mode leaves
-    them as they are. With ``"moving_average"`` a batch is part of the range that quantizes it; with
-    ``"in_hindsight"`` it is quantized by the range of the batches before it, and the first batch by the
-    calibrated range, or by its own where there is none. After the block the ranges are those of all batches.
+    Each forward pass in training mode updates the ranges, at any width; passes in evaluation mode do not.
+    With ``"moving_average"``, a batch is included in the range that quantizes it. With ``"in_hindsight"``, it
+    is quantized in the range of the previous batches; the first batch uses the calibrated range, or its own
+    if there is none. After the block, the ranges are those of all batches.
 
     Args:
         model: a converted model.
@@ -37,7 +37,7 @@ def track_ranges(model: nn.Module, ranges: str | MovingAverage = "in_hindsight")
             pass, the values at a quantizer, which is named, hold NaN or infinity.
         TypeError: ``ranges`` is neither a name nor an object.
 
-    A look at the values waits for the device once for each quantizer and step.
+    Each update synchronizes with the device once per quantizer.
     """
     method = choose("track_ranges", ranges)
     if not isinstance(method, MovingAverage):
@@ -54,7 +54,7 @@ def track_ranges(model: nn.Module, ranges: str | MovingAverage = "in_hindsight")
 
 
 class _Tracker:
-    """Moves the range of one quantizer; its update runs before the quantizer looks at its range."""
+    """Updates the range of a quantizer, before the quantizer uses it."""
 
     def __init__(self, name: str, quantizer: ActivationQuantizer, method: Range) -> None:
         self.name, self.quantizer = name, quantizer
@@ -67,12 +67,12 @@ class _Tracker:
             return
         if isinstance(self.range, InHindsight) and self.range.low is not None:
             self.apply()
-            self._take_note(x)
+            self._update_range(x)
         else:
-            self._take_note(x)
+            self._update_range(x)
             self.apply()
 
-    def _take_note(self, x: Tensor) -> None:
+    def _update_range(self, x: Tensor) -> None:
         before = self.range.low, self.range.high
         self.range.update(x.reshape(1, -1))
         try:

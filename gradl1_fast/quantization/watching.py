@@ -1,4 +1,4 @@
-"""One forward pass, watched: which layer's output each batch norm is given, and who else reads it."""
+"""Observes a forward pass: the layer that feeds each batch norm, and other readers of its output."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ __all__ = ["Watch", "tensors_of"]
 
 
 class Watch:
-    """What one forward pass has shown.
+    """Observations of a forward pass.
 
     Attributes:
-        calls: how often each layer and batch norm was called, by identity.
-        fed: the layers whose very output each batch norm was given, call by call; None for another tensor.
-        read_elsewhere: layers whose output something else than a batch norm has read.
-        weight_read_elsewhere: layers of which a parameter was read while they did not run.
-        dimensions: of each layer's output.
+        calls: the number of calls of each layer and batch norm, by identity.
+        fed: for each call of a batch norm, the layer whose output was its input; None for another tensor.
+        read_elsewhere: layers whose output was read by something other than a batch norm.
+        weight_read_elsewhere: layers whose parameters were read outside of their calls.
+        dimensions: the number of dimensions of each layer's output.
     """
 
     def __init__(self, layers: Iterable[QuantizedLayer], norms: Iterable[nn.Module]) -> None:
@@ -60,7 +60,7 @@ class Watch:
         return result
 
     def see(self, values: Iterable[Any]) -> None:
-        """Take note of tensors that something reads now."""
+        """Record tensors that are being read."""
         for value in values:
             if not isinstance(value, Tensor):
                 continue
@@ -88,14 +88,14 @@ class Watch:
         layer = self._outputs.get(x) if isinstance(x, Tensor) else None
         self.calls[id(norm)] += 1
         self.fed.setdefault(id(norm), []).append(layer)
-        self._running.append(layer)  # while the batch norm runs, the output is read as it should be
+        self._running.append(layer)  # reads by the batch norm itself are expected
 
     def _end(self) -> None:
         self._running.pop()
 
 
 class _Functions(TorchFunctionMode):
-    """Sees calls of PyTorch's functions, such as reading ``.data``, that no operator shows."""
+    """Observes calls of PyTorch functions that do not call an operator, such as reading ``.data``."""
 
     def __init__(self, see: Callable[[Iterable[Any]], None]) -> None:
         super().__init__()
@@ -111,7 +111,7 @@ class _Functions(TorchFunctionMode):
 
 
 class _Operations(TorchDispatchMode):
-    """Sees operators, also those that are called from C++."""
+    """Observes operators, including those that are called from C++."""
 
     def __init__(self, see: Callable[[Iterable[Any]], None]) -> None:
         super().__init__()
@@ -123,29 +123,29 @@ class _Operations(TorchDispatchMode):
 
 
 def tensors_of(value: Any) -> list[Tensor]:
-    """Return the tensors in a model's output: in containers, dataclasses and other objects."""
-    found: list[Tensor] = []
-    _collect(value, found, set())
-    return found
+    """Return the tensors in a model's output, also in containers, dataclasses and other objects."""
+    tensors: list[Tensor] = []
+    _collect(value, tensors, set())
+    return tensors
 
 
-def _collect(value: Any, found: list[Tensor], seen: set[int]) -> None:
+def _collect(value: Any, tensors: list[Tensor], visited: set[int]) -> None:
     if isinstance(value, Tensor):
-        found.append(value)
+        tensors.append(value)
         return
     if (
         value is None
         or isinstance(value, str | bytes | int | float | torch.dtype | nn.Module)
-        or id(value) in seen
+        or id(value) in visited
     ):
         return
-    seen.add(id(value))
+    visited.add(id(value))
     if isinstance(value, tuple | list | set | frozenset):
         items: Iterable[Any] = value
     else:
         items = value.values() if hasattr(value, "keys") and hasattr(value, "values") else _attributes(value)
     for item in items:
-        _collect(item, found, seen)
+        _collect(item, tensors, visited)
 
 
 def _attributes(value: Any) -> list[Any]:

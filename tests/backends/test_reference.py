@@ -1,4 +1,4 @@
-"""The reference returns none of its arguments and changes none, for every sweep, type and layout."""
+"""The reference returns none of its arguments and changes none, for every pass, type and layout."""
 
 from __future__ import annotations
 
@@ -127,9 +127,7 @@ def test_arguments_are_neither_returned_nor_changed(
 
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("quantized", [False, True])
-def test_an_empty_batch_keeps_what_the_mask_is_read_from_where_a_full_one_does(
-    residual: bool, quantized: bool
-) -> None:
+def test_an_empty_batch_saves_the_same_mask_source_as_a_full_one(residual: bool, quantized: bool) -> None:
     def kept(n: int) -> Tensor:
         x = torch.randn(n, 3, 2)
         grid = (torch.ones(()), torch.zeros(())) if quantized else (None, None)

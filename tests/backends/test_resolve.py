@@ -48,7 +48,7 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     backends._first_that_can.cache_clear()
 
 
-def test_automatic_choice_on_a_cpu_is_the_compiled_loops_where_they_are_built() -> None:
+def test_the_automatic_choice_on_a_cpu_is_the_compiled_loops_if_built() -> None:
     for op in backends.OPERATIONS:
         try:
             with backends.backend("host"):
@@ -58,14 +58,14 @@ def test_automatic_choice_on_a_cpu_is_the_compiled_loops_where_they_are_built() 
         assert backends.resolve(op, X) is expected
 
 
-def test_environment_variable_goes_before_the_automatic_choice(
+def test_the_environment_variable_overrides_the_automatic_choice(
     recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("GRADL1_BACKEND", "recorder")
     assert backends.resolve("conv", X) is recorder
 
 
-def test_context_goes_before_the_environment_variable(
+def test_the_context_overrides_the_environment_variable(
     recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("GRADL1_BACKEND", "reference")
@@ -83,7 +83,7 @@ def test_context_ends_with_an_exception(recorder: Recorder) -> None:
     assert backends.resolve("conv", X) is reference
 
 
-def test_unknown_names_are_answered_with_the_choices(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_names_raise_with_the_choices(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
         ValueError, match=r"backend\(\): unknown backend 'cudnn'; choose one of cuda, triton, host, reference"
     ):
@@ -102,13 +102,13 @@ def test_automatic_choice_falls_back_and_says_why_once(broken: str, caplog: pyte
     assert caplog.messages == ["conv on cpu: reference; not broken: no compiler for conv"]
 
 
-def test_a_backend_asked_for_by_name_does_not_fall_back(broken: str) -> None:
+def test_a_backend_requested_by_name_does_not_fall_back(broken: str) -> None:
     with backends.backend(broken), pytest.raises(backends.UnavailableError, match="no compiler for conv"):
         backends.resolve("conv", X)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
-def test_every_sweep_is_computed_by_the_chosen_backend(case: Case, recorder: Recorder) -> None:
+def test_every_pass_is_computed_by_the_chosen_backend(case: Case, recorder: Recorder) -> None:
     with backends.backend("recorder"):
         sweep(case)
     expected = {f"{case.op}_{sweep}" for sweep in ("forward", "backward", "double_backward")}
@@ -121,7 +121,7 @@ def test_nothing_else_is_called_without_the_context(recorder: Recorder) -> None:
     assert recorder.called == []
 
 
-def test_the_contract_names_every_sweep_of_the_reference() -> None:
+def test_the_contract_names_every_pass_of_the_reference() -> None:
     for name in reference.__all__:
         assert any(name.startswith(op) for op in backends.OPERATIONS)
         assert callable(getattr(reference, name))

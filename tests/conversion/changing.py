@@ -1,4 +1,4 @@
-"""Forward passes that a graph would silently get wrong: they change the model, or depend on who calls."""
+"""Forward passes that tracing would silently change: they modify the model or depend on the caller."""
 
 from __future__ import annotations
 

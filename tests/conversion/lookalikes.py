@@ -1,4 +1,4 @@
-"""Small models that look as those of well-known packages do, each with one of their constructs."""
+"""Small models, each with a construct of a well-known package."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Forward passes that a conversion must get right: each small, each with one difficulty."""
+"""Small forward passes that conversion must support, each with one difficulty."""
 
 from __future__ import annotations
 

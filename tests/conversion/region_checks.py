@@ -1,4 +1,4 @@
-"""Regions of a residual network, with whichever backend computes: checks for every device.
+"""Checks of regions in a residual network, for every backend and device.
 
 Each trains for two steps first: the first proves the plan and makes the programs.
 """

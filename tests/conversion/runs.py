@@ -1,4 +1,4 @@
-"""A model made anew, passes through it, and the comparison of two in ordinary and in penalised steps."""
+"""Creates a model, runs it, and compares ordinary and penalised steps of two models."""
 
 from __future__ import annotations
 

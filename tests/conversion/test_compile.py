@@ -70,7 +70,7 @@ def test_eager_steps_before_and_after_a_compiled_pass() -> None:
 
 
 @pytest.mark.parametrize("armed", [False, True])
-def test_tracing_a_converted_model_by_jit_is_right(armed: bool) -> None:
+def test_jit_tracing_of_a_converted_model_is_correct(armed: bool) -> None:
     x = VGG.batch()[0]
     plain, converted = VGG.make().eval(), gl.convert(VGG.make().eval())
     penalty = gl.GradL1(converted, 0.1, 0.1) if armed else None
@@ -84,7 +84,7 @@ def test_tracing_a_converted_model_by_jit_is_right(armed: bool) -> None:
     del penalty
 
 
-def test_tracing_by_fx_sees_the_layers_of_torch() -> None:
+def test_fx_tracing_sees_the_layers_as_those_of_torch() -> None:
     class Tracer(torch.fx.Tracer):
         def is_leaf_module(self, m: nn.Module, name: str) -> bool:
             return isinstance(m, nn.Conv2d | nn.Linear) or super().is_leaf_module(m, name)
@@ -102,7 +102,7 @@ def flops(model: nn.Module, x: torch.Tensor) -> tuple[int, dict]:
 
 @pytest.mark.parametrize("stepped", [False, True])
 @pytest.mark.parametrize("name", ["vgg", "resnet", *("encoder", "autoencoder", "scaled and standardised")])
-def test_flops_of_an_ordinary_step_are_the_originals(name: str, stepped: bool) -> None:
+def test_flops_of_an_ordinary_step_equal_those_of_the_original(name: str, stepped: bool) -> None:
     makes = {"vgg": VGG.make, "resnet": RESNET.make}
     make = makes.get(name, lambda: built(OF_IMAGES[name]))
     x = {"vgg": VGG.batch()[0], "resnet": RESNET.batch()[0]}.get(name, images())

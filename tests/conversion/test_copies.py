@@ -1,4 +1,4 @@
-"""Copies of a converted model: whole and independent, before, between and after penalised steps."""
+"""Copies of a converted model are complete and independent, before, between and after penalised steps."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_copies_are_whole_and_independent(
 
 
 @each_copy
-def test_a_copy_shares_sites_as_the_model_does(copied: Callable[[nn.Module], nn.Module]) -> None:
+def test_a_copy_shares_sites_like_the_model(copied: Callable[[nn.Module], nn.Module]) -> None:
     model = gl.convert(TWO_BLOCKS.make())
     twin = copied(model)
     for one in (model, twin):
@@ -156,7 +156,7 @@ def test_a_model_moves_with_its_probes_and_plans() -> None:
     assert penalty(nn.functional.cross_entropy(model(x), y)).dtype == torch.float64
 
 
-def test_a_model_that_was_traced_before() -> None:
+def test_converting_a_traced_model() -> None:
     x = VGG.batch()[0]
     for copied in (lambda model: model, copy.deepcopy, pickled):
         converted = copied(gl.convert(torch.fx.symbolic_trace(VGG.make())))

@@ -1,4 +1,4 @@
-"""A converted model computes what the original computes, and a penalised step what double backprop says."""
+"""A converted model equals the original, and a penalised step equals double backprop."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_penalised_steps(name: str, training: bool) -> None:
 
 @pytest.mark.parametrize("name", CHANGED_VIEWS)
 @pytest.mark.filterwarnings("error")
-def test_what_is_changed_through_a_view(name: str) -> None:
+def test_changes_through_a_view(name: str) -> None:
     x, models = images(), [built(CHANGED_VIEWS[name]) for _ in range(3)]
     assert_equal_runs(models[0], gl.convert(models[0]), x)
     assert_equal_steps(models[1], gl.convert(models[2]), loss_of(x))

@@ -1,4 +1,4 @@
-"""Fusion in plans: what becomes one operation, what must not, and that both compute the same."""
+"""Fusion in plans: which operations are fused, which are not, and that results are equal."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ OTHERS: tuple[Features, ...] = (
 
 
 @pytest.mark.parametrize("features", [*FUSED, *OTHERS], ids=lambda f: f.__name__)
-def test_a_plan_computes_what_the_modules_do(features: Features) -> None:
+def test_a_plan_computes_the_same_as_the_modules(features: Features) -> None:
     x = images()
     for training in (True, False):
         plain, converted = (built(lambda: model(features), training) for _ in range(2))
@@ -188,13 +188,13 @@ def _computes(root: nn.Module, node: fx.Node) -> bool:
 
 
 @pytest.mark.parametrize("features", FUSED, ids=lambda f: f.__name__)
-def test_norm_sum_and_activation_become_one(features: Features) -> None:
+def test_norm_sum_and_activation_are_fused(features: Features) -> None:
     names = operations(gl.convert(model(features)))
     assert names.count("fused") == 1
     assert not {n for n in names if "relu" in n}
 
 
-def test_every_norm_of_a_residual_network_takes_its_sum_and_activation() -> None:
+def test_every_norm_of_a_residual_network_is_fused_with_its_sum_and_activation() -> None:
     names = operations(gl.convert(RESNET.make()))
     assert set(names) == {"fused", "blocks.0.shortcut", "pool", "flatten"} | {
         n for n in names if n.endswith("shortcut")
@@ -203,7 +203,7 @@ def test_every_norm_of_a_residual_network_takes_its_sum_and_activation() -> None
 
 
 @pytest.mark.parametrize("scale", ["none", "step"])
-def test_the_site_of_an_only_reader_is_computed_with_the_norm(scale: str) -> None:
+def test_a_norm_is_fused_with_the_site_of_its_only_reader(scale: str) -> None:
     """Its quantizer too, but for a step, which is measured on the values before."""
     converted = gl.convert(VGG.make())
     gl.calibrate(converted, [VGG.batch()[0]])
@@ -251,7 +251,7 @@ def test_a_fused_call_with_a_site_equals_the_modules(kind: str, bits: int | None
         torch.testing.assert_close(results[1][1][name], term, rtol=1e-9, atol=1e-12)
 
 
-def test_without_a_range_nothing_is_counted() -> None:
+def test_a_missing_range_does_not_count_the_batch() -> None:
     norm, reader = nn.BatchNorm2d(4), gl.QConv2d(4, 4, 1)
     reader.input_quantizer.bits = 4
     with pytest.raises(RuntimeError, match="calibrate first"):
@@ -260,7 +260,7 @@ def test_without_a_range_nothing_is_counted() -> None:
     assert not norm.running_mean.any()
 
 
-def test_errors_of_a_batch_norm_are_pytorchs() -> None:
+def test_a_fused_batch_norm_raises_pytorchs_errors() -> None:
     for x in (torch.ones(1, 3, 1, 1), torch.ones(3, 1)):
         with pytest.raises(ValueError, match=r"expected|got") as theirs:
             nn.BatchNorm2d(3)(x)

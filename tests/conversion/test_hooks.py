@@ -1,4 +1,4 @@
-"""Hooks and replaced forward passes: they see what they see in the original, also in a penalised step."""
+"""Hooks and replaced forward passes get the same arguments as in the original, also in penalised steps."""
 
 from __future__ import annotations
 
@@ -46,7 +46,9 @@ def armed(model: nn.Module) -> None:
 
 @each_module
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
-def test_a_hook_set_after_conversion_sees_what_it_sees_in_the_original(name: str, training: bool) -> None:
+def test_a_hook_set_after_conversion_gets_the_same_arguments_as_in_the_original(
+    name: str, training: bool
+) -> None:
     plain, converted = TWO_BLOCKS.make().train(training), gl.convert(TWO_BLOCKS.make().train(training))
     theirs = [seen_by(plain, name, pass_=TWO_BLOCKS.loss) for _ in range(3)]
     ours = [
@@ -60,7 +62,7 @@ def test_a_hook_set_after_conversion_sees_what_it_sees_in_the_original(name: str
 
 
 @each_module
-def test_a_hook_set_before_conversion_goes_along(name: str) -> None:
+def test_a_hook_set_before_conversion_is_kept(name: str) -> None:
     seen: Seen = []
     plain = TWO_BLOCKS.make()
     look(plain.get_submodule(name), seen)
@@ -70,7 +72,7 @@ def test_a_hook_set_before_conversion_goes_along(name: str) -> None:
 
 
 @each_module
-def test_a_hook_that_comes_and_goes_between_penalised_steps(name: str) -> None:
+def test_a_hook_added_and_removed_between_penalised_steps(name: str) -> None:
     """Its output counts while it is there, and no longer."""
     x = TWO_BLOCKS.batch()[0]
     plain, converted = TWO_BLOCKS.make(), gl.convert(TWO_BLOCKS.make())
@@ -107,7 +109,7 @@ def halved(module: nn.Module, x: Tensor) -> Tensor:
     return type(module).forward(module, x) * 0.5
 
 
-def test_a_forward_that_is_replaced_later_and_put_back() -> None:
+def test_a_forward_that_is_replaced_and_restored_later() -> None:
     x = TWO_BLOCKS.batch()[0]
     plain, converted = TWO_BLOCKS.make(), gl.convert(TWO_BLOCKS.make())
     for name in ("blocks.1", "blocks.1.bn1", "blocks.1.relu", "stem.2", ""):
@@ -121,7 +123,7 @@ def test_a_forward_that_is_replaced_later_and_put_back() -> None:
             assert_same(penalised(converted, loss_of(x)), truth(plain, loss_of(x)))
 
 
-def test_a_forward_of_the_class_that_is_patched_between_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_class_whose_forward_is_patched_between_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     x = TWO_BLOCKS.batch()[0]
     plain, converted = TWO_BLOCKS.make(), gl.convert(TWO_BLOCKS.make())
     block = type(plain.blocks[0])
@@ -133,7 +135,7 @@ def test_a_forward_of_the_class_that_is_patched_between_steps(monkeypatch: pytes
     assert_same(penalised(converted, loss_of(x)), truth(plain, loss_of(x)))
 
 
-def test_hooks_of_all_modules_run_in_a_penalised_step() -> None:
+def test_global_module_hooks_run_in_a_penalised_step() -> None:
     converted, seen = gl.convert(TWO_BLOCKS.make()), []
     armed(converted)
     handle = nn.modules.module.register_module_forward_hook(
@@ -149,7 +151,7 @@ def test_hooks_of_all_modules_run_in_a_penalised_step() -> None:
     assert not seen
 
 
-def test_gradient_maps_by_hooks_are_the_originals() -> None:
+def test_hooks_compute_the_same_gradient_maps_as_in_the_original() -> None:
     """As class activation maps take them: activations by a forward hook, gradients by a tensor hook."""
     results = []
     for model in (TWO_BLOCKS.make().eval(), gl.convert(TWO_BLOCKS.make().eval())):
@@ -165,7 +167,7 @@ def test_gradient_maps_by_hooks_are_the_originals() -> None:
     assert_gradients(*results, 1e-12)
 
 
-def test_a_hook_on_an_inner_block_of_a_model_that_is_built_of_parts() -> None:
+def test_a_hook_on_an_inner_block_of_a_composed_model() -> None:
     def make() -> nn.Module:
         model = nn.Sequential(
             nn.Conv2d(4, 4, 1), nn.Sequential(nn.BatchNorm2d(4), nn.ReLU()), nn.Conv2d(4, 2, 1)

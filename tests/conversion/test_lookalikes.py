@@ -1,4 +1,4 @@
-"""Constructs of well-known packages: equal to the original, and penalised as double backprop says."""
+"""Constructs of well-known packages equal the original, and double backprop when penalised."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ each_mode = pytest.mark.parametrize("training", [True, False], ids=["training", 
 @each_model
 @each_mode
 @pytest.mark.filterwarnings("error:gradl1_fast.convert")
-def test_ordinary_steps_equal_the_originals(name: str, training: bool) -> None:
+def test_ordinary_steps_equal_those_of_the_original(name: str, training: bool) -> None:
     model = built(OF_IMAGES[name], training)
     assert_equal_runs(model, gl.convert(model), images())
 
@@ -53,7 +53,7 @@ def test_every_weight_is_quantized(name: str) -> None:
         torch.testing.assert_close(converted(images()), before, rtol=0.1, atol=0.15)
 
 
-def test_layer_drop_drops_as_the_original_does() -> None:
+def test_layer_drop_drops_the_same_layers_as_the_original() -> None:
     """The numbers of layers that a pass uses are drawn anew each time, and the same as in the original."""
     calls: list[list[str]] = []
     for model in (built(LayerDrop), gl.convert(built(LayerDrop))):
@@ -104,7 +104,7 @@ def test_a_language_model_with_tied_embeddings() -> None:
     assert isinstance(converted.c_attn, Conv1D)
 
 
-def test_fused_attention_is_penalised_without_help() -> None:
+def test_fused_attention_can_be_penalised() -> None:
     x = images()
     converted = gl.convert(built(OF_IMAGES["encoder"]))
     penalty = gl.GradL1(converted, 0.3, 0.2)
@@ -123,7 +123,7 @@ def test_an_embedding_has_a_weight_and_no_site() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:gradl1_fast.convert")
-def test_multihead_attention_of_torch_is_left_and_named() -> None:
+def test_multihead_attention_of_torch_stays_in_float_and_is_named() -> None:
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()

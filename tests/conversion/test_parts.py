@@ -1,4 +1,4 @@
-"""Parts of a converted model, called by themselves: they compute what the parts of the original compute."""
+"""Separately called parts of a converted model equal those of the original."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_every_module_by_itself_equals_its_original_while_the_whole_is_armed(whe
         assert_gradients([ours], [theirs], 1e-12)
 
 
-def test_two_parts_in_another_order() -> None:
+def test_two_parts_called_in_another_order() -> None:
     def shuffled(model: nn.Module) -> nn.Module:
         return nn.Sequential(model.stem, model.scale, model.blocks[1], model.blocks[0], model.blocks[1])
 

@@ -1,4 +1,4 @@
-"""Plans: when they run, when not and why, and that they are dropped as soon as their container changes."""
+"""When plans run, when they do not and why, and that a change of the container invalidates them."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ REASONS = {
 
 
 @pytest.mark.parametrize("name", REASONS)
-def test_a_model_without_a_plan_says_why(name: str) -> None:
+def test_a_model_without_a_plan_reports_the_reason(name: str) -> None:
     converted = gl.convert(built(NOT_PLANNED[name]))
     assert REASONS[name] in reason(converted)
     ((container, _, state),) = gl.report(converted).plans
@@ -56,7 +56,7 @@ def test_a_model_without_a_plan_says_why(name: str) -> None:
 
 
 @pytest.mark.parametrize("network", NETWORKS, ids=lambda n: n.id)
-def test_plans_hold_at_least_85_percent_of_the_layers(network: Network) -> None:
+def test_plans_cover_at_least_85_percent_of_the_layers(network: Network) -> None:
     converted = gl.convert(network.make())
     armed(converted, network.batch()[0])
     result = gl.report(converted)
@@ -64,7 +64,7 @@ def test_plans_hold_at_least_85_percent_of_the_layers(network: Network) -> None:
     assert inside >= 0.85 * len(result.layers)
 
 
-def test_plans_run_where_they_say_so_and_only_while_armed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plans_run_as_reported_and_only_while_armed(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
     original = planned.executable
 
@@ -121,7 +121,7 @@ class Drawing(nn.Module):
         return x * (2 if torch.rand([]) < 0.5 else 3) + self.calls
 
 
-def test_what_is_not_understood_does_not_stop_its_parents() -> None:
+def test_an_untraceable_module_does_not_prevent_the_plan_of_its_parent() -> None:
     def make() -> nn.Module:
         return model(drawn, inside=Drawing())
 
@@ -178,7 +178,7 @@ CHANGES: dict[str, Callable[[nn.Module], object]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_change_between_steps_counts(change: str) -> None:
+def test_changes_between_steps_take_effect(change: str) -> None:
     x = images()
     plain, converted = built(Switched), gl.convert(built(Switched))
     assert_equal_steps(plain, converted, loss_of(x))
@@ -189,15 +189,15 @@ def test_a_change_between_steps_counts(change: str) -> None:
     assert_equal_steps(plain, gl.convert(converted), loss_of(x))
 
 
-def test_a_plan_is_kept_for_each_mode_and_taken_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plans_are_cached_for_each_mode(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[bool] = []
-    original = planned._make
+    original = planned._plan_of
 
     def counted(module: nn.Module, arming: Any) -> Any:
         made.append(module.training)
         return original(module, arming)
 
-    monkeypatch.setattr(planned, "_make", counted)
+    monkeypatch.setattr(planned, "_plan_of", counted)
     converted, x = gl.convert(built(Switched)), images()
     for training in (True, True, False, True, False):
         armed(converted.train(training), x)
@@ -224,7 +224,7 @@ class Scaled(Base):
 
 
 @pytest.mark.parametrize("call", CALLS)
-def test_a_call_that_no_plan_is_for_runs_the_modules(call: str) -> None:
+def test_unsupported_calls_run_the_modules(call: str) -> None:
     run, wanted = CALLS[call]
     plain, converted = built(Scaled), gl.convert(built(Scaled))
 
@@ -238,7 +238,7 @@ def test_a_call_that_no_plan_is_for_runs_the_modules(call: str) -> None:
     del penalty
 
 
-def test_another_dtype_or_shape_is_compared_anew() -> None:
+def test_another_dtype_or_shape_is_compared_again() -> None:
     converted = gl.convert(built(PLANNED["functional_relu"]))
     for size in (5, 7, 5):
         x = torch.randn(2, 4, size, size).double()
@@ -251,7 +251,7 @@ def _fresh(converted: nn.Module, x: Tensor) -> Any:
     return truth(plain, loss_of(x))
 
 
-def test_a_model_of_several_inputs_has_a_plan() -> None:
+def test_a_model_with_several_inputs_has_a_plan() -> None:
     class Two(Base):
         def forward(self, x: Tensor, y: Tensor) -> Tensor:
             return self.fc((self.relu(self.bn1(self.conv1(x)) + self.conv2(y))).mean((2, 3)))
@@ -269,7 +269,7 @@ def test_a_model_of_several_inputs_has_a_plan() -> None:
         torch.testing.assert_close(ours.loss, loss(plain))
 
 
-def test_state_dicts_and_attributes_know_nothing_of_plans() -> None:
+def test_plans_do_not_appear_in_state_dicts_and_attributes() -> None:
     converted = gl.convert(RESNET.make())
     before = attributes(converted)
     armed(converted, RESNET.batch()[0])

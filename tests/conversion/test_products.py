@@ -1,4 +1,4 @@
-"""The warning of multiply-adds that stay in float."""
+"""The warning about multiply-adds in float."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class ByFunction(nn.Module):
 
 
 @pytest.mark.parametrize(("model", "share"), [(Attention(), "80%"), (ByFunction(), "50%")])
-def test_calibrate_warns_of_products_that_stay_in_float(model: nn.Module, share: str) -> None:
+def test_calibrate_warns_about_products_in_float(model: nn.Module, share: str) -> None:
     with pytest.warns(UserWarning, match=f"{share} of the multiply-adds stay in float"):
         gl.calibrate(gl.convert(model), [torch.randn(2, 16, 4)])
 
@@ -46,7 +46,7 @@ def test_calibrate_warns_of_products_that_stay_in_float(model: nn.Module, share:
         nn.Sequential(nn.Flatten(), nn.Linear(4 * 64, 5)),
     ],
 )
-def test_layers_of_this_library_are_no_reason_to_warn(layer: nn.Module) -> None:
+def test_layers_of_this_library_give_no_warning(layer: nn.Module) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         gl.calibrate(gl.convert(nn.Sequential(nn.Conv2d(3, 4, 1), layer)), [torch.randn(2, 3, 8, 8)])

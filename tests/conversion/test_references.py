@@ -1,4 +1,4 @@
-"""What leads back into a model from its attributes leads into the converted one; nothing else runs."""
+"""References from attributes into a model refer to the converted model after conversion."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_the_penalty_is_that_of_plain_double_backprop(way: str) -> None:
 
 
 @each_way
-def test_copies_that_are_folded_run_their_own_layers(way: str) -> None:
+def test_folded_copies_run_their_own_layers(way: str) -> None:
     model, x = gl.convert(made(way)).eval(), images()
     folding = gl.fold_batch_norm(model, x)
     assert folding.folded == {"norm": "first"}
@@ -137,7 +137,7 @@ def test_copies_that_are_folded_run_their_own_layers(way: str) -> None:
     assert not torch.allclose(again(x), model(x))
 
 
-def test_what_leads_nowhere_stays_the_same_object() -> None:
+def test_attributes_without_references_stay_the_same_object() -> None:
     net = made("own forward")
     net.table, net.function = {"a": [1, 2]}, lambda x: x
     model = gl.convert(net)
@@ -145,7 +145,7 @@ def test_what_leads_nowhere_stays_the_same_object() -> None:
     assert model.function is net.function
 
 
-def test_references_that_lead_in_a_circle() -> None:
+def test_cyclic_references() -> None:
     net = made("own forward")
     circle: list[Any] = [net.first]
     circle.append(circle)

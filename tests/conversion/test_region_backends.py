@@ -1,4 +1,4 @@
-"""Regions with each backend that computes on a CPU; a GPU runs the same checks, in tests/gpu."""
+"""Regions with each backend that runs on a CPU; tests/gpu runs the same checks on a GPU."""
 
 from __future__ import annotations
 

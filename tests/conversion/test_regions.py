@@ -1,4 +1,4 @@
-"""Regions: one node of the graph that computes what its modules do, however gradients are asked for."""
+"""A region is one node of the graph and equals its modules, however gradients are requested."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def regions_of(converted: nn.Module) -> list[regions.Region]:
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 @pytest.mark.parametrize("scale", ["none", "step"])
 @pytest.mark.parametrize("part", PARTS)
-def test_a_region_computes_what_its_modules_do(part: str, scale: str, training: bool) -> None:
+def test_a_region_computes_the_same_as_its_modules(part: str, scale: str, training: bool) -> None:
     converted = gl.convert(built(make(part), training))
     assert_equal_steps(built(make(part), training), converted, loss_of(images()), scale=scale, steps=2)
     found = regions_of(converted)
@@ -203,7 +203,7 @@ def assert_same_bits(one: Any, other: Any, rtol: float = 0) -> None:
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
 @pytest.mark.parametrize("part", ["residual", "parted by what no region takes", "two outputs"])
-def test_gradients_have_the_bits_of_the_modules_in_every_way_of_asking(part: str, way: Any) -> None:
+def test_gradients_are_bitwise_equal_however_they_are_requested(part: str, way: Any) -> None:
     for scale, rtol in (("none", 0), ("step", 1e-12)):  # steps add up in another order
         found = compared(part, lambda m, scale=scale: gradients(m, images(), scale, way))
         assert_same_bits(found[0][:2], found[1][:2], rtol)
@@ -252,7 +252,7 @@ def test_third_order_is_refused() -> None:
         sum(grad.square().sum() for grad in grads).backward()
 
 
-def test_a_graph_is_used_once_and_changed_tensors_are_found() -> None:
+def test_a_freed_graph_and_changed_tensors_raise() -> None:
     converted = gl.convert(built(make("residual")))
     penalty = gl.GradL1(converted, 0.3, 0.2)
     loss = loss_of(images())(converted)
@@ -267,7 +267,7 @@ def test_a_graph_is_used_once_and_changed_tensors_are_found() -> None:
         (loss + value).backward()
 
 
-def test_hooks_that_come_and_go_between_steps() -> None:
+def test_hooks_added_and_removed_between_steps() -> None:
     seen: list[Tensor] = []
     converted, plain = (gl.convert(built(make("residual"))) for _ in range(2))
     penalties = [gl.GradL1(m, 0.3, 0.2) for m in (converted, plain)]
@@ -288,7 +288,7 @@ def test_hooks_that_come_and_go_between_steps() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_under_autocast_loss_and_penalty_have_the_bits_of_the_operators(dtype: torch.dtype) -> None:
+def test_under_autocast_loss_and_penalty_are_bitwise_equal_to_the_operators(dtype: torch.dtype) -> None:
     """Gradients of weights add up in the type of the weights, rather than in that of the products."""
 
     def run(converted: nn.Module) -> Gradients:
@@ -317,7 +317,7 @@ def test_a_loss_that_is_not_finite_gives_a_penalty_and_gradients_that_are_not() 
     assert all(p.grad.isnan().all() for p in converted.parameters())
 
 
-def test_what_a_pass_keeps_is_freed_as_the_last_backward_pass_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_saved_tensors_are_freed_during_the_last_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     alive: list[int] = []
     for kind in (*Operation.__subclasses__(), *_Product.__subclasses__()):
         if "backward" in vars(kind):
@@ -341,7 +341,7 @@ def counting(original: Callable[..., None], alive: list[int]) -> Callable[..., N
     return backward
 
 
-def test_a_region_is_one_node_and_nothing_of_it_is_left_without_a_cycle_collector() -> None:
+def test_a_region_is_one_node_and_creates_no_reference_cycle() -> None:
     converted = gl.convert(built(make("residual")))
     penalty = gl.GradL1(converted, 0.3, 0.2)
     gc.collect()
@@ -370,7 +370,7 @@ def find(loss: Tensor) -> Any:
 
 
 @pytest.mark.parametrize("several", [False, True])
-def test_with_several_processes_regions_end_where_a_bucket_of_gradients_is_full(
+def test_with_several_processes_regions_end_when_a_bucket_is_full(
     several: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     distributed = torch.distributed
@@ -382,10 +382,10 @@ def test_with_several_processes_regions_end_where_a_bucket_of_gradients_is_full(
     assert len(regions_of(converted)) == (2 if several else 1)
 
 
-def test_programs_are_made_once_for_a_shape_and_old_ones_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_programs_are_cached_by_shape_and_the_oldest_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
-    original = regions.Region._make
-    monkeypatch.setattr(regions.Region, "_make", lambda *args: (made.append(1), original(*args))[1])
+    original = regions.Region._build
+    monkeypatch.setattr(regions.Region, "_build", lambda *args: (made.append(1), original(*args))[1])
     converted = gl.convert(built(make("residual")))
     penalty = gl.GradL1(converted, 0.3, 0.2)
     for size in (4, 4, 2, 4, 2):
@@ -395,7 +395,7 @@ def test_programs_are_made_once_for_a_shape_and_old_ones_make_room(monkeypatch: 
     for size in range(5, 30):
         loss = loss_of(torch.randn(2, 4, 5, size, dtype=torch.float64))(converted)
         (loss + penalty(loss)).backward()
-    assert all(len(region._programs) <= regions._KEPT for region in regions_of(converted))
+    assert all(len(region._programs) <= regions._CACHE_SIZE for region in regions_of(converted))
 
 
 CHANGES: tuple[Callable[[nn.Module], Any], ...] = (
@@ -405,7 +405,7 @@ CHANGES: tuple[Callable[[nn.Module], Any], ...] = (
 )
 
 
-def test_a_changed_attribute_of_a_layer_makes_another_program() -> None:
+def test_a_changed_attribute_of_a_layer_builds_another_program() -> None:
     def run(converted: nn.Module) -> list[Tensor]:
         found, penalty = [], gl.GradL1(converted, 0.3, 0.2, scale="none")
         for change in CHANGES:
@@ -419,7 +419,7 @@ def test_a_changed_attribute_of_a_layer_makes_another_program() -> None:
     assert len(set(map(float, found))) == len(found)
 
 
-def test_where_a_region_cannot_run_the_operators_do() -> None:
+def test_operators_run_if_a_region_cannot() -> None:
     def run(converted: nn.Module) -> list[Tensor]:
         penalty = gl.GradL1(converted, 0.3, 0.2)
         with torch.autograd.graph.save_on_cpu():
@@ -430,7 +430,7 @@ def test_where_a_region_cannot_run_the_operators_do() -> None:
     assert_same_bits(*compared("residual", run))
 
 
-def test_a_tensor_without_a_batch_goes_through_the_operators() -> None:
+def test_a_tensor_without_a_batch_dimension_uses_the_operators() -> None:
     def run(converted: nn.Module) -> list[Tensor]:
         penalty, found = gl.GradL1(converted, 0.3, 0.2), []
         for _ in range(2):

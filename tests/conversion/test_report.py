@@ -31,7 +31,7 @@ def test_every_layer_and_site_has_a_row(network: Network) -> None:
     assert repr(result) == shown
 
 
-def test_rows_say_bits_and_ranges() -> None:
+def test_rows_show_bits_and_ranges() -> None:
     model = gl.convert(VGG.make(), per_channel=True)
     gl.calibrate(model, [torch.ones(2, 3, 8, 8).double()])
     gl.set_bits(model, w=4, a=None)

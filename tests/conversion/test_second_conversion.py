@@ -1,4 +1,4 @@
-"""A second conversion converts what is new, and keeps what is there."""
+"""A second conversion converts new layers and keeps existing ones."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def plain_layers(model: nn.Module) -> list[str]:
 
 
 @each_change
-def test_what_is_new_is_converted_and_penalised(change: str) -> None:
+def test_new_layers_are_converted_and_penalised(change: str) -> None:
     model = changed(change, gl.convert(TWO_BLOCKS.make()))
     assert plain_layers(model)
     again = gl.convert(model)
@@ -52,7 +52,7 @@ def test_what_is_new_is_converted_and_penalised(change: str) -> None:
 
 
 @each_change
-def test_what_is_there_keeps_its_quantizers_ranges_and_widths(change: str) -> None:
+def test_existing_layers_keep_quantizers_ranges_and_widths(change: str) -> None:
     model = gl.convert(TWO_BLOCKS.make())
     gl.calibrate(model, [TWO_BLOCKS.batch()[0]])
     gl.set_bits(model, w=4, a=6)
@@ -82,7 +82,7 @@ def test_a_new_layer_may_be_per_channel() -> None:
     assert again[-1].weight_quantizer.axis == 0
 
 
-def test_parts_that_were_converted_apart_become_one_model() -> None:
+def test_separately_converted_parts_become_one_model() -> None:
     def body() -> nn.Module:
         torch.manual_seed(4)
         return nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3)).double()
@@ -97,7 +97,7 @@ def test_parts_that_were_converted_apart_become_one_model() -> None:
     assert_equal_steps(nn.Sequential(body(), head()), whole, loss_of(x))
 
 
-def test_the_first_conversion_is_not_disturbed() -> None:
+def test_the_first_conversion_is_not_affected() -> None:
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()

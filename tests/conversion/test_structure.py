@@ -1,4 +1,4 @@
-"""What conversion keeps of a model, what it replaces, and what it refuses."""
+"""The parts of a model that conversion keeps, replaces and refuses."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ each_model = pytest.mark.parametrize("name", EVERY)
 
 
 @each_model
-def test_nothing_of_the_original_changes_and_its_parameters_are_shared(name: str) -> None:
+def test_the_original_is_not_changed_and_shares_its_parameters(name: str) -> None:
     model = built(EVERY[name])
     before, shown, attributes = copy.deepcopy(model), str(model), str(vars(model))
     converted = gl.convert(model)
@@ -35,7 +35,7 @@ def test_nothing_of_the_original_changes_and_its_parameters_are_shared(name: str
 
 
 @each_model
-def test_state_dicts_names_and_modes_are_the_originals(name: str) -> None:
+def test_state_dicts_names_and_modes_equal_those_of_the_original(name: str) -> None:
     model = built(EVERY[name], training=False)
     converted = gl.convert(built(EVERY[name], training=False))
     assert list(converted.state_dict()) == list(model.state_dict())
@@ -93,7 +93,7 @@ class Backbone(nn.Module):
         return self.head(self.forward_features(x))
 
 
-def test_class_methods_attributes_and_blocks_are_the_models() -> None:
+def test_class_methods_attributes_and_blocks_are_kept() -> None:
     model = built(Backbone)
     model.note = {"epoch": 3}
     converted = gl.convert(model)
@@ -120,7 +120,7 @@ def test_parameter_groups_by_methods_and_classes_are_the_same() -> None:
     )  # an optimizer made before serves the converted model
 
 
-def test_a_train_of_its_own_is_called() -> None:
+def test_an_overridden_train_is_called() -> None:
     converted = gl.convert(built(Backbone))
     converted.eval().train()
     assert not converted.stem[1].training
@@ -164,7 +164,7 @@ def test_frozen_layers_stay_frozen() -> None:
     assert [p.requires_grad for p in converted.parameters()] == [p.requires_grad for p in model.parameters()]
 
 
-def test_per_channel_is_for_every_layer() -> None:
+def test_per_channel_applies_to_every_layer() -> None:
     axes = {
         m.weight_quantizer.axis for m in gl.convert(VGG.make(), per_channel=True).modules() if _is_ours(m)
     }
@@ -175,7 +175,7 @@ def _is_ours(module: nn.Module) -> bool:
     return isinstance(module, QuantizedLayer)
 
 
-def test_a_plain_module_that_only_holds_others_is_looked_into() -> None:
+def test_layers_inside_a_plain_module_are_converted() -> None:
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -208,7 +208,7 @@ def test_normalisations_are_not_named() -> None:
         gl.convert(nn.Sequential(nn.Conv2d(4, 4, 1), nn.LayerNorm([4, 5, 5]), nn.PReLU(4)))
 
 
-def test_a_layer_with_a_forward_of_its_own_is_left_and_named() -> None:
+def test_a_layer_with_a_replaced_forward_stays_in_float_and_is_named() -> None:
     model = built(own_forward)
     with pytest.warns(UserWarning, match=r"in float.*conv1 \(Conv2d\)"):
         converted = gl.convert(model)
@@ -216,7 +216,7 @@ def test_a_layer_with_a_forward_of_its_own_is_left_and_named() -> None:
     assert type(converted.conv1) is nn.Conv2d
 
 
-def test_an_encoder_that_reads_weights_itself_is_left_whole() -> None:
+def test_an_encoder_that_reads_weights_directly_is_not_converted() -> None:
     model = nn.Sequential(nn.TransformerEncoderLayer(4, 2, 8, 0.0, batch_first=True), nn.Linear(4, 2))
     with pytest.warns(UserWarning, match=r"in float.*0\.linear1"):
         converted = gl.convert(model.double())
@@ -259,7 +259,7 @@ REFUSED: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_what_cannot_be_converted_is_refused(kind: str) -> None:
+def test_models_that_cannot_be_converted_are_refused(kind: str) -> None:
     make, error, message = REFUSED[kind]
     with pytest.raises(error, match=f"convert: .*{message}"):
         gl.convert(make())  # type: ignore[arg-type]
@@ -273,7 +273,7 @@ class Spare(Base):
         self.spare = nn.Sequential(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2))
 
 
-def test_what_the_forward_pass_does_not_use_is_kept() -> None:
+def test_unused_submodules_are_kept() -> None:
     model = built(Spare)
     converted = gl.convert(model)
     assert list(converted.state_dict()) == list(model.state_dict())

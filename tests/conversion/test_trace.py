@@ -1,4 +1,4 @@
-"""Tracing a container: what it records, what it keeps whole, and that it leaves nothing behind."""
+"""Tracing a container: recorded operations, untraced parts, and no side effects."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ REASONS = {
 
 
 @pytest.mark.parametrize("name", REASONS)
-def test_what_a_graph_would_get_wrong_is_refused(name: str) -> None:
+def test_code_that_a_graph_would_change_is_refused(name: str) -> None:
     converted = gl.convert(built({**MODELS, **CHANGING}[name]))
     with pytest.raises(NotTraceableError, match=REASONS[name]):
         trace(converted)
 
 
 @pytest.mark.parametrize("name", {**MODELS, **CHANGING})
-def test_an_attempt_changes_nothing(name: str) -> None:
+def test_tracing_changes_nothing(name: str) -> None:
     model = gl.convert(built({**MODELS, **CHANGING}[name]))
     before = {key: value.clone() for key, value in model.state_dict().items()}
     attributes, shown, state = list(vars(model)), str(vars(model)), torch.get_rng_state()
@@ -59,7 +59,7 @@ def test_an_attempt_changes_nothing(name: str) -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_nothing_is_left_of_an_attempt() -> None:
+def test_changes_during_tracing_are_undone() -> None:
     model = built(OutputsListed)
     converted = gl.convert(model)
     with pytest.raises(NotTraceableError):
@@ -81,7 +81,7 @@ class OtherMemory(nn.Module):
         return self.linear(x)
 
 
-def test_memory_that_an_attempt_replaces_is_given_back() -> None:
+def test_memory_replaced_during_tracing_is_restored() -> None:
     model = gl.convert(OtherMemory())
     before = model.linear.weight.detach().clone()
     with pytest.raises(NotTraceableError, match=r"changes linear\.weight"):
@@ -123,17 +123,17 @@ def _own(module: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize("kind", INNER)
-def test_a_container_that_cannot_be_traced_is_one_call_in_its_parents(kind: str) -> None:
+def test_a_container_that_cannot_be_traced_becomes_one_call(kind: str) -> None:
     make, reason = INNER[kind]
     model = gl.convert(nn.Sequential(nn.Conv2d(4, 4, 1), make(), nn.Conv2d(4, 2, 1)))
     traced = trace(model)
-    assert bool(traced.kept_whole) == bool(reason)
+    assert bool(traced.untraced) == bool(reason)
     if reason:
-        assert reason in traced.kept_whole["1"]
+        assert reason in traced.untraced["1"]
         assert [node.target for node in traced.graph.nodes if node.op == "call_module"] == ["0", "1", "2"]
 
 
-def test_random_numbers_of_python_are_not_drawn_once() -> None:
+def test_python_random_numbers_are_not_frozen_in_the_graph() -> None:
     model = gl.convert(nn.Sequential(nn.Conv2d(4, 4, 1), PythonRandom()))
     state = random.getstate()
     with pytest.raises(NotTraceableError, match="random numbers"):
@@ -150,7 +150,7 @@ def in_place(m: Base, x: Tensor) -> Tensor:
     return m.conv2(y)
 
 
-def test_operators_in_place_are_recorded_as_such() -> None:
+def test_in_place_operators_are_recorded() -> None:
     graph = trace(gl.convert(models.model(in_place))).graph
     names = [node.target.__name__ for node in graph.nodes if node.op == "call_function"]
     assert [n for n in names if n.startswith("i")] == ["iadd", "imul", "isub", "itruediv"]
@@ -221,7 +221,7 @@ BY_TYPE = (by_type, by_duck, by_parameter, by_attribute, by_trial, by_call, by_m
 
 @pytest.mark.parametrize("features", BY_TYPE)
 @pytest.mark.parametrize("training", [True, False])
-def test_a_branch_on_the_type_of_a_value_goes_the_originals_way(features: Callable, training: bool) -> None:
+def test_a_branch_on_the_type_of_a_value_takes_the_same_path(features: Callable, training: bool) -> None:
     x = images()
     plain, converted = (built(lambda: models.model(features), training) for _ in range(2))
     assert_equal_steps(plain, gl.convert(converted), loss_of(x))
@@ -279,7 +279,7 @@ READERS: dict[str, Callable[[Scaled], float]] = {
 
 
 @pytest.mark.parametrize("reader", READERS)
-def test_a_number_read_from_a_buffer_is_the_present_one(reader: str) -> None:
+def test_a_number_read_from_a_buffer_is_current(reader: str) -> None:
     x = images()
     plain, converted = (built(lambda: Scaled(READERS[reader])) for _ in range(2))
     converted = gl.convert(converted)
@@ -292,7 +292,7 @@ def test_a_number_read_from_a_buffer_is_the_present_one(reader: str) -> None:
     assert_equal_steps(plain, converted, loss_of(x))
 
 
-def test_the_order_of_a_set_is_no_obstacle() -> None:
+def test_sets_of_any_order_can_be_traced() -> None:
     model = built(lambda: models.model(models.batch_norm_alone))
     model.numbers = set(range(1000))
     for number in {*range(1000)} - {9, 16}:
@@ -301,13 +301,13 @@ def test_the_order_of_a_set_is_no_obstacle() -> None:
     trace(gl.convert(model))
 
 
-def test_a_sparse_buffer_is_no_obstacle() -> None:
+def test_models_with_sparse_buffers_can_be_traced() -> None:
     model = built(lambda: models.model(models.batch_norm_alone))
     model.register_buffer("sparse", torch.eye(3).to_sparse())
     trace(gl.convert(model))
 
 
-def test_an_argument_with_a_default_has_it_in_the_graph() -> None:
+def test_default_arguments_are_constants_in_the_graph() -> None:
     model = built(ScaleOptional)
     converted = gl.convert(model)
     assert [n.name for n in trace(converted).graph.nodes if n.op == "placeholder"] == ["x"]
@@ -317,7 +317,7 @@ def test_an_argument_with_a_default_has_it_in_the_graph() -> None:
     del penalty
 
 
-def test_leaves_and_holders() -> None:
+def test_leaves_and_containers() -> None:
     assert is_leaf(nn.ReLU())
     assert is_leaf(nn.MultiheadAttention(4, 2))
     assert is_leaf(changing.Base().bn1)
@@ -328,7 +328,7 @@ def test_leaves_and_holders() -> None:
 
 
 @pytest.mark.parametrize("features", [by_type, by_duck])
-def test_a_branch_on_the_type_of_a_tensor_is_not_planned_and_computes_what_it_did(features: Callable) -> None:
+def test_a_branch_on_the_type_of_a_tensor_is_not_planned(features: Callable) -> None:
     plain, converted = (built(lambda: models.model(features)) for _ in range(2))
     converted = gl.convert(converted)
     assert_equal_steps(plain, converted, loss_of(images()))
@@ -368,7 +368,7 @@ class Reading(nn.Module):
         return self.conv(x).relu()
 
 
-def test_arguments_that_are_not_read_stay_arguments() -> None:
+def test_unused_arguments_remain_arguments() -> None:
     class Outer(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -383,9 +383,9 @@ def test_arguments_that_are_not_read_stay_arguments() -> None:
     assert converted.inner._compiled_call_impl.reason == ""
 
 
-def test_a_part_of_what_is_kept_whole_is_no_part_of_the_graph() -> None:
+def test_a_module_inside_an_untraced_container_is_not_in_the_graph() -> None:
     blocks = [Branching(Branching(nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU()))) for _ in range(3)]
     model = gl.convert(nn.Sequential(*blocks))
-    assert list(trace(model).kept_whole) == ["0", "1", "2"]
+    assert list(trace(model).untraced) == ["0", "1", "2"]
     names = [part.name for part in parts_of(model)]
     assert names == ["", *(f"{i}{below}" for i in range(3) for below in ("", ".part", ".part.part"))]

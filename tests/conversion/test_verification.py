@@ -1,4 +1,4 @@
-"""The comparison of a plan with its modules: what it rejects, and that it leaves no trace."""
+"""The comparison of a plan with its modules: which plans it rejects, and no side effects."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_a_wrong_plan_is_not_run(kind: str, monkeypatch: pytest.MonkeyPatch) -> 
     assert reason in state
 
 
-def test_the_comparison_leaves_random_numbers_statistics_inputs_and_attributes() -> None:
+def test_the_comparison_changes_no_state() -> None:
     class Leaving(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -69,17 +69,17 @@ def test_the_comparison_leaves_random_numbers_statistics_inputs_and_attributes()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_values_that_are_not_finite_are_the_same_where_both_have_them(value: float) -> None:
+def test_equal_non_finite_values_compare_equal(value: float) -> None:
     module, x = nn.Identity(), torch.tensor([1.0, value])
     assert not difference(module, lambda x: x, lambda x: x * 1, (x,))
     assert difference(module, lambda x: x, lambda x: x.nan_to_num(0, 0, 0), (x,))
 
 
-def test_a_batch_of_nothing_is_the_same() -> None:
+def test_empty_batches_compare_equal() -> None:
     assert not difference(nn.Identity(), lambda x: x, lambda x: x * 1, (torch.empty(0, 3),))
 
 
-def test_whole_numbers_and_flags_are_compared_exactly() -> None:
+def test_integers_and_booleans_are_compared_exactly() -> None:
     module, x = nn.Identity(), torch.arange(3)
     assert not difference(module, lambda x: (x, x > 1, "a"), lambda x: (x * 1, x > 1, "a"), (x,))
     assert difference(module, lambda x: x, lambda x: x + 1, (x,))
@@ -95,7 +95,7 @@ def test_statistics_are_counted_once_in_a_pass_that_compares() -> None:
         assert int(converted.bn1.num_batches_tracked) == count
 
 
-def test_dropout_draws_in_a_pass_that_compares_as_in_any() -> None:
+def test_the_comparison_does_not_change_dropout() -> None:
     def make() -> nn.Module:
         return model(lambda m, x: m.conv2(m.drop(m.relu(m.conv1(x)))), drop=nn.Dropout(0.5))
 

@@ -1,4 +1,4 @@
-"""The rules that were compared, and the one that was chosen."""
+"""The compared rounding rules of any-bit files, and the chosen one."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def rules(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return importlib.import_module("any_bit_rules")
 
 
-def test_the_middle_is_what_files_are_read_with(rules: ModuleType) -> None:
+def test_files_are_decoded_with_the_middle_rule(rules: ModuleType) -> None:
     x = torch.randn(6, 4, 3, 3)
     scale = x.abs().max() / 127
     for w in rules.WIDTHS:
@@ -33,7 +33,7 @@ def test_the_middle_is_what_files_are_read_with(rules: ModuleType) -> None:
         torch.testing.assert_close(rules.middle(x, x.abs().max(), w), wanted)
 
 
-def test_direct_is_what_the_quantizer_does(rules: ModuleType) -> None:
+def test_the_direct_rule_equals_the_quantizer(rules: ModuleType) -> None:
     layer = gl.QLinear(20, 10)
     for w in rules.WIDTHS:
         layer.weight_quantizer.bits = w
@@ -43,7 +43,7 @@ def test_direct_is_what_the_quantizer_does(rules: ModuleType) -> None:
         )
 
 
-def test_every_rule_is_measured_and_weights_come_back(rules: ModuleType) -> None:
+def test_every_rule_is_measured_and_weights_are_restored(rules: ModuleType) -> None:
     model = gl.convert(nn.Sequential(nn.Linear(9, 8), nn.ReLU(), nn.Linear(8, 3)))
     before = {key: value.clone() for key, value in model.state_dict().items()}
     x = torch.randn(50, 9)

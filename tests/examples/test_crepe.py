@@ -1,4 +1,4 @@
-"""The example on a network that somebody else trained."""
+"""The example with a pretrained network."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def crepe() -> ModuleType:
     return module
 
 
-def test_batch_norms_behind_relu_are_not_folded_backwards(crepe: ModuleType) -> None:
+def test_batch_norms_after_relu_are_not_folded_backwards(crepe: ModuleType) -> None:
     plain = crepe.Crepe().eval()
     for module in plain.modules():
         if isinstance(module, nn.BatchNorm2d):

@@ -1,4 +1,4 @@
-"""The example on a network of timm, and timm's networks by name."""
+"""The example with a timm network, and timm networks by name."""
 
 from __future__ import annotations
 

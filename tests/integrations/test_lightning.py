@@ -109,7 +109,7 @@ def assert_equal(ours: nn.Module, theirs: nn.Module) -> None:
     ],
     ids=["plain", "from the second epoch", "accumulated", "bfloat16"],
 )
-def test_training_equals_a_loop_by_hand_bit_for_bit(options: dict[str, Any], loop: dict[str, Any]) -> None:
+def test_training_is_bitwise_equal_to_a_manual_loop(options: dict[str, Any], loop: dict[str, Any]) -> None:
     module = fitted(**options)
     assert_equal(module.network, by_hand(**loop))
     unpenalised = by_hand(**{**loop, "first_epoch": 9})
@@ -147,7 +147,7 @@ def test_the_callback_leaves_no_trace_and_logs_the_penalty() -> None:
     assert all(value > 0 for value in seen)
 
 
-def test_a_backward_of_the_modules_own_gets_loss_and_penalty() -> None:
+def test_an_overridden_backward_gets_loss_and_penalty() -> None:
     seen: list[Tensor] = []
 
     class Own(Classifier):
@@ -163,7 +163,7 @@ def test_a_backward_of_the_modules_own_gets_loss_and_penalty() -> None:
     torch.testing.assert_close(seen[0], (loss + penalty(loss)).detach(), rtol=0, atol=0)
 
 
-def test_a_penalty_that_would_get_lost_is_an_error() -> None:
+def test_a_penalty_that_would_be_lost_is_an_error() -> None:
     precision = pytest.importorskip("lightning.pytorch.plugins.precision")
 
     class Detour(precision.Precision):

@@ -1,4 +1,4 @@
-"""Packages that fit each other: what `make` installs can be imported."""
+"""Compatible packages: the packages that `make` installs can be imported."""
 
 from __future__ import annotations
 

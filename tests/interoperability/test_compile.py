@@ -98,7 +98,7 @@ RAISES = [broken_before_the_penalty, broken_before_the_criterion, model_alone, o
 
 @pytest.mark.parametrize("way", WORKS, ids=lambda f: f.__name__)
 @pytest.mark.usefixtures("trace_autograd")
-def test_what_compiles_the_penalty_with_its_loss_equals_eager(way: Way) -> None:
+def test_compiling_penalty_and_loss_together_equals_eager(way: Way) -> None:
     model = network()
     found = way(model, gl.GradL1(model, *LAMBDAS))
     assert_gradients(found, gradients(network()), 1e-12)

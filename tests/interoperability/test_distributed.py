@@ -1,4 +1,4 @@
-"""fully_shard, FullyShardedDataParallel and SyncBatchNorm: the right gradient, or a sentence.
+"""fully_shard, FullyShardedDataParallel and SyncBatchNorm: a correct gradient, or an error.
 
 DistributedDataParallel is tested in tests/training/test_ranks.py.
 """
@@ -64,7 +64,7 @@ def test_fully_shard_trains_to_the_same_weights(results: dict[str, Any]) -> None
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_would_lose_the_penalty_is_refused(results: dict[str, Any], name: str) -> None:
+def test_configurations_that_would_lose_the_penalty_are_refused(results: dict[str, Any], name: str) -> None:
     for found in results["found"]:
         assert re.search(REFUSED[name], found["refused"][name]), found["refused"][name]
 
@@ -98,7 +98,7 @@ def test_synchronised_norms_after_convert_are_plain_ones_in_one_process() -> Non
     assert_gradients(results[1], results[0], 1e-10)
 
 
-def test_a_model_that_is_wrapped_is_refused_by_convert() -> None:
+def test_a_wrapped_model_is_refused_by_convert() -> None:
     wrapped = nn.parallel.DistributedDataParallel.__new__(nn.parallel.DistributedDataParallel)
     nn.Module.__init__(wrapped)  # needs no process group
     wrapped.module = plain()

@@ -1,4 +1,4 @@
-"""docs/interoperability.md names, for every row, files of tests that are there."""
+"""Every row of docs/interoperability.md names existing test files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def rows() -> list[list[str]]:
 
 
 @pytest.mark.parametrize("row", rows(), ids=lambda row: row[0])
-def test_every_row_says_how_it_stands_and_names_files_of_tests(row: list[str]) -> None:
+def test_every_row_has_a_status_and_names_its_tests(row: list[str]) -> None:
     assert len(row) == 3
     _, stands, where = row
     assert re.match(r"works|refused|PyTorch's error|an error", stands)

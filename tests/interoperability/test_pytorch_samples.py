@@ -1,4 +1,4 @@
-"""PyTorch's own sample inputs (OpInfo) through our functions: three sweeps against plain PyTorch."""
+"""PyTorch's sample inputs (OpInfo) in our functions: the three passes compared with plain PyTorch."""
 
 from __future__ import annotations
 
@@ -146,14 +146,14 @@ def _present(actual: Tensor | None, expected: Tensor | None) -> tuple[Tensor, Te
 
 @pytest.mark.parametrize("name", ["conv1d", "conv2d", "conv3d", "linear"])
 @pytest.mark.parametrize("dtype", OTHERS, ids=str)
-def test_what_is_no_real_number_is_refused(name: str, dtype: torch.dtype) -> None:
+def test_complex_and_integer_samples_are_refused(name: str, dtype: torch.dtype) -> None:
     for sample in samples(name, dtype):
         with pytest.raises(TypeError, match=f"every tensor must have a floating type, got {dtype}"):
             OURS[name](*sample.args, **sample.options)
 
 
 @pytest.mark.parametrize("name", ["conv1d", "conv2d", "conv3d"])
-def test_what_pytorch_refuses_is_refused(name: str) -> None:
+def test_samples_that_pytorch_refuses_are_refused(name: str) -> None:
     inputs = list(op_info(name).error_inputs("cpu"))
     assert inputs
     for error in inputs:

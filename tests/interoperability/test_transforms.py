@@ -82,7 +82,7 @@ def test_vmap_over_training_is_an_error() -> None:
         torch.vmap(network())(batches())
 
 
-def test_gradients_in_batches() -> None:
+def test_batched_gradients() -> None:
     model = network().eval()
     y, parameters = model(data()[0]).sum(0), list(model.parameters())
     together = torch.autograd.grad(y, parameters, torch.eye(3).double(), True, is_grads_batched=True)
@@ -244,7 +244,7 @@ def test_the_penaltys_gradient_under_autocast(
 
 
 @pytest.mark.parametrize("bits", [None, 4])
-def test_inference_mode_evaluates_alike(bits: int | None) -> None:
+def test_inference_mode_gives_the_same_result(bits: int | None) -> None:
     model, (x, _) = network().eval(), data()
     gl.calibrate(model, [x])
     with gl.bits(model, w=bits, a=bits):

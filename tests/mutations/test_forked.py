@@ -1,4 +1,4 @@
-"""What `make mutate` relies on: an exit code for each run, of the sources as they are then."""
+"""`make mutate` requires an exit code for each run with the current sources."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The parts of `make mutate` together: every operator and the whole reference, each file once."""
+"""The parts of `make mutate` cover every operator and the whole reference, each file once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The switch of a model: on for as long as a penalty waits for the next forward pass."""
+"""The arming state of a model: armed while a penalty will differentiate the next forward pass."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def arming(model: nn.Module) -> Arming:
     return found
 
 
-def test_a_penalty_arms_and_its_end_disarms() -> None:
+def test_a_penalty_arms_and_its_deletion_disarms() -> None:
     model = make()
     assert not is_armed(arming(model))
     penalty = gl.GradL1(model, 0.1, 0.1)
@@ -38,7 +38,7 @@ def test_a_penalty_arms_and_its_end_disarms() -> None:
     assert not is_armed(arming(model))
 
 
-def test_a_penalty_on_every_other_step_arms_those_alone() -> None:
+def test_a_penalty_on_every_other_step_arms_only_these_steps() -> None:
     model = make()
     penalty = gl.GradL1(model, 0.1, 0.1, every=2)
     states = []
@@ -58,7 +58,7 @@ def test_copies_are_not_armed() -> None:
     del penalty
 
 
-def test_layers_made_alone_have_switches_of_their_own() -> None:
+def test_separately_created_layers_have_their_own_arming_state() -> None:
     model = nn.Sequential(gl.QLinear(3, 3), gl.QLinear(3, 2))
     assert len(list(armings_of(model.modules()))) == 2
     penalty = gl.GradL1(model, 0.1, 0.1)

@@ -1,4 +1,4 @@
-"""Layers of others and layers with computed weights: quantized as their forward pass uses the weight."""
+"""Foreign layers and computed weights are quantized as their forward pass uses the weight."""
 
 from __future__ import annotations
 
@@ -178,7 +178,7 @@ each_kind = pytest.mark.parametrize("kind", EVERY)
 @each_kind
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 @pytest.mark.filterwarnings("error:gradl1_fast.convert", "ignore:.*weight_norm.* is deprecated")
-def test_ordinary_steps_equal_the_originals(kind: str, training: bool) -> None:
+def test_ordinary_steps_equal_those_of_the_original(kind: str, training: bool) -> None:
     model = built(make(kind), training)
     assert_equal_runs(model, gl.convert(model), images())
 
@@ -193,7 +193,7 @@ def test_penalised_steps_equal_double_backprop(kind: str, scale: str) -> None:
 
 @pytest.mark.parametrize("kind", COMPUTED_INSIDE)
 @pytest.mark.parametrize("scale", ["none", "step"])
-def test_a_weight_that_is_computed_inside_is_penalised_as_it_is_used(kind: str, scale: str) -> None:
+def test_a_computed_weight_is_penalised_as_it_is_used(kind: str, scale: str) -> None:
     """Against the layer of torch with that computation as a parametrization."""
     plain, converted = built(make(kind)), gl.convert(built(make(kind)))
     torch.testing.assert_close(used_weight(inner(converted)), _in_use(inner_plain(plain), kind).detach())
@@ -238,7 +238,7 @@ def as_parametrization(module: nn.Module, kind: str) -> None:
 
 @each_kind
 @pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
-def test_the_width_of_the_weight_has_its_effect(kind: str) -> None:
+def test_the_width_of_the_weight_takes_effect(kind: str) -> None:
     converted = gl.convert(built(make(kind), training=False))
     before = converted(images())
     layer = inner(converted)
@@ -265,7 +265,7 @@ def test_the_quantized_weight_is_on_its_grid(kind: str) -> None:
 
 @each_kind
 @pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
-def test_a_penalty_on_activations_alone_is_not_refused(kind: str) -> None:
+def test_a_penalty_on_activations_only_is_accepted(kind: str) -> None:
     converted = gl.convert(built(make(kind)))
     penalty = gl.GradL1(converted, 0.0, 0.2)
     loss = loss_of(images())(converted)
@@ -294,7 +294,7 @@ def test_a_foreign_layer_stays_an_instance_of_its_class(kind: str) -> None:
     assert back.__dict__.keys() == theirs.__dict__.keys()
 
 
-def test_a_method_of_its_own_is_there() -> None:
+def test_custom_methods_are_kept() -> None:
     assert inner(gl.convert(built(make("a method more")))).size() == 16
 
 
@@ -318,7 +318,7 @@ class Named(nn.Embedding):
 @pytest.mark.parametrize(
     "layer", [Strange(4, 4), Raising(4, 4, 1), Named(4, 4)], ids=lambda m: type(m).__name__
 )
-def test_a_layer_of_no_known_kind_is_left_and_named(layer: nn.Module) -> None:
+def test_an_unsupported_layer_stays_in_float_and_is_named(layer: nn.Module) -> None:
     model = nn.Sequential(nn.Conv2d(4, 4, 1), layer)
     with pytest.warns(UserWarning, match=rf"1 \({type(layer).__name__}\)"):
         converted = gl.convert(model)

@@ -1,4 +1,4 @@
-"""The modules against their torch twins."""
+"""The layers compared with their torch twins."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def armed(layer: QuantizedLayer) -> QuantizedLayer:
 
 @each_case
 @pytest.mark.parametrize("is_armed", [False, True])
-def test_outputs_and_gradients_equal_the_twins(case: Case, is_armed: bool) -> None:
+def test_outputs_and_gradients_equal_those_of_the_twin(case: Case, is_armed: bool) -> None:
     layer, args, kwargs = case
     twin = TWINS[layer](*args, **kwargs, dtype=torch.float64)
     ours = layer(*args, **kwargs, dtype=torch.float64)
@@ -112,7 +112,7 @@ class Subclass(nn.Linear):
 
 
 @pytest.mark.parametrize("module", [Subclass(3, 3), nn.Conv2d(3, 3, 1), gl.QLinear(3, 3)])
-def test_only_the_exact_twin_is_taken(module: nn.Module) -> None:
+def test_only_the_exact_twin_is_accepted(module: nn.Module) -> None:
     with pytest.raises(TypeError, match="stands in for Linear exactly"):
         gl.QLinear.from_float(module)
 
@@ -155,7 +155,7 @@ MOVES: dict[str, tuple[Callable[[nn.Module], nn.Module], torch.dtype, str]] = {
 
 
 @pytest.mark.parametrize("move", MOVES)
-def test_a_probe_moves_along_and_stays_a_leaf(move: str) -> None:
+def test_a_probe_is_moved_with_the_model_and_stays_a_leaf(move: str) -> None:
     function, dtype, device = MOVES[move]
     layer = gl.QConv2d(2, 3, 3)
     probe = function(layer).input_quantizer.probe
@@ -164,7 +164,7 @@ def test_a_probe_moves_along_and_stays_a_leaf(move: str) -> None:
     assert probe.requires_grad
 
 
-def test_layers_can_be_made_on_meta() -> None:
+def test_layers_can_be_created_on_meta() -> None:
     layer = gl.QConv2d(2, 3, 3, device="meta", dtype=torch.bfloat16)
     assert layer(torch.empty(1, 2, 5, 5, device="meta", dtype=torch.bfloat16)).shape == (1, 3, 3, 3)
     assert layer.input_quantizer.probe.is_meta
@@ -195,7 +195,7 @@ GIVEN: list[tuple[type[QuantizedLayer], tuple[Any, ...], tuple[int, ...]]] = [
 @pytest.mark.parametrize("change", IN_PLACE)
 @pytest.mark.parametrize(("layer", "args", "shape"), GIVEN, ids=str)
 @pytest.mark.parametrize("is_armed", [False, True])
-def test_what_a_layer_returns_may_be_changed_in_place(
+def test_the_result_of_a_layer_may_be_changed_in_place(
     change: str, layer: type[QuantizedLayer], args: tuple[Any, ...], shape: tuple[int, ...], is_armed: bool
 ) -> None:
     twin = TWINS[layer](*args, dtype=torch.float64)
@@ -224,7 +224,7 @@ def test_an_embedding_equals_its_twin_and_is_quantized(per_channel: bool) -> Non
     assert torch.equal(gradient[2], torch.zeros(4))
 
 
-def test_a_transposed_convolution_may_be_told_its_size() -> None:
+def test_a_transposed_convolution_accepts_an_output_size() -> None:
     twin = nn.ConvTranspose2d(4, 4, 3, stride=2, padding=1, dtype=torch.float64)
     for ours in (gl.QConvTranspose2d.from_float(twin), armed(gl.QConvTranspose2d.from_float(twin))):
         for size in ((7, 9), (8, 10)):

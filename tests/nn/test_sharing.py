@@ -1,4 +1,4 @@
-"""Layers that are given the very same tensor share a site; nobody else does."""
+"""Layers share a site if and only if they have the same input tensor."""
 
 from __future__ import annotations
 
@@ -94,13 +94,13 @@ def sites(model: nn.Module) -> set[str]:
 
 @each_read_with_gradient
 @pytest.mark.parametrize("scale", ["none", "step"])
-def test_sites_and_terms_are_the_oracles(read: Callable[..., list[Tensor]], scale: str) -> None:
+def test_sites_and_terms_equal_those_of_the_oracle(read: Callable[..., list[Tensor]], scale: str) -> None:
     converted = gl.convert(built(make(read)))
     assert_equal_steps(built(make(read)), converted, loss_of(tokens()), scale=scale, steps=3)
 
 
 @each_read_with_gradient
-def test_the_input_of_the_network_alone_has_no_term(read: Callable[..., list[Tensor]]) -> None:
+def test_only_the_input_of_the_network_has_no_term(read: Callable[..., list[Tensor]]) -> None:
     x, converted = tokens(), gl.convert(built(make(read)))
     for _ in range(2):
         assert_same(penalised(converted, loss_of(x)), truth(built(make(read)), loss_of(x)))
@@ -143,7 +143,7 @@ def test_a_quantized_step_reads_one_quantized_tensor(read: Callable[..., list[Te
     assert len(seen) == 1
 
 
-def test_the_same_leaf_in_every_step_is_no_stale_note() -> None:
+def test_reusing_a_leaf_in_every_step_does_not_reuse_notes() -> None:
     """Full-batch training on one tensor object, and calibration with the same batch twice."""
     x = tokens()
     plain, converted = built(make(same)), gl.convert(built(make(same)))
@@ -203,7 +203,7 @@ def notes_of(model: nn.Module) -> int:
     return sum(len(arming.notes) for arming in armings_of(model.modules()))
 
 
-def test_passes_that_nobody_differentiates_leave_nothing() -> None:
+def test_passes_that_are_not_differentiated_leave_nothing() -> None:
     """The step of a range leads back to its tensor, through a graph that the collector cannot see."""
     converted, counts = gl.convert(built(make(same))), []
     penalty = gl.GradL1(converted, 0.1, 0.1)
@@ -278,7 +278,7 @@ def test_two_models_may_read_one_activation() -> None:
     assert values[0] == pytest.approx(values[1])
 
 
-def test_two_models_may_be_given_one_batch() -> None:
+def test_two_models_may_get_the_same_batch() -> None:
     models, x = two_models(), tokens()
     for model in models:
         gl.calibrate(model, [x])
@@ -370,7 +370,7 @@ BATCHES: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("batch", BATCHES)
-def test_the_input_is_known_in_whatever_shape_it_comes(batch: str) -> None:
+def test_the_input_is_recognised_in_any_shape(batch: str) -> None:
     x = BATCHES[batch](torch.randn(6, 4, 4))
     for name in ("view", "permuted copy"):
         model = gl.convert(Reading(INPUTS[name], branches=True))
@@ -379,13 +379,13 @@ def test_the_input_is_known_in_whatever_shape_it_comes(batch: str) -> None:
 
 
 @pytest.mark.parametrize("activation", [nn.ReLU(), nn.ReLU6(), nn.MaxPool2d(1), nn.Hardtanh(0, 1)])
-def test_what_is_computed_is_an_activation_also_where_it_changes_no_value(activation: nn.Module) -> None:
+def test_a_computed_tensor_is_an_activation_even_with_unchanged_values(activation: nn.Module) -> None:
     model = gl.convert(nn.Sequential(activation, nn.Flatten(), nn.Linear(16, 4), nn.ReLU(), nn.Linear(4, 4)))
     penalised(model, lambda m: m(torch.rand(6, 4, 4)).square().mean())
     assert sites(model) == {"2", "4"}
 
 
-def test_values_that_tell_nothing_make_no_input() -> None:
+def test_constant_values_are_not_taken_for_the_input() -> None:
     for x in (torch.zeros(6, 4, 4), torch.full((6, 4, 4), torch.nan)):
         model = gl.convert(Reading(lambda x: (x * 2).flatten(1), branches=True))
         penalised(model, lambda m: m(x).square().mean())  # noqa: B023  # it runs at once
@@ -393,7 +393,7 @@ def test_values_that_tell_nothing_make_no_input() -> None:
 
 
 @pytest.mark.parametrize("seen", ["make_fx", "vmap", "fake"])
-def test_where_values_cannot_be_looked_at_a_copy_is_none(seen: str) -> None:
+def test_a_copy_is_not_recognised_if_values_cannot_be_read(seen: str) -> None:
     model = gl.convert(Reading(INPUTS["permuted copy"], branches=False))
     model.first.input_quantizer.is_input, x = False, torch.randn(6, 4, 4)
     gl.calibrate(model, [x])
@@ -416,7 +416,7 @@ def test_marks_of_inputs_do_not_outlive_them() -> None:
     assert len(inputs._marks) == before
 
 
-def test_tensors_seen_at_sites_do_not_outlive_the_pass() -> None:
+def test_tensors_at_sites_do_not_outlive_the_pass() -> None:
     model = gl.convert(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)))
     with seen_at_sites(model) as seen:
         y = model(torch.randn(2, 4))

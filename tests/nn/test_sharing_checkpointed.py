@@ -1,4 +1,4 @@
-"""Sites in checkpointed regions, under AMP and while compiled: those of eager mode, or named in an error."""
+"""Sites in checkpointed regions, under AMP and in compiled steps equal those of eager mode, or raise."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ class Across(nn.Module):
 
 
 @pytest.mark.parametrize("order", ["inside first", "outside first"])
-def test_a_tensor_read_inside_and_outside_is_right_or_refused_by_name(order: str) -> None:
+def test_a_tensor_read_inside_and_outside_a_region_is_correct_or_refused_by_name(order: str) -> None:
     x, converted = tokens(), gl.convert(built(lambda: Across(order)))
     error = None
     try:
@@ -131,7 +131,7 @@ def test_a_tensor_read_inside_and_outside_is_right_or_refused_by_name(order: str
 
 
 @pytest.mark.parametrize("order", ["inside first", "outside first"])
-def test_that_is_no_matter_without_a_penalty(order: str) -> None:
+def test_without_a_penalty_such_a_tensor_is_accepted(order: str) -> None:
     plain, converted = built(lambda: Across(order)), gl.convert(built(lambda: Across(order)))
     gl.calibrate(converted, [tokens()])
     for model in (plain, converted):
@@ -143,7 +143,7 @@ def test_that_is_no_matter_without_a_penalty(order: str) -> None:
 
 
 @pytest.mark.parametrize("read", ["eager", "autocast"])
-def test_autocast_finds_the_same_sites_and_a_near_penalty(read: str) -> None:
+def test_autocast_finds_the_same_sites_and_a_similar_penalty(read: str) -> None:
     x = tokens().float()
     converted = gl.convert(built(stack()).float())
     with torch.autocast("cpu", torch.bfloat16, enabled=read == "autocast"):

@@ -1,4 +1,4 @@
-"""Classes with a version, without which they load nothing."""
+"""Classes that require a version to load a state dict."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def by_averages(model: nn.Module, other: nn.Module, _path: Path) -> None:
 
 
 @pytest.mark.parametrize("way", [by_any_bit_file, by_weights_file, by_averages])
-def test_a_class_that_asks_for_its_version_can_be_loaded(way: Any, tmp_path: Path) -> None:
+def test_a_class_that_requires_its_version_can_be_loaded(way: Any, tmp_path: Path) -> None:
     model, other = (gl.convert(Versioned(nn.Linear(4, 4), nn.BatchNorm1d(4))).eval() for _ in range(2))
     nn.init.uniform_(model[1].weight)
     way(model, other, tmp_path / "file.safetensors")

@@ -1,4 +1,4 @@
-"""The operations as data: what is computed, its truth, the shapes of what it is differentiated by."""
+"""The operations as data: the computation, its reference, and the shapes of its cotangents."""
 
 from __future__ import annotations
 

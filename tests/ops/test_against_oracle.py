@@ -1,4 +1,4 @@
-"""Every operation against ordinary automatic differentiation and finite differences, in float64."""
+"""Every operation compared with automatic differentiation and finite differences, in float64."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ PROBE_FACTOR = 0.3
 
 
 @each_case
-def test_three_sweeps(case: Case) -> None:
+def test_three_passes(case: Case) -> None:
     actual, expected = sweep(case), sweep(case, truth=True)
     assert_gradients(actual.flat(), expected.flat())
 
 
 @each_case
-def test_three_sweeps_through_the_dispatcher(case: Case) -> None:
+def test_three_passes_through_the_dispatcher(case: Case) -> None:
     # An operator may take a shorter way where nothing watches; here something does.
     with Watching() as mode:
         actual = sweep(case)

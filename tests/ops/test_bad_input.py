@@ -1,4 +1,4 @@
-"""NaN, infinities, overflow, odd sizes, changed tensors, mixed devices: right, or an error that says so."""
+"""NaN, infinities, overflow, odd sizes, changed tensors, mixed devices: correct, or a clear error."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_batch_norm_without_channels(training: bool) -> None:
 @on_each_backend
 @each_case
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_not_finite_input_gives_what_pytorch_gives(case: Case, value: float) -> None:
+def test_non_finite_input_gives_the_same_result_as_in_pytorch(case: Case, value: float) -> None:
     inputs = case.inputs(torch.float32)
     inputs[0].view(-1)[0] = value
     torch.testing.assert_close(
@@ -77,7 +77,7 @@ def _first_order(case: Case, inputs: list[Tensor], truth: bool) -> list[Tensor]:
 
 @on_each_backend
 @each_case
-def test_not_finite_gradient_is_passed_on(case: Case) -> None:
+def test_non_finite_gradients_propagate(case: Case) -> None:
     leaves = [leaf(t) for t in case.inputs()]
     probe = scalar_probe(leaves[0]) if case.probe else None
     y = case.call(leaves, probe)
@@ -147,7 +147,7 @@ def test_mixed_devices_are_an_error(case: Case) -> None:
         case.call([first.to("meta"), *rest], scalar_probe(first) if case.probe else None)
 
 
-def test_one_value_for_each_channel_in_training_is_pytorchs_own_error() -> None:
+def test_one_value_per_channel_in_training_raises_pytorchs_error() -> None:
     x, statistics = torch.ones(1, 3, 1, 1), (torch.zeros(3), torch.ones(3))
     with pytest.raises(ValueError, match="more than 1 value") as theirs:
         F.batch_norm(x, *statistics, training=True)

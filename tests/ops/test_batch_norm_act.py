@@ -30,7 +30,7 @@ QUANTIZED = [c for c in BATCH_NORM_ACT if "quantized" in c.id and "relu6" not in
 
 
 @pytest.mark.parametrize("case", [c for c in BATCH_NORM_ACT if "relu" in c.id], ids=lambda c: c.id)
-def test_the_cases_reach_the_ends_of_the_activation(case: Case) -> None:
+def test_the_cases_cover_the_ends_of_the_activation(case: Case) -> None:
     y = case.truth(*case.inputs())
     assert (y == 0).any()
     assert (y > 0).any()
@@ -38,7 +38,7 @@ def test_the_cases_reach_the_ends_of_the_activation(case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", QUANTIZED, ids=lambda c: c.id)
-def test_the_quantized_cases_are_clamped_here_and_pass_there(case: Case) -> None:
+def test_the_quantized_cases_have_clamped_and_unclamped_values(case: Case) -> None:
     y = case.truth(*case.inputs())
     assert (y == y.max()).sum() > 1  # beyond the last code, all are one
     assert 2 < len(y.unique()) <= 8
@@ -56,7 +56,7 @@ def test_an_output_that_nothing_needs_may_be_changed_in_place() -> None:
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("momentum", [0.0, 0.1, 0.5, 1.0])
-def test_running_statistics_are_those_of_pytorch_and_updated_once(
+def test_running_statistics_equal_those_of_pytorch_and_are_updated_once(
     shape: tuple[int, ...], momentum: float
 ) -> None:
     x, actual, expected = random(shape, 1), statistics(), statistics()
@@ -138,7 +138,7 @@ def test_residual_and_probe_measure_the_gradient_at_the_output(activation: str) 
     assert_gradients([l1, d_residual], [dy.abs().sum(), dy * open_])
 
 
-def test_large_mean_and_small_variance_keep_their_digits() -> None:
+def test_a_large_mean_with_a_small_variance_keeps_precision() -> None:
     x = 1000 + 0.01 * random((64, 3, 8, 8), 1)
     actual, plain, exact = (
         operation(x.to(dtype), None, None, training=True)
@@ -153,7 +153,7 @@ def test_large_mean_and_small_variance_keep_their_digits() -> None:
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 @pytest.mark.parametrize("trained", ["weight", "bias"])
-def test_one_vector_alone_is_trained(trained: str, training: bool) -> None:
+def test_only_one_of_weight_and_bias_is_trained(trained: str, training: bool) -> None:
     vectors = {"weight": random((3,), 2), "bias": random((3,), 3)}
     vectors[trained] = leaf(vectors[trained])
     wanted = vectors[trained]
@@ -169,7 +169,7 @@ def test_one_vector_alone_is_trained(trained: str, training: bool) -> None:
 
 
 @pytest.mark.usefixtures("each_cpu_backend")
-def test_the_gradients_of_a_channel_of_one_value_keep_their_digits() -> None:
+def test_gradients_of_a_nearly_constant_channel_keep_precision() -> None:
     """Its normalised values are zeros; ``x * factor - mean * factor`` leaves what was rounded off."""
     x, dy, v = (random((4, 3, 2, 2), seed) for seed in (1, 2, 3))
     x[:, 1] = 1000

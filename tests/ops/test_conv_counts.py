@@ -1,4 +1,4 @@
-"""How many convolutions a penalised step takes, counted where PyTorch dispatches them."""
+"""The number of convolutions in a penalised step, counted in PyTorch's dispatcher."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ def test_no_convolution_is_wasted(step: str, groups: int) -> None:
     assert {kind: total.get(kind, 0) for kind in expected} == expected
 
 
-def test_a_penalty_on_activations_makes_no_weight_gradient_in_the_first_backward() -> None:
+def test_a_penalty_on_activations_computes_no_weight_gradient_in_the_first_backward() -> None:
     forward, first, _ = penalised_step(True, False, True)
     assert forward == {"fprop": 1}
     assert first == {"fprop": 1, "dgrad": 1, "wgrad": 0}
 
 
-def test_a_frozen_weight_gets_no_gradient_of_its_own() -> None:
+def test_no_gradient_is_computed_for_a_frozen_weight() -> None:
     x, w, probe = leaf(torch.randn(2, 4, 6, 6)), torch.randn(4, 4, 3, 3), leaf(torch.zeros(()))
     with Convolutions() as mode:
         loss = ours.conv(ours.tap(x, probe), w, padding=1).sin().sum()

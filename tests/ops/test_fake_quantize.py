@@ -24,7 +24,7 @@ def quantize(
 
 @each_type
 @pytest.mark.parametrize("per_channel", [False, True])
-def test_halves_go_to_even(dtype: torch.dtype, per_channel: bool) -> None:
+def test_ties_round_to_even(dtype: torch.dtype, per_channel: bool) -> None:
     x = torch.tensor([-2.5, -1.5, -0.5, 0.5, 1.5, 2.5, 0.75], dtype=dtype) / 4
     expected = torch.tensor([-2, -2, 0, 0, 2, 2, 1], dtype=dtype) / 4
     assert torch.equal(quantize(x, 0.25, 0, (-7, 7), per_channel), expected)
@@ -32,7 +32,7 @@ def test_halves_go_to_even(dtype: torch.dtype, per_channel: bool) -> None:
 
 @each_type
 @pytest.mark.parametrize("per_channel", [False, True])
-def test_nan_stays_and_infinities_clamp(dtype: torch.dtype, per_channel: bool) -> None:
+def test_nan_propagates_and_infinities_clamp(dtype: torch.dtype, per_channel: bool) -> None:
     x = torch.tensor([NAN, INF, -INF, 0.0, 100.0], dtype=dtype)
     expected = torch.tensor([NAN, 2.5, -1.0, 0.0, 2.5], dtype=dtype)
     actual = quantize(x, 0.5, 2, (0, 7), per_channel)
@@ -62,7 +62,7 @@ def test_probe_measures_the_gradient_before_the_mask() -> None:
     assert (l1.item(), dx.tolist()) == (7, [0, -2, 0])
 
 
-def test_an_ordinary_backward_pass_gives_the_probe_nothing() -> None:
+def test_an_ordinary_backward_pass_gives_the_probe_no_gradient() -> None:
     x, probe = leaf(torch.ones(3)), leaf(torch.zeros(()))
     quantize(x, 1, 0, (-3, 3), probe=probe).sum().backward()
     assert probe.grad is None

@@ -1,4 +1,4 @@
-"""``torch.utils.flop_counter`` counts the products of every sweep."""
+"""``torch.utils.flop_counter`` counts the products of every pass."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def counted(step: Callable[[], object]) -> int:
 
 
 @each
-def test_each_sweep(layer: Layer) -> None:
+def test_each_pass(layer: Layer) -> None:
     x, w = leaf(torch.randn(layer.x)), leaf(torch.randn(layer.weight))
     with torch.no_grad():
         assert counted(lambda: layer.function(x, w)) == layer.product

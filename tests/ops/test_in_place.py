@@ -1,4 +1,4 @@
-"""What an operation returns may be changed in place, with right gradients; what it saved may not."""
+"""Results of operations may be changed in place with correct gradients; saved tensors may not."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_under_autocast(name: str, dtype: torch.dtype) -> None:
     assert_gradients(step(case.function, change), step(case.truth, unchanged), 0.02)
 
 
-def test_relu_in_place_behind_a_linear_layer_of_a_sequence() -> None:
+def test_relu_in_place_after_a_linear_layer_of_a_sequence() -> None:
     def step(linear: Callable[..., Tensor], in_place: bool) -> list[Tensor]:
         x, w, b = (leaf(random(shape, i)) for i, shape in enumerate([(2, 4, 5), (3, 5), (3,)]))
         y = nn.ReLU(inplace=in_place)(linear(x, w, b))
@@ -114,7 +114,7 @@ def test_a_result_that_the_next_layer_saved_is_not_changed_unnoticed(shape: tupl
         torch.autograd.grad(z.sum(), w)
 
 
-def test_an_input_of_fake_quantize_changed_behind_it_is_an_error() -> None:
+def test_an_input_of_fake_quantize_changed_afterwards_is_an_error() -> None:
     x = leaf(random((3, 4), 1)) * 1
     y = ours.fake_quantize(x, torch.tensor(0.5), torch.tensor(0.0), -3, 3)
     x += 1
@@ -139,7 +139,7 @@ def test_a_tapped_tensor_is_not_changed_in_place_unnoticed() -> None:
         y += 1
 
 
-def test_an_alias_is_a_tap_that_is_no_view() -> None:
+def test_an_alias_is_a_tap_but_not_a_view() -> None:
     def step(site: Callable[[Tensor, Tensor], Tensor], last: str) -> list[Tensor]:
         x, w, probe = leaf(random((2, 5), 1)), leaf(random((3, 5), 2)), leaf(torch.zeros(()).double())
         y = site(x, probe)

@@ -1,4 +1,4 @@
-"""Strides of inputs and of incoming gradients change no result; channels_last stays channels_last."""
+"""Strides of inputs and gradients do not change results, and channels_last is kept."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _both(case: Case, **layouts: object) -> tuple[list[Tensor | None], list[Tens
 
 @pytest.mark.parametrize("case", IMAGES, ids=lambda c: c.id)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-def test_channels_last_is_kept_by_all_sweeps(case: Case, dtype: torch.dtype) -> None:
+def test_channels_last_is_kept_in_all_passes(case: Case, dtype: torch.dtype) -> None:
     def images(t: Tensor) -> Tensor:
         return t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t
 
@@ -41,7 +41,7 @@ def test_channels_last_is_kept_by_all_sweeps(case: Case, dtype: torch.dtype) -> 
 
 @pytest.mark.parametrize("case", BATCH_NORM_ACT, ids=lambda c: c.id)
 @pytest.mark.parametrize("gradients", [torch.clone, expanded, constant], ids=lambda f: f.__name__)
-def test_batch_norm_keeps_channels_last_whatever_arrives(case: Case, gradients: object) -> None:
+def test_batch_norm_keeps_channels_last_for_any_gradient_layout(case: Case, gradients: object) -> None:
     channels_last = LAYOUTS["channels_last"]
     result = sweep(case, inputs=channels_last, gradients=gradients)
     strides = channels_last(case.inputs()[0]).stride()

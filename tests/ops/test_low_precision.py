@@ -1,4 +1,4 @@
-"""Half precision in and out: at most twice the error of plain PyTorch in the same type."""
+"""Half precision: at most twice the error of plain PyTorch in the same type."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is absent stays absent, and the sign of zero is zero."""
+"""Missing gradients stay missing, and the sign of zero is zero."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ SITES: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], int]] = {
 
 
 @pytest.mark.parametrize("name", SITES)
-def test_a_double_backward_is_given_no_zeros_for_what_is_absent(name: str) -> None:
+def test_missing_gradients_are_not_passed_as_zeros_to_double_backward(name: str) -> None:
     site, count = SITES[name]
     x, probe = leaf(random((3, 4), 1)), torch.zeros((), requires_grad=True)
     with Arguments(f"{name}_double_backward") as seen:
@@ -76,7 +76,7 @@ def test_zeros_among_the_tensors_of_a_norm_have_no_gradient() -> None:
     assert second.tolist() == [-7.0 + 11.0]
 
 
-def test_a_norm_refuses_gradients_of_another_number() -> None:
+def test_a_norm_refuses_a_wrong_number_of_gradients() -> None:
     x = torch.ones(3)
     with torch.no_grad(), backend("reference"):
         with pytest.raises(ValueError, match="zip"):

@@ -1,4 +1,4 @@
-"""Sweeps of convolution and linear layer as operators: what autograd's own calls of them do not reach."""
+"""Passes of convolutions and linear layers called directly, in ways that autograd does not."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_a_double_backward_of_both_gradients_at_once(product: Product) -> None:
 
 @each
 @pytest.mark.parametrize("mask", [[True, False], [False, True]], ids=["input", "weight"])
-def test_a_gradient_that_needs_the_other_operand_alone(product: Product, mask: list[bool]) -> None:
+def test_the_gradient_of_a_single_operand(product: Product, mask: list[bool]) -> None:
     dy, x, weight = product.operands()
     other = weight if mask[0] else x  # the operand on which the gradient depends
     other.requires_grad_()
@@ -85,7 +85,7 @@ def test_a_gradient_that_needs_the_other_operand_alone(product: Product, mask: l
 
 
 @each
-def test_an_operator_by_itself_does_not_follow_autocast(product: Product) -> None:
+def test_an_operator_called_directly_does_not_use_autocast(product: Product) -> None:
     dy, x, weight = product.operands(torch.float32)
     expected = product.backward(dy, x, weight, [True, True])
     with torch.autocast("cpu", torch.bfloat16):

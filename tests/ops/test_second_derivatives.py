@@ -1,4 +1,4 @@
-"""Second derivatives of fused attention and of the hard sigmoid: PyTorch's unfused form is the truth."""
+"""Second derivatives of fused attention and the hard sigmoid, compared with PyTorch's unfused form."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_attention_in_low_precision(case: str, dtype: torch.dtype, error: float)
         assert relative_error(actual, expected) <= error
 
 
-def test_only_what_is_asked_for_is_differentiated() -> None:
+def test_only_requested_inputs_are_differentiated() -> None:
     query, key, value = operands()
     key.requires_grad_(False)
     results = []
@@ -177,7 +177,7 @@ def test_a_hard_sigmoid_of_constant_gradient_has_second_derivative_zero() -> Non
     assert torch.equal(torch.autograd.grad(grad.sum(), x)[0], torch.zeros_like(x))
 
 
-def test_torch_func_sees_what_it_saw() -> None:
+def test_torch_func_is_not_affected() -> None:
     x = 3 * torch.randn(3, 7)
     for f in (F.hardsigmoid, F.hardswish):
         single = torch.func.grad(lambda x, f=f: f(x).square().sum())
@@ -320,7 +320,7 @@ def cuda(
 
 @pytest.mark.usefixtures("_on_cpu")
 @pytest.mark.parametrize(("operator", "kind", "options"), CUDA_CASES, ids=str)
-def test_arguments_of_operators_of_cuda(operator: str, kind: str, options: dict[str, Any]) -> None:
+def test_arguments_of_cuda_operators(operator: str, kind: str, options: dict[str, Any]) -> None:
     inputs, bias = operands(), None
     if kind != "no bias":
         bias = torch.randn(2, HEADS, L, S, dtype=torch.float64, requires_grad=kind == "bias with gradient")
@@ -336,7 +336,7 @@ def test_arguments_of_operators_of_cuda(operator: str, kind: str, options: dict[
 
 @pytest.mark.usefixtures("_on_cpu")
 @pytest.mark.parametrize("operator", CUDA)
-def test_dropout_raises_where_it_is_differentiated_twice(operator: str) -> None:
+def test_dropout_raises_when_differentiated_twice(operator: str) -> None:
     inputs = operands()
     y = cuda(operator, *inputs, None, 0.5)
     grads = torch.autograd.grad(y.sum(), inputs, create_graph=True)
@@ -418,7 +418,7 @@ for name in functions:
     assert fresh(code) == "['hardswish']", "PyTorch has second derivatives that it did not have"
 
 
-def test_first_gradients_keep_their_bits() -> None:
+def test_first_gradients_are_bitwise_unchanged() -> None:
     code = """
 from gradl1_fast.ops.second_derivatives import install
 before = {name: gradients(name) for name in functions}

@@ -1,4 +1,4 @@
-"""What lies beyond the second order is an error, never a number."""
+"""A derivative of third order raises an error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the blocks of pages take for granted: a trained model of yours, its data, your functions."""
+"""The names that code blocks of pages assume: a trained model, its data, and functions."""
 
 from __future__ import annotations
 

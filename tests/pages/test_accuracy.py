@@ -1,4 +1,4 @@
-"""Tables of accuracy in the pages are those of the committed results."""
+"""Accuracy tables in the pages equal the committed results."""
 
 from __future__ import annotations
 

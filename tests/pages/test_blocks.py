@@ -1,4 +1,4 @@
-"""Every block of Python in README.md and the pages runs, in the order of its page."""
+"""Every block of Python in README.md and the pages runs, in order."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The reference leaves out no public name."""
+"""The reference contains every public name."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def resolve(name: str) -> Any:
     return found
 
 
-def test_an_address_is_of_an_object_not_of_a_module_that_is_called_alike() -> None:
+def test_an_address_refers_to_the_object_not_the_module_of_the_same_name() -> None:
     griffe = pytest.importorskip("griffe", reason="the site is built with it: pip install '.[docs]'")
     package = griffe.load("gradl1_fast", search_paths=[ROOT], submodules=True)
     found = {name: package[name.partition(".")[2]] for name in documented()}

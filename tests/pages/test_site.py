@@ -1,4 +1,4 @@
-"""What the site is made of besides MkDocs: links, formulas, figures, docstrings."""
+"""The site's own extensions of MkDocs: links, formulas, figures, docstrings."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Page:
         ("index.md", "https://arxiv.org/abs/2002.07520", "https://arxiv.org/abs/2002.07520"),
     ],
 )
-def test_links_of_the_repository_lead_to_their_place_on_the_site(place: str, link: str, wanted: str) -> None:
+def test_links_in_the_repository_are_mapped_to_the_site(place: str, link: str, wanted: str) -> None:
     assert hooks.on_page_markdown(f"[here]({link})", Page(place)) == f"[here]({wanted})"
 
 
@@ -40,7 +40,7 @@ def test_files_outside_docs_that_pages_need_are_there() -> None:
     assert list((ROOT / hooks.CHARTS).glob("*/*/*.svg"))
 
 
-def test_formulas_become_drawings_that_keep_their_source() -> None:
+def test_formulas_become_images_that_keep_their_source() -> None:
     page = (
         '<p>so <span class="arithmatex">\\(a &lt; b_1\\)</span>.</p><div class="arithmatex">\\[x^2\\]</div>'
     )
@@ -82,7 +82,7 @@ def test_the_figure_of_widths_has_the_means_of_the_results() -> None:
         ('<link rel="canonical" href="https://example.org/">', 0),
     ],
 )
-def test_what_would_be_loaded_from_elsewhere_is_found(tag: str, count: int) -> None:
+def test_external_resources_are_found(tag: str, count: int) -> None:
     assert len(hooks.from_elsewhere(tag)) == count
 
 
@@ -94,6 +94,6 @@ def test_roles_in_docstrings_become_links_to_the_reference() -> None:
         "gradl1_fast", search_paths=[ROOT], extensions=griffe.load_extensions(Docstrings), submodules=True
     )
     text = package["quantization.bits.set_bits"].docstring.value
-    assert "needs [`calibrate`][gradl1_fast.calibrate] before" in text
+    assert "[`calibrate`][gradl1_fast.calibrate] first" in text
     text = package["penalty.GradL1"].docstring.value
     assert "approximation of [`backward`][gradl1_fast.GradL1.backward]" in text

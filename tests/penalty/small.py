@@ -1,4 +1,4 @@
-"""A network of linear layers with curved activations, and what double backprop finds in it."""
+"""A network of linear layers with smooth activations, and its double backprop."""
 
 from __future__ import annotations
 

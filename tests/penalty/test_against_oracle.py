@@ -1,4 +1,4 @@
-"""Penalty and total gradient of whole networks against ordinary double backprop in float64."""
+"""Penalty and total gradient of whole networks compared with double backprop in float64."""
 
 from __future__ import annotations
 

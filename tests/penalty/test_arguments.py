@@ -1,4 +1,4 @@
-"""GradL1's arguments, the losses it takes, and the models it refuses."""
+"""GradL1's arguments, the losses it accepts, and the models it refuses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""When a penalty arms a model: other passes run PyTorch's own operators and measure nothing."""
+"""When a penalty arms a model; other passes run PyTorch's own operators and measure nothing."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_without_a_penalty_a_pass_runs_pytorchs_own_operators() -> None:
     assert penalty.sites
 
 
-def test_with_every_the_other_passes_are_ordinary(model: nn.Module) -> None:
+def test_skipped_passes_are_ordinary(model: nn.Module) -> None:
     penalty = gl.GradL1(model, 1.0, 1.0, every=3)
     graphs, values = [], []
     for _ in range(6):
@@ -64,7 +64,7 @@ def test_with_every_the_other_passes_are_ordinary(model: nn.Module) -> None:
     torch.testing.assert_close(values[2], 3 * always(curved(model)))
 
 
-def test_a_skipped_call_leaves_the_terms(model: nn.Module) -> None:
+def test_a_skipped_call_does_not_change_the_terms(model: nn.Module) -> None:
     penalty = gl.GradL1(model, 1.0, 1.0, every=2)
     for _ in range(2):
         penalty(curved(model))
@@ -74,7 +74,7 @@ def test_a_skipped_call_leaves_the_terms(model: nn.Module) -> None:
     assert penalty.terms == before
 
 
-def test_with_every_above_one_each_call_counts_also_for_one_loss(model: nn.Module) -> None:
+def test_with_every_each_call_counts_even_for_the_same_loss(model: nn.Module) -> None:
     penalty, loss = gl.GradL1(model, 1.0, 0.0, every=2), curved(model)
     assert [bool(penalty(loss)) for _ in range(4)] == [False, True, False, True]
 
@@ -111,7 +111,7 @@ def test_two_penalties_of_one_model_with_different_periods() -> None:
     assert values == [(i % 2 == 0, i % 3 == 0) for i in range(1, 7)]
 
 
-def test_the_model_is_disarmed_when_nobody_keeps_the_penalty(model: nn.Module) -> None:
+def test_the_model_is_disarmed_when_the_penalty_is_deleted(model: nn.Module) -> None:
     first, second = gl.GradL1(model, 1.0, 1.0), gl.GradL1(model, 1.0, 0.0)
     del first
     gc.collect()
@@ -203,7 +203,7 @@ class Checkpointed(nn.Module):
 
 
 @pytest.mark.parametrize("every", [1, 2, 3])
-def test_what_is_computed_again_is_computed_as_it_was(every: int) -> None:
+def test_recomputation_uses_the_original_arming_state(every: int) -> None:
     results = []
     for checkpointed in (True, False):
         torch.manual_seed(0)

@@ -99,7 +99,7 @@ def test_equal_to_double_backprop_through_the_unfused_form(case: str, scale: str
     assert_same(found, expected, 1e-9)
 
 
-def test_layers_that_are_given_one_tensor_share_a_term() -> None:
+def test_layers_with_the_same_input_share_a_term() -> None:
     model = gl.convert(made(Attention))
     assert model.q.input_quantizer is model.k.input_quantizer is model.v.input_quantizer
     assert model.q.input_quantizer is not model.out.input_quantizer

@@ -1,4 +1,4 @@
-"""torch.compile of a whole penalised step: equal to eager, or an error, never a wrong number."""
+"""torch.compile of a whole penalised step: equal to eager, or an error."""
 
 from __future__ import annotations
 

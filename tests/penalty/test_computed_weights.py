@@ -1,4 +1,4 @@
-"""Weights that are computed from parameters: the penalty is on the gradient of what the forward pass used."""
+"""The penalty applies to the gradient of a computed weight as the forward pass used it."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_equal_to_double_backprop_on_the_computed_tensor(
 
 
 @pytest.mark.parametrize("case", COMPUTED)
-def test_a_weight_that_is_computed_from_now_on(case: str) -> None:
+def test_a_weight_that_becomes_computed_after_conversion(case: str) -> None:
     model = gl.convert(linears())
     penalty = gl.GradL1(model, 0.3, 0.2)
     torch.manual_seed(5)

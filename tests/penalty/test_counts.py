@@ -1,4 +1,4 @@
-"""How many convolutions a penalised step of a whole network takes."""
+"""The number of convolutions in a penalised step of a whole network."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Custom functions of others: a lost second derivative raises and names the function, a right one is left."""
+"""Custom functions: a lost second derivative raises with the name, and a correct one is accepted."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def test_a_function_that_would_lose_the_penaltys_gradient_is_named(
         step(model, mean if place == "last" else squares, way)
 
 
-def test_of_several_functions_the_marked_one_is_named() -> None:
+def test_the_marked_one_of_several_functions_is_named() -> None:
     marked = function(CASES["in custom_bwd"][0]).apply
     model = network(middle=with_a_buffer, last=marked)
     with pytest.raises(
@@ -220,7 +220,7 @@ class Auxiliary(torch.autograd.Function):
         return dy, dy.new_ones(())
 
 
-def test_a_backward_that_returns_a_constant_is_left_alone() -> None:
+def test_a_backward_that_returns_a_constant_is_accepted() -> None:
     model = network(middle=lambda x: torch.tanh(Auxiliary.apply(x, x.square().sum())))
     found = step(model, lambda_a=0.0)
     twin = network()
@@ -250,7 +250,7 @@ RIGHT: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] 
 @pytest.mark.parametrize("criterion", [squares, mean], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("place", ["middle", "last"])
 @pytest.mark.parametrize("case", RIGHT)
-def test_a_function_with_a_right_derivative_is_left_alone(
+def test_a_function_with_a_correct_derivative_is_accepted(
     case: str, place: str, criterion: Callable[[Tensor], Tensor]
 ) -> None:
     custom, plain = (step(network(**{place: f}), criterion, lambda_a=0.0) for f in RIGHT[case])
@@ -266,7 +266,7 @@ def test_frozen_layers_beside_a_custom_function() -> None:
     assert_gradients(*results, 1e-12)
 
 
-def test_no_hook_stays_and_a_model_without_custom_functions_gets_none(
+def test_hooks_are_removed_and_only_added_for_custom_functions(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     added, removed = [], []
@@ -289,7 +289,7 @@ def test_no_hook_stays_and_a_model_without_custom_functions_gets_none(
     assert len(added) == len(removed) == 3  # the second look is one more
 
 
-def test_functions_of_parametrizations_and_of_this_library_are_left_alone() -> None:
+def test_functions_of_parametrizations_and_of_this_library_are_accepted() -> None:
     def softmax_grouped(x: Tensor) -> Tensor:
         return gl.functional.fake_quantize(
             F.softmax(x, -1), torch.tensor(0.01).double(), torch.tensor(0.0).double(), 0, 255

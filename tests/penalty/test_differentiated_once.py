@@ -1,4 +1,4 @@
-"""What PyTorch differentiates only once, by docs/when-not.md, ends in its error and in no wrong gradient."""
+"""Operations that PyTorch differentiates only once raise PyTorch's error, see docs/when-not.md."""
 
 from __future__ import annotations
 

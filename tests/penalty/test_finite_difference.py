@@ -1,4 +1,4 @@
-"""The finite difference: it converges to the exact gradient and leaves nothing behind."""
+"""The finite difference converges to the exact gradient and has no side effects."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def state(model: nn.Module) -> list[Tensor]:
     return [t.clone() for t in model.state_dict().values()]
 
 
-def test_weights_are_bitwise_what_they_were_and_statistics_count_one_step() -> None:
+def test_weights_are_restored_bitwise_and_statistics_count_one_step() -> None:
     model, once = smooth(), smooth()
     closure_of(once)()
     gl.GradL1(model, 0.3, 0.2, method="finite_difference").backward(closure_of(model))
@@ -187,7 +187,7 @@ def test_checkpointing_is_refused_where_activations_move() -> None:
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
-def test_a_closure_that_is_another_at_its_second_call_is_refused() -> None:
+def test_a_closure_that_differs_at_its_second_call_is_refused() -> None:
     model, tails = smooth(), [nn.Linear(3, 3).double() for _ in range(2)]
     compute, calls = closure_of(model), iter(tails)
     model[0].tails = nn.ModuleList(tails)  # of which the network's own forward pass knows nothing
@@ -214,7 +214,7 @@ def test_a_layer_that_is_not_used_contributes_nothing() -> None:
     torch.testing.assert_close(*values, rtol=1e-4, atol=1e-6)
 
 
-def test_what_no_gradient_reaches_is_named() -> None:
+def test_tensors_without_a_gradient_are_named() -> None:
     model, other = used_and_spare(), nn.Linear(3, 3).double()
     penalty = gl.GradL1(model, 1.0, 0.5, method="finite_difference")
     with pytest.raises(RuntimeError, match=r"no gradient reached used\.weight, spare\.weight"):
@@ -235,7 +235,7 @@ class Branches(nn.Module):
 
 
 @pytest.mark.parametrize("scale", ["none", "step"])
-def test_what_goes_past_the_layers_of_a_shared_site_is_not_moved(scale: str) -> None:
+def test_other_readers_of_a_shared_site_get_the_unmoved_tensor(scale: str) -> None:
     model, x = gl.convert(Branches().double()), torch.linspace(-1, 1, 12).double().reshape(4, 3)
     flat = []
     for method in METHODS:

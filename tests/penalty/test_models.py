@@ -1,4 +1,4 @@
-"""GradL1 on models of uncommon build: hooks, a layer as the whole model, data parallelism."""
+"""GradL1 with uncommon models: hooks, a layer as the whole model, data parallelism."""
 
 from __future__ import annotations
 

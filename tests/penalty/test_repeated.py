@@ -1,4 +1,4 @@
-"""What is called more often than once: a penalty, a layer, micro-batches; and what copies share."""
+"""Repeated calls of a penalty or layer, micro-batches, and penalties of copies."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_a_layer_that_is_called_three_times_counts_each_call(scale: str) -> None
     assert_same(ours(model, gl.GradL1(model, 1.0, 1.0, scale)), expected)
 
 
-def test_a_layer_made_by_hand_counts_each_call_with_its_input() -> None:
+def test_a_manually_created_layer_counts_each_call_with_its_input() -> None:
     torch.manual_seed(4)
     layer, tail = gl.QLinear(3, 3).double(), nn.Linear(3, 3).double()
 
@@ -76,7 +76,7 @@ def test_a_layer_made_by_hand_counts_each_call_with_its_input() -> None:
     torch.testing.assert_close(value.detach(), expected, rtol=1e-12, atol=0)
 
 
-def test_a_layer_that_is_given_the_networks_input_counts_its_other_calls() -> None:
+def test_a_layer_with_the_networks_input_counts_its_other_calls() -> None:
     layer = nn.Linear(3, 3)
     plain = nn.Sequential(layer, nn.Softplus(), layer, nn.Softplus()).double()
     model = gl.convert(plain)
@@ -122,7 +122,7 @@ def test_the_probes_keep_no_gradient() -> None:
     assert all(site.probe.grad is None for site in penalty.sites)
 
 
-def test_a_copy_of_the_model_has_a_penalty_of_its_own() -> None:
+def test_a_copy_of_the_model_can_have_its_own_penalty() -> None:
     model = gl.convert(linears())
     twin = copy.deepcopy(model)
     with torch.no_grad():
@@ -149,7 +149,7 @@ def test_autocast_sums_in_float32() -> None:
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_inside_autocast_it_is_what_it_is_outside() -> None:
+def test_the_penalty_is_the_same_inside_and_outside_autocast() -> None:
     """A loss of float32, of which the backward pass has products that autocast would round."""
     model = gl.convert(linears().float())
     penalty, mix = gl.GradL1(model, 1.0, 1.0), torch.randn(4, 4)

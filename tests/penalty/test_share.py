@@ -1,4 +1,4 @@
-"""The two coefficients from one number: the share that the penalty has of the loss."""
+"""Both coefficients from the share of the penalty in the loss."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_after_eight_batches_the_penalty_has_its_share_of_the_loss(share: float,
     assert sum(activations) / sum(losses) == pytest.approx(share / 2, rel=1e-9)
 
 
-def test_on_a_batch_that_it_has_not_seen_the_share_is_close() -> None:
+def test_the_share_is_close_on_an_unseen_batch() -> None:
     model = gl.convert(VGG.make())
     penalty = gl.GradL1(model, share=0.25)
     *first, last = batches(9)
@@ -68,7 +68,7 @@ def test_from_the_first_batch_on_the_penalty_has_the_share() -> None:
     assert penalty.lambda_w * weights == pytest.approx(penalty.lambda_a * activations)
 
 
-def test_the_coefficients_are_kept_afterwards() -> None:
+def test_the_coefficients_are_fixed_afterwards() -> None:
     model = gl.convert(linears())
     penalty = gl.GradL1(model, share=0.2)
     seen = []
@@ -82,7 +82,7 @@ def test_the_coefficients_are_kept_afterwards() -> None:
     assert set(seen[7:]) == {seen[7]}
 
 
-def test_a_batch_whose_loss_is_not_finite_is_left_out() -> None:
+def test_a_batch_with_a_non_finite_loss_is_skipped() -> None:
     model = gl.convert(linears())
     penalty, other = gl.GradL1(model, share=0.2), gl.GradL1(model, share=0.2)
     for i in range(8):
@@ -95,7 +95,7 @@ def test_a_batch_whose_loss_is_not_finite_is_left_out() -> None:
     assert penalty.lambda_w > 0
 
 
-def test_only_calls_that_are_due_are_looked_at() -> None:
+def test_only_calls_that_apply_the_penalty_are_measured() -> None:
     model = gl.convert(linears())
     rarely, always = gl.GradL1(model, share=0.2, every=2), gl.GradL1(model, share=0.2)
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""Weights that several layers use, that are frozen, or that a functional call replaces."""
+"""Shared and frozen weights, and weights replaced by a functional call."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_embeddings_that_are_tied_to_the_head(scale: str, per_channel: bool) -> 
     assert_same(found, truth(plain, weights, ["body", "head"], loss=language_loss, **options))
 
 
-def test_frozen_weights_are_left_out() -> None:
+def test_frozen_weights_are_not_penalised() -> None:
     plain = VGG.make()
     plain[0].requires_grad_(False)
     plain[3].weight.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""A layer that a step did not use contributes zero; a penalty that would be lost as a whole raises."""
+"""Unused layers contribute zero; a penalty without any gradient raises."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_layers_before_a_detached_tensor_contribute_zero() -> None:
     assert [bool(value) for value in penalty.terms.values()] == [False, False, True]
 
 
-def test_when_no_weight_is_reached_all_are_named() -> None:
+def test_if_no_weight_gets_a_gradient_all_are_named() -> None:
     model = gl.convert(Detached().double())
     penalty = gl.GradL1(model, 1.0, 0.0)
     loss = (model.third.bias * model(data()).detach()).square().mean()
@@ -149,14 +149,14 @@ def test_a_step_that_uses_no_penalised_activation_counts_its_weights() -> None:
     torch.testing.assert_close(value, weights(model.first(data()).square().mean()))
 
 
-def test_a_pass_from_before_the_penalty_names_the_activations() -> None:
+def test_a_pass_before_the_penalty_names_the_activations() -> None:
     model = gl.convert(Detached().double())
     loss = model.first(data()).square().mean()
     with pytest.raises(RuntimeError, match=r"reached any activation: second\.input, third\.input"):
         gl.GradL1(model, 1.0, 1.0)(loss)
 
 
-def test_many_names_are_cut_short() -> None:
+def test_long_lists_of_names_are_shortened() -> None:
     model = gl.convert(nn.Sequential(*(nn.Linear(3, 3) for _ in range(7))).double())
     penalty = gl.GradL1(model, 1.0, 0.0)
     loss = torch.ones(3, requires_grad=True).sum()

@@ -1,4 +1,4 @@
-"""The width and the scale that count are those of the forward pass."""
+"""The penalty uses the width and the scale of the forward pass."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From data to ``nn.Module``: parameters, statistics and batches come from the network's seed."""
+"""Builds ``nn.Module`` from data; parameters, statistics and batches are drawn from the network's seed."""
 
 from __future__ import annotations
 

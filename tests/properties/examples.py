@@ -1,4 +1,4 @@
-"""How many examples a property is tried on: a few in CI, as many as ``make fuzz`` asks for otherwise."""
+"""The number of examples per property: a few in CI, or as given to ``make fuzz``."""
 
 from __future__ import annotations
 

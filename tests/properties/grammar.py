@@ -1,4 +1,4 @@
-"""Random small networks as data: what they may consist of, and a strategy that draws them.
+"""Random small networks as data, and the strategy that draws them.
 
 A network is a value whose ``repr`` is Python: a failing example is replayed by pasting it. Every drawn
 network has sizes that fit, runs forward and twice backward in plain PyTorch, and shrinks to fewer and plainer

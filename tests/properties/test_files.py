@@ -1,4 +1,4 @@
-"""Random networks on their way out: folded, exported, and in a file for every width."""
+"""Folding and export of random networks, and any-bit files."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_a_folded_network_is_the_same(network: Network, per_channel: bool) -> No
 
 @examples(12, share=0.3)
 @given(networks(EXPORTABLE), EXPORTED, EXPORTED, st.booleans())
-def test_onnxruntime_computes_what_the_simulation_says(
+def test_onnxruntime_agrees_with_the_simulation(
     network: Network, w: int | None, a: int | None, per_channel: bool
 ) -> None:
     pytest.importorskip("onnx", reason="export needs onnx")
@@ -52,7 +52,7 @@ def test_onnxruntime_computes_what_the_simulation_says(
 
 @examples(2, share=0.05)
 @given(networks(EXPORTABLE), EXPORTED, EXPORTED, st.booleans())
-def test_a_program_computes_what_the_simulation_says(
+def test_a_program_agrees_with_the_simulation(
     network: Network, w: int | None, a: int | None, per_channel: bool
 ) -> None:
     model, x = converted(network, per_channel=per_channel), batch(network, torch.float32)[0]

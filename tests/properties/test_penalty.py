@@ -1,4 +1,4 @@
-"""Penalty and gradient of random networks against float64 double backprop by ordinary autograd."""
+"""Penalty and gradient of random networks compared with float64 double backprop."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ def assert_same_terms(actual: oracle.Penalised, expected: oracle.Penalised, sett
 
 @examples(40)
 @given(networks(), FLOATS)
-def test_float32_is_near_the_oracle(network: Network, setting: Setting) -> None:
+def test_float32_is_close_to_the_oracle(network: Network, setting: Setting) -> None:
     found = found_in(network)
     assume(usable(setting, found))
     expected = truth(network, setting, found, noise=1e-4)

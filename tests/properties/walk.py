@@ -1,4 +1,4 @@
-"""A network of the grammar computed part by part, for the oracle: what layers are given, and its grids.
+"""Computes a network of the grammar part by part for the oracle, with its site inputs and grids.
 
 Nothing of gradl1_fast is used. A site belongs to the layers that are given the very same tensor, and a layer
 that is called several times has one site. What goes past the layers is neither quantized nor measured.

@@ -1,4 +1,4 @@
-"""Ranges without data, against Monte-Carlo and closed forms."""
+"""Ranges without data, compared with Monte Carlo and closed forms."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def ends(model: nn.Module, name: str) -> tuple[float, float]:
     return float(quantizer.low), float(quantizer.high)
 
 
-def test_behind_a_batch_norm_it_is_beta_plus_six_gamma_and_relu_clips() -> None:
+def test_after_a_batch_norm_it_is_beta_plus_six_gamma_and_relu_clips() -> None:
     plain = VGG.make()
     with torch.no_grad():
         plain[1].weight[0] = -3.0
@@ -46,7 +46,7 @@ def test_behind_a_batch_norm_it_is_beta_plus_six_gamma_and_relu_clips() -> None:
 @pytest.mark.parametrize(
     ("low", "high"), [(-math.inf, math.inf), (0.0, math.inf), (0.0, 6.0), (-math.inf, -1.0), (2.0, 2.5)]
 )
-def test_moments_after_clipping_against_draws(low: float, high: float) -> None:
+def test_moments_after_clipping_equal_those_of_samples(low: float, high: float) -> None:
     mean = torch.tensor([0.0, 2.0, -3.0, 5.5, 1.0], dtype=torch.float64)
     sigma = torch.tensor([1.0, 0.5, 2.0, 3.0, 0.0], dtype=torch.float64)
     n = 400_000
@@ -69,7 +69,7 @@ class Sum(nn.Module):
         return self.last(F.relu(F.relu(self.a(x)) + self.b(x)))
 
 
-def test_a_sum_of_branches_has_the_deviation_of_independent_draws() -> None:
+def test_a_sum_of_branches_has_the_deviation_of_independent_samples() -> None:
     torch.manual_seed(4)
     plain = Sum().double()
     for norm in (plain.a[1], plain.b[1]):
@@ -116,7 +116,7 @@ def test_the_statistics_cover_data_that_follow_them() -> None:
         assert 0.5 < ends(free, name)[1] / ends(seen, name)[1] < 3
 
 
-def test_what_is_not_behind_a_batch_norm_is_named() -> None:
+def test_sites_without_a_batch_norm_are_named() -> None:
     model = gl.convert(VGG.make().eval())
     with pytest.raises(
         ValueError, match=r"calibrate: no batch norm describes the values at .*input.*known=\{"
@@ -165,7 +165,7 @@ def test_channels_that_are_joined_keep_their_ranges() -> None:
     assert ends(model, "last.input") == (-6.0, 16.0)
 
 
-def test_of_a_layer_alone_nothing_is_known() -> None:
+def test_a_single_layer_has_no_known_range() -> None:
     layer = gl.convert(nn.Linear(3, 2))
     with pytest.raises(ValueError, match="no batch norm describes the values at input"):
         gl.calibrate(layer, ranges="batch_norm")
@@ -212,7 +212,7 @@ class InPlace(nn.Module):
         return self.last(self.relu(y))
 
 
-def test_what_is_changed_in_place_is_not_taken_for_what_it_was() -> None:
+def test_in_place_changes_are_not_ignored() -> None:
     InPlace.add = False
     assert ends(calibrated(InPlace()), "last.input")[0] == 0.0
     InPlace.add = True

@@ -1,4 +1,4 @@
-"""Corrected biases: the mean of each output channel is that of the float layer, to rounding."""
+"""Corrected biases restore the mean of each output channel of the float layer, up to rounding."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def apply(layer: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> T
     return F.conv2d(x, weight, bias, layer.stride, layer.padding, layer.dilation, layer.groups)
 
 
-def test_the_model_stays_and_the_network_loses_less() -> None:
+def test_the_model_is_not_changed_and_the_network_loses_less() -> None:
     model = folded(VGG)
     before = {name: t.clone() for name, t in model.state_dict().items()}
     corrected = gl.correct_bias(model, batches(VGG), w=3)

@@ -1,4 +1,4 @@
-"""Widths: what may be asked for, and that they are put back."""
+"""Setting widths: accepted values, and restoring them."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_a_wrong_width_is_refused_and_changes_nothing(which: str, value: Any, er
     assert widths(model) == {("w", 5), ("a", 6), ("input", 8)}
 
 
-def test_widths_come_back_after_the_block_and_after_exceptions() -> None:
+def test_widths_are_restored_after_the_block_and_after_exceptions() -> None:
     model = calibrated()
     gl.set_bits(model, w=5, a=None)
     next(m for m in model.modules() if isinstance(m, WeightQuantizer)).bits = 7
@@ -116,7 +116,7 @@ def test_evaluation_changes_neither_ranges_nor_statistics() -> None:
     assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
 
 
-def test_widths_by_name_leave_the_others_as_they_are() -> None:
+def test_widths_by_name_do_not_change_others() -> None:
     model = calibrated()
     gl.set_bits(model, w=8, a=8)
     with gl.bits(model, w={"3": 2, "12": None}, a={"3.input": 4}):

@@ -1,4 +1,4 @@
-"""Activation ranges: found by hand as well, kept where data is bad, refused where they are none."""
+"""Activation ranges: compared with manual results, kept for bad data, refused if invalid."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_ranges_are_the_extremes_over_all_batches(network: Network) -> None:
     assert [q for q in model.modules() if getattr(q, "is_input", False)] == [first]
 
 
-def test_statistics_modes_and_widths_stay() -> None:
+def test_statistics_modes_and_widths_are_not_changed() -> None:
     model = gl.convert(VGG.make().train())
     model.get_submodule("4").eval()
     gl.set_bits(model, w=4, a=None)
@@ -79,7 +79,7 @@ def test_batches_in_every_form(form: str) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_data_that_is_not_finite_is_refused_by_name_and_the_old_ranges_stay(value: float) -> None:
+def test_non_finite_data_are_refused_by_name_and_the_old_ranges_are_kept(value: float) -> None:
     model = gl.convert(VGG.make())
     gl.calibrate(model, batches(VGG))
     before = ranges(model)
@@ -160,13 +160,13 @@ def test_no_batches_are_refused() -> None:
             gl.calibrate(model, empty)
 
 
-def test_a_tensor_is_not_taken_for_its_rows() -> None:
+def test_a_single_tensor_is_not_treated_as_batches() -> None:
     model = gl.convert(VGG.make())
     with pytest.raises(TypeError, match=r"calibrate: batches is a tensor of shape \(.*\); put it in a list"):
         gl.calibrate(model, batches(VGG)[0])
 
 
-def test_an_exception_while_running_leaves_everything_as_it_was() -> None:
+def test_an_exception_while_running_restores_everything() -> None:
     model = gl.convert(VGG.make())
     gl.calibrate(model, batches(VGG))
     before, modes = ranges(model), [m.training for m in model.modules()]
@@ -206,7 +206,7 @@ RANGES = {
 
 
 @pytest.mark.parametrize("case", RANGES)
-def test_a_range_that_is_none_is_refused(case: str) -> None:
+def test_an_invalid_range_is_refused(case: str) -> None:
     low, high, message = RANGES[case]
     quantizer = ActivationQuantizer()
     quantizer.set_range(torch.tensor(-1.0), torch.tensor([2.0]))
@@ -258,7 +258,7 @@ CALLS: dict[str, tuple[Any, Any]] = {
 
 
 @pytest.mark.parametrize("case", CALLS)
-def test_models_are_called_as_they_are_made(case: str) -> None:
+def test_models_are_called_with_their_own_signature(case: str) -> None:
     batch, forward = CALLS[case]
     model = gl.convert(Several().eval())
     assert not model.q.input_quantizer.is_input
@@ -279,7 +279,7 @@ def test_bad_values_name_the_site_of_a_model_that_was_not_traced() -> None:
     assert set(ranges(model).values()) == {(None, None)}
 
 
-def test_a_mapping_is_no_sequence_of_batches() -> None:
+def test_a_mapping_is_not_a_list_of_batches() -> None:
     with pytest.raises(TypeError, match=r"batches is a mapping; put it in a list: \[batch\]"):
         gl.calibrate(gl.convert(Several()), {"left": LEFT})
 

@@ -1,4 +1,4 @@
-"""Bytes and multiplications, counted by hand; and which quantizer feeds which layer."""
+"""Bytes and multiplications compared with manual counts, and the quantizer of each layer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Equalization: the float function stays, ranges of channels meet; and what is left alone."""
+"""Equalization keeps the float function and matches channel ranges; unsupported layers are unchanged."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ PAIRS = {
 
 
 @pytest.mark.parametrize("network", [VGG, NO_NORM, RESNET], ids=lambda n: n.id)
-def test_the_float_function_stays_and_the_ranges_meet(network: Network) -> None:
+def test_the_float_function_is_unchanged_and_the_ranges_match(network: Network) -> None:
     model = unbalanced(network)
     x = network.batch()[0]
     result = gl.equalize(model)
@@ -113,7 +113,7 @@ def test_dead_channels_stay_dead() -> None:
     assert all(p.isfinite().all() for p in result.model.parameters())
 
 
-def test_the_model_stays_and_low_precision_is_kept() -> None:
+def test_the_model_is_not_changed_and_low_precision_is_kept() -> None:
     model = gl.convert(NO_NORM.make(torch.float32))
     before = {name: t.clone() for name, t in model.state_dict().items()}
     result = gl.equalize(model)
@@ -167,7 +167,7 @@ LEFT: dict[str, Callable[[], nn.Module]] = {
 
 
 @pytest.mark.parametrize("case", LEFT)
-def test_what_scale_cannot_pass_is_left_alone(case: str) -> None:
+def test_layers_that_scale_cannot_pass_are_not_changed(case: str) -> None:
     result = gl.equalize(gl.convert(LEFT[case]().eval()))
     assert result.pairs == []
     assert str(result) == "no two layers to equalize"
@@ -195,6 +195,6 @@ def test_parts_of_a_model_are_equalized() -> None:
     torch.testing.assert_close(result.model(x), model(x), rtol=1e-10, atol=1e-12)
 
 
-def test_a_model_of_which_nothing_is_traced_is_refused() -> None:
+def test_a_model_without_traceable_parts_is_refused() -> None:
     with pytest.raises(ValueError, match="equalize: the model must be converted"):
         gl.equalize(gl.convert(nn.Linear(3, 2)))

@@ -1,4 +1,4 @@
-"""Folded batch norms: the same function, in float64 to 1e-10; and what must not be folded."""
+"""Folding keeps the function to 1e-10 in float64, and refuses unsupported batch norms."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_weights_and_biases_are_those_of_the_formula() -> None:
     np.testing.assert_allclose(layer.bias.detach(), beta - mean * factor, rtol=1e-13)
 
 
-def test_the_model_stays_as_it_is_and_shares_what_is_not_folded() -> None:
+def test_the_model_is_not_changed_and_shares_unfolded_parts() -> None:
     model = gl.convert(VGG.make().eval())
     gl.calibrate(model, [VGG.batch()])
     gl.set_bits(model, w=5, a=6)
@@ -221,7 +221,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_be_folded_stays_and_is_named(case: str) -> None:
+def test_batch_norms_that_cannot_be_folded_are_kept_and_named(case: str) -> None:
     build, message = REFUSED[case]
     model = gl.convert(build().double().eval())
     x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
@@ -257,7 +257,7 @@ def test_a_plain_model_and_an_output_without_tensors_are_refused() -> None:
         gl.fold_batch_norm(gl.convert(Number().eval()), torch.ones(1, 3, 4, 4))
 
 
-def test_one_dimensional_batch_norm_behind_its_convolution() -> None:
+def test_one_dimensional_batch_norm_after_its_convolution() -> None:
     model = (
         nn.Sequential(nn.Conv1d(3, 4, 3), nn.BatchNorm1d(4), nn.ReLU(), nn.Conv1d(4, 2, 1)).double().eval()
     )
@@ -269,7 +269,7 @@ def test_one_dimensional_batch_norm_behind_its_convolution() -> None:
     assert folding.folded == {"1": "0"}
 
 
-def test_channels_last_weights_stay_so() -> None:
+def test_channels_last_weights_keep_their_layout() -> None:
     model = gl.convert(VGG.make().eval().to(memory_format=torch.channels_last))
     layer = gl.fold_batch_norm(model).model.get_submodule("0")
     assert layer.weight.is_contiguous(memory_format=torch.channels_last)

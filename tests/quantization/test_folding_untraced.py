@@ -1,4 +1,4 @@
-"""Folding by a watched pass, of subclasses and frozen batch norms, and of layers of several kinds."""
+"""Folding with an observed pass, of subclasses, frozen batch norms and other layers."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def pair(norm: nn.Module | None = None, conv: nn.Module | None = None) -> dict[s
     return {"conv": conv or nn.Conv2d(3, 4, 3, bias=False), "bn": norm or nn.BatchNorm2d(4)}
 
 
-def test_a_model_that_cannot_be_traced_is_folded_by_a_watched_pass() -> None:
+def test_a_model_that_cannot_be_traced_is_folded_with_an_observed_pass() -> None:
     model = converted(Untraceable(**pair()))
     with pytest.warns(UserWarning, match="bn is in a part that cannot be traced: give inputs"):
         assert not gl.fold_batch_norm(model).folded
@@ -103,7 +103,7 @@ READ_ELSEWHERE: dict[str, Callable[[Any, Tensor], Any]] = {
 
 
 @pytest.mark.parametrize("case", READ_ELSEWHERE)
-def test_nothing_is_folded_whose_values_are_read_elsewhere(case: str) -> None:
+def test_a_layer_whose_output_is_read_elsewhere_is_not_folded(case: str) -> None:
     model = converted(Untraceable(READ_ELSEWHERE[case], **pair()))
     with pytest.warns(UserWarning, match="bn follows conv, whose output is read elsewhere too"):
         folding = gl.fold_batch_norm(model, X)
@@ -120,7 +120,7 @@ def metadata(y: Tensor, m: Any) -> None:
     )
 
 
-def test_shape_type_and_device_may_be_asked_for() -> None:
+def test_reading_shape_type_and_device_is_allowed() -> None:
     model = converted(Untraceable(read(metadata), **pair()))
     assert gl.fold_batch_norm(model, X).folded == {"bn": "conv"}
 
@@ -145,7 +145,7 @@ REFUSED: dict[str, tuple[Callable[[Any, Tensor], Any], str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_the_pass_shows_not_to_be_a_pair_is_refused(case: str) -> None:
+def test_pairs_ruled_out_by_the_observed_pass_are_refused(case: str) -> None:
     body, message = REFUSED[case]
     with pytest.warns(UserWarning, match=message):
         assert not gl.fold_batch_norm(converted(Untraceable(body, **pair())), X).folded
@@ -189,7 +189,7 @@ NORMS: dict[str, Callable[[], nn.Module]] = {
 
 @pytest.mark.parametrize("traced", [False, True])
 @pytest.mark.parametrize("case", NORMS)
-def test_other_batch_norms_keep_their_class_and_map_nothing(case: str, traced: bool) -> None:
+def test_other_batch_norms_keep_their_class_and_become_the_identity(case: str, traced: bool) -> None:
     modules = pair(NORMS[case]())
     plain = nn.Sequential(modules["conv"], modules["bn"]) if traced else Untraceable(**modules)
     model = converted(plain)
@@ -262,7 +262,7 @@ def test_transposed_convolutions_fold_along_their_own_axis(groups: int, per_chan
     assert folding.without_range == ([] if per_channel and groups == 1 else ["0"])
 
 
-def test_linear_layers_fold_where_the_channels_match() -> None:
+def test_linear_layers_fold_if_the_channels_match() -> None:
     model = converted(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)))
     with pytest.warns(UserWarning, match="1 follows 0, which is linear: give inputs"):
         assert not gl.fold_batch_norm(model).folded
@@ -309,7 +309,7 @@ INPUTS: dict[str, tuple[Any, Any]] = {
 
 
 @pytest.mark.parametrize("case", INPUTS)
-def test_models_of_several_inputs(case: str) -> None:
+def test_models_with_several_inputs(case: str) -> None:
     inputs, forward = INPUTS[case]
     assert gl.fold_batch_norm(converted(TwoInputs(**pair())), inputs, forward=forward).folded == {
         "bn": "conv"

@@ -1,4 +1,4 @@
-"""A warning where weights have changed since the activation ranges were calibrated, and none elsewhere."""
+"""A warning if weights have changed since calibration, and only then."""
 
 from __future__ import annotations
 
@@ -108,11 +108,11 @@ FRESH: dict[str, Callable[[nn.Module], nn.Module]] = {
 
 
 @pytest.mark.parametrize("case", FRESH)
-def test_what_changes_no_weight_is_no_reason_for_a_warning(case: str) -> None:
+def test_operations_that_change_no_weight_give_no_warning(case: str) -> None:
     assert_silent(FRESH[case](calibrated()))
 
 
-def test_loaded_ranges_belong_to_the_weights_that_are_there(tmp_path: Path) -> None:
+def test_loaded_ranges_belong_to_the_current_weights(tmp_path: Path) -> None:
     pytest.importorskip("safetensors", reason="files of ranges are safetensors")
     model = calibrated()
     gl.save_ranges(model, tmp_path / "r")
@@ -121,7 +121,7 @@ def test_loaded_ranges_belong_to_the_weights_that_are_there(tmp_path: Path) -> N
     assert_silent(model)
 
 
-def test_training_with_followed_ranges_does_not_warn() -> None:
+def test_training_with_tracked_ranges_does_not_warn() -> None:
     model = calibrated().train()
     with warnings.catch_warnings(), gl.track_ranges(model):
         warnings.simplefilter("error")

@@ -1,4 +1,4 @@
-"""The search against all choices there are, where the truth is known; and its budget."""
+"""The search compared with all choices, and its budget."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def all_choices() -> list[tuple[float, float]]:
     ]
 
 
-def test_no_other_choice_betters_a_point_of_the_path(model: nn.Module) -> None:
+def test_no_other_choice_is_better_than_a_point_of_the_path(model: nn.Module) -> None:
     plan = gl.search(model, loss, size=500, choices=CHOICES, higher_is_better=False)
     front = plan.pareto()
     assert len(front) > 6
@@ -54,7 +54,9 @@ def test_no_other_choice_betters_a_point_of_the_path(model: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("budget", [400.0, 500.0, 700.0])
-def test_the_best_keeps_the_budget_and_beats_one_width_for_all(model: nn.Module, budget: float) -> None:
+def test_the_best_point_is_within_budget_and_better_than_a_uniform_width(
+    model: nn.Module, budget: float
+) -> None:
     gl.set_bits(model, w=None, a=6)
     plan = gl.search(model, loss, size=budget, choices=CHOICES, higher_is_better=False)
     assert plan.best.cost <= budget
@@ -70,7 +72,7 @@ def test_the_best_keeps_the_budget_and_beats_one_width_for_all(model: nn.Module,
     assert counted.size(weights) == plan.best.cost
 
 
-def test_operations_on_bits_choose_activations_too() -> None:
+def test_a_bit_operation_budget_also_chooses_activation_widths() -> None:
     model = gl.convert(NO_NORM.make().eval())
     gl.calibrate(model, [NO_NORM.batch()])
     x, y = NO_NORM.batch()
@@ -91,7 +93,7 @@ def test_operations_on_bits_choose_activations_too() -> None:
     assert set(widths_of(model)[1].values()) == {None}
 
 
-def test_text_and_picture(model: nn.Module, tmp_path: Path) -> None:
+def test_text_and_plot(model: nn.Module, tmp_path: Path) -> None:
     plan = gl.search(model, loss, size=500, choices=CHOICES, higher_is_better=False)
     text = str(plan)
     assert "pareto best within the budget" in text
@@ -116,14 +118,14 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
 
 
 @pytest.mark.parametrize(("wrong", "error", "message"), WRONG)
-def test_what_makes_no_search_is_refused_before_the_work(
+def test_invalid_searches_are_refused_before_the_work(
     model: nn.Module, wrong: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
         gl.search(model, lambda m: pytest.fail("evaluated"), **wrong)
 
 
-def test_to_sweep_and_to_search_changes_neither_ranges_nor_statistics(model: nn.Module) -> None:
+def test_sweep_and_search_change_neither_ranges_nor_statistics(model: nn.Module) -> None:
     x = VGG.batch()[0]
 
     def norm(model: nn.Module) -> float:
@@ -154,13 +156,13 @@ def test_a_loss_that_every_width_has_does_not_keep_a_tensor_wide(model: nn.Modul
     assert shifted.best.w == plain.best.w
 
 
-def test_of_equal_values_the_cheapest_is_best(model: nn.Module) -> None:
+def test_the_cheapest_of_equal_values_is_best(model: nn.Module) -> None:
     plan = gl.search(model, lambda m: 0.5, size=500, choices=CHOICES)
     assert plan.best.cost == min(p.cost for p in plan.points)
     assert any(point is plan.best for point in plan.pareto())
 
 
-def test_a_result_of_nan_is_named_and_not_taken_for_no_loss(model: nn.Module) -> None:
+def test_a_nan_result_is_an_error(model: nn.Module) -> None:
     def broken(model: nn.Module) -> float:
         return float("nan") if widths_of(model)[0]["3"] == 2 else loss(model)
 

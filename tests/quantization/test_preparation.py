@@ -1,4 +1,4 @@
-"""One call that does what costs no training: the same as its steps, by hand, one after the other."""
+"""Preparation in one call equals its separate steps."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def by_hand(network: Network, w: int, a: int | None, *, rounding: bool = False) 
 
 @pytest.mark.parametrize(("w", "a", "rounding"), [(3, 4, None), (2, None, None), (3, 4, "gptq")])
 @pytest.mark.parametrize("converted", [False, True])
-def test_it_is_its_steps(w: int, a: int | None, rounding: str | None, converted: bool) -> None:
+def test_it_equals_its_separate_steps(w: int, a: int | None, rounding: str | None, converted: bool) -> None:
     model, x = trained(MOBILENET), MOBILENET.batch()[0]
     state = {name: value.clone() for name, value in model.state_dict().items()}
     before = model(x)
@@ -65,7 +65,7 @@ def test_another_width_keeps_both() -> None:
             assert torch.equal(second.model(x), by_hand(VGG, w, a)(x))
 
 
-def test_the_same_width_again_begins_anew() -> None:
+def test_the_same_width_again_starts_over() -> None:
     model, options = trained(VGG), {"w": 3, "a": 4, "criterion": distance, "higher_is_better": False}
     first = gl.prepare(model, batches(VGG), rounding="gptq", **options)
     second = gl.prepare(first.model, batches(VGG), rounding="gptq", **options)
@@ -79,7 +79,7 @@ def distance(model: nn.Module) -> float:
     return float((model(x) - trained(VGG)(x)).detach().norm())
 
 
-def test_the_report_says_what_each_step_changed() -> None:
+def test_the_report_shows_the_change_of_each_step() -> None:
     prepared = gl.prepare(trained(VGG), batches(VGG), w=3, a=8, criterion=distance, higher_is_better=False)
     values = [step.value for step in prepared.steps]
     assert values[0] == 0
@@ -89,7 +89,7 @@ def test_the_report_says_what_each_step_changed() -> None:
     assert not any(step.value for step in gl.prepare(VGG.make(), batches(VGG), w=3, a=8).steps)
 
 
-def test_what_makes_the_criterion_worse_is_taken_back() -> None:
+def test_steps_that_make_the_criterion_worse_are_undone() -> None:
     """Statistics of other data than the network was trained with."""
     x = VGG.batch()[0]
     prepared = gl.prepare(trained(VGG), [9 * x + 5], w=6, a=None, criterion=distance, higher_is_better=False)
@@ -102,7 +102,7 @@ def test_what_makes_the_criterion_worse_is_taken_back() -> None:
 
 
 @pytest.mark.parametrize("wanted", [None, True, False])
-def test_biases_are_corrected_where_there_is_no_batch_norm(wanted: bool | None) -> None:
+def test_biases_are_corrected_without_batch_norm(wanted: bool | None) -> None:
     for network in (NO_NORM, VGG):
         prepared = gl.prepare(trained(network), batches(network), w=3, a=None, bias_correction=wanted)
         corrected = "bias correction" in [step.name for step in prepared.steps]
@@ -118,7 +118,7 @@ def test_in_float_nothing_of_the_model_changes() -> None:
     assert torch.equal(model(x), before)
 
 
-def test_first_and_last_layer_as_chosen() -> None:
+def test_first_and_last_layer_have_the_chosen_bits() -> None:
     model = gl.prepare(trained(VGG), batches(VGG), w=3, a=4, ends=6, input_bits=8).model
     layers = [layer for layer in model if isinstance(layer, gl.nn.QuantizedLayer)]
     assert [layer.weight_quantizer.bits for layer in layers] == [6, 3, 3, 3, 6]

@@ -1,4 +1,4 @@
-"""Ranges against formulas of NumPy, brute force and Monte-Carlo; streams against all values at once."""
+"""Ranges compared with NumPy, brute force and Monte Carlo; streams compared with all values at once."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_moving_average_by_hand() -> None:
         assert high.item() == pytest.approx(0.75 * (0.75 * 1 + 0.25 * 9) + 0.25 * 1)
 
 
-def test_standard_deviation_against_numpy_and_cut_to_the_values() -> None:
+def test_standard_deviation_equals_numpy_and_is_limited_to_the_values() -> None:
     x = torch.cat([heavy(999) + 5, -heavy(500, 3)])[None]
     low, high = ends(stream(ranges.StandardDeviation(0.5), x))
     mean, sigma = np.mean(x.numpy()), np.std(x.numpy())
@@ -192,7 +192,7 @@ def test_no_range_of_a_fine_grid_is_better_than_the_one_found(
     assert bits == 8 or found < 0.9 * squared_error(x, x.min(), x.max(), bits, symmetric)
 
 
-def test_each_channel_has_the_best_range_of_its_own() -> None:
+def test_each_channel_gets_its_own_best_range() -> None:
     x = torch.stack([heavy(2000), 0.01 * heavy(2000, 1).sign(), torch.zeros(2000, dtype=torch.float64)])
     low, high = stream(ranges.MeanSquaredError(), x).ends(symmetric=True)
     for row in range(3):
@@ -210,7 +210,7 @@ def test_each_channel_has_the_best_range_of_its_own() -> None:
 
 @pytest.mark.parametrize("name", ["moving_average", "in_hindsight", *STREAMED])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-def test_a_value_that_is_not_finite_is_never_forgotten(name: str, bad: float) -> None:
+def test_a_non_finite_value_is_never_forgotten(name: str, bad: float) -> None:
     method = ranges.choose("test", name)
     x = heavy(50)[None].clone()
     method.update(x)
@@ -234,7 +234,7 @@ ODD = {
 
 @pytest.mark.parametrize("case", ODD)
 @pytest.mark.parametrize("name", ["moving_average", *STREAMED])
-def test_odd_values_make_ranges_that_can_be_used(name: str, case: str) -> None:
+def test_unusual_values_give_valid_ranges(name: str, case: str) -> None:
     method = ranges.choose("test", name)
     method.update(ODD[case])
     low, high = method.ends()
@@ -245,7 +245,7 @@ def test_odd_values_make_ranges_that_can_be_used(name: str, case: str) -> None:
     assert F.fake_quantize(ODD[case].float(), *grid).isfinite().all()
 
 
-def test_nothing_seen_is_an_error() -> None:
+def test_no_observed_value_is_an_error() -> None:
     with pytest.raises(RuntimeError, match="no value was observed"):
         ranges.MinMax().ends()
 

@@ -1,4 +1,4 @@
-"""The file of ranges: what goes in comes out, and what was tampered with is refused by name."""
+"""Files of ranges: a round trip keeps them, and modified entries are refused by name."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ def test_tampered_entries_are_named_and_nothing_is_changed(case: str, tmp_path: 
         (float("nan"), 1.0, "must be finite"),
     ],
 )
-def test_ends_that_make_no_range_are_named(low: float, high: float, message: str, tmp_path: Path) -> None:
+def test_invalid_ranges_are_named(low: float, high: float, message: str, tmp_path: Path) -> None:
     model, path = calibrated(), tmp_path / "r"
     gl.save_ranges(model, path)
     entries = safetensors.load_file(path)
@@ -195,7 +195,7 @@ BROKEN: dict[str, Callable[[bytes], bytes]] = {
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_a_file_that_is_broken_is_named(case: str, tmp_path: Path) -> None:
+def test_a_corrupt_file_is_named(case: str, tmp_path: Path) -> None:
     path, model = tmp_path / "ranges.safetensors", calibrated()
     gl.save_ranges(model, path)
     path.write_bytes(BROKEN[case](path.read_bytes()))
@@ -269,7 +269,7 @@ class Shared(nn.Module):
 
 @pytest.mark.parametrize("ran", [False, True])
 @pytest.mark.parametrize(("saved_hidden", "loaded_hidden"), [(False, True), (True, False), (True, True)])
-def test_a_file_fits_however_shared_sites_were_found(
+def test_a_file_can_be_loaded_however_shared_sites_were_found(
     saved_hidden: bool, loaded_hidden: bool, ran: bool, tmp_path: Path
 ) -> None:
     x = torch.randn(5, 4)

@@ -1,4 +1,4 @@
-"""Statistics of batch norms at a width: what training mode would collect there, and only in use there."""
+"""Batch-norm statistics at a width equal those of training mode there, and are used only there."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_statistics_are_those_of_training_mode_and_belong_to_the_width(w: Any, a
         assert torch.equal(value, at_width[key])
 
 
-def test_two_widths_keep_their_own_and_each_is_estimated_anew() -> None:
+def test_two_widths_keep_separate_statistics() -> None:
     model, x = calibrated(VGG), VGG.batch()[0]
     for w, a in ((3, 3), (4, 4), (3, 3)):
         with gl.bits(model, w=w, a=a):
@@ -102,7 +102,7 @@ def test_in_float_the_running_statistics_themselves_are_estimated() -> None:
 
 @pytest.mark.parametrize("network", [VGG, MOBILENET, RESNET], ids=lambda n: n.id)
 @pytest.mark.parametrize("stored", [False, True], ids=["own range", "stored range"])
-def test_a_folded_model_computes_what_the_unfolded_one_does(network: Network, stored: bool) -> None:
+def test_a_folded_model_computes_the_same_as_the_unfolded_one(network: Network, stored: bool) -> None:
     model, x = calibrated(network), network.batch()[0]
     if stored:
         gl.calibrate_weights(model)
@@ -124,7 +124,7 @@ def test_a_folded_model_computes_what_the_unfolded_one_does(network: Network, st
 
 
 @pytest.mark.parametrize("per_channel", [True, False])
-def test_rounded_codes_stay_those_of_a_folded_layer(per_channel: bool) -> None:
+def test_a_folded_layer_keeps_its_codes(per_channel: bool) -> None:
     model = gl.fold_batch_norm(calibrated(VGG, per_channel=per_channel), VGG.batch()[0]).model
     gl.round_weights(model, batches(VGG), w=3)
     with gl.bits(model, w=3, a=None):
@@ -139,7 +139,7 @@ def test_rounded_codes_stay_those_of_a_folded_layer(per_channel: bool) -> None:
         assert torch.equal(model(VGG.batch()[0]), again)
 
 
-def test_folding_at_another_width_leaves_statistics_behind_and_says_so() -> None:
+def test_folding_at_another_width_warns_that_statistics_are_dropped() -> None:
     model = calibrated(VGG)
     with gl.bits(model, w=3, a=None):
         gl.reestimate_batch_norm(model, batches(VGG))
@@ -149,7 +149,7 @@ def test_folding_at_another_width_leaves_statistics_behind_and_says_so() -> None
     assert not gl.fold_batch_norm(calibrated(VGG)).statistics
 
 
-def test_with_one_range_for_a_tensor_a_folded_layer_gets_its_mean_back() -> None:
+def test_with_one_range_per_tensor_a_folded_layer_restores_its_mean() -> None:
     model = gl.fold_batch_norm(calibrated(VGG, per_channel=False), VGG.batch()[0]).model
     beta = VGG.make()[1].bias
     with gl.bits(model, w=2, a=None):
@@ -207,7 +207,7 @@ def test_statistics_of_other_weights_are_dropped_with_a_warning() -> None:
         gl.set_bits(model, w=3, a=3)
 
 
-def test_what_is_loaded_at_a_width_is_the_network_in_float() -> None:
+def test_loading_at_a_width_sets_the_values_of_float() -> None:
     model, x = calibrated(VGG), VGG.batch()[0]
     gl.set_bits(model, w=3, a=3)
     gl.reestimate_batch_norm(model, batches(VGG))
@@ -226,7 +226,7 @@ def test_what_is_loaded_at_a_width_is_the_network_in_float() -> None:
     assert float(model[1].running_mean[0]) == 0.25
 
 
-def test_statistics_that_training_at_the_width_has_moved_stay() -> None:
+def test_statistics_updated_by_training_at_a_width_are_kept() -> None:
     model, x = calibrated(VGG), VGG.batch()[0]
     gl.set_bits(model, w=3, a=3)
     gl.reestimate_batch_norm(model, batches(VGG))
@@ -262,7 +262,7 @@ class Sparse(nn.Module):
         return self.norm(self.dropout(self.untracked(self.conv(x))))
 
 
-def test_what_is_left_is_named_and_only_batch_norms_train() -> None:
+def test_unchanged_batch_norms_are_named_and_only_batch_norms_run_in_training_mode() -> None:
     model = gl.convert(Sparse().double())
     with gl.bits(model, w=3, a=None):
         done = gl.reestimate_batch_norm(model, batches(VGG))
@@ -280,7 +280,7 @@ def test_what_is_left_is_named_and_only_batch_norms_train() -> None:
         gl.reestimate_batch_norm(VGG.make(), batches(VGG))
 
 
-def test_not_a_number_is_refused_and_nothing_is_changed() -> None:
+def test_nan_is_refused_and_nothing_is_changed() -> None:
     model, x = calibrated(VGG), VGG.batch()[0]
     gl.set_bits(model, w=3, a=None)
     gl.reestimate_batch_norm(model, batches(VGG))
@@ -296,7 +296,7 @@ def test_not_a_number_is_refused_and_nothing_is_changed() -> None:
         assert not model[1].training
 
 
-def test_ranks_share_what_they_have_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_combine_their_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another rank has seen the second half: statistics are those of both, but for the unbiased variance."""
     x = VGG.batch()[0]
     model = gl.convert(VGG.make()).eval()
@@ -365,7 +365,7 @@ def test_export_folds_those_of_its_widths(tmp_path: Path) -> None:
     assert not compare(file, images[0]).faults()
 
 
-def test_a_file_holds_every_width_and_a_narrow_model_takes_its_own(tmp_path: Path) -> None:
+def test_a_file_holds_every_width_and_restores_each(tmp_path: Path) -> None:
     path = tmp_path / "norms.safetensors"
     model, x = calibrated(VGG), VGG.batch()[0]
     with pytest.raises(RuntimeError, match="has no statistics"):
@@ -390,7 +390,7 @@ def test_a_file_holds_every_width_and_a_narrow_model_takes_its_own(tmp_path: Pat
         gl.load_batch_norms(wide, path)
 
 
-def test_bits_of_an_any_bit_file_get_statistics_of_their_own(tmp_path: Path) -> None:
+def test_a_model_from_an_any_bit_file_gets_its_own_statistics(tmp_path: Path) -> None:
     model, x = calibrated(VGG), VGG.batch()[0]
     gl.save_any_bit(model, tmp_path / "weights")
     narrow = gl.load_any_bit(calibrated(VGG), tmp_path / "weights", w=2)

@@ -1,4 +1,4 @@
-"""Rounding beyond nearest: the methods against other truths, and codes that are used where they belong."""
+"""Rounding methods compared with independent results, and the use of their codes."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def textbook(p: Problem, group: int, damping: float, order: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("order", [True, False])
 @pytest.mark.parametrize("block", [1, 3, 128])
-def test_gptq_is_what_its_definition_says(block: int, order: bool) -> None:
+def test_gptq_follows_its_definition(block: int, order: bool) -> None:
     p = problem(3, groups=2)
     codes = GPTQ(block=block, order=order)._in_order(p, GPTQ(order=order)._order(p.moments))
     for group in range(2):
@@ -105,7 +105,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 
 
 @pytest.mark.parametrize("case", LAYERS)
-def test_moments_tell_the_error_of_the_output(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_moments_determine_the_error_of_the_output(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gradl1_fast.quantization.rounding.second_moments._LARGEST", 300)  # in several parts
     torch.manual_seed(0)
     make, shape = LAYERS[case]
@@ -182,9 +182,7 @@ def statistics(model: nn.Module) -> list[Tensor]:
 @pytest.mark.filterwarnings("ignore:the weights of .* have changed")  # those of the model made by hand
 @pytest.mark.parametrize("method", [GPTQ(inputs="float"), AdaRound(steps=20)], ids=["gptq", "adaround"])
 @pytest.mark.parametrize("per_channel", [True, False])
-def test_the_codes_are_what_the_model_computes_with(
-    per_channel: bool, method: gl.rounding.RoundingMethod
-) -> None:
+def test_the_model_computes_with_the_codes(per_channel: bool, method: gl.rounding.RoundingMethod) -> None:
     model = calibrated(per_channel)
     nearest, buffers = outputs(model), [b.clone() for b in statistics(model)]
     report = gl.round_weights(model, [X], w=3, a=4, method=method)
@@ -204,7 +202,7 @@ def test_the_codes_are_what_the_model_computes_with(
 
 
 @pytest.mark.parametrize("inputs", ["rounded", "renormalised"])
-def test_a_layer_makes_up_for_errors_of_those_before(inputs: str) -> None:
+def test_a_layer_compensates_for_errors_of_earlier_layers(inputs: str) -> None:
     distances = {}
     for where in ("float", inputs):
         model = calibrated()
@@ -246,14 +244,14 @@ def test_copies_and_files_keep_the_codes(case: str, tmp_path: Path) -> None:
     assert not torch.allclose(expected["3"], outputs(calibrated())["3"])
 
 
-def test_every_way_of_running_uses_the_codes() -> None:
+def test_every_use_of_the_model_applies_the_codes() -> None:
     model = rounded()
     expected = output(model, 3)
     table = gl.sweep(model, lambda m: float(m(X).detach().sum()), [(3, 4), (3, 4), (4, 4)], workers=2)
     assert table[3, 4] == pytest.approx(float(expected.sum()), abs=1e-6)
 
 
-def test_compiled_code_looks_whether_the_codes_belong_to_the_weight() -> None:
+def test_compiled_code_checks_that_the_codes_belong_to_the_weight() -> None:
     torch.manual_seed(0)
     model = gl.convert(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)), per_channel=True)
     x = torch.randn(32, 8) @ torch.randn(8, 8)
@@ -269,7 +267,7 @@ def test_compiled_code_looks_whether_the_codes_belong_to_the_weight() -> None:
             compiled(x)
 
 
-def test_a_penalty_is_that_of_the_weights_that_are_used() -> None:
+def test_the_penalty_applies_to_the_weights_in_use() -> None:
     model = gl.convert(VGG.make().train(), per_channel=True)
     x, y = VGG.batch()
     gl.round_weights(model, [x], w=3)
@@ -339,7 +337,7 @@ def test_codes_of_another_weight_or_range_are_refused(copied: bool, case: str) -
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_rounding_to_a_narrower_type_is_no_change(dtype: torch.dtype) -> None:
+def test_rounding_to_a_narrower_type_does_not_count_as_a_change(dtype: torch.dtype) -> None:
     model = copy.deepcopy(rounded()).to(dtype)
     layer = layers(model)["3"]
     layer.weight_quantizer.bits = 3
@@ -348,7 +346,7 @@ def test_rounding_to_a_narrower_type_is_no_change(dtype: torch.dtype) -> None:
     assert torch.equal(quantized, (layer.weight_quantizer.rounded[3] * scale).to(dtype))
 
 
-def test_folding_keeps_codes_of_channels_and_says_what_it_drops() -> None:
+def test_folding_keeps_per_channel_codes_and_reports_dropped_ones() -> None:
     model: Any = rounded()
     with torch.no_grad():
         model[1].weight[::2] *= -1
@@ -462,7 +460,7 @@ def test_bad_arguments_and_data_leave_the_codes(tmp_path: Path) -> None:
         gl.round_weights(VGG.make(), [X], w=3)
 
 
-def test_an_any_bit_file_warns_that_it_has_no_room_for_codes(tmp_path: Path) -> None:
+def test_save_any_bit_warns_that_codes_are_not_saved(tmp_path: Path) -> None:
     pytest.importorskip("safetensors", reason="any-bit files are safetensors")
     model = rounded()
     with pytest.warns(UserWarning, match="save_any_bit: .* gradl1_fast.round_weights are not saved"):

@@ -1,4 +1,4 @@
-"""One tensor at a time: what is quantized, and what comes out."""
+"""Sensitivity to quantizing a single tensor."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_the_change_is_that_of_the_output(model: nn.Module) -> None:
     assert found["w", "3", 2] != pytest.approx(found.float_value, rel=1e-3)
 
 
-def test_text_table_and_picture(model: nn.Module, tmp_path: Path) -> None:
+def test_text_table_and_plot(model: nn.Module, tmp_path: Path) -> None:
     found = gl.sensitivity(model, lambda m: 0.5, w=(4,), a=(4,))
     assert str(found).splitlines()[0].split() == ["name", "kind", "bits", "value", "change"]
     assert str(found).splitlines()[-1] == "float: 0.5000"
@@ -85,14 +85,14 @@ def test_wrong_widths_are_refused_before_the_work(
         gl.sensitivity(model, lambda m: pytest.fail("evaluated"), **wrong)
 
 
-def test_the_network_input_is_tried_at_no_fewer_bits_than_it_is_used_with(model: nn.Module) -> None:
+def test_the_network_input_is_not_evaluated_below_its_minimum_bits(model: nn.Module) -> None:
     rows = gl.sensitivity(model, lambda m: 0.5, w=(), a=(4, 2)).rows
     assert [(r.name, r.bits) for r in rows if r.name == "0.input"] == [("0.input", 8)]
     assert [r.bits for r in rows if r.name == "3.input"] == [4, 2]
     assert "0.input" not in {r.name for r in gl.sensitivity(model, lambda m: 0.5, input_bits=None).rows}
 
 
-def test_sites_without_a_range_are_left_out_unless_none_has_one(model: nn.Module) -> None:
+def test_sites_without_a_range_are_skipped_unless_no_site_has_one(model: nn.Module) -> None:
     quantizers = [m.input_quantizer for m in model.modules() if isinstance(m, gl.nn.QuantizedLayer)]
     quantizers[1].low = None
     assert "3.input" not in {r.name for r in gl.sensitivity(model, lambda m: 0.5).rows}

@@ -1,4 +1,4 @@
-"""One model at many widths, and the table that comes out."""
+"""A model at many widths, and the resulting table."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_one_row_for_each_width_in_order(table: gl.Table, model: nn.Module) -> N
     assert of_widths(model) == 0
 
 
-def test_a_table_is_shown_and_gone_through_row_by_row(table: gl.Table) -> None:
+def test_a_table_is_printed_and_iterated_by_row(table: gl.Table) -> None:
     assert list(table) == table.rows
     assert repr(table) == str(table)
 
@@ -63,7 +63,7 @@ def test_an_evaluation_in_training_mode_is_named(model: nn.Module) -> None:
     assert caught[0].filename == __file__
 
 
-def test_buffers_that_are_the_same_afterwards_are_no_reason_for_a_warning(model: nn.Module) -> None:
+def test_unchanged_buffers_give_no_warning(model: nn.Module) -> None:
     def evaluate(model: nn.Module) -> float:
         model.load_state_dict(model.state_dict())
         model.float().double()
@@ -74,12 +74,12 @@ def test_buffers_that_are_the_same_afterwards_are_no_reason_for_a_warning(model:
         gl.sweep(model, evaluate, WIDTHS)
 
 
-def test_what_is_no_function_is_refused(model: nn.Module) -> None:
+def test_objects_that_are_not_functions_are_refused(model: nn.Module) -> None:
     with pytest.raises(TypeError, match=r"evaluate must be a function of the model, got 0\.5"):
         gl.sweep(model, 0.5, WIDTHS)  # type: ignore[arg-type]
 
 
-def test_a_width_that_is_not_there(table: gl.Table) -> None:
+def test_a_missing_width(table: gl.Table) -> None:
     with pytest.raises(KeyError, match=r"no row for \(w, a\) = \(3, 3\); there are \[\(8, 8\)"):
         table[3, 3]
 
@@ -105,14 +105,14 @@ def test_csv_and_json_hold_all_of_it(table: gl.Table, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_json_says_null_for_what_is_no_number(value: float, tmp_path: Path) -> None:
+def test_json_has_null_for_non_finite_values(value: float, tmp_path: Path) -> None:
     gl.Table([Row(4, None, value)]).to_json(tmp_path / "table.json")
     read = json.loads((tmp_path / "table.json").read_text(), parse_constant=pytest.fail)
     assert read == [{"w": 4, "a": None, "value": None}]
 
 
 @pytest.mark.parametrize("value", [None, "high", torch.ones(2)])
-def test_what_is_no_number_is_an_error_that_shows_it(value: object) -> None:
+def test_a_result_that_is_not_a_number_is_an_error_that_shows_it(value: object) -> None:
     model = gl.convert(nn.Sequential(nn.Linear(2, 2))).eval()
     gl.calibrate(model, [torch.ones(1, 2)])
     with pytest.raises(TypeError, match=r"^sweep: evaluate must return one number, got "):
@@ -123,13 +123,13 @@ def test_what_is_no_number_is_an_error_that_shows_it(value: object) -> None:
         gl.search(model, lambda m: value, size=3, higher_is_better=True)
 
 
-def test_plot_writes_a_picture(table: gl.Table, tmp_path: Path) -> None:
+def test_plot_writes_an_image(table: gl.Table, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     table.plot(tmp_path / "table.png", title="a title")
     assert (tmp_path / "table.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_an_exception_puts_the_widths_back(model: nn.Module) -> None:
+def test_an_exception_restores_the_widths(model: nn.Module) -> None:
     def fail(model: nn.Module) -> float:
         raise KeyboardInterrupt
 
@@ -139,7 +139,7 @@ def test_an_exception_puts_the_widths_back(model: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("widths", [[8], [(8, 8, 8)], ["88"]])
-def test_what_is_no_pair_is_refused(model: nn.Module, widths: list[object]) -> None:
+def test_objects_that_are_not_pairs_are_refused(model: nn.Module, widths: list[object]) -> None:
     with pytest.raises(TypeError, match="a width must be a pair"):
         gl.sweep(model, of_widths, widths)
 
@@ -155,7 +155,7 @@ def squares(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> tuple
         return model(x).square().sum(), len(y)
 
 
-def test_one_pass_over_the_data_gives_what_many_give(model: nn.Module) -> None:
+def test_one_pass_over_the_data_gives_the_same_results_as_many(model: nn.Module) -> None:
     x, y = VGG.batch()
     parts = list(zip(x.split(4), y.split(4), strict=True))  # of unequal sizes
     times_read = []
@@ -190,7 +190,7 @@ def logits(model: nn.Module) -> float:
 
 @pytest.mark.parametrize("workers", [2, 3])
 @torch.no_grad()
-def test_workers_find_what_one_alone_finds(model: nn.Module, workers: int) -> None:
+def test_workers_get_the_same_results_as_one(model: nn.Module, workers: int) -> None:
     threads = torch.get_num_threads()
     assert gl.sweep(model, logits, WIDTHS, workers=workers).rows == gl.sweep(model, logits, WIDTHS).rows
     assert torch.get_num_threads() == threads
@@ -220,7 +220,7 @@ def test_workers_compute_under_the_autocast_of_the_caller(model: nn.Module) -> N
     assert not any(row.value for row in gl.sweep(model, is_half, WIDTHS, workers=2).rows)
 
 
-def test_an_error_of_a_worker_arrives(model: nn.Module) -> None:
+def test_an_error_of_a_worker_is_raised(model: nn.Module) -> None:
     def evaluate(_: nn.Module) -> float:
         raise OSError("no data")
 
@@ -235,7 +235,7 @@ def test_an_error_of_a_worker_arrives(model: nn.Module) -> None:
         ({"workers": 2, "batches": [1]}, "cannot share batches"),
     ],
 )
-def test_workers_that_cannot_be(model: nn.Module, arguments: dict, message: str) -> None:
+def test_invalid_numbers_of_workers(model: nn.Module, arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         gl.sweep(model, logits, WIDTHS, **arguments)
 

@@ -1,4 +1,4 @@
-"""Ranges that follow training batches: by hand; never in evaluation."""
+"""Ranges tracked in training compared with manual results; evaluation does not change them."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_in_hindsight_each_batch_is_quantized_by_the_range_before_it() -> None:
     assert ends(model) == pytest.approx(expected[2])
 
 
-def test_a_calibrated_range_is_the_beginning() -> None:
+def test_tracking_starts_with_the_calibrated_range() -> None:
     model = layer()
     gl.calibrate(model, [torch.tensor([[-3.0, 3.0]])])
     expected = averages((-3.0, 3.0))
@@ -96,7 +96,7 @@ def test_float_training_leaves_a_calibrated_model_and_exact_gradients() -> None:
 
 
 @pytest.mark.parametrize("name", ["in_hindsight", "moving_average"])
-def test_a_bad_value_is_named_at_once_and_the_range_stays(name: str) -> None:
+def test_a_bad_value_is_named_at_once_and_the_range_is_kept(name: str) -> None:
     model = layer()
     with gl.track_ranges(model, name):
         model(BATCHES[0])
@@ -105,7 +105,7 @@ def test_a_bad_value_is_named_at_once_and_the_range_stays(name: str) -> None:
         assert ends(model) == (-1.0, 2.0)
 
 
-def test_an_exception_ends_the_watch() -> None:
+def test_an_exception_ends_the_tracking() -> None:
     model = layer()
     with pytest.raises(KeyError), gl.track_ranges(model):
         raise KeyError

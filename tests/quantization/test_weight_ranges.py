@@ -1,4 +1,4 @@
-"""Stored ranges of weights: what they clamp, what follows the weight, and what the penalty says of them."""
+"""Stored weight ranges: clamping, and errors of the penalty."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_the_best_ranges_have_a_smaller_error_at_every_low_width(per_channel: bo
         assert all(a < b for b, a in zip(before, after, strict=True))
 
 
-def test_min_max_gives_a_weight_its_own_range_which_follows_it() -> None:
+def test_min_max_restores_the_weights_own_range() -> None:
     model = converted()
     layer = layers(model)[0]
     gl.calibrate_weights(model, ranges="mse")
@@ -120,7 +120,7 @@ def test_only_activations_are_penalised_at_clamped_weights() -> None:
 
 
 @pytest.mark.parametrize("name", ["moving_average", "in_hindsight", "batch_norm"])
-def test_what_needs_batches_has_no_meaning_for_weights(name: str) -> None:
+def test_methods_that_need_batches_do_not_support_weights(name: str) -> None:
     with pytest.raises(ValueError, match="supports activations only"):
         gl.calibrate_weights(converted(), ranges=name)
 
@@ -163,7 +163,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_what_is_no_range_is_refused(case: str) -> None:
+def test_invalid_ranges_are_refused(case: str) -> None:
     clip, message = WRONG[case]
     with pytest.raises(ValueError, match=message):
         gl.nn.WeightQuantizer().set_clip(clip)

@@ -1,4 +1,4 @@
-"""Reads damaged files in processes of their own, with little memory to spare; a script for test_readers.
+"""Reads damaged files in separate processes with limited memory; a script for test_readers.
 
 For each damage a line of JSON: the reader, the damage, whether it is one that was made to do harm, the error
 (empty where the file was read), by how many bytes the file is shorter than the whole one, by how many the

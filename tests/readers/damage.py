@@ -1,4 +1,4 @@
-"""Ways to damage a file, systematic and by chance; each has a name by which it is done again."""
+"""Systematic and random ways to damage a file, each with a name by which it can be repeated."""
 
 from __future__ import annotations
 

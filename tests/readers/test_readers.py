@@ -1,4 +1,4 @@
-"""Files that are cut, flipped or made to do harm: refused by name, or read; never more than that."""
+"""Truncated, corrupted and malicious files are refused by name, or read."""
 
 from __future__ import annotations
 
@@ -150,5 +150,5 @@ GOOD = {
         ({"error": "ValueError: FILE" + "a" * 1000}, "the message is too long"),
     ],
 )
-def test_each_fault_is_seen(change: dict[str, Any], expected: str | None) -> None:
+def test_each_fault_is_detected(change: dict[str, Any], expected: str | None) -> None:
     assert fault({**GOOD, **change}) == expected

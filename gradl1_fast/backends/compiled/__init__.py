@@ -1,7 +1,7 @@
 """The compiled extension: CUDA kernels for CUDA tensors, loops for CPU tensors.
 
-Both halves have one face: a sweep picks its half by the device of its tensors. Convolution and the
-linear layer are not here: cuDNN and oneDNN compute them, through the reference.
+Each pass selects the CPU or the CUDA half by the device of its tensors. Convolution and the linear layer
+are computed by cuDNN and oneDNN through the reference.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ _DEVICES = {"host": "cpu", "cuda": "cuda"}
 
 
 def load(half: str, op: str, device: torch.device) -> ModuleType:
-    """Return what computes ``op`` on ``device`` with one half of the extension, ``"host"`` or ``"cuda"``.
+    """Return the backend for ``op`` on ``device`` with one half of the extension, ``"host"`` or ``"cuda"``.
 
     Raises:
-        UnavailableError: the half was not built or cannot be loaded, or it is not for this device.
+        UnavailableError: the half was not built, cannot be loaded, or does not support this device.
     """
     from gradl1_fast.backends import PRODUCTS, UnavailableError, compiled, reference
 

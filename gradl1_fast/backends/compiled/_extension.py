@@ -1,4 +1,4 @@
-"""The lazy handle to the compiled module. It is imported at first use; why it failed is kept."""
+"""Lazy handle to the compiled module, which is imported at first use. Keeps the cause of a failure."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ _CHECKOUT = Path(__file__).parents[3]
 
 
 def engine(half: str) -> Any:
-    """Return the sweeps of one half of the extension, ``"host"`` or ``"cuda"``.
+    """Return the passes of one half of the extension, ``"host"`` or ``"cuda"``.
 
     Raises:
-        UnavailableError: it is absent; the message says why.
+        UnavailableError: the half is not available; the message says why.
     """
     module, reason = _load()
-    found = getattr(module, half, None)
-    if found is None:
+    half_module = getattr(module, half, None)
+    if half_module is None:
         from gradl1_fast.backends import UnavailableError
 
         raise UnavailableError(reason or f"the compiled extension was built without its {half} part")
-    return found
+    return half_module
 
 
 def describe() -> dict[str, str]:
-    """Return what is built and in use, compilers and instruction sets and so on; or why nothing is."""
+    """Return a description of the build (compilers, instruction sets), or why there is no extension."""
     module, reason = _load()
     if module is None:
         return {"built": f"no: {reason}"}
@@ -56,7 +56,7 @@ def _load() -> tuple[ModuleType | None, str]:
         module = importlib.import_module(_NAME)
     except ModuleNotFoundError:
         return None, (
-            "the compiled extension is not installed; install gradl1-fast where a C++ compiler is at hand "
+            "the compiled extension is not installed; install gradl1-fast with a C++ compiler available "
             "(pip install --verbose shows what was tried)"
         )
     except ImportError as error:
@@ -64,7 +64,7 @@ def _load() -> tuple[ModuleType | None, str]:
     if _is_stale(module):
         reason = (
             f"the compiled extension {module.__file__} was built from other sources than those in "
-            f"{_CHECKOUT / 'csrc'}; build it again, in {_CHECKOUT}: pip install --no-deps --editable ."
+            f"{_CHECKOUT / 'csrc'}; rebuild it in {_CHECKOUT}: pip install --no-deps --editable ."
         )
         warnings.warn(f"gradl1_fast: {reason}; it is not used until then", stacklevel=2)
         return None, reason
@@ -72,7 +72,7 @@ def _load() -> tuple[ModuleType | None, str]:
 
 
 def _is_stale(module: ModuleType) -> bool:
-    """Return whether the sources changed after the build; an installed package has none beside it."""
+    """Return whether the sources changed after the build; False for an installed package without sources."""
     sources = _CHECKOUT / "csrc"
     if not (_CHECKOUT / "pyproject.toml").is_file() or not sources.is_dir():
         return False

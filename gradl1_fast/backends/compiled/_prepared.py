@@ -1,8 +1,8 @@
-"""What operations prepared by the extension share, and the tap and fake quantization prepared.
+"""The tap and fake quantization prepared by the extension, and the base class of prepared operations.
 
-The extension has checked type, sizes and options when an object was made. A call allocates its results
-and hands over addresses, 0 where there is nothing. It looks at the layout of gradients and at the type of
-vectors, since both come from outside, and copies where they differ from what was prepared.
+The extension checks type, sizes and options when an object is created. A call allocates its results and
+passes addresses, 0 for an absent tensor. The layout of gradients and the type of vectors are not under the
+library's control, so each call checks them and makes a copy if they differ from those of preparation.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ __all__ = ["FakeQuantize", "Prepared", "Tap", "prepare_fake_quantize", "prepare_
 
 
 class Prepared:
-    """The layout and the types of all calls."""
+    """Base class: the layout and the types of all calls."""
 
     def __init__(self, x: Tensor) -> None:
         self._strides, self._dtype, self._sums = x.stride(), x.dtype, sum_dtype(x.dtype)
-        self._scalar, self._ends = new_vector(x), new_vector(x, 4)  # what results are made like
+        self._scalar, self._ends = new_vector(x), new_vector(x, 4)  # templates of results
         self._scratch_size = 0
 
     def _tensor(self, t: Tensor, x: Tensor) -> Tensor:
-        """Return ``t`` in the type and layout of ``x``, which are those of preparation."""
+        """Return ``t`` in the type and layout of ``x``, which are fixed by preparation."""
         if t.dtype is self._dtype and t.stride() == self._strides and not t.is_neg():
             return t
         return torch.empty_like(x).copy_(t)
 
     def _vector(self, t: Tensor | None, kept: list[Tensor]) -> int:
-        """Return where ``t`` lies, one value for each channel or a scalar, in the type of sums.
+        """Return the address of ``t``, a scalar or one value per channel, in the type of sums.
 
-        A copy is added to ``kept``, which has to live as long as the address is in use.
+        A copy is appended to ``kept``, which must live as long as the address is used.
         """
         if t is None:
             return 0
@@ -43,12 +43,12 @@ class Prepared:
             kept.append(t)
         return t.data_ptr()
 
-    def _has_room(self, raw: object) -> None:
-        """Note how much scratch memory the calls of ``raw`` want; the CPU loops have their own."""
+    def _set_scratch_size(self, raw: object) -> None:
+        """Store the size of the scratch memory of ``raw``; the CPU loops allocate their own."""
         self._scratch_size = int(raw.scratch_bytes) // 8  # type: ignore[attr-defined]
 
     def _scratch(self, x: Tensor, kept: list[Tensor]) -> int:
-        """Return where scratch memory lies, kept likewise; 0 on the host."""
+        """Return the address of scratch memory, which is appended to ``kept``; 0 on the host."""
         if not self._scratch_size:
             return 0
         kept.append(torch.empty((self._scratch_size,), dtype=torch.float64, device=x.device))
@@ -56,15 +56,15 @@ class Prepared:
 
 
 class Tap(Prepared):
-    """The identity whose gradient is measured, and the ends of what passes."""
+    """The identity, which measures the norm of its gradient and the ends of its input."""
 
     def __init__(self, x: Tensor) -> None:
         super().__init__(x)
         self._raw = engine_for(x).prepare_tap(DTYPES[x.dtype], x.numel())
-        self._has_room(self._raw)
+        self._set_scratch_size(self._raw)
 
     def ends(self, x: Tensor) -> Tensor:
-        """Return the smallest and the largest value of ``x`` and how many values are equal to each."""
+        """Return the smallest and the largest value of ``x`` and the number of values equal to each."""
         x, ends = x.resolve_neg() if x.is_neg() else x, torch.empty_like(self._ends)
         kept: list[Tensor] = []
         self._raw.ends(*where(x), self._scratch(x, kept), x.data_ptr(), ends.data_ptr())
@@ -95,7 +95,7 @@ class Tap(Prepared):
         return d_dy
 
     def add_ends_gradient(self, dy: Tensor | None, x: Tensor, ends: Tensor, d_ends: Tensor) -> Tensor:
-        """Return ``dy`` plus what ``d_ends`` gives to ``x``."""
+        """Return ``dy`` plus the gradient that ``d_ends`` gives ``x``."""
         x = x.resolve_neg() if x.is_neg() else x
         kept: list[Tensor] = []
         g, total = None if dy is None else self._tensor(dy, x), torch.empty_like(x)
@@ -112,15 +112,15 @@ class Tap(Prepared):
 
 
 class FakeQuantize(Prepared):
-    """Fake quantization to one grid for the tensor."""
+    """Per-tensor fake quantization."""
 
     def __init__(self, x: Tensor, codes: tuple[int, int]) -> None:
         super().__init__(x)
         self._raw = engine_for(x).prepare_fake_quantize(DTYPES[x.dtype], x.numel(), *codes)
-        self._has_room(self._raw)
+        self._set_scratch_size(self._raw)
 
     def forward(self, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-        """Return ``x`` on the grid."""
+        """Return ``x`` rounded to the grid."""
         x = x.resolve_neg() if x.is_neg() else x
         kept: list[Tensor] = []
         y = torch.empty_like(x)

@@ -1,4 +1,4 @@
-"""batch_norm_act prepared once for a shape, by the extension."""
+"""batch_norm_act prepared by the extension for one shape."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["BatchNormAct", "prepare_batch_norm_act"]
 class BatchNormAct(Prepared):
     """``y = q(act(norm(x) * weight + bias + residual))`` and its derivatives.
 
-    The mask is recomputed from ``x``; only where a residual was added is ``activated`` read.
+    The mask is recomputed from ``x``; ``activated`` is read only if a residual was added.
     """
 
     def __init__(
@@ -33,12 +33,12 @@ class BatchNormAct(Prepared):
         self._with_residual, self._with_ends = with_residual, with_ends
         self._masks = activation != "none" or codes is not None
         self._keeps_activated = with_residual and codes is not None
-        self._channels = new_vector(x, x.shape[1])  # what results are made like
+        self._channels = new_vector(x, x.shape[1])  # template of results
         self._raw = engine_for(x).prepare_batch_norm_act(
             DTYPES[x.dtype], layout(x, 1), training, eps, batch_norm_act.ACTIVATIONS[activation],
             with_residual, codes, with_ends,
         )  # fmt: skip
-        self._has_room(self._raw)
+        self._set_scratch_size(self._raw)
 
     def forward(
         self,
@@ -92,7 +92,7 @@ class BatchNormAct(Prepared):
         ends: Tensor | None,
         d_ends: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Return ``dx, dweight, dbias, dresidual, l1`` of ``dy`` plus what ``d_ends`` gives to ``y``."""
+        """Return ``dx, dweight, dbias, dresidual, l1`` for ``dy`` plus the gradient through ``d_ends``."""
         x, new, vector = x.resolve_neg() if x.is_neg() else x, torch.empty_like, self._vector
         kept: list[Tensor] = []
         g, a = self._tensor(dy, x), self._mask_source(activated, x, d_ends is not None)
@@ -173,7 +173,7 @@ class BatchNormAct(Prepared):
         return d_dy, d_x, d_weight
 
     def _mask_source(self, activated: Tensor | None, x: Tensor, with_ends: bool) -> Tensor | None:
-        """Return the output of the activation where mask and ends cannot be recomputed from ``x``."""
+        """Return the output of the activation if mask and ends cannot be recomputed from ``x``."""
         if activated is None or not self._with_residual or not (self._masks or with_ends):
             return None
         return self._tensor(activated, x)

@@ -1,4 +1,4 @@
-"""Which sources a build of the extension was made of. setup.py runs this file on its own, without torch."""
+"""Hashes the sources of the extension. setup.py runs this file on its own, without torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _KINDS = (".h", ".cpp", ".cu", ".cmake", ".txt")
 
 
 def fingerprint(folder: Path) -> str:
-    """Return a hash of the names and contents of the sources in ``folder``, that is ``csrc``."""
+    """Return a hash of the names and contents of the sources in ``folder`` (``csrc``)."""
     digest = hashlib.sha256()
     for path in sorted(path for path in folder.rglob("*") if path.suffix in _KINDS):
         digest.update(f"{path.relative_to(folder).as_posix()}\0{path.stat().st_size}\0".encode())

@@ -1,4 +1,4 @@
-"""How tensors become what the extension takes: dense memory, its sizes, where to run."""
+"""Converts tensors to arguments of the extension: dense memory, sizes, device and stream."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ def engine_for(x: Tensor) -> Any:
 
 
 def where(x: Tensor) -> tuple[int, int]:
-    """Return where to run: the device and its current stream, or the number of threads torch uses."""
+    """Return the device and its current stream, or on a CPU torch's number of threads."""
     if x.is_cuda:
         index = x.get_device()
-        # The address alone, as torch's own launches take it: a Stream object costs more than the call.
+        # The raw handle, because creating a Stream object costs more than the call.
         return index, torch._C._cuda_getCurrentRawStream(index)
     return torch.get_num_threads(), 0
 
 
 def dense(x: Tensor) -> Tensor:
-    """Return ``x``, or a copy as ``torch.empty_like(x)`` lays it out if its memory has gaps."""
+    """Return ``x``, or a copy with the strides of ``torch.empty_like(x)`` if its memory has gaps."""
     if x.is_neg():
-        x = x.resolve_neg()  # its memory holds the opposite of its values
+        x = x.resolve_neg()  # its memory holds the negated values
     if x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)):
         return x
     like = torch.empty_like(x)
@@ -41,7 +41,7 @@ def dense(x: Tensor) -> Tensor:
 
 
 def beside(t: Tensor, x: Tensor) -> Tensor:
-    """Return ``t`` in the type and order of memory of the dense ``x``; copied where they differ."""
+    """Return ``t`` in the type and memory order of the dense ``x``, copied if they differ."""
     if t.dtype == x.dtype and t.stride() == x.stride() and not t.is_neg():
         return t
     return torch.empty_like(x).copy_(t)
@@ -53,17 +53,17 @@ def vector(t: Tensor | None, x: Tensor) -> Tensor | None:
 
 
 def new_vector(x: Tensor, *size: int) -> Tensor:
-    """Return memory for results in the type of the sums of ``x``."""
+    """Return an uninitialized vector in the type of the sums of ``x``."""
     return torch.empty(size, dtype=sum_dtype(x.dtype), device=x.device)
 
 
 def span(t: Tensor | None) -> Span | None:
-    """Return the address and the bytes of dense memory."""
+    """Return the address and the number of bytes of a dense tensor."""
     return None if t is None else (t.data_ptr(), t.numel() * t.element_size())
 
 
 def layout(x: Tensor, axis: int | None) -> Layout:
-    """Return how the dense ``x`` looks from ``axis``: elements before, along and after it in memory."""
+    """Return the number of elements before, along and after ``axis`` in the memory of the dense ``x``."""
     channels = 1 if axis is None else x.shape[axis]
     if axis is None or channels == 1:
         return 1, 1, x.numel()
@@ -72,6 +72,6 @@ def layout(x: Tensor, axis: int | None) -> Layout:
 
 
 def scratch(x: Tensor, sizes: Layout) -> Tensor:
-    """Return memory for the partial sums of a sweep over ``x``."""
+    """Return memory for the partial sums of a pass over ``x``."""
     count = engine_for(x).scratch_bytes(sizes) // 8
     return torch.empty((count,), dtype=torch.float64, device=x.device)

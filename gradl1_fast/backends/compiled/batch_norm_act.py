@@ -1,6 +1,6 @@
-"""batch_norm_act by the extension.
+"""batch_norm_act computed by the extension.
 
-The mask is recomputed from ``x``; only where a residual was added is ``activated`` read.
+The mask is recomputed from ``x``; ``activated`` is read only if a residual was added.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ def batch_norm_act_double_backward(
 
 
 def _mask_source(activated: Tensor | None, x: Tensor, masked_residual: bool) -> Tensor | None:
-    """Return the output of the activation where the mask cannot be recomputed from ``x``."""
+    """Return the output of the activation if the mask cannot be recomputed from ``x``."""
     return beside(activated, x) if activated is not None and masked_residual else None
 
 

@@ -1,4 +1,4 @@
-"""fake_quantize by the extension."""
+"""fake_quantize computed by the extension."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def fake_quantize_double_backward(
     q_max: int,
     axis: int | None,
 ) -> Tensor:
-    """Return ``d_dy = [inside] * d_dx + d_l1 * sign(dy)``."""
+    """Return ``d_dy = mask * d_dx + d_l1 * sign(dy)``."""
     if not x.numel() or (d_dx is None and d_l1 is None):
         return reference.fake_quantize_double_backward(
             d_dx, d_l1, dy, x, scale, zero_point, q_min, q_max, axis
@@ -86,7 +86,7 @@ def fake_quantize_double_backward(
 
 
 class _Call:
-    """What the sweeps have in common; it does not keep its tensors alive but the scratch."""
+    """Arguments common to the passes. Keeps the scratch memory alive, but not the tensors."""
 
     def __init__(
         self, x: Tensor, scale: Tensor, zero_point: Tensor, q_min: int, q_max: int, axis: int | None
@@ -99,7 +99,7 @@ class _Call:
 
 
 def _along(values: Tensor, x: Tensor) -> Tensor:
-    """Return one value for each channel in the type of the sums."""
+    """Return one value per channel, in the type of sums."""
     along = vector(values, x)
     assert along is not None
     return along

@@ -1,4 +1,4 @@
-"""l1_norm of many tensors by the extension, all of them in one call."""
+"""l1_norm computed by the extension, for all tensors in one call."""
 
 from __future__ import annotations
 

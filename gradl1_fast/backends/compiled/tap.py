@@ -1,4 +1,4 @@
-"""tap by the extension."""
+"""tap computed by the extension."""
 
 from __future__ import annotations
 

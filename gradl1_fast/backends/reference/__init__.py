@@ -1,4 +1,4 @@
-"""Pure PyTorch: the path on a CPU, and the executable definition of every operation."""
+"""Reference backend in pure PyTorch: defines every operation, and runs on any device."""
 
 from gradl1_fast.backends.reference.batch_norm_act import (
     batch_norm_act_backward,

@@ -1,4 +1,4 @@
-"""Batch normalisation by its saved statistics: the derivatives, and the passes that they are made of."""
+"""Derivatives of batch normalisation, computed from its saved statistics."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def normalise_backward(
     weight = None if weight is None else widen(weight)
     if not g.numel():
         return torch.empty_like(g), torch.zeros_like(mean), torch.zeros_like(mean)
-    # The saved statistics stand in for the running ones: the routine takes 1/sqrt(var + eps) from var.
+    # The routine computes 1/sqrt(var + eps) from the running variance, so the saved statistics replace it.
     var = None if training else rstd.square().reciprocal()
     return torch.ops.aten.native_batch_norm_backward(
         g, x, weight, None if training else mean, var, mean, rstd, training, 0.0, [True, True, True]
@@ -57,7 +57,7 @@ def normalise_backward(
 
 
 def sums(g: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
-    """Return ``sum g * (x - mean) * rstd`` and ``sum g`` of each channel, in one pass without products."""
+    """Return ``sum g * (x - mean) * rstd`` and ``sum g`` per channel, without intermediate products."""
     if not g.numel():
         return torch.zeros_like(mean), torch.zeros_like(mean)
     _, products, plain = torch.ops.aten.native_batch_norm_backward(
@@ -67,13 +67,13 @@ def sums(g: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tens
 
 
 def centred_affine(x: Tensor, mean: Tensor, factor: Tensor, offset: Tensor) -> Tensor:
-    """Return ``(x - mean) * factor + offset``; a mean far from zero is gone before anything is rounded."""
+    """Return ``(x - mean) * factor + offset``, subtracting first so that a large mean costs no precision."""
     centred = x - column(mean, x)
     return torch.addcmul(column(offset, x), centred, column(factor, x), out=centred)
 
 
 def affine(x: Tensor, factor: Tensor, offset: Tensor) -> Tensor:
-    """Return ``x * factor + offset`` in one pass."""
+    """Return ``x * factor + offset`` in one pass over ``x``."""
     if not x.numel():
         return torch.empty_like(x)
     return torch.native_batch_norm(

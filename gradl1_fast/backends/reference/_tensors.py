@@ -1,4 +1,4 @@
-"""What the reference operations share: types of sums, layout of outputs, the l1 term."""
+"""Helpers of the reference operations: types of sums, layout of outputs, the l1 term."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from gradl1_fast._dtypes import sum_dtype
 
 
 def widen(x: Tensor) -> Tensor:
-    """Return ``x`` in the type of its sums."""
+    """Return ``x`` in the type in which it is summed."""
     return x.to(sum_dtype(x.dtype))
 
 
 def in_layout_of(out: Tensor, x: Tensor) -> Tensor:
-    """Return ``out`` with the type of ``x`` and the strides that ``torch.empty_like(x)`` has."""
+    """Return ``out`` with the type of ``x`` and the strides of ``torch.empty_like(x)``."""
     same = (out.dtype, out.stride()) == (x.dtype, x.stride())
     if same and (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)):
-        return out  # the common case, spared an allocation
+        return out  # the common case needs no copy
     like = torch.empty_like(x)
     return out if (out.dtype, out.stride()) == (like.dtype, like.stride()) else like.copy_(out)
 
 
 def absent(like: Tensor) -> Tensor:
-    """Return the empty tensor that stands for a result nobody asked for."""
+    """Return the empty tensor that stands for a result that was not requested."""
     return like.new_empty((0,))
 
 
@@ -33,7 +33,7 @@ def l1(x: Tensor) -> Tensor:
 
 
 def add_l1_gradient(d_dy: Tensor | None, d_l1: Tensor | None, dy: Tensor) -> Tensor:
-    """Return ``d_dy + d_l1 * sign(dy)`` in the type and layout of ``dy``; an absent term counts as zero."""
+    """Return ``d_dy + d_l1 * sign(dy)`` in the type and layout of ``dy``; a missing term counts as zero."""
     if d_l1 is None:
         return torch.zeros_like(dy) if d_dy is None else in_layout_of(d_dy, dy)
     term = widen(dy).sign().mul_(d_l1)

@@ -1,13 +1,12 @@
-"""Batch normalisation, an optional residual, an activation and fake quantization: the three sweeps.
+"""Batch normalisation with an optional residual, an activation and fake quantization: the three passes.
 
-With ``xh = (x - mean) * rstd`` the first gradient is ``dx = N(g) = gamma * rstd * (g - A/M - xh * B/M)``
-for the per-channel sums ``A = sum g``, ``B = sum g * xh`` over M values. N is symmetric, so the
-gradient with respect to ``g`` is N again, applied to the incoming ``d_dx``: PyTorch's own first-order
-routine serves both. The gradient with respect to x has the closed form of `_normalisation.d_x_training`.
+With ``xh = (x - mean) * rstd``, the gradient is ``dx = N(g) = gamma * rstd * (g - A/M - xh * B/M)`` for the
+per-channel sums ``A = sum g`` and ``B = sum g * xh`` over M values. N is symmetric, so the gradient with
+respect to ``g`` is N applied to the incoming ``d_dx``, and PyTorch's first-order routine computes both. The
+gradient with respect to x has the closed form of `_normalisation.d_x_training`.
 
-Fake quantization passes a gradient where the code was not clamped. That is one more factor of the mask
-between ``dy`` and ``g``, and nothing else changes: the l1 term measures ``dy``, the gradient at the
-quantizer's output.
+Fake quantization passes the gradient where the code was not clamped. This multiplies the mask between ``dy``
+and ``g`` by another factor. The l1 term still measures ``dy``, the gradient at the quantizer's output.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from gradl1_fast.backends.reference._normalisation import (
     sums,
 )
 from gradl1_fast.backends.reference._tensors import absent, add_l1_gradient, in_layout_of, l1, widen
-from gradl1_fast.backends.reference.fake_quantize import fake_quantize_forward, inside
+from gradl1_fast.backends.reference.fake_quantize import fake_quantize_forward, unclamped
 
 
 def batch_norm_act_forward(
@@ -44,34 +43,34 @@ def batch_norm_act_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return ``y = q(act(norm(x) * weight + bias + residual))``, ``activated``, mean and 1/std.
 
-    q is fake quantization with one grid for the tensor; without a ``scale`` it is the identity.
-    ``activated`` is what q was given, where the later sweeps cannot recompute it from ``x``: with a
-    scale and a residual; else it is absent. The statistics are those of each channel: in training the
-    batch's (biased variance), otherwise the running ones.
+    q is per-tensor fake quantization; without a ``scale`` it is the identity. ``activated`` is the input of
+    q if later passes cannot recompute it from ``x``, that is with a scale and a residual; otherwise it is
+    absent. Mean and 1/std are per channel: those of the batch in training (biased variance), and the running
+    ones otherwise.
     """
     wide = widen(x)
     weight, bias = _widen(weight), _widen(bias)
     if not x.numel():
         # PyTorch's routines below divide by the number of values.
-        kept = absent(x) if scale is None or residual is None else torch.empty_like(x)
-        return torch.empty_like(x), kept, wide.new_zeros(x.shape[1]), wide.new_ones(x.shape[1])
+        mask_source = absent(x) if scale is None or residual is None else torch.empty_like(x)
+        return torch.empty_like(x), mask_source, wide.new_zeros(x.shape[1]), wide.new_ones(x.shape[1])
     if training:
         z, mean, rstd = torch.native_batch_norm(wide, weight, bias, None, None, True, 0.0, eps)
     else:
-        assert running_mean is not None  # functional.batch_norm_act has checked
+        assert running_mean is not None  # checked by functional.batch_norm_act
         assert running_var is not None
-        # A copy: an operator must not return what it was given.
+        # A copy, because an operator must not return its argument.
         mean, rstd = widen(running_mean).clone(), (widen(running_var) + eps).rsqrt()
         if scale is None:
             z = torch.native_batch_norm(wide, weight, bias, mean, widen(running_var), False, 0.0, eps)[0]
         else:
-            z = _renormalised(wide, weight, bias, mean, rstd)  # the mask has to see the very same values
+            z = _renormalised(wide, weight, bias, mean, rstd)  # the mask needs bitwise equal values
     if residual is not None:
         z.add_(residual)
     activated = in_layout_of(_activate_(z, activation), x)
     if scale is None:
         return activated, absent(x), mean, rstd
-    assert zero_point is not None  # functional.batch_norm_act has checked
+    assert zero_point is not None  # checked by functional.batch_norm_act
     y = fake_quantize_forward(activated, scale, zero_point, q_min, q_max, None)
     return y, absent(x) if residual is None else activated, mean, rstd
 
@@ -95,10 +94,11 @@ def batch_norm_act_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return ``dx, dweight, dbias, dresidual, l1`` with ``l1 = sum |dy|``.
 
-    ``dresidual`` and ``l1`` are absent where not asked for; so is ``dresidual`` without activation
-    and scale, when it is ``dy`` itself. ``activated`` gives the mask: the forward's result of that
-    name or, without a scale, ``y``, which the next operation keeps anyway. It is None where it was
-    absent and where there is no mask. ``bias`` lets a kernel recompute the mask from ``x`` instead.
+    ``dresidual`` and ``l1`` are absent if not requested. ``dresidual`` is also absent without activation and
+    scale, where it equals ``dy``. ``activated`` determines the mask. It is the result of the forward pass
+    with that name or, without a scale, ``y``, which the next operation saves anyway; it is None if that
+    result was absent and if there is no mask. With ``bias`` a kernel can recompute the mask from ``x``
+    instead.
     """
     wide = widen(x)
     vectors, grid = (weight, bias, mean, rstd), (scale, zero_point, q_min, q_max)
@@ -138,7 +138,7 @@ def batch_norm_act_double_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return ``d_dy, d_x, d_weight`` for the cotangents of the five results of the backward.
 
-    ``with_residual`` tells whether the mask can be recomputed from ``x``, as a kernel may.
+    ``with_residual`` tells a kernel whether it can recompute the mask from ``x``.
     """
     wide = widen(x)
     vectors, grid = (weight, bias, mean, rstd), (scale, zero_point, q_min, q_max)
@@ -176,24 +176,24 @@ def _mask(
     activation: str,
     dtype: torch.dtype,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return what the activation's slope is read from, and where codes were not clamped if there are any."""
+    """Return the tensor that determines the activation's slope, and the mask of unclamped codes or None."""
     scale, zero_point, q_min, q_max = grid
     if scale is None:
         return activated, None
-    assert zero_point is not None  # functional.batch_norm_act has checked
+    assert zero_point is not None  # checked by functional.batch_norm_act
     if activated is None:
         weight, bias, mean, rstd = vectors
         z = _renormalised(x, _widen(weight), _widen(bias), mean, rstd)
-        activated = _activate_(z, activation).to(dtype)  # as it was stored
-    return activated, inside(activated, scale, zero_point, q_min, q_max, None)
+        activated = _activate_(z, activation).to(dtype)  # rounded as when it was stored
+    return activated, unclamped(activated, scale, zero_point, q_min, q_max, None)
 
 
 def _renormalised(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, rstd: Tensor
 ) -> Tensor:
-    """Return the normalised values from the saved statistics, on a CPU the very bits of the forward pass.
+    """Return the normalised values from the saved statistics, on a CPU bitwise equal to the forward pass.
 
-    That routine makes a factor and an offset of each channel, as here, and applies them.
+    PyTorch's routine computes a factor and an offset per channel and applies them, as this function does.
     """
     factor, product = (rstd, mean * rstd) if weight is None else (rstd * weight, mean * weight * rstd)
     offset = -product if bias is None else bias - product

@@ -1,10 +1,10 @@
-"""Convolution and its transpose in 1, 2 and 3 dimensions by fprop, dgrad and wgrad only, at every order.
+"""Convolution and transposed convolution in 1, 2 and 3 dimensions, with fprop, dgrad and wgrad only.
 
-A convolution is linear in its input and in its weight, so each of its gradients is one of three
-routines: fprop (input and weight to output), dgrad (output gradient and weight to input gradient)
-and wgrad (input and output gradient to weight gradient). Their gradients are the same three again.
-PyTorch's own double backward computes the weight gradient as a forward convolution with a filter as
-large as the image; here it is a wgrad. All this holds for a transposed convolution too.
+A convolution is linear in its input and in its weight, so each of its gradients is one of three routines:
+fprop (input and weight to output), dgrad (output gradient and weight to input gradient) and wgrad (input and
+output gradient to weight gradient). The gradients of these routines are the same three routines. PyTorch's
+double backward computes the weight gradient as a forward convolution with a filter of the size of the image;
+this module uses wgrad. The same holds for transposed convolutions.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from gradl1_fast.backends.reference._tensors import absent
 
 
 class _Geometry(NamedTuple):
-    """What PyTorch's convolution takes besides tensors, in its order."""
+    """The arguments of ``torch.convolution`` that are not tensors, in order."""
 
     stride: list[int]
     padding: list[int]
@@ -51,7 +51,7 @@ def conv_backward(
     groups: int,
     output_mask: list[bool],
 ) -> tuple[Tensor, Tensor]:
-    """Return ``dx = dgrad(dy, weight)`` and ``dweight = wgrad(x, dy)``, each where the mask asks for it."""
+    """Return ``dx = dgrad(dy, weight)`` and ``dweight = wgrad(x, dy)``, each if requested by the mask."""
     return _backward(dy, x, weight, _plain(stride, padding, dilation, groups), output_mask)
 
 
@@ -67,7 +67,7 @@ def conv_double_backward(
     groups: int,
     output_mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ``d_dy, d_x, d_weight``, each where the mask asks for it.
+    """Return ``d_dy, d_x, d_weight``, each if requested by the mask.
 
     ``d_dy = fprop(d_dx, weight) + fprop(x, d_dweight)``, ``d_x = dgrad(dy, d_dweight)``,
     ``d_weight = wgrad(d_dx, dy)``.
@@ -101,7 +101,7 @@ def conv_transpose_backward(
     groups: int,
     output_mask: list[bool],
 ) -> tuple[Tensor, Tensor]:
-    """Return ``dx`` and ``dweight`` as :func:`conv_backward` does."""
+    """Return ``dx`` and ``dweight``, see :func:`conv_backward`."""
     geometry = _Geometry(stride, padding, dilation, True, output_padding, groups)
     return _backward(dy, x, weight, geometry, output_mask)
 
@@ -119,7 +119,7 @@ def conv_transpose_double_backward(
     groups: int,
     output_mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ``d_dy, d_x, d_weight`` as :func:`conv_double_backward` does."""
+    """Return ``d_dy, d_x, d_weight``, see :func:`conv_double_backward`."""
     geometry = _Geometry(stride, padding, dilation, True, output_padding, groups)
     return _double_backward(d_dx, d_dweight, dy, x, weight, geometry, output_mask)
 

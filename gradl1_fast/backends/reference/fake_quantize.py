@@ -1,4 +1,4 @@
-"""Round to a grid of integers and back, with the straight-through estimator."""
+"""Fake quantization with the straight-through estimator."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def fake_quantize_backward(
     with_l1: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return ``dx = dy`` where the code was not clamped and 0 elsewhere, and ``l1 = sum |dy|``."""
-    dx = torch.where(inside(x, scale, zero_point, q_min, q_max, axis), dy, 0)
+    dx = torch.where(unclamped(x, scale, zero_point, q_min, q_max, axis), dy, 0)
     return in_layout_of(dx, x), l1(dy) if with_l1 else absent(dy)
 
 
@@ -49,10 +49,10 @@ def fake_quantize_double_backward(
     q_max: int,
     axis: int | None,
 ) -> Tensor:
-    """Return ``d_dy = [inside] * d_dx + d_l1 * sign(dy)``."""
+    """Return ``d_dy = mask * d_dx + d_l1 * sign(dy)``."""
     d_dy = None
     if d_dx is not None:
-        d_dy = torch.where(inside(x, scale, zero_point, q_min, q_max, axis), d_dx, 0)
+        d_dy = torch.where(unclamped(x, scale, zero_point, q_min, q_max, axis), d_dx, 0)
     return add_l1_gradient(d_dy, d_l1, dy)
 
 
@@ -70,7 +70,9 @@ def _codes(x: Tensor, s: Tensor, z: Tensor) -> Tensor:
     return (widen(x) / s).round_().add_(z)
 
 
-def inside(x: Tensor, scale: Tensor, zero_point: Tensor, q_min: int, q_max: int, axis: int | None) -> Tensor:
-    """Return where the code of ``x`` is not clamped."""
+def unclamped(
+    x: Tensor, scale: Tensor, zero_point: Tensor, q_min: int, q_max: int, axis: int | None
+) -> Tensor:
+    """Return the mask of values of ``x`` whose code is not clamped."""
     codes = _codes(x, _along(scale, x, axis), _along(zero_point, x, axis))
     return (codes >= q_min) & (codes <= q_max)

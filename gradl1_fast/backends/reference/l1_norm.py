@@ -9,7 +9,7 @@ from gradl1_fast.backends.reference._tensors import in_layout_of, l1, widen
 
 
 def l1_norm_forward(tensors: list[Tensor]) -> Tensor:
-    """Return the vector of ``sum |t|``, one entry for each tensor, in the widest type of their sums."""
+    """Return the vector of ``sum |t|``, one entry per tensor, in the widest type of their sums."""
     norms = [l1(t) for t in tensors]
     widest = torch.float64 if any(n.dtype == torch.float64 for n in norms) else torch.float32
     return torch.stack([n.to(widest) for n in norms])

@@ -1,4 +1,4 @@
-"""Linear layer: a matrix product and, at every order, matrix products only."""
+"""Linear layer: matrix products in all passes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def linear_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def linear_backward(dy: Tensor, x: Tensor, weight: Tensor, output_mask: list[bool]) -> tuple[Tensor, Tensor]:
-    """Return ``dx = dy @ weight`` and ``dweight = dy.T @ x``, each where the mask asks for it."""
+    """Return ``dx = dy @ weight`` and ``dweight = dy.T @ x``, each if requested by the mask."""
     dx = dy @ weight if output_mask[0] else absent(x)
     dweight = _wgrad(dy, x) if output_mask[1] else absent(weight)
     return dx, dweight
@@ -30,7 +30,7 @@ def linear_double_backward(
     weight: Tensor,
     output_mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ``d_dy, d_x, d_weight``, each where the mask asks for it.
+    """Return ``d_dy, d_x, d_weight``, each if requested by the mask.
 
     ``d_dy = d_dx @ weight.T + x @ d_dweight.T``, ``d_x = dy @ d_dweight``, ``d_weight = dy.T @ d_dx``.
     """
@@ -47,5 +47,5 @@ def linear_double_backward(
 
 
 def _wgrad(dy: Tensor, x: Tensor) -> Tensor:
-    rows = math.prod(x.shape[:-1])  # spelled out: -1 is ambiguous without features
+    rows = math.prod(x.shape[:-1])  # -1 is ambiguous if there are no features
     return dy.reshape(rows, dy.shape[-1]).t() @ x.reshape(rows, x.shape[-1])

@@ -1,4 +1,4 @@
-"""Identity that measures the l1 norm of the gradient passing through it."""
+"""Identity that measures the l1 norm of its gradient."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Planned regions: many operations as one node of the autograd graph, in four passes of raw calls."""
+"""Planned regions: several operations as one node of the autograd graph, run in four passes of raw calls."""

@@ -1,4 +1,4 @@
-"""The operations of a region that quantize and measure: sites, and batch norm with the site behind it."""
+"""Operations of a region that quantize and measure: sites, and batch norms fused with a site."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from gradl1_fast.conversion.regions.operations import Operation
 from gradl1_fast.conversion.regions.passes import Backward, DoubleBackward, Forward, NotFittingError
 from gradl1_fast.nn.quantizers import ActivationQuantizer
 
-__all__ = ["BatchNorm", "Measured", "Site"]
+__all__ = ["BatchNorm", "Measurement", "Site"]
 
 
-class Measured:
-    """What a site does to the tensor in a slot.
+class Measurement:
+    """How a site quantizes and measures the tensor in a slot.
 
     Args:
-        quantizer: of the site.
-        slot: of the tensor.
-        number: of the site among the measured ones; None if no penalty counts the tensor.
-        by_step: whether it is measured by its step.
+        quantizer: the quantizer of the site.
+        slot: the slot of the tensor.
+        number: the index of the site among the measured sites; None if no penalty counts the tensor.
+        by_step: whether the norm is multiplied by the quantization step.
     """
 
     def __init__(self, quantizer: ActivationQuantizer, slot: int, number: int | None, by_step: bool) -> None:
@@ -33,34 +33,34 @@ class Measured:
 
     @property
     def codes(self) -> tuple[int, int] | None:
-        """The smallest and the largest code at the present width; None for float."""
+        """The smallest and the largest code at the current bit width; None in float."""
         return None if self.quantizer.bits is None else (0, 2**self.quantizer.bits - 1)
 
     def grid(self, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
-        """Return scale and zero point at the present width; None for float."""
+        """Return scale and zero point at the current bit width; None in float."""
         if self.quantizer.bits is None:
             return None, None
         return self.quantizer.grid(sum_dtype(dtype), self.quantizer.bits)[:2]
 
 
 class Site(Operation):
-    """A site of its own: the tensor is read by others than its layers too."""
+    """A site as a separate operation, for a tensor that is also read by other operations."""
 
-    def __init__(self, x: int, what: Measured) -> None:
-        self.x, self.what = x, what
+    def __init__(self, x: int, measurement: Measurement) -> None:
+        self.x, self.measurement = x, measurement
         self._tap: contract.Tap | None = None
         self._quantize: contract.FakeQuantize | None = None
 
     @override
     def forward(self, run: Forward) -> None:
-        x, what = run.values[self.x], self.what
+        x, measurement = run.values[self.x], self.measurement
         if self._tap is None:
             self._prepare(x)
-        if what.by_step and what.slot not in run.ends:
-            run.ends[what.slot] = self._tap.ends(x)  # type: ignore[union-attr]
+        if measurement.by_step and measurement.slot not in run.ends:
+            run.ends[measurement.slot] = self._tap.ends(x)  # type: ignore[union-attr]
         y, scale, zero_point = x, None, None
         if self._quantize is not None:
-            scale, zero_point = what.grid(x.dtype)
+            scale, zero_point = measurement.grid(x.dtype)
             y = self._quantize.forward(x, scale, zero_point)  # type: ignore[arg-type]
         run.values[self.out] = y
         if run.saved is not None and (self._quantize is not None or self.ends_slot is not None):
@@ -68,7 +68,7 @@ class Site(Operation):
 
     @override
     def keeps(self) -> Sequence[int]:
-        return (self.x,) if self.what.codes is not None or self.ends_slot is not None else ()
+        return (self.x,) if self.measurement.codes is not None or self.ends_slot is not None else ()
 
     @override
     def value(self, run: Backward) -> Tensor:
@@ -76,13 +76,13 @@ class Site(Operation):
 
     def _prepare(self, x: Tensor) -> None:
         self._tap = contract.prepare_tap(resolve("tap", x), x)
-        if self.what.codes is not None:
+        if self.measurement.codes is not None:
             backend = resolve("fake_quantize", x)
-            self._quantize = contract.prepare_fake_quantize(backend, x, self.what.codes)
+            self._quantize = contract.prepare_fake_quantize(backend, x, self.measurement.codes)
 
     @override
     def backward(self, run: Backward, dy: Tensor) -> None:
-        number = None if run.record is None else self.what.number
+        number = None if run.record is None else self.measurement.number
         if run.record is not None:
             run.record[self.index] = dy
         if self._quantize is None:
@@ -99,7 +99,7 @@ class Site(Operation):
             self._add_ends_gradient(run)
 
     def _add_ends_gradient(self, run: Backward) -> None:
-        slot = self.what.slot
+        slot = self.measurement.slot
         dx, x = run.grads[slot], run.saved[self.index][0]
         run.grads[slot] = self._tap.add_ends_gradient(dx, x, run.ends[slot], run.d_ends[slot])  # type: ignore[union-attr]
         run.owned[slot] = True
@@ -107,7 +107,7 @@ class Site(Operation):
     @override
     def double_backward(self, run: DoubleBackward, dy: Tensor) -> None:
         tangent = run.tangents[self.x]
-        d_l1 = None if self.what.number is None else run.d_l1.get(self.what.number)
+        d_l1 = None if self.measurement.number is None else run.d_l1.get(self.measurement.number)
         if tangent is None and d_l1 is None:
             return
         if self._quantize is not None:
@@ -120,15 +120,15 @@ class Site(Operation):
 
 
 class BatchNorm(Operation):
-    """``q(act(norm(x) + residual))``, measured if nobody but the layers of a site reads it.
+    """``q(act(norm(x) + residual))``, quantized and measured if only the layers of one site read it.
 
     Args:
-        norm: the module, whose statistics the program updates in training.
-        x: slot of the input.
-        residual: slot, or None.
-        weight: argument, or None.
-        bias: likewise.
-        needs: whether weight and bias need gradients.
+        norm: the module; the program updates its running statistics in training.
+        x: the slot of the input.
+        residual: the slot of the residual, or None.
+        weight: the index of the weight among the region's parameters, or None.
+        bias: the index of the bias, or None.
+        needs: whether the weight and the bias need gradients.
         activation: ``"none"``, ``"relu"`` or ``"relu6"``.
     """
 
@@ -145,7 +145,7 @@ class BatchNorm(Operation):
         self.norm, self.x, self.residual, self.activation = norm, x, residual, activation
         self.weight, self.bias = weight, bias
         self.needs_weight, self.needs_bias = needs
-        self.what: Measured | None = None
+        self.measurement: Measurement | None = None
         self.training = norm.training or norm.running_mean is None
         self._raw: contract.BatchNormAct | None = None
 
@@ -155,7 +155,7 @@ class BatchNorm(Operation):
         if self._raw is None:
             self._prepare(x, residual)
         weight, bias, mean, variance = self._vectors(run.args)
-        scale, zero_point = (None, None) if self.what is None else self.what.grid(x.dtype)
+        scale, zero_point = (None, None) if self.measurement is None else self.measurement.grid(x.dtype)
         y, activated, mean, rstd, ends = self._raw.forward(  # type: ignore[union-attr]
             x, weight, bias, mean, variance, residual, scale, zero_point
         )
@@ -188,7 +188,7 @@ class BatchNorm(Operation):
         if self.training:
             nn.functional._verify_batch_size(x.size())  # type: ignore[attr-defined]
         if residual is not None and (residual.shape, residual.dtype) != (x.shape, x.dtype):
-            raise NotFittingError("a residual has another shape or type than the sum")
+            raise NotFittingError("a residual differs from the normalised tensor in shape or type")
         self._raw = contract.prepare_batch_norm_act(
             resolve("batch_norm_act", x),
             x,
@@ -196,14 +196,14 @@ class BatchNorm(Operation):
             eps=self.norm.eps,
             activation=self.activation,
             with_residual=residual is not None,
-            codes=None if self.what is None else self.what.codes,
+            codes=None if self.measurement is None else self.measurement.codes,
             with_ends=self.ends_slot is not None,
         )
 
     @override
     def backward(self, run: Backward, dy: Tensor) -> None:
         x, activated, mean, rstd, scale, zero_point = run.saved[self.index]
-        number = None if run.record is None or self.what is None else self.what.number
+        number = None if run.record is None or self.measurement is None else self.measurement.number
         if run.record is not None:
             run.record[self.index] = dy
         dx, dweight, dbias, dresidual, l1 = self._raw.backward(  # type: ignore[union-attr]
@@ -230,7 +230,7 @@ class BatchNorm(Operation):
         x, activated, mean, rstd, scale, zero_point = run.saved[self.index]
         of_residual = None if self.residual is None else run.tangents[self.residual]
         d_weight, d_bias = (None if i is None else run.d_args[i] for i in (self.weight, self.bias))
-        number = None if self.what is None else self.what.number
+        number = None if self.measurement is None else self.measurement.number
         d_l1 = None if number is None else run.d_l1.get(number)
         cotangents = run.tangents[self.x], d_weight, d_bias, of_residual, d_l1
         if all(value is None for value in cotangents):

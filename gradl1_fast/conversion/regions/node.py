@@ -1,10 +1,10 @@
-"""The autograd side of a region: one node for its forward pass, and one for its first backward pass.
+"""The autograd nodes of a region: one for its forward pass and one for its first backward pass.
 
-The forward pass returns, beside its outputs, a scalar that nobody sees, the *token*. The first backward pass
-takes it: that edge makes autograd run every double backward pass of a region before its last backward pass.
-What a double backward pass puts by carries the number of the graph task it ran in, and the last backward
-pass of the same task takes it up. So it does not matter how gradients are asked for: of loss and penalty
-together or one after the other, in either order, for all parameters or for some.
+Besides its outputs, the forward pass returns an internal scalar, the *token*. The first backward pass takes
+the token as an input. That edge makes autograd run every double backward pass of a region before its last
+backward pass. A double backward pass defers cotangents to the last backward pass and stores them with the
+number of its graph task; the last backward pass of the same task adds them. The gradients of loss and
+penalty can therefore be requested together or separately, in either order, for all or some parameters.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradl1_fast.conversion.regions.passes import PutBy, Saved, task
+from gradl1_fast.conversion.regions.passes import Deferred, Saved, task
 from gradl1_fast.conversion.regions.program import Program
 from gradl1_fast.nn.arming import Arming
 
@@ -29,27 +29,28 @@ def run(
     args: Sequence[Tensor],
     probes: Sequence[Tensor],
 ) -> list[Tensor]:
-    """Return the outputs of a region, with one node of the graph for all of it."""
+    """Return the outputs of a region, computed by a single node of the autograd graph."""
     if not torch.is_grad_enabled():
         return program.forward(inputs, list(args), None)
     return list(_Region.apply(program, arming, *inputs, *args, *probes)[:-1])
 
 
 class _Region(torch.autograd.Function):
-    """The forward pass; its backward is the first of double backprop, or the last."""
+    """The forward pass; its backward is the first or the last backward pass of double backprop."""
 
     @staticmethod
     def forward(ctx: Any, program: Program, arming: Arming, *tensors: Tensor) -> tuple[Tensor, ...]:
-        count = len(program.wanted)
+        count = len(program.requires_grad)
         ctx.program, ctx.arming, ctx.saved = program, arming, Saved(len(program.operations))
-        ctx.measured_at = program.step_bits  # for a penalty, which may have another scale
+        ctx.measured_at = program.step_bits  # compared by penalties: theirs may differ
         inputs, args = tensors[: program.inputs], list(tensors[program.inputs : count])
-        # What is kept knows nothing of the graph: an output that did would keep its own node alive.
+        # The saved outputs are detached: otherwise they would keep their own node alive.
         outputs = [value.detach() for value in program.forward(inputs, args, ctx.saved)]
         token = inputs[0].new_zeros(())
-        kept = [outputs[i] for i in program.kept]  # whoever changes them in place is told
+        # Saved so that autograd detects in-place changes.
+        saved_outputs = [outputs[i] for i in program.saved_outputs]
         needed = [t if program.is_needed[i] else None for i, t in enumerate(tensors[:count])]
-        ctx.save_for_backward(*needed, *kept, token)
+        ctx.save_for_backward(*needed, *saved_outputs, token)
         ctx.set_materialize_grads(False)
         return *outputs, token
 
@@ -57,17 +58,17 @@ class _Region(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         *tensors, token = ctx.saved_tensors  # raises if the graph was freed, or a tensor was changed
         program, dys = ctx.program, grads[:-1]
-        tensors = tensors[: len(program.wanted)]
-        put_by = _taken_up(ctx.saved)
-        if torch.is_grad_enabled() and put_by is None:
-            values = _RegionBackward.apply(program, ctx.saved, ctx.arming.asked, *dys, *tensors, token)
+        tensors = tensors[: len(program.requires_grad)]
+        deferred = _take_deferred(ctx.saved)
+        if torch.is_grad_enabled() and deferred is None:
+            values = _RegionBackward.apply(program, ctx.saved, ctx.arming.requested, *dys, *tensors, token)
             return None, None, *values
         with torch.no_grad():
-            of_inputs, of_args = program.last_backward(ctx.saved, tensors[program.inputs :], dys, put_by)
-        found = _wanted(program, [*of_inputs, *of_args])
+            of_inputs, of_args = program.last_backward(ctx.saved, tensors[program.inputs :], dys, deferred)
+        result = _required(program, [*of_inputs, *of_args])
         if torch.is_grad_enabled():
-            found = _end_the_line(found, tensors)
-        return None, None, *found, *[None] * len(program.measured)
+            result = _refuse_third_order(result, tensors)
+        return None, None, *result, *[None] * len(program.measured)
 
 
 class _RegionBackward(torch.autograd.Function):
@@ -75,39 +76,39 @@ class _RegionBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, program: Program, saved: Saved, asked: str, *tensors: Tensor | None
+        ctx: Any, program: Program, saved: Saved, requested: str, *tensors: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         outputs = len(program.outputs)
         dys, values = tensors[:outputs], tensors[outputs:-1]
         args: Any = list(values[program.inputs :])
-        (of_inputs, of_args), terms, record = program.first_backward(saved, args, dys, asked)
+        (of_inputs, of_args), terms, record = program.first_backward(saved, args, dys, requested)
         ctx.program, ctx.saved, ctx.record = program, saved, record
         ctx.save_for_backward(*dys, *values)
         ctx.set_materialize_grads(False)
-        return *_wanted(program, [*of_inputs, *of_args]), *terms
+        return *_required(program, [*of_inputs, *of_args]), *terms
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         program: Program = ctx.program
         tensors = ctx.saved_tensors[len(program.outputs) :]
-        inputs, count = program.inputs, len(program.wanted)
+        inputs, count = program.inputs, len(program.requires_grad)
         with torch.no_grad():
-            d_dys, (of_inputs, of_args), put_by = program.double_backward(
+            d_dys, (of_inputs, of_args), deferred = program.double_backward(
                 ctx.saved,
                 ctx.record,
                 list(tensors[inputs:]),
                 (cotangents[:inputs], cotangents[inputs:count], cotangents[count:]),
             )
-        ctx.saved.put_by.append((task(), put_by))
+        ctx.saved.deferred.append((task(), deferred))
         d_dys = [d if dy is not None else None for d, dy in zip(d_dys, ctx.saved_tensors, strict=False)]
-        grads = [*d_dys, *_wanted(program, [*of_inputs, *of_args])]
+        grads = [*d_dys, *_required(program, [*of_inputs, *of_args])]
         if torch.is_grad_enabled():
-            grads = _end_the_line(grads, tensors)
+            grads = _refuse_third_order(grads, tensors)
         return None, None, None, *grads, None
 
 
-class _EndOfLine(torch.autograd.Function):
-    """Gradients of second order, which cannot be differentiated again and say so."""
+class _SecondOrderGradients(torch.autograd.Function):
+    """Identity on second-order gradients; its backward raises, since third order is not supported."""
 
     @staticmethod
     def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -118,25 +119,27 @@ class _EndOfLine(torch.autograd.Function):
         raise RuntimeError("gradl1_fast: first and second order gradients only")
 
 
-def _end_the_line(grads: Sequence[Tensor | None], tensors: Sequence[Tensor]) -> list[Tensor | None]:
+def _refuse_third_order(grads: Sequence[Tensor | None], tensors: Sequence[Tensor]) -> list[Tensor | None]:
     present = [grad for grad in grads if grad is not None]
-    known = [tensor for tensor in tensors if tensor is not None]
-    ended = iter(_EndOfLine.apply(len(present), *present, *known)) if present else iter(())
-    return [None if grad is None else next(ended) for grad in grads]
+    known_tensors = [tensor for tensor in tensors if tensor is not None]
+    checked = (
+        iter(_SecondOrderGradients.apply(len(present), *present, *known_tensors)) if present else iter(())
+    )
+    return [None if grad is None else next(checked) for grad in grads]
 
 
-def _wanted(program: Program, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
-    return [grad if wanted else None for grad, wanted in zip(grads, program.wanted, strict=True)]
+def _required(program: Program, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+    return [grad if required else None for grad, required in zip(grads, program.requires_grad, strict=True)]
 
 
-def _taken_up(saved: Saved) -> PutBy | None:
-    """Return what double backward passes of the present graph task have put by; drop what others have."""
-    present, taken = task(), None
-    for number, put_by in saved.put_by:
-        if number == present:
-            if taken is None:
-                taken = put_by
+def _take_deferred(saved: Saved) -> Deferred | None:
+    """Return the cotangents deferred by the current graph task, and drop those of other tasks."""
+    current, total = task(), None
+    for number, deferred in saved.deferred:
+        if number == current:
+            if total is None:
+                total = deferred
             else:
-                taken.add(put_by)
-    saved.put_by = []
-    return taken
+                total.add(deferred)
+    saved.deferred = []
+    return total

@@ -1,4 +1,4 @@
-"""Which nodes of a graph a region can take, and how each becomes operations."""
+"""Decides which nodes of a graph a region supports, and converts them to operations."""
 
 from __future__ import annotations
 
@@ -55,10 +55,10 @@ def norm_in(root: nn.Module, node: fx.Node) -> Any:
 
 
 def supports(root: nn.Module, node: fx.Node, inside: set[fx.Node]) -> bool:
-    """Return whether a region that has the nodes ``inside`` can take a node as well.
+    """Return whether a node can join a region that consists of the nodes ``inside``.
 
-    A region begins with a product or a batch norm: what it computes depends on parameters. What reads a
-    parameter or buffer of the container itself stays outside: a region is given tensors.
+    A region starts with a product or a batch norm, so that its results depend on parameters. Nodes that read
+    a parameter or buffer of the container itself are excluded: the inputs of a region are computed tensors.
     """
     if any(source.op == "get_attr" for source in inputs_of(node)):
         return False
@@ -76,7 +76,7 @@ def inputs_of(node: fx.Node) -> list[fx.Node]:
 
 
 def shares_memory(root: nn.Module, node: fx.Node) -> bool:
-    """Return whether the result of a node that a region can take has the memory of what it reads."""
+    """Return whether the result of a supported node shares the memory of its input."""
     kind = type(module_of(root, node))
     return kind is nn.Flatten or operation_of(node) in _FLATTEN
 
@@ -94,11 +94,11 @@ def emit(root: nn.Module, node: fx.Node, builder: Builder) -> None:
     elif norm is not None:
         _emit_norm(node, norm, builder)
     else:
-        made = _simple(root, node, None)
-        assert made is not None
+        make = _simple(root, node, None)
+        assert make is not None
         sources = [builder.slot(source) for source in inputs_of(node)]
         active = any(map(builder.needs_slot, sources))
-        builder.give(node, builder.append(made(sources), active))
+        builder.give(node, builder.append(make(sources), active))
 
 
 def _emit_layer(node: fx.Node, layer: QuantizedLayer, builder: Builder) -> None:
@@ -106,14 +106,14 @@ def _emit_layer(node: fx.Node, layer: QuantizedLayer, builder: Builder) -> None:
     weight, bias = builder.argument(layer, "weight"), builder.argument(layer, "bias")
     needs = builder.needs_slot(x), builder.needs(weight), builder.needs(bias)
     common = x, weight, bias, needs, builder.dtype
-    own: Any = layer
+    module: Any = layer
     operation: Operation
     if isinstance(layer, QLinear):
         operation = Linear(*common)  # type: ignore[arg-type]
     else:
-        sizes = [list(values) for values in (own.stride, own.padding, own.dilation)]
-        zeros = [0] * len(own.stride)
-        operation = Convolution(*common, geometry=(*sizes, False, zeros, own.groups))
+        sizes = [list(values) for values in (module.stride, module.padding, module.dilation)]
+        zeros = [0] * len(module.stride)
+        operation = Convolution(*common, geometry=(*sizes, False, zeros, module.groups))
     builder.give(node, builder.append(operation, any(needs)))
 
 
@@ -130,9 +130,9 @@ def _emit_norm(node: fx.Node, norm: nn.BatchNorm2d, builder: Builder) -> None:
 def _simple(
     root: nn.Module, node: fx.Node, inside: set[fx.Node] | None
 ) -> Callable[[list[int]], Operation] | None:
-    """Return what makes the operation of a node from the slots it reads, or None if there is none.
+    """Return a function from the slots that a node reads to its operation; None if it is not supported.
 
-    A tensor that is changed in place must be read by nobody else, and have been made in the region.
+    A tensor that is changed in place must be computed in the region and have no other reader.
     """
     if inside is not None and changes_in_place(root, node):
         changed = node.all_input_nodes[0] if node.all_input_nodes else None
@@ -147,16 +147,16 @@ def _simple(
 
 def _of_module(module: nn.Module) -> Callable[[list[int]], Operation] | None:
     kind = type(module)
-    own: Any = module
+    options: Any = module
     if kind is nn.Flatten:
-        return lambda x: Reshape(x[0], lambda t: t.flatten(own.start_dim, own.end_dim))
-    if kind is nn.MaxPool2d and not own.return_indices:
-        sizes = [_pair(v) for v in (own.kernel_size, own.stride, own.padding, own.dilation)]
-        return lambda x: MaxPool(x[0], (*sizes, own.ceil_mode))
-    if kind is nn.AdaptiveAvgPool2d and own.output_size in (1, (1, 1)):
+        return lambda x: Reshape(x[0], lambda t: t.flatten(options.start_dim, options.end_dim))
+    if kind is nn.MaxPool2d and not options.return_indices:
+        sizes = [_pair(v) for v in (options.kernel_size, options.stride, options.padding, options.dilation)]
+        return lambda x: MaxPool(x[0], (*sizes, options.ceil_mode))
+    if kind is nn.AdaptiveAvgPool2d and options.output_size in (1, (1, 1)):
         return _mean((-1, -2), keepdim=True)
     if kind is nn.AvgPool2d:
-        return lambda x: _average(x[0], own)
+        return lambda x: _average(x[0], options)
     return None
 
 
@@ -181,10 +181,10 @@ def _of_function(node: fx.Node) -> Callable[[list[int]], Operation] | None:
     return None
 
 
-def _mean(dim: Any = None, keepdim: bool = False, **others: Any) -> Callable[[list[int]], Operation] | None:
-    """Return what makes a mean over some axes, given as numbers."""
+def _mean(dim: Any = None, keepdim: bool = False, **options: Any) -> Callable[[list[int]], Operation] | None:
+    """Return a function from slots to a mean over the given integer axes; None if it is not supported."""
     axes = [dim] if isinstance(dim, int) else dim
-    if others or not axes or not all(isinstance(axis, int) for axis in axes):
+    if options or not axes or not all(isinstance(axis, int) for axis in axes):
         return None
 
     def count(x: Tensor) -> int:

@@ -1,4 +1,4 @@
-"""The operations of a region, each with the raw calls of its passes."""
+"""The operations of a region, each with the raw calls of its four passes."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ _convolution_backward = _aten.convolution_backward.default
 
 
 class Operation(ABC):
-    """One operation.
+    """An operation of a region.
 
     Attributes:
-        index: its place in the region.
+        index: its index in the region.
         out: the slot of its result.
-        ends_slot: the slot whose ends get a gradient that this operation adds; None for most.
+        ends_slot: the slot of the tensor to which this operation adds the gradient of its smallest and
+            largest value; None for most operations.
     """
 
     index: int
@@ -37,14 +38,14 @@ class Operation(ABC):
 
     @abstractmethod
     def backward(self, run: Backward, dy: Tensor) -> None:
-        """Add the gradients of what was given, for that of the result."""
+        """Add the gradients of the inputs, given the gradient of the result."""
 
     @abstractmethod
     def double_backward(self, run: DoubleBackward, dy: Any) -> None:
-        """Set the cotangent of ``dy``, which the first pass kept, and add those of what was given."""
+        """Set the cotangent of ``dy``, which the first backward pass saved, and add those of the inputs."""
 
     def keeps(self) -> Sequence[int]:
-        """Return the slots of the tensors that the passes after the forward pass read."""
+        """Return the slots of the tensors that later passes read."""
         return ()
 
     def value(self, run: Backward) -> Tensor:
@@ -53,14 +54,14 @@ class Operation(ABC):
 
 
 class _Product(Operation):
-    """What is linear in its input and in its weight.
+    """An operation that is linear in its input and in its weight.
 
     Args:
-        x: slot of the input.
-        weight: argument.
-        bias: argument, or None.
-        needs: whether the input and the weight need gradients, and the bias.
-        dtype: in which autocast computes; None without.
+        x: the slot of the input.
+        weight: the index of the weight among the region's parameters.
+        bias: the index of the bias, or None.
+        needs: whether the input, the weight and the bias need gradients.
+        dtype: the type in which autocast computes; None without autocast.
     """
 
     def __init__(
@@ -91,7 +92,7 @@ class _Product(Operation):
         if self.needs_x or of_weight:
             dx, dweight = self.gradients(dy, x, weight, self.needs_x, of_weight)
             if self.needs_x:
-                run.add(self.x, self.back(dx))
+                run.add(self.x, self.cast_back(dx))
             if of_weight:
                 run.give(self.weight, dweight)
         if self.needs_bias and run.of_others:
@@ -117,7 +118,7 @@ class _Product(Operation):
             like_x, like_weight = x if v is None else v, weight if d_weight is None else d_weight
             d_x, d_w = self.gradients(dy, like_x, like_weight, of_x, of_weight)
             if of_x:
-                run.add(self.x, self.back(d_x))
+                run.add(self.x, self.cast_back(d_x))
             if of_weight:
                 run.give(self.weight, d_w)
 
@@ -125,8 +126,8 @@ class _Product(Operation):
     def keeps(self) -> Sequence[int]:
         return (self.x,)
 
-    def back(self, dx: Tensor) -> Tensor:
-        """Return a gradient of the input in its type."""
+    def cast_back(self, dx: Tensor) -> Tensor:
+        """Return a gradient of the input, cast to the input's type."""
         return dx if self.dtype is None else dx.to(self.x_dtype)
 
     @abstractmethod
@@ -137,19 +138,19 @@ class _Product(Operation):
     def gradients(
         self, dy: Tensor, x: Tensor, weight: Tensor, of_x: bool, of_weight: bool
     ) -> tuple[Tensor, Tensor]:
-        """Return the gradients for input and weight, where wanted."""
+        """Return the requested gradients of input and weight."""
 
     @abstractmethod
     def bias_gradient(self, dy: Tensor) -> Tensor:
-        """Return the gradient for the bias."""
+        """Return the gradient of the bias."""
 
     @abstractmethod
     def bias_tangent(self, d_bias: Tensor, dy: Tensor) -> Tensor:
-        """Return the cotangent of ``dy`` for that of the bias's gradient."""
+        """Return the cotangent of ``dy``, given that of the bias's gradient."""
 
 
 class Convolution(_Product):
-    """A convolution; ``geometry`` is what PyTorch's takes besides tensors."""
+    """A convolution; ``geometry`` holds the arguments of ``torch.convolution`` that are not tensors."""
 
     def __init__(self, *args: Any, geometry: tuple[Any, ...]) -> None:
         super().__init__(*args)
@@ -158,7 +159,7 @@ class Convolution(_Product):
     @override
     def forward(self, run: Forward) -> None:
         if run.values[self.x].dim() != run.args[self.weight].dim():
-            raise NotFittingError("a convolution is given a tensor without a batch")
+            raise NotFittingError("the input of a convolution has no batch dimension")
         super().forward(run)
 
     @override
@@ -206,14 +207,14 @@ class Linear(_Product):
 
 
 class _Unary(Operation):
-    """An operation on one tensor whose first gradient is linear in ``dy`` alone."""
+    """An operation on one tensor whose gradient is linear in ``dy``."""
 
     def __init__(self, x: int) -> None:
         self.x = x
 
     @override
     def backward(self, run: Backward, dy: Tensor) -> None:
-        run.add(self.x, self.transposed(dy, run.saved[self.index]), owned=self.makes_new)
+        run.add(self.x, self.input_gradient(dy, run.saved[self.index]), owned=self.makes_new)
 
     @override
     def double_backward(self, run: DoubleBackward, dy: Any) -> None:
@@ -224,12 +225,12 @@ class _Unary(Operation):
     makes_new = True
 
     @abstractmethod
-    def transposed(self, dy: Tensor, saved: Any) -> Tensor:
-        """Return ``dx``."""
+    def input_gradient(self, dy: Tensor, saved: Any) -> Tensor:
+        """Return ``dx``, the gradient of the input."""
 
     @abstractmethod
     def tangent(self, v: Tensor, saved: Any) -> Tensor:
-        """Return the cotangent of ``dy`` for that of ``dx``."""
+        """Return the cotangent of ``dy``, given that of ``dx``."""
 
 
 class Activation(_Unary):
@@ -247,14 +248,14 @@ class Activation(_Unary):
             run.saved[self.index] = y if self.is_relu else x
 
     @override
-    def transposed(self, dy: Tensor, saved: Any) -> Tensor:
+    def input_gradient(self, dy: Tensor, saved: Any) -> Tensor:
         if self.is_relu:
             return _aten.threshold_backward.default(dy, saved, 0)
         return _aten.hardtanh_backward.default(dy, saved, 0.0, 6.0)
 
     @override
     def tangent(self, v: Tensor, saved: Any) -> Tensor:
-        return self.transposed(v, saved)
+        return self.input_gradient(v, saved)
 
     @override
     def keeps(self) -> Sequence[int]:
@@ -262,7 +263,7 @@ class Activation(_Unary):
 
 
 class Reshape(_Unary):
-    """The same values in another shape."""
+    """A reshape."""
 
     makes_new = False
 
@@ -278,7 +279,7 @@ class Reshape(_Unary):
             run.saved[self.index] = x.shape, y.shape
 
     @override
-    def transposed(self, dy: Tensor, saved: Any) -> Tensor:
+    def input_gradient(self, dy: Tensor, saved: Any) -> Tensor:
         return dy.reshape(saved[0])
 
     @override
@@ -290,10 +291,11 @@ class Pool(_Unary):
     """Average pooling.
 
     Args:
-        x: slot of the input.
-        forward: of the pooling.
-        backward: takes ``dy`` and the input.
-        tangent: of the gradient; where it is not the pooling itself, with its rounding.
+        x: the slot of the input.
+        forward: maps the input to the result.
+        backward: maps ``dy`` and the input to ``dx``.
+        tangent: maps the cotangent of ``dx`` to that of ``dy``; by default ``forward``. Given where rounding
+            differs from that of ``forward``.
     """
 
     def __init__(
@@ -314,7 +316,7 @@ class Pool(_Unary):
             run.saved[self.index] = x
 
     @override
-    def transposed(self, dy: Tensor, saved: Any) -> Tensor:
+    def input_gradient(self, dy: Tensor, saved: Any) -> Tensor:
         return self._backward(dy, saved)
 
     @override
@@ -327,7 +329,7 @@ class Pool(_Unary):
 
 
 class MaxPool(_Unary):
-    """Max pooling in two dimensions; ``options`` are kernel, stride, padding, dilation and ceil mode."""
+    """2D max pooling; ``options`` are kernel size, stride, padding, dilation and ceil mode."""
 
     def __init__(self, x: int, options: Sequence[Any]) -> None:
         super().__init__(x)
@@ -341,7 +343,7 @@ class MaxPool(_Unary):
             run.saved[self.index] = x, indices
 
     @override
-    def transposed(self, dy: Tensor, saved: Any) -> Tensor:
+    def input_gradient(self, dy: Tensor, saved: Any) -> Tensor:
         x, indices = saved
         return _aten.max_pool2d_with_indices_backward.default(dy, x, *self.options, indices)
 
@@ -356,7 +358,7 @@ class MaxPool(_Unary):
 
 
 class Add(Operation):
-    """The sum of two tensors of one type, of which one may be broadcast."""
+    """The sum of two tensors of the same type, one of which may be broadcast."""
 
     def __init__(self, one: int, other: int) -> None:
         self.one, self.other = one, other
@@ -365,7 +367,7 @@ class Add(Operation):
     def forward(self, run: Forward) -> None:
         one, other = run.values[self.one], run.values[self.other]
         if one.dtype != other.dtype:
-            raise NotFittingError("a sum has parts of two types")
+            raise NotFittingError("the operands of a sum differ in type")
         run.values[self.out] = y = one + other
         if run.saved is not None and one.shape != other.shape:
             run.saved[self.index] = one.shape, other.shape, y.shape
@@ -373,9 +375,9 @@ class Add(Operation):
     @override
     def backward(self, run: Backward, dy: Tensor) -> None:
         shapes = run.saved[self.index]
-        for i, part in enumerate((self.one, self.other)):
-            of_part = dy if shapes is None else dy.sum_to_size(shapes[i])
-            run.add(part, of_part, owned=False)
+        for i, operand in enumerate((self.one, self.other)):
+            grad = dy if shapes is None else dy.sum_to_size(shapes[i])
+            run.add(operand, grad, owned=False)
 
     @override
     def double_backward(self, run: DoubleBackward, dy: Any) -> None:
@@ -389,29 +391,29 @@ class Add(Operation):
 class Cat(Operation):
     """Concatenation along ``axis``."""
 
-    def __init__(self, parts: Sequence[int], axis: int) -> None:
-        self.parts, self.axis = parts, axis
+    def __init__(self, slots: Sequence[int], axis: int) -> None:
+        self.slots, self.axis = slots, axis
 
     @override
     def forward(self, run: Forward) -> None:
-        parts = [run.values[part] for part in self.parts]
-        if len({part.dtype for part in parts}) > 1:
-            raise NotFittingError("a concatenation has parts of two types")
-        run.values[self.out] = torch.cat(parts, self.axis)
+        slots = [run.values[part] for part in self.slots]
+        if len({part.dtype for part in slots}) > 1:
+            raise NotFittingError("the tensors of a concatenation differ in type")
+        run.values[self.out] = torch.cat(slots, self.axis)
         if run.saved is not None:
-            run.saved[self.index] = [part.shape for part in parts]
+            run.saved[self.index] = [part.shape for part in slots]
 
     @override
     def backward(self, run: Backward, dy: Tensor) -> None:
         sizes = [shape[self.axis] for shape in run.saved[self.index]]
-        for part, grad in zip(self.parts, dy.split(sizes, self.axis), strict=True):
-            run.add(part, grad, owned=False)
+        for slot, grad in zip(self.slots, dy.split(sizes, self.axis), strict=True):
+            run.add(slot, grad, owned=False)
 
     @override
     def double_backward(self, run: DoubleBackward, dy: Any) -> None:
-        tangents = [run.tangents[part] for part in self.parts]
-        known = next((t for t in tangents if t is not None), None)
-        if known is not None:
+        tangents = [run.tangents[slot] for slot in self.slots]
+        tangent = next((t for t in tangents if t is not None), None)
+        if tangent is not None:
             shapes = run.saved[self.index]
-            whole = [known.new_zeros(s) if t is None else t for t, s in zip(tangents, shapes, strict=True)]
-            run.tangents[self.out] = torch.cat(whole, self.axis)
+            filled = [tangent.new_zeros(s) if t is None else t for t, s in zip(tangents, shapes, strict=True)]
+            run.tangents[self.out] = torch.cat(filled, self.axis)

@@ -1,4 +1,4 @@
-"""The segments of a graph that become regions."""
+"""Partitions a graph into the segments that become regions."""
 
 from __future__ import annotations
 
@@ -8,26 +8,27 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx, nn
 
-from gradl1_fast.conversion.graphs import layer_of, may_hand_on, module_of
+from gradl1_fast.conversion.graphs import layer_of, may_return_input, module_of
 from gradl1_fast.conversion.regions.nodes import inputs_of, layer_in, modules_in, shares_memory, supports
 from gradl1_fast.conversion.trace import is_leaf
 from gradl1_fast.penalty.checks.distributed import is_distributed
 
 __all__ = ["Segment", "segments"]
 
-# A region's parameters get their gradients together; with several processes their sums are sent while the
-# regions before it are still computing. The size is that of a bucket of DistributedDataParallel.
+# The parameters of a region get their gradients together. With several processes, a limit lets their
+# all-reduce overlap with the backward passes of earlier regions. It is the bucket size of
+# DistributedDataParallel.
 _BUCKET = 25 * 2**20
 
 
 @dataclass
 class Segment:
-    """Nodes one after the other that one region computes.
+    """Consecutive nodes that one region computes.
 
     Attributes:
-        nodes: in order.
-        inputs: the nodes outside whose results are read, each with the layer that reads it, or None.
-        outputs: the nodes inside whose results are read outside.
+        nodes: the nodes, in order.
+        inputs: the nodes outside of the segment that it reads, each with the layer that reads it, or None.
+        outputs: the nodes of the segment that are read outside of it.
     """
 
     nodes: list[fx.Node]
@@ -36,17 +37,17 @@ class Segment:
 
 
 def segments(root: nn.Module, graph: fx.Graph) -> list[Segment]:
-    """Return the segments of a graph of fused operations, in order."""
+    """Return the segments of a graph of fused operations, in execution order."""
     cuts: set[fx.Node] = set()
     while True:
-        found = [Segment(nodes) for nodes in _runs(root, graph, cuts)]
-        cut = next((node for segment in found for node in _conflicts(root, segment)), None)
+        result = [Segment(nodes) for nodes in _runs(root, graph, cuts)]
+        cut = next((node for segment in result for node in _conflicts(root, segment)), None)
         if cut is None:
             break
         cuts.add(cut)
-    for segment in found:
+    for segment in result:
         _find_ends(root, segment)
-    return found
+    return result
 
 
 def _runs(root: nn.Module, graph: fx.Graph, cuts: set[fx.Node]) -> Iterator[list[fx.Node]]:
@@ -56,16 +57,16 @@ def _runs(root: nn.Module, graph: fx.Graph, cuts: set[fx.Node]) -> Iterator[list
     for node in graph.nodes:
         if node.op in ("placeholder", "get_attr"):
             continue
-        own = sum(
+        added = sum(
             p.numel() * p.element_size() for m in modules_in(root, node) for p in m.parameters(recurse=False)
         )
-        if run and (node in cuts or size + own > limit or not supports(root, node, inside)):
+        if run and (node in cuts or size + added > limit or not supports(root, node, inside)):
             yield run
             run, inside, size = [], set(), 0
         if supports(root, node, inside):
             run.append(node)
             inside.add(node)
-            size += own
+            size += added
     if run:
         yield run
 
@@ -76,14 +77,15 @@ def _limit() -> float:
 
 
 def _conflicts(root: nn.Module, segment: Segment) -> Iterator[fx.Node]:
-    """Yield nodes that must not be in a segment with what they read.
+    """Yield the nodes that must not be in the same segment as their inputs.
 
-    That are layers that may share their site with a layer outside, which only a tensor outside can tell; and
-    nodes that hand on memory of which others outside have a view, who may change it in place.
+    These are layers that may share their site with a layer outside of the segment, since sites are joined by
+    the identity of a tensor outside; and nodes that return a view of a tensor that is also read outside,
+    where it may be changed in place.
     """
     inside = set(segment.nodes)
     for node in segment.nodes:
-        if may_hand_on(root, node) and _is_read_twice(root, node):
+        if may_return_input(root, node) and _is_read_twice(root, node):
             yield node
         if shares_memory(root, node) and any(_is_read_outside(n, inside) for n in (node, *inputs_of(node))):
             yield node
@@ -94,7 +96,7 @@ def _conflicts(root: nn.Module, segment: Segment) -> Iterator[fx.Node]:
 
 
 def _is_read_twice(root: nn.Module, node: fx.Node) -> bool:
-    """Return whether layers read the result of a node and what it is given, which may be one tensor."""
+    """Return whether layers read both the result of a node and its input, which may be the same tensor."""
     others = [user for source in inputs_of(node) for user in source.users if user is not node]
     return all(any(_may_hold_a_layer(root, user) for user in users) for users in (node.users, others))
 
@@ -104,8 +106,8 @@ def _is_read_outside(node: fx.Node, inside: set[fx.Node]) -> bool:
 
 
 def _may_hold_a_layer(root: nn.Module, node: fx.Node) -> bool:
-    """Return whether a node may give a tensor that it reads, as it is, to a layer."""
-    if may_hand_on(root, node) and any(_may_hold_a_layer(root, user) for user in node.users):
+    """Return whether a node may pass a tensor that it reads unchanged to a layer."""
+    if may_return_input(root, node) and any(_may_hold_a_layer(root, user) for user in node.users):
         return True
     module = module_of(root, node)
     if module is not None:

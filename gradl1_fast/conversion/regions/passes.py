@@ -1,12 +1,14 @@
-"""What the passes of a region work on: values and gradients by slot, and what one pass leaves for another.
+"""State of the passes of a region: values and gradients by slot, and what one pass saves for another.
 
-A region runs in four passes. With ``y = op(x)`` for each operation in order:
+A region runs in four passes. For each operation ``y = op(x)``:
 
-- forward: ``y``;
-- backward, in reverse order: ``dx`` and ``dW`` from ``dy``. The first of double backprop keeps each ``dy``;
-- double backward, in order: from the cotangents of ``dx`` and ``dW`` that of ``dy``, and those of ``x``
-  and ``W`` themselves;
-- last backward: as backward, from the sum of ``dy`` and of what double backward put by for ``y``.
+- forward computes ``y``;
+- backward, in reverse order, computes ``dx`` and ``dW`` from ``dy``. The first backward pass of double
+  backprop saves each ``dy``;
+- double backward, in order, computes the cotangents of ``dy``, ``x`` and ``W`` from those of ``dx`` and
+  ``dW``;
+- last backward is the same as backward, but starts from the sum of ``dy`` and the cotangent of ``y`` that
+  double backward deferred.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Backward", "DoubleBackward", "Forward", "NotFittingError", "PutBy", "Record", "Saved"]
+__all__ = ["Backward", "Deferred", "DoubleBackward", "Forward", "NotFittingError", "Record", "Saved"]
 
 
 class NotFittingError(RuntimeError):
@@ -25,52 +27,54 @@ class NotFittingError(RuntimeError):
 
 
 class Saved:
-    """What a forward pass keeps for those after it.
+    """What a forward pass saves for later passes.
 
     Attributes:
-        by_operation: whatever an operation needs of its forward pass.
-        steps: the quantization step at each measured site; None without ``scale="step"``.
-        ends: the ends of the tensors at these sites, one row each; None likewise.
-        put_by: what double backward passes left for the last, with the number of the graph task of each.
+        by_operation: the values that each operation saves.
+        steps: ``(sites,)``, the quantization step at each measured site; None without ``scale="step"``.
+        ends: ``(sites, 2)``, the smallest and largest value at each measured site; None without
+            ``scale="step"``.
+        deferred: the cotangents that double backward passes defer to the last backward pass, each with the
+            number of its graph task.
     """
 
-    __slots__ = ("by_operation", "ends", "put_by", "steps")
+    __slots__ = ("by_operation", "deferred", "ends", "steps")
 
     def __init__(self, count: int) -> None:
         self.by_operation: list[Any] = [None] * count
         self.steps: Tensor | None = None
         self.ends: Tensor | None = None
-        self.put_by: list[tuple[int, PutBy]] = []
+        self.deferred: list[tuple[int, Deferred]] = []
 
 
 @dataclass
-class PutBy:
-    """Cotangents of tensors inside a region, by slot.
+class Deferred:
+    """Cotangents of the tensors of a region, by slot, for the last backward pass.
 
     Attributes:
-        of_slots: of the tensor itself; None where there is none.
-        of_ends: of its ends, two numbers.
+        of_slots: the cotangent of each tensor, or None.
+        of_ends: ``(2,)``, the cotangents of the tensor's smallest and largest value.
     """
 
     of_slots: list[Tensor | None]
     of_ends: dict[int, Tensor] = field(default_factory=dict)
 
-    def add(self, other: PutBy) -> None:
-        """Add what another double backward pass of the same graph task put by."""
+    def add(self, other: Deferred) -> None:
+        """Add the cotangents deferred by another double backward pass of the same graph task."""
         for slot, value in enumerate(other.of_slots):
-            own = self.of_slots[slot]
+            total = self.of_slots[slot]
             if value is not None:
-                self.of_slots[slot] = value if own is None else own + value
+                self.of_slots[slot] = value if total is None else total + value
         for slot, value in other.of_ends.items():
             self.of_ends[slot] = self.of_ends[slot] + value if slot in self.of_ends else value
 
 
 class Record:
-    """What the first backward pass keeps for double backward.
+    """What the first backward pass saves for double backward.
 
     Attributes:
-        by_operation: the gradient that arrived at each operation.
-        l1: the norm at each measured site, a vector; None without sites.
+        by_operation: the gradient of the result of each operation.
+        l1: ``(sites,)``, the norm at each measured site; None without measured sites.
     """
 
     __slots__ = ("by_operation", "l1")
@@ -81,14 +85,14 @@ class Record:
 
 
 class Forward:
-    """A forward pass.
+    """The state of a forward pass.
 
     Attributes:
-        values: by slot.
-        args: parameters of the region, in its order.
-        saved: where operations keep what they need later; None without gradients.
-        ends: of the tensors in slots that are measured by their step.
-        statistics: of each batch norm in training, with its tensor: module, mean, 1/std, values in a channel.
+        values: the tensors, by slot.
+        args: the parameters of the region, in order.
+        saved: what each operation saves for later passes; None without gradients.
+        ends: by slot, the smallest and largest value of tensors whose norm is multiplied by the step.
+        statistics: for each batch norm in training: module, mean, 1/std and number of values in a channel.
     """
 
     __slots__ = ("args", "ends", "saved", "statistics", "values")
@@ -101,19 +105,19 @@ class Forward:
 
 
 class Backward:
-    """A backward pass: the first of double backprop, which records, or the last.
+    """The state of a backward pass, either the first of double backprop, which saves a record, or the last.
 
     Attributes:
-        saved: by the forward pass, by operation.
-        args: parameters of the region.
-        record: where operations keep what arrived; None in the last pass.
-        l1: norms by the number of the site; filled by the first pass.
-        of_weights: whether gradients of weights are wanted.
-        of_others: whether gradients of other parameters are.
-        grads: by slot.
-        of_args: of the parameters.
-        ends: of the tensors in slots, and
-        d_ends: their gradients; in the last pass.
+        saved: what each operation saved in the forward pass.
+        args: the parameters of the region.
+        record: the gradient of the result of each operation; None in the last pass.
+        l1: the norms of the measured sites, set by the first pass.
+        of_weights: whether gradients of weights are requested.
+        of_others: whether gradients of other parameters are requested.
+        grads: the gradients of the tensors, by slot.
+        of_args: the gradients of the parameters.
+        ends: by slot, the smallest and largest value of tensors; set in the last pass.
+        d_ends: the gradients of ``ends``; set in the last pass.
     """
 
     __slots__ = (
@@ -132,52 +136,52 @@ class Backward:
         self.d_ends: dict[int, Tensor] = {}
 
     def add(self, slot: int, grad: Tensor, *, owned: bool = True) -> None:
-        """Add a gradient of a slot; one that is ``owned`` is nobody else's, and may be changed."""
-        present = self.grads[slot]
-        if present is None:
+        """Add a gradient to a slot; an ``owned`` gradient has no other reader and may be changed in place."""
+        total = self.grads[slot]
+        if total is None:
             self.grads[slot], self.owned[slot] = grad, owned
         elif self.owned[slot]:
-            present.add_(grad)
+            total.add_(grad)
         else:
-            self.grads[slot], self.owned[slot] = present + grad, True
+            self.grads[slot], self.owned[slot] = total + grad, True
 
     def give(self, arg: int, grad: Tensor) -> None:
-        """Add the gradient of a parameter."""
-        present = self.of_args[arg]
-        self.of_args[arg] = _like(grad, self.args[arg]) if present is None else present + grad
+        """Add a gradient to a parameter."""
+        total = self.of_args[arg]
+        self.of_args[arg] = _like(grad, self.args[arg]) if total is None else total + grad
 
 
 class DoubleBackward:
-    """A double backward pass.
+    """The state of a double backward pass.
 
     Attributes:
-        saved: by the forward pass, by operation.
-        args: parameters of the region.
-        tangents: by slot, the cotangent of its gradient.
-        d_args: the cotangents of the gradients of parameters.
-        d_l1: by the number of the site, the cotangent of the norm.
-        put_by: the cotangents of the tensors in the slots.
-        of_args: of the parameters.
+        saved: what each operation saved in the forward pass.
+        args: the parameters of the region.
+        tangents: by slot, the cotangent of the tensor's gradient.
+        d_args: the cotangents of the gradients of the parameters.
+        d_l1: the cotangent of the norm of each measured site.
+        deferred: the cotangents of the tensors, for the last backward pass.
+        of_args: the cotangents of the parameters.
     """
 
-    __slots__ = ("args", "d_args", "d_l1", "of_args", "put_by", "saved", "tangents")
+    __slots__ = ("args", "d_args", "d_l1", "deferred", "of_args", "saved", "tangents")
 
     def __init__(self, saved: list[Any], args: list[Tensor], tangents: list[Tensor | None]) -> None:
         self.saved, self.args, self.tangents = saved, args, tangents
         self.d_args: list[Tensor | None] = [None] * len(args)
         self.d_l1: dict[int, Tensor] = {}
-        self.put_by = PutBy([None] * len(tangents))
+        self.deferred = Deferred([None] * len(tangents))
         self.of_args: list[Tensor | None] = [None] * len(args)
 
     def add(self, slot: int, value: Tensor) -> None:
-        """Add a cotangent of the tensor in a slot, which is nobody else's."""
-        present = self.put_by.of_slots[slot]
-        self.put_by.of_slots[slot] = value if present is None else present.add_(value)
+        """Add a cotangent to the tensor in a slot; ``value`` must have no other reader."""
+        total = self.deferred.of_slots[slot]
+        self.deferred.of_slots[slot] = value if total is None else total.add_(value)
 
     def give(self, arg: int, value: Tensor) -> None:
-        """Add a cotangent of a parameter."""
-        present = self.of_args[arg]
-        self.of_args[arg] = _like(value, self.args[arg]) if present is None else present + value
+        """Add a cotangent to a parameter."""
+        total = self.of_args[arg]
+        self.of_args[arg] = _like(value, self.args[arg]) if total is None else total + value
 
 
 def _like(grad: Tensor, parameter: Tensor) -> Tensor:
@@ -185,10 +189,10 @@ def _like(grad: Tensor, parameter: Tensor) -> Tensor:
 
 
 def task() -> int:
-    """Return the number of the graph task that autograd is running."""
+    """Return the number of the running graph task of autograd."""
     return torch._C._current_graph_task_id()
 
 
 def keeps_graph() -> bool:
-    """Return whether the graph task that is running leaves the graph to another."""
+    """Return whether the running graph task retains the graph."""
     return torch._C._autograd._get_current_graph_task_keep_graph()

@@ -1,4 +1,4 @@
-"""A region's operations in order, and its four passes over them."""
+"""The operations of a region in order, and the four passes over them."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gradl1_fast.conversion.regions.measuring import Measured
+from gradl1_fast.conversion.regions.measuring import Measurement
 from gradl1_fast.conversion.regions.operations import Operation
 from gradl1_fast.conversion.regions.passes import (
     Backward,
+    Deferred,
     DoubleBackward,
     Forward,
     NotFittingError,
-    PutBy,
     Record,
     Saved,
     keeps_graph,
@@ -27,20 +27,20 @@ Gradients = tuple[list[Tensor | None], list[Tensor | None]]
 
 
 class Program:
-    """What a region computes for tensors of certain shapes, types and modes.
+    """The computation of a region for fixed shapes, types and modes.
 
     Args:
-        operations: in order.
-        active: those whose result depends on something that needs a gradient.
-        slots: number of tensors, of which the first are the inputs.
-        inputs: number of inputs.
-        outputs: slots of the outputs.
-        measured: what sites measure, by the number of the site.
-        wanted: for each input and then each parameter, whether it needs a gradient.
+        operations: the operations, in order.
+        active: the operations whose result requires a gradient.
+        slots: the number of tensors; the first are the inputs.
+        inputs: the number of inputs.
+        outputs: the slots of the outputs.
+        measured: how each measured site measures its tensor.
+        requires_grad: whether each input, then each parameter, requires a gradient.
 
     Attributes:
-        kept: the outputs that later passes need, by their number.
-        is_needed: for each input and then each parameter, whether later passes need it.
+        saved_outputs: the indices of the outputs that later passes read.
+        is_needed: whether later passes read each input, then each parameter.
     """
 
     def __init__(
@@ -50,51 +50,56 @@ class Program:
         slots: int,
         inputs: int,
         outputs: Sequence[int],
-        measured: Sequence[Measured],
-        wanted: Sequence[bool],
+        measured: Sequence[Measurement],
+        requires_grad: Sequence[bool],
     ) -> None:
         self.operations, self.slots, self.inputs, self.outputs = operations, slots, inputs, outputs
-        self.measured, self.wanted = measured, wanted
+        self.measured, self.requires_grad = measured, requires_grad
         self._active, self._reversed = active, active[::-1]
         self.step_bits = _step_bits(measured)
         needed = {slot for operation in operations for slot in operation.keeps()}
-        self.is_needed = [slot in needed for slot in range(inputs)] + [True] * (len(wanted) - inputs)
-        self.kept = [i for i, slot in enumerate(outputs) if slot in needed]
+        self.is_needed = [slot in needed for slot in range(inputs)] + [True] * (len(requires_grad) - inputs)
+        self.saved_outputs = [i for i, slot in enumerate(outputs) if slot in needed]
 
     def forward(self, inputs: Sequence[Tensor], args: list[Tensor], saved: Saved | None) -> list[Tensor]:
-        """Return the outputs; keep what later passes need."""
+        """Return the outputs, and save what later passes read."""
         run = Forward(self.slots, args, None if saved is None else saved.by_operation)
         run.values[: self.inputs] = inputs
         for operation in self.operations:
             operation.forward(run)
         update_statistics(run.statistics)
         if saved is not None and self.step_bits is not None:
-            saved.ends = torch.stack([run.ends[what.slot] for what in self.measured])
+            saved.ends = torch.stack([run.ends[measurement.slot] for measurement in self.measured])
             saved.steps = _steps(saved.ends, self.step_bits)
         return [run.values[slot] for slot in self.outputs]
 
     def first_backward(
-        self, saved: Saved, args: list[Tensor], dys: Sequence[Tensor | None], asked: str
+        self, saved: Saved, args: list[Tensor], dys: Sequence[Tensor | None], requested: str
     ) -> tuple[Gradients, list[Tensor | None], Record]:
-        """Return the gradients of inputs and parameters, the term of each measured site, and a record."""
+        """Return the gradients of inputs and parameters, the term of each measured site, and the record."""
         run, record = Backward(saved.by_operation, args, [None] * self.slots), Record(len(self.operations))
         run.record = record.by_operation
-        run.of_weights, run.of_others = asked != "activations", asked == "all"
-        self._arrive(run, dys)
-        self._sweep(run)
+        run.of_weights, run.of_others = requested != "activations", requested == "all"
+        self._add_output_gradients(run, dys)
+        self._backward(run)
         terms = self._terms(run.l1, saved, record)
         return (run.grads[: self.inputs], run.of_args), terms, record
 
     def last_backward(
-        self, saved: Saved, args: list[Tensor], dys: Sequence[Tensor | None], put_by: PutBy | None
+        self, saved: Saved, args: list[Tensor], dys: Sequence[Tensor | None], deferred: Deferred | None
     ) -> Gradients:
         """Return the gradients of inputs and parameters."""
-        run = Backward(saved.by_operation, args, [None] * self.slots if put_by is None else put_by.of_slots)
-        if put_by is not None and put_by.of_ends and saved.ends is not None:
-            run.d_ends = put_by.of_ends
-            run.ends = {what.slot: row for what, row in zip(self.measured, saved.ends.unbind(), strict=True)}
-        self._arrive(run, dys)
-        self._sweep(run, free=not keeps_graph())
+        run = Backward(
+            saved.by_operation, args, [None] * self.slots if deferred is None else deferred.of_slots
+        )
+        if deferred is not None and deferred.of_ends and saved.ends is not None:
+            run.d_ends = deferred.of_ends
+            run.ends = {
+                measurement.slot: row
+                for measurement, row in zip(self.measured, saved.ends.unbind(), strict=True)
+            }
+        self._add_output_gradients(run, dys)
+        self._backward(run, free=not keeps_graph())
         return run.grads[: self.inputs], run.of_args
 
     def double_backward(
@@ -103,37 +108,37 @@ class Program:
         record: Record,
         args: list[Tensor],
         cotangents: tuple[Sequence[Tensor | None], Sequence[Tensor | None], Sequence[Tensor | None]],
-    ) -> tuple[list[Tensor | None], Gradients, PutBy]:
-        """Return the cotangents of what arrived, of inputs and of parameters, and what is to be put by.
+    ) -> tuple[list[Tensor | None], Gradients, Deferred]:
+        """Return the cotangents of the output gradients, of inputs and of parameters, and the deferred ones.
 
         Args:
-            saved: by the forward pass.
-            record: of the first backward pass.
-            args: parameters.
-            cotangents: of the gradients of inputs and parameters, and of the terms.
+            saved: what the forward pass saved.
+            record: what the first backward pass saved.
+            args: the parameters.
+            cotangents: the cotangents of the gradients of inputs, of those of parameters, and of the terms.
         """
         d_inputs, d_args, d_terms = cotangents
         run = DoubleBackward(saved.by_operation, args, [*d_inputs, *[None] * (self.slots - self.inputs)])
         run.d_args = list(d_args)
-        self._spread(run, d_terms, saved, record)
+        self._set_cotangents(run, d_terms, saved, record)
         free = not keeps_graph()
         for operation in self._active:
             dy = record.by_operation[operation.index]
             operation.double_backward(run, dy)
             if free:
                 record.by_operation[operation.index] = None
-        of_inputs, run.put_by.of_slots[: self.inputs] = (
-            run.put_by.of_slots[: self.inputs],
+        of_inputs, run.deferred.of_slots[: self.inputs] = (
+            run.deferred.of_slots[: self.inputs],
             [None] * self.inputs,
         )
-        return [run.tangents[slot] for slot in self.outputs], (of_inputs, run.of_args), run.put_by
+        return [run.tangents[slot] for slot in self.outputs], (of_inputs, run.of_args), run.deferred
 
-    def _arrive(self, run: Backward, dys: Sequence[Tensor | None]) -> None:
+    def _add_output_gradients(self, run: Backward, dys: Sequence[Tensor | None]) -> None:
         for slot, dy in zip(self.outputs, dys, strict=True):
             if dy is not None:
                 run.add(slot, dy, owned=False)
 
-    def _sweep(self, run: Backward, *, free: bool = False) -> None:
+    def _backward(self, run: Backward, *, free: bool = False) -> None:
         for operation in self._reversed:
             dy, run.grads[operation.out] = run.grads[operation.out], None
             if dy is None and operation.ends_slot in run.d_ends:
@@ -144,20 +149,20 @@ class Program:
                 run.saved[operation.index] = None
 
     def _terms(self, l1: dict[int, Tensor], saved: Saved, record: Record) -> list[Tensor | None]:
-        """Return the term of each measured site: its norm, times the step with ``scale="step"``."""
+        """Return the term of each measured site: its norm, multiplied by the step with ``scale="step"``."""
         norms = [l1.get(number) for number in range(len(self.measured))]
-        present = next((norm for norm in norms if norm is not None), None)
-        if saved.steps is None or present is None:
+        template = next((norm for norm in norms if norm is not None), None)
+        if saved.steps is None or template is None:
             return norms
-        zero = torch.zeros_like(present)
+        zero = torch.zeros_like(template)
         record.l1 = torch.stack([zero if norm is None else norm for norm in norms])
         terms = (record.l1 * saved.steps).unbind()
         return [None if norm is None else term for norm, term in zip(norms, terms, strict=True)]
 
-    def _spread(
+    def _set_cotangents(
         self, run: DoubleBackward, d_terms: Sequence[Tensor | None], saved: Saved, record: Record
     ) -> None:
-        """Set the cotangent of each norm, and put by those of the ends of the tensors."""
+        """Set the cotangent of each norm, and defer those of the ends of the tensors."""
         if saved.steps is None:
             run.d_l1 = {number: d for number, d in enumerate(d_terms) if d is not None}
             return
@@ -167,25 +172,25 @@ class Program:
         d = torch.stack([zero if term is None else term for term in d_terms])
         run.d_l1 = dict(enumerate((d * saved.steps).unbind()))
         d_ends = _d_ends(d * record.l1, saved.ends, self.step_bits)  # type: ignore[arg-type]
-        run.put_by.of_ends = {
-            what.slot: row for what, row in zip(self.measured, d_ends.unbind(), strict=True)
+        run.deferred.of_ends = {
+            measurement.slot: row for measurement, row in zip(self.measured, d_ends.unbind(), strict=True)
         }
 
 
-def _step_bits(measured: Sequence[Measured]) -> int | None:
-    """Return the width at which steps are measured; None without steps.
+def _step_bits(measured: Sequence[Measurement]) -> int | None:
+    """Return the bit width that determines the steps; None without ``scale="step"``.
 
     Raises:
-        NotFittingError: penalties of different scales measure the sites.
+        NotFittingError: the sites are measured for penalties with different scales.
     """
-    widths = {what.quantizer.step_bits for what in measured}
+    widths = {measurement.quantizer.step_bits for measurement in measured}
     if len(widths) > 1:
-        raise NotFittingError("sites are measured by different steps")
+        raise NotFittingError("the sites are measured for penalties with different scales")
     return next(iter(widths), None)
 
 
 def _steps(ends: Tensor, bits: int) -> Tensor:
-    """Return the step of each row of ends, as ``functional.quantization_grid`` computes it."""
+    """Return the step for each row of ends, computed as in ``functional.quantization_grid``."""
     return _unclamped_steps(ends, bits).clamp(min=torch.finfo(ends.dtype).tiny)
 
 
@@ -195,9 +200,9 @@ def _unclamped_steps(ends: Tensor, bits: int) -> Tensor:
 
 
 def _d_ends(d_steps: Tensor, ends: Tensor, bits: int) -> Tensor:
-    """Return the gradients of the ends, one row for each site."""
-    passed = _unclamped_steps(ends, bits) >= torch.finfo(ends.dtype).tiny
-    d = torch.where(passed, d_steps, 0)
+    """Return the gradients of the ends, ``(sites, 2)``."""
+    mask = _unclamped_steps(ends, bits) >= torch.finfo(ends.dtype).tiny
+    d = torch.where(mask, d_steps, 0)
     d_high = torch.where(ends[:, 1] >= 0, d / (2**bits - 1), 0)
     d_low = torch.where(ends[:, 0] <= 0, -d / (2**bits - 1), 0)
     return torch.stack([d_low, d_high], 1)

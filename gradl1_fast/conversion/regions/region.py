@@ -1,4 +1,4 @@
-"""A segment of a plan, run as a region while it can be, and by its nodes otherwise."""
+"""A segment of a plan, which runs as a region if possible and node by node otherwise."""
 
 from __future__ import annotations
 
@@ -24,16 +24,18 @@ from gradl1_fast.nn.sharing import pass_through
 
 __all__ = ["Region", "executable"]
 
-_KEPT = 8  # programs for so many shapes and states; an older one makes room
+_CACHE_SIZE = 8  # cached programs, one per combination of shapes and states
 
 
 def executable(root: nn.Module, graph: fx.Graph, arming: Arming) -> tuple[Callable[..., Any], list[Region]]:
-    """Return a function of a container's arguments without a default that computes its graph; its regions.
+    """Return a function that computes a container's graph, and the regions of the graph.
+
+    The function takes the arguments of the container that have no default.
 
     Args:
         root: the container.
-        graph: of its forward pass.
-        arming: the switch of the model.
+        graph: the graph of its forward pass.
+        arming: the arming state of the model.
     """
     graph = fused(root, graph)
     regions = _put_regions(root, graph, arming)
@@ -41,12 +43,12 @@ def executable(root: nn.Module, graph: fx.Graph, arming: Arming) -> tuple[Callab
 
 
 def _put_regions(root: nn.Module, graph: fx.Graph, arming: Arming) -> list[Region]:
-    """Replace the segments of a graph by calls of regions, which are returned."""
-    found = segments(root, graph)
-    regions = [Region(root, segment, arming) for segment in found]
-    moved: dict[fx.Node, fx.Node] = {}
-    for segment, region in zip(found, regions, strict=True):
-        _replace(graph, segment, region, moved)
+    """Replace the segments of a graph by calls of regions, and return the regions."""
+    parts = segments(root, graph)
+    regions = [Region(root, segment, arming) for segment in parts]
+    replaced: dict[fx.Node, fx.Node] = {}
+    for segment, region in zip(parts, regions, strict=True):
+        _replace(graph, segment, region, replaced)
     for node in reversed(graph.nodes):
         if node.op == "get_attr" and not node.users:
             graph.erase_node(node)
@@ -54,22 +56,22 @@ def _put_regions(root: nn.Module, graph: fx.Graph, arming: Arming) -> list[Regio
     return regions
 
 
-def _replace(graph: fx.Graph, segment: Segment, region: Region, moved: dict[fx.Node, fx.Node]) -> None:
-    """Put the call of a region into the place of its nodes; ``moved`` says what stands for a node by now."""
+def _replace(graph: fx.Graph, segment: Segment, region: Region, replaced: dict[fx.Node, fx.Node]) -> None:
+    """Replace the nodes of a segment by a call of its region; ``replaced`` maps old nodes to new ones."""
     with graph.inserting_after(segment.nodes[-1]):
-        call = graph.call_function(_called(region), tuple(moved.get(n, n) for n, _ in segment.inputs))
-    place = call
+        call = graph.call_function(_called(region), tuple(replaced.get(n, n) for n, _ in segment.inputs))
+    position = call
     for i, node in enumerate(segment.outputs):
-        with graph.inserting_after(place):
-            place = moved[node] = graph.call_function(_item, (call, i))
-        node.replace_all_uses_with(place, delete_user_cb=lambda user: user not in segment.nodes)
+        with graph.inserting_after(position):
+            position = replaced[node] = graph.call_function(_item, (call, i))
+        node.replace_all_uses_with(position, delete_user_cb=lambda user: user not in segment.nodes)
     for node in reversed(segment.nodes):
         graph.erase_node(node)
 
 
 def _called(region: Region) -> Callable[..., Any]:
-    def call_region(*given: Tensor) -> Any:  # what a graph calls is a function
-        return region(*given)
+    def call_region(*inputs: Tensor) -> Any:  # fx calls functions, not objects
+        return region(*inputs)
 
     return call_region
 
@@ -79,17 +81,17 @@ def _item(values: list[Tensor], index: int) -> Tensor:
 
 
 class Region:
-    """Computes a segment.
+    """Computes a segment of a container's graph.
 
     Args:
         root: the container of the graph.
         segment: the nodes.
-        arming: the switch of the model.
+        arming: the arming state of the model.
 
     Attributes:
-        reason: why the last call ran the nodes; empty if it ran as a region.
-        layers: number of layers inside.
-        name: of the first and the last operation.
+        reason: why the last call ran node by node; empty if it ran as a region.
+        layers: the number of layers in the region.
+        name: the names of the first and the last operation.
     """
 
     def __init__(self, root: nn.Module, segment: Segment, arming: Arming) -> None:
@@ -106,16 +108,16 @@ class Region:
         self.layers = sum(isinstance(m, QuantizedLayer) for m in self._modules)
         self._parameters = parameters_of(self._modules)
         self._by_nodes: Callable[..., Any] | None = None
-        self._programs: dict[Any, _Made | str] = {}
+        self._programs: dict[Any, _Entry | str] = {}
 
-    def __call__(self, *given: Tensor) -> Any:
-        """Return the outputs for the inputs."""
-        self.reason = _why_not(given)
+    def __call__(self, *tensors: Tensor) -> Any:
+        """Return the outputs of the segment."""
+        self.reason = _why_not(tensors)
         if not self.reason:
             args = [self._argument(module, name) for module, name in self._parameters]
             inputs = [
                 x if layer is None else pass_through(layer, x)
-                for x, layer in zip(given, self._layers, strict=True)
+                for x, layer in zip(tensors, self._layers, strict=True)
             ]
             kind = inputs[0].device.type
             dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
@@ -123,39 +125,39 @@ class Region:
                 return self._run(self._program(inputs, args, dtype), inputs, args, dtype)
             except NotFittingError as reason:
                 self.reason = self._programs[self._key(inputs, args, dtype)] = str(reason)
-        return self._run_nodes(*given)
+        return self._run_nodes(*tensors)
 
     def _argument(self, module: nn.Module, name: str) -> Tensor:
         value: Any = module._parameters[name]
         return module._quantized(value) if name == "weight" and isinstance(module, QuantizedLayer) else value
 
     def _run(
-        self, made: _Made, inputs: list[Tensor], args: list[Tensor], dtype: torch.dtype | None
+        self, entry: _Entry, inputs: list[Tensor], args: list[Tensor], dtype: torch.dtype | None
     ) -> list[Tensor]:
-        program, quantizers = made
+        program, quantizers = entry
         probes = [quantizer.probe for quantizer in quantizers]
         if dtype is None:
             return run(program, self._arming, inputs, args, probes)
         with torch.autocast(inputs[0].device.type, enabled=False):
             return run(program, self._arming, inputs, args, probes)
 
-    def _program(self, inputs: list[Tensor], args: list[Tensor], dtype: torch.dtype | None) -> _Made:
-        """Return the program for these tensors in the present state of the modules.
+    def _program(self, inputs: list[Tensor], args: list[Tensor], dtype: torch.dtype | None) -> _Entry:
+        """Return the program for these tensors in the current state of the modules.
 
         Raises:
-            NotFittingError: there is none.
+            NotFittingError: the tensors do not fit a region.
         """
         key = self._key(inputs, args, dtype)
-        made = self._programs.get(key)
-        if made is None:
-            made = self._make(inputs, args, dtype)
-            key = self._key(inputs, args, dtype)  # sites may have been found to be one
-            if len(self._programs) >= _KEPT:
+        entry = self._programs.get(key)
+        if entry is None:
+            entry = self._build(inputs, args, dtype)
+            key = self._key(inputs, args, dtype)  # building may have joined sites
+            if len(self._programs) >= _CACHE_SIZE:
                 del self._programs[next(iter(self._programs))]
-            self._programs[key] = made
-        if isinstance(made, str):
-            raise NotFittingError(made)
-        return made
+            self._programs[key] = entry
+        if isinstance(entry, str):
+            raise NotFittingError(entry)
+        return entry
 
     def _key(self, inputs: list[Tensor], args: list[Tensor], dtype: torch.dtype | None) -> Any:
         return (
@@ -164,12 +166,14 @@ class Region:
             (dtype, backends.chosen_by_name(), torch.is_grad_enabled()),
         )
 
-    def _make(self, inputs: list[Tensor], args: list[Tensor], dtype: torch.dtype | None) -> _Made | str:
-        wanted = [t.requires_grad for t in (*inputs, *args)]
-        places = {(id(module), name): i for i, (module, name) in enumerate(self._parameters)}
+    def _build(self, inputs: list[Tensor], args: list[Tensor], dtype: torch.dtype | None) -> _Entry | str:
+        requires_grad = [t.requires_grad for t in (*inputs, *args)]
+        indices = {(id(module), name): i for i, (module, name) in enumerate(self._parameters)}
         placeholders = [node for node in self._graph.nodes if node.op == "placeholder"]
         (outputs,) = next(reversed(self._graph.nodes)).args
-        builder = Builder(placeholders, places, wanted, dtype, _users(self._root, self._nodes, outputs))
+        builder = Builder(
+            placeholders, indices, requires_grad, dtype, _users(self._root, self._nodes, outputs)
+        )
         try:
             for node in self._nodes:
                 emit(self._root, node, builder)
@@ -177,17 +181,17 @@ class Region:
         except NotFittingError as reason:
             return str(reason)
 
-    def _run_nodes(self, *given: Tensor) -> Any:
+    def _run_nodes(self, *tensors: Tensor) -> Any:
         if self._by_nodes is None:
             self._by_nodes = fx.GraphModule(self._root, self._graph).forward
-        return self._by_nodes(*given)
+        return self._by_nodes(*tensors)
 
 
-_Made = tuple[Program, list[ActivationQuantizer]]
+_Entry = tuple[Program, list[ActivationQuantizer]]
 
 
 def _own_graph(root: nn.Module, segment: Segment) -> fx.Graph:
-    """Return the segment as a graph, with a placeholder for each input."""
+    """Return the segment as a separate graph, with a placeholder for each input."""
     graph = fx.Graph()
     inputs = {
         (source, id(layer)): graph.placeholder(f"x{i}") for i, (source, layer) in enumerate(segment.inputs)
@@ -209,7 +213,7 @@ def _own_graph(root: nn.Module, segment: Segment) -> fx.Graph:
 def _users(
     root: nn.Module, nodes: list[fx.Node], outputs: Any
 ) -> dict[fx.Node, tuple[list[QuantizedLayer], bool]]:
-    """Return the layers that read each node, and whether anybody else does."""
+    """Return the layers that read each node, and whether anything else reads it."""
     users: dict[fx.Node, tuple[list[QuantizedLayer], bool]] = {}
     for node in nodes:
         layers = [layer_in(root, user) for user in node.users]
@@ -219,7 +223,7 @@ def _users(
 
 
 def _state(module: Any) -> Any:
-    """Return what of a module a program depends on, beside its parameters."""
+    """Return the state of a module that a program depends on, besides its parameters."""
     own: Any = module
     if isinstance(module, QuantizedLayer):
         site = None if own.input_quantizer is None else (id(own.input_quantizer), own.input_quantizer.state)
@@ -229,15 +233,15 @@ def _state(module: Any) -> Any:
     return module.training, module.eps, module.track_running_stats, module.running_mean is None
 
 
-def _why_not(given: tuple[Tensor, ...]) -> str:
-    """Return what about these tensors a region cannot take, or nothing."""
-    for x in given:
+def _why_not(tensors: tuple[Tensor, ...]) -> str:
+    """Return why a region cannot process these tensors, or an empty string."""
+    for x in tensors:
         if type(x) not in (Tensor, nn.Parameter) or x.is_inference() or x.layout is not torch.strided:
-            return "was given another kind of tensor"
+            return "was given a tensor subclass, or an inference or non-strided tensor"
         if not x.is_floating_point() or x.device.type not in ("cpu", "cuda"):
-            return "was given a tensor of another type or device"
+            return "was given a tensor that is not floating-point, or on a device other than CPU and CUDA"
     if is_traced_by_make_fx():
-        return "is traced by make_fx"
+        return "was traced by make_fx"
     if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
-        return "runs under hooks for saved tensors, such as those of checkpointing"
+        return "ran under saved-tensor hooks, such as those of activation checkpointing"
     return ""

@@ -12,20 +12,20 @@ __all__ = ["share_of_batch", "update_statistics"]
 
 
 def update_statistics(of_batch: Sequence[tuple[Any, Tensor, Tensor, int]]) -> None:
-    """Update the running statistics of batch norms as they would themselves.
+    """Update the running statistics of batch norms in the same way as their own forward pass.
 
     Args:
-        of_batch: module, mean, 1/std, number of values in a channel, for each in order.
+        of_batch: for each batch norm, in order: module, mean, 1/std and number of values in a channel.
     """
     seen: set[int] = set()
-    together: list[tuple[Any, Tensor, Tensor, int]] = []
-    for entry in of_batch:  # one that is called twice is updated twice, in order
+    group: list[tuple[Any, Tensor, Tensor, int]] = []
+    for entry in of_batch:  # a module that is called twice is updated twice, in order
         if id(entry[0]) in seen:
-            _update(together)
-            seen, together = set(), []
+            _update(group)
+            seen, group = set(), []
         seen.add(id(entry[0]))
-        together.append(entry)
-    _update(together)
+        group.append(entry)
+    _update(group)
 
 
 def _update(entries: Sequence[tuple[Any, Tensor, Tensor, int]]) -> None:
@@ -58,5 +58,5 @@ def _count(norms: Sequence[Any]) -> None:
 
 
 def share_of_batch(norm: Any) -> float:
-    """Return the share of the batch in the running statistics."""
+    """Return the weight of the current batch in the running statistics."""
     return 1.0 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum

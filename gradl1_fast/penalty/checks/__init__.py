@@ -1,1 +1,1 @@
-"""Checks for what would silently break double backprop."""
+"""Checks for conditions that would silently break double backprop."""

@@ -1,4 +1,4 @@
-"""Custom functions of others, in whose backward a penalty on gradients may lose its own without a sound."""
+"""Checks third-party custom functions, whose backward may silently lose the gradient of the penalty."""
 
 from __future__ import annotations
 
@@ -18,33 +18,33 @@ __all__ = ["gradients", "refuse_once_differentiable"]
 Constants = dict[Any, dict[int, Tensor]]
 
 _WRAPPER = torch.autograd.function.once_differentiable(lambda ctx: None).__code__
-_ERROR = "torch::autograd::Error"  # what the wrapper leaves in the graph; autograd.grad walks past it
+_ERROR = "torch::autograd::Error"  # the node that the wrapper adds; autograd.grad does not visit it
 
 
 def refuse_once_differentiable(functions: Sequence[Any]) -> None:
-    """Raise if the backward of a function is marked ``once_differentiable``, under other decorators too.
+    """Raise if the backward of a function is marked ``once_differentiable``, also below other decorators.
 
     Args:
-        functions: nodes of custom functions.
+        functions: the nodes of custom functions.
 
     Raises:
         RuntimeError: names the function.
     """
     for node in functions:
         function = node._forward_cls
-        if any(map(_is_marked, (function.backward, function.vjp))):  # two names for one thing
+        if any(map(_is_marked, (function.backward, function.vjp))):  # both name the backward
             raise RuntimeError(_once_differentiable(_name(node)))
 
 
 def gradients(loss: Tensor, inputs: Sequence[Tensor], functions: Sequence[Any]) -> tuple[Tensor | None, ...]:
-    """Return the gradients of ``loss`` with their graph, which no custom backward may have cut.
+    """Return the gradients of ``loss`` with their graph; raise if a custom backward has cut the graph.
 
-    A model without such functions pays nothing. Where one returned something without a graph, a second pass
-    for twice the loss tells a constant, and a linear function that was given constants, from a cut.
+    This costs nothing without such functions. If a backward returned a result without a graph, a second pass
+    for twice the loss distinguishes a cut from a constant and from a linear function of constants.
 
     Args:
         loss: a single value.
-        inputs: what is differentiated with respect to.
+        inputs: the tensors to differentiate with respect to.
         functions: the nodes of custom functions in the graph of the loss.
 
     Raises:
@@ -58,7 +58,7 @@ def gradients(loss: Tensor, inputs: Sequence[Tensor], functions: Sequence[Any]) 
     _refuse_errors(grads, functions)
     if first:
         second: Constants = {}
-        twice = torch.full_like(loss, 2.0, requires_grad=True)  # now nothing that arrives is a constant
+        twice = torch.full_like(loss, 2.0, requires_grad=True)  # so that no incoming gradient is a constant
         with _watched(list(first), second):
             again = torch.autograd.grad(loss, inputs, twice, create_graph=True, allow_unused=True)
         _refuse_errors(again, list(first))
@@ -72,15 +72,15 @@ def _refuse_errors(grads: Sequence[Tensor | None], functions: Sequence[Any]) -> 
 
 
 @contextlib.contextmanager
-def _watched(functions: Sequence[Any], found: Constants) -> Iterator[None]:
-    """Write down what each function returns without a graph, by the place of the input."""
+def _watched(functions: Sequence[Any], constants_of: Constants) -> Iterator[None]:
+    """Record the results of each function that have no graph, by the index of the input."""
 
     def look(node: Any, returned: Sequence[Tensor | None], _arrived: Sequence[Tensor | None]) -> None:
         pairs = enumerate(zip(node.next_functions, returned, strict=True))
         constants = {i: g for i, ((to, _), g) in pairs if to is not None and g is not None}
         constants = {i: g for i, g in constants.items() if not g.requires_grad}
         if constants:
-            found[node] = constants
+            constants_of[node] = constants
 
     handles: list[Any] = []
     try:

@@ -1,4 +1,4 @@
-"""A look at how a model is spread over processes, for what rules out gradients of gradients."""
+"""Checks that the way a model is distributed allows double backprop."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ def refuse_wrappers(model: nn.Module) -> None:
 
 
 def is_distributed() -> bool:
-    """Return whether there is a group of processes, without which nothing is sharded."""
+    """Return whether a process group is initialized."""
     return distributed.is_available() and distributed.is_initialized()
 
 
 def refuse_shards(named: Iterable[tuple[str, Tensor]]) -> None:
-    """Raise if a weight is not whole between the two backward passes.
+    """Raise if a weight is sharded or freed between the two backward passes.
 
     Raises:
-        RuntimeError: names the weight, and the settings that keep it whole.
+        RuntimeError: names the weight, and the settings that keep it unsharded.
     """
     sharding = sys.modules.get("torch.distributed.tensor")
     for name, weight in named:
@@ -56,7 +56,7 @@ def refuse_shards(named: Iterable[tuple[str, Tensor]]) -> None:
                 "fully_shard(..., reshard_after_forward=False), and set_reshard_after_backward(False) until "
                 "the penalty is computed"
             )
-        if _is_freed(weight):  # reading it would end the process
+        if _is_freed(weight):  # reading it would crash the process
             raise RuntimeError(
                 f"GradL1: the memory of {name} was freed before both backward passes were done, as "
                 "FullyShardedDataParallel does; use DistributedDataParallel or fully_shard"

@@ -1,4 +1,4 @@
-"""Checks of the forward pass that a penalty is about to differentiate twice."""
+"""Checks the forward pass that a penalty differentiates twice."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ __all__ = ["check_forward_pass", "require_some"]
 def check_forward_pass(
     penalty: GradL1, loss: Tensor, weights: Sequence[WeightTerm], sites: Sequence[Site]
 ) -> list[Any]:
-    """Look for what would silently make the penalty wrong; return the custom functions of others.
+    """Raise for conditions that would silently make the penalty wrong; return third-party custom functions.
 
-    Widths and scales may be others by now than in the forward pass: the graph tells which it had.
+    Widths and scales may have changed since the forward pass, so they are read from the graph.
 
     Raises:
-        RuntimeError: names what is in the way.
+        RuntimeError: names the obstacle.
     """
     if torch.compiler.is_compiling():
         _check_modules(penalty, sites)
         refuse_cut_region(loss)
         return []
     tensors = {term.name: term.tensor for term in weights}
-    hidden = _parameters_behind(penalty) if penalty.lambda_w else {}
+    hidden = _parameters_of_computed(penalty) if penalty.lambda_w else {}
     graph = look(loss, tensors | {site.name: site.probe for site in sites} | hidden)
     refuse_reentrant_checkpoint(graph)
     refuse_once_differentiable(graph.functions)
@@ -55,13 +55,13 @@ def check_forward_pass(
     return graph.functions
 
 
-def _parameters_behind(penalty: GradL1) -> dict[str, Tensor]:
-    """Return the parameters from which weights are computed, by ``<layer>.weight`` and their own name."""
+def _parameters_of_computed(penalty: GradL1) -> dict[str, Tensor]:
+    """Return the parameters of computed weights, by ``<layer>.weight`` and their own name."""
     return {
-        f"{name}.weight from {own}": parameter
+        f"{name}.weight from {parameter_name}": parameter
         for name, layer in penalty.layers.items()
         if layer.is_computed
-        for own, parameter in layer.named_parameters()
+        for parameter_name, parameter in layer.named_parameters()
         if parameter.requires_grad and parameter.dim() > 1
     }
 
@@ -78,7 +78,7 @@ def _refuse_lost(users: dict[str, list[Any]], tensors: dict[str, Tensor], hidden
 
 
 def _check_modules(penalty: GradL1, sites: Sequence[Site]) -> None:
-    """Look at widths and scales where the forward pass is compiled together with the penalty."""
+    """Check widths and scales if the forward pass is compiled together with the penalty."""
     if penalty.every > 1:
         raise RuntimeError(
             "GradL1: every > 1 cannot be compiled; use every=1 and call the compiled step on every N-th step"
@@ -97,13 +97,13 @@ def _check_modules(penalty: GradL1, sites: Sequence[Site]) -> None:
 
 
 def require_some(
-    items: Sequence[WeightTerm] | Sequence[Site], grads: Sequence[Tensor | None], what: str
+    items: Sequence[WeightTerm] | Sequence[Site], grads: Sequence[Tensor | None], kind: str
 ) -> None:
-    """Raise if a penalty on weights, or on activations, would be dropped as a whole.
+    """Raise if no weight, or no activation, got a gradient.
 
     Raises:
-        RuntimeError: names what got no gradient.
+        RuntimeError: names the tensors without a gradient.
     """
     if items and all(grad is None for grad in grads):
         names = ", ".join(item.name for item in items[:5]) + (" and others" if len(items) > 5 else "")
-        raise RuntimeError(f"GradL1: no gradient reached any {what}: {names}. {WHY_NOT_REACHED}")
+        raise RuntimeError(f"GradL1: no gradient reached any {kind}: {names}. {WHY_NOT_REACHED}")

@@ -1,4 +1,4 @@
-"""A look at an autograd graph for what cannot be differentiated twice and would not say so."""
+"""Checks an autograd graph for nodes that silently break double backward."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ _SCALED = "_ScaleProbeBackward"
 
 @dataclass(frozen=True)
 class Graph:
-    """What a walk over the graph of a loss has met.
+    """The result of a walk over the graph of a loss.
 
     Attributes:
-        functions: nodes of custom functions that are not of this library.
-        users: by name, the nodes that take each of the tensors that were looked for.
+        functions: the nodes of custom functions that are not part of this library.
+        users: for each searched tensor, by name, the nodes that read it.
     """
 
     functions: list[Any]
@@ -56,8 +56,8 @@ def look(loss: Tensor, tensors: Mapping[str, Tensor]) -> Graph:
     """Walk once over the graph of ``loss``.
 
     Args:
-        loss: with its graph.
-        tensors: what to look for; leaves, or results such as ``functional_call`` puts in their place.
+        loss: the loss, with its graph.
+        tensors: the tensors to search for, by name; leaves, or tensors passed by ``functional_call``.
 
     Raises:
         RuntimeError: a region of ``torch.compile`` contributes to the loss. Its backward ends in a node
@@ -66,7 +66,7 @@ def look(loss: Tensor, tensors: Mapping[str, Tensor]) -> Graph:
     leaves = {id(tensor): name for name, tensor in tensors.items() if tensor.is_leaf}
     inner = {(t.grad_fn, t.output_nr): name for name, t in tensors.items() if not t.is_leaf}
     graph = Graph([], {name: [] for name in tensors})
-    is_foreign: dict[type, bool] = {}  # a graph has thousands of nodes, of a few types
+    is_foreign: dict[type, bool] = {}  # a graph has thousands of nodes of few types
     for node, parents in nodes_of([loss]):
         kind = type(node)
         if kind not in is_foreign:
@@ -106,14 +106,15 @@ def refuse_reentrant_checkpoint(graph: Graph) -> None:
 
 
 def refuse_width(layer: str, bits: int) -> None:
-    """Raise for a layer whose weight is clamped at a width: at 1 bit, or in a stored range.
+    """Raise if the weight of a layer is clamped at a width, that is at 1 bit or in a stored range.
 
-    At 1 bit half of the weights are beyond the range, and dL/dW is not what reaches the output.
+    At 1 bit half of the weights are outside of the range, and dL/dW is not the gradient that reaches the
+    output.
 
     Raises:
         RuntimeError: names the layer.
     """
-    layer = layer or "the layer"  # which may be the whole model, without a name
+    layer = layer or "the layer"  # the model itself has no name
     if bits == 1:
         raise RuntimeError(f"GradL1: cannot penalise {layer} at 1 bit: use float or at least 2 bits")
     raise RuntimeError(
@@ -123,33 +124,33 @@ def refuse_width(layer: str, bits: int) -> None:
     )
 
 
-def refuse_other_scale(graph: Graph, site: str, present: int | None, wanted: int | None) -> None:
+def refuse_other_scale(graph: Graph, site: str, current: int | None, expected: int | None) -> None:
     """Raise if an activation was measured for a penalty with another scale than this one.
 
     Args:
-        graph: of the loss.
-        site: name of the activation.
-        present: the width of the steps that its quantizer measures by now.
-        wanted: the width of the steps of this penalty; None without steps.
+        graph: the graph of the loss.
+        site: the name of the activation.
+        current: the width of the steps that its quantizer measures now.
+        expected: the width of the steps of this penalty; None without steps.
 
     Raises:
         RuntimeError: names the activation.
     """
     for node in graph.users[site]:
         if hasattr(node, "measured_at"):  # a region
-            if node.measured_at != wanted:
+            if node.measured_at != expected:
                 raise RuntimeError(OTHER_SCALE.format(site))
             continue
         scaled = node.name() == _SCALED
-        # A region of torch.compile with the backend "eager" leaves nodes without notes.
-        if (getattr(node, "step_bits", present) if scaled else None) != wanted:
+        # With the backend "eager", torch.compile creates nodes without recorded widths.
+        if (getattr(node, "step_bits", current) if scaled else None) != expected:
             raise RuntimeError(OTHER_SCALE.format(site))
 
 
 def refuse_cut_region(loss: Tensor) -> None:
-    """Raise, while a region is being compiled, if the loss was computed outside of it, at least in part.
+    """Raise, during compilation of a region, if the loss was computed at least partly outside of it.
 
-    The region cannot differentiate what lies before it twice, and does not say so everywhere.
+    A region cannot differentiate earlier operations twice, and does not always raise.
 
     Raises:
         RuntimeError: says how to compile a step.
@@ -170,7 +171,7 @@ def refuse_cut_region(loss: Tensor) -> None:
 
 
 def nodes_of(tensors: Iterable[Tensor]) -> Iterator[tuple[Any, tuple[Any, ...]]]:
-    """Yield each node of the graphs of ``tensors`` once, with the edges to what it was computed from."""
+    """Yield each node of the graphs of ``tensors`` once, with the edges to its inputs."""
     seen: set[Any] = set()
     pending = [tensor.grad_fn for tensor in tensors]
     while pending:
@@ -184,7 +185,7 @@ def nodes_of(tensors: Iterable[Tensor]) -> Iterator[tuple[Any, tuple[Any, ...]]]
 
 
 def _is_foreign(kind: type) -> bool:
-    """Return whether nodes of a type belong to a custom function that is not of this library."""
+    """Return whether a node type belongs to a custom function that is not part of this library."""
     if kind.__name__ == "CompiledFunctionBackward":
         raise RuntimeError(_COMPILED)
     function = getattr(kind, "_forward_cls", None)
@@ -192,10 +193,10 @@ def _is_foreign(kind: type) -> bool:
 
 
 def require_gradients(names: Sequence[str], grads: Sequence[Tensor | None]) -> list[Tensor]:
-    """Return the gradients, after checking that each has arrived.
+    """Return the gradients; raise if one is missing.
 
     Raises:
-        RuntimeError: names what got none.
+        RuntimeError: names the tensors without a gradient.
     """
     missing = [name for name, grad in zip(names, grads, strict=True) if grad is None]
     if missing:

@@ -1,4 +1,4 @@
-"""Checks of a penalty's arguments, of the loss, and of what a finite difference needs."""
+"""Checks the arguments of a penalty, the loss, and the requirements of a finite difference."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ __all__ = ["check_loss", "check_model", "refuse_for_finite_difference"]
 
 
 def check_model(penalty: GradL1) -> None:
-    """Check that there is something to penalise, and nothing that rules out a second derivative.
+    """Check that the model has tensors to penalise, and nothing that prevents a second derivative.
 
     Raises:
-        ValueError: says what is missing, or names what rules it out.
+        ValueError: says what is missing, or names the obstacle.
     """
     refuse_wrappers(penalty.model)
     if penalty.lambda_w and not penalty.layers:
@@ -42,9 +42,9 @@ def check_loss(loss: Tensor) -> None:
     """Check that a loss is a single value with a graph.
 
     Raises:
-        RuntimeError: it has no graph, or gradients are disabled.
-        TypeError: it is not a tensor.
-        ValueError: it has more than one value.
+        RuntimeError: the loss has no graph, or gradients are disabled.
+        TypeError: the loss is not a tensor.
+        ValueError: the loss has more than one value.
     """
     if not isinstance(loss, Tensor):
         raise TypeError(f"GradL1: the loss must be a tensor, got {type(loss).__name__}")
@@ -57,10 +57,10 @@ def check_loss(loss: Tensor) -> None:
 
 
 def refuse_for_finite_difference(penalty: GradL1) -> None:
-    """Refuse a model that a finite difference cannot measure: quantized, sharded, narrow or computed weights.
+    """Raise if a finite difference cannot measure the model, for example because it is quantized.
 
     Raises:
-        RuntimeError: says what is in the way.
+        RuntimeError: names the obstacle.
     """
     quantizers = (WeightQuantizer, ActivationQuantizer)
     modules = list(penalty.model.modules())

@@ -1,4 +1,4 @@
-"""Whether a file computes what the simulation says: codes, outputs and decisions on real inputs."""
+"""Compares an exported file with the simulation: codes, outputs and decisions on real inputs."""
 
 from __future__ import annotations
 
@@ -33,30 +33,29 @@ __all__ = [
     "feed_of",
 ]
 
-CODES = 1  # a value on the edge between two codes may fall to either side
-OUTPUTS = 1e-3  # of the largest output
+CODES = 1  # a value between two codes may be rounded to either
+OUTPUTS = 1e-3  # relative to the largest output
 TOP_1 = 0.99
 ACCURACY = 1.0  # points below the simulation
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far a file and the simulation are apart.
+    """The difference between a file and the simulation.
 
     Codes and outputs are compared step by step: the simulation computes each quantized activation from the
-    codes that the file had before it. So an edge case shows up once, and not in all that follows. The
-    decisions are compared end to end.
+    previous codes of the file, so an edge case is counted only once. The decisions are compared end to end.
 
     Attributes:
-        inputs: how many were compared.
+        inputs: the number of inputs that were compared.
         codes: largest difference of two codes, 0 in float.
-        where: name of the quantized activation with that difference.
+        where: name of the quantized activation with the largest difference.
         differing: share of the codes that differ.
         outputs: largest difference of two outputs, relative to the largest output.
-        top_1: share of the inputs for which the largest output is the same.
+        top_1: share of the inputs for which the index of the largest output is the same.
         end_to_end: largest difference of two outputs end to end, relative to the largest output.
-        accuracy: percentage that the file gets right, where labels were given.
-        expected: percentage that the simulation gets right.
+        accuracy: accuracy of the file in percent, if labels were given.
+        expected: accuracy of the simulation in percent.
     """
 
     inputs: int
@@ -70,7 +69,7 @@ class Agreement:
     expected: float | None = None
 
     def faults(self) -> list[str]:
-        """Return what is beyond the bounds, a sentence each."""
+        """Return a sentence for each violated bound."""
         faults = []
         if self.codes > CODES:
             faults.append(f"codes at {self.where} differ by {self.codes}, allowed is {CODES}")
@@ -91,16 +90,16 @@ def compare(
     fused: bool = True,
     batch_size: int = 100,
 ) -> Agreement:
-    """Run the file in onnxruntime, on the CPU, and compare with the simulation.
+    """Run the file in onnxruntime on the CPU and compare it with the simulation.
 
     Args:
-        exported: of :func:`export_onnx`.
-        inputs: real ones, as the model takes them.
-        labels: of the inputs, for accuracies.
-        fused: in a plain session, as its users run it: onnxruntime replaces quantized operations by its own
-            in integer arithmetic. Otherwise each node is computed as it stands (session option
+        exported: the result of :func:`export_onnx`.
+        inputs: real inputs of the model.
+        labels: labels of the inputs, for accuracies.
+        fused: use a default session, in which onnxruntime replaces quantized operations by its own operations
+            in integer arithmetic. Otherwise each node is computed separately (session option
             ``session.disable_quant_qdq=1``).
-        batch_size: how many are run at once.
+        batch_size: the number of inputs per run.
 
     Raises:
         ImportError: onnxruntime is not installed.
@@ -124,11 +123,11 @@ def compare_torch(
     """Run a ``.pt2`` file and compare its outputs with the simulation.
 
     Args:
-        data: of :func:`export_torch`.
+        data: the result of :func:`export_torch`.
         prepared: the simulation.
-        inputs: real ones, as the model takes them.
-        labels: of the inputs, for accuracies.
-        batch_size: how many are run at once.
+        inputs: real inputs of the model.
+        labels: labels of the inputs, for accuracies.
+        batch_size: the number of inputs per run.
 
     Raises:
         ValueError: there are no inputs.
@@ -170,7 +169,7 @@ def _batches(
 
 
 def feed_of(exported: Exported, arguments: Arguments) -> dict[str, Any]:
-    """Return what onnxruntime is given for a batch."""
+    """Return the inputs of onnxruntime for a batch."""
     names = exported.program.keywords
     kwargs = {name: arguments.kwargs[name] for name in names if name in arguments.kwargs}
     tensors = Arguments(arguments.args, {**kwargs, **arguments.kwargs}).tensors
@@ -182,9 +181,9 @@ def _compare_batch(
 ) -> None:
     feed, program, grids = feed_of(exported, part), exported.program, exported.grids
     end = [torch.from_numpy(value) for value in file.run(exported.outputs, feed)]
-    found = watched.run(None, feed)
-    outputs = [torch.from_numpy(value) for value in found[: len(end)]]
-    codes = dict(zip(exported.quantized, found[len(end) :], strict=True))
+    actual = watched.run(None, feed)
+    outputs = [torch.from_numpy(value) for value in actual[: len(end)]]
+    codes = dict(zip(exported.quantized, actual[len(end) :], strict=True))
     calls = _Calls()
 
     def alone(key: int, x: Tensor) -> Tensor:
@@ -207,16 +206,16 @@ def _compare_batch(
 
 
 class _Calls:
-    """Numbers the tensors that reach a quantizer; one that comes again keeps its number."""
+    """Numbers the tensors that reach a quantizer; a repeated tensor keeps its number."""
 
     def __init__(self) -> None:
         self._seen: dict[str, list[tuple[Tensor, int]]] = {}
 
     def number(self, name: str, x: Tensor) -> int:
-        """Return the number of a tensor among those of a name, from 1 on."""
+        """Return the number of a tensor among those of a name, starting at 1."""
         seen = self._seen.setdefault(name, [])
         for i, (other, version) in enumerate(seen):
-            if other is x and version == x._version:  # it was not changed in place
+            if other is x and version == x._version:  # not changed in place
                 return i + 1
         seen.append((x, x._version))
         return len(seen)
@@ -232,17 +231,17 @@ def _tensors(outputs: Any) -> list[Tensor]:
 
 
 class _Tally:
-    """Adds up over batches."""
+    """Accumulates the comparison over batches."""
 
     def __init__(self) -> None:
         self.inputs = self.same = self.codes = self.differing = self.count = 0
         self.where, self.apart, self.end_to_end, self.largest = "", 0.0, 0.0, 0.0
-        self.right: tuple[int, int] | None = None  # decisions of the file and of the simulation
+        self.right: tuple[int, int] | None = None  # correct decisions of the file and of the simulation
 
     def decide(
         self, ours: list[Tensor], theirs: list[Tensor], size: int, labels: Tensor | None = None
     ) -> None:
-        """Count equal and right decisions, by the first output, and note how far outputs are apart."""
+        """Count equal and correct decisions by the first output, and record the difference of outputs."""
         self.inputs += size
         mine, other = (
             x[0].reshape(size, -1) if len(x[0]) == size else x[0].reshape(1, -1) for x in (ours, theirs)
@@ -256,12 +255,12 @@ class _Tally:
         self.end_to_end = max(self.end_to_end, _apart(ours, theirs))
 
     def output(self, ours: list[Tensor], theirs: list[Tensor]) -> None:
-        """Note how far outputs are apart; NaN counts as infinitely far."""
+        """Record the difference of outputs; NaN counts as infinite."""
         self.apart = max(self.apart, _apart(ours, theirs))
         self.largest = max(self.largest, *(float(x.abs().max()) for x in theirs))
 
     def code(self, name: str, ours: Tensor, theirs: Tensor) -> None:
-        """Note how far codes are apart."""
+        """Record the difference of codes."""
         apart = (ours - theirs).abs()
         self.count += apart.numel()
         self.differing += int((apart > 0).sum())
@@ -269,7 +268,7 @@ class _Tally:
             self.codes, self.where = int(apart.max()), name
 
     def result(self) -> Agreement:
-        """Return the sums."""
+        """Return the result."""
         scale = self.largest or 1.0
         right = [None, None] if self.right is None else [100 * count / self.inputs for count in self.right]
         return Agreement(
@@ -291,13 +290,13 @@ def _apart(ours: list[Tensor], theirs: list[Tensor]) -> float:
 
 
 def _with_outputs(exported: Exported) -> bytes:
-    """Return the file with the codes of activations as further outputs."""
+    """Return the file with the codes of activations as additional outputs."""
     helper, types = onnx().helper, onnx().TensorProto
     proto = onnx().load_from_string(exported.data)
     keys = exported.program.activations
     for name, codes in exported.quantized.items():
         grid = exported.grids[keys[name.partition(" (")[0]]]
-        if grid is not None and grid.bits < 8:  # numpy has no such type
+        if grid is not None and grid.bits < 8:  # numpy has no narrower type
             proto.graph.node.append(helper.make_node("Cast", [codes], [f"{codes}.wide"], to=types.UINT8))
             codes = f"{codes}.wide"
         proto.graph.output.append(onnx().ValueInfoProto(name=codes))

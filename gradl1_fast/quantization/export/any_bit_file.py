@@ -1,4 +1,4 @@
-"""The any-bit file as a format among the others."""
+"""Registers the any-bit file as an export format."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ __all__ = ["AnyBitFile"]
 
 @dataclass(frozen=True)
 class AnyBitFile:
-    """A model as a file for every width.
+    """A model as an any-bit file.
 
     Attributes:
         data: the content of the file.
-        prepared: the model with weights of 8 bits, which the whole file has.
-        sizes: by width, how many bytes a reader of that width reads.
-        remarks: nothing.
+        prepared: the model with weights of 8 bits, as in the whole file.
+        sizes: the number of bytes that a reader needs, by width.
+        remarks: always empty.
     """
 
     data: bytes = field(repr=False)
@@ -39,7 +39,7 @@ class AnyBitFile:
     remarks: list[str] = field(default_factory=list)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the file, whole or not at all."""
+        """Write the file atomically."""
         _files.write_bytes(path, self.data)
         return Path(path)
 
@@ -66,10 +66,10 @@ def _compare(file: AnyBitFile, inputs: Any, labels: Tensor | None = None) -> Agr
 
 def _sizes(file: AnyBitFile, inputs: Any) -> list[Details]:
     state = file.prepared.model.state_dict().values()
-    whole = sum(value.numel() * value.element_size() for value in state)
-    rows = [(str(w), f"{size:,}", f"{whole / size:.1f}") for w, size in reversed(file.sizes.items())]
+    float_size = sum(value.numel() * value.element_size() for value in state)
+    rows = [(str(w), f"{size:,}", f"{float_size / size:.1f}") for w, size in reversed(file.sizes.items())]
     header = ("bits", "bytes to read", "times smaller than float")
-    return [Details(f"Any-bit file; in float the network is {whole:,} bytes", header, rows)]
+    return [Details(f"Any-bit file; in float the network is {float_size:,} bytes", header, rows)]
 
 
 _SUMMARY = "one file for every width"

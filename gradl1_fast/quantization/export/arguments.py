@@ -15,7 +15,7 @@ __all__ = ["Arguments"]
 
 @dataclass(frozen=True)
 class Arguments:
-    """What a model is called with.
+    """The arguments of a model.
 
     Attributes:
         args: positional arguments.
@@ -27,7 +27,7 @@ class Arguments:
 
     @classmethod
     def of(cls, inputs: Any) -> Arguments:
-        """Return the arguments that a batch stands for.
+        """Return the arguments for a batch.
 
         Raises:
             TypeError: ``inputs`` is of another type.
@@ -46,12 +46,12 @@ class Arguments:
         )
 
     def call(self, function: Any) -> Any:
-        """Call a model or function."""
+        """Call a model or function with the arguments."""
         return function(*self.args, **self.kwargs)
 
     @property
     def tensors(self) -> list[Tensor]:
-        """The tensors, in the order in which the model is given them."""
+        """The tensors, in the order of the arguments."""
         return [leaf for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)]
 
     @property
@@ -60,7 +60,7 @@ class Arguments:
         return next((len(x) for x in self.tensors if x.dim()), 1)
 
     def rows(self, start: int, stop: int) -> Arguments:
-        """Return some examples of the batch; tensors of another first dimension stay whole."""
+        """Return some examples of the batch; tensors of another first dimension are not sliced."""
         size = self.size
 
         def cut(x: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ class Arguments:
             yield self.rows(start, start + count)
 
     def example(self) -> Arguments:
-        """Return a batch of two: a dimension of one would be taken for fixed."""
+        """Return a batch of two, because ``torch.export`` treats a dimension of one as fixed."""
         if self.size > 1:
             return self.rows(0, 2)
 
@@ -87,8 +87,8 @@ class Arguments:
         """Return the ``dynamic_shapes`` of ``torch.export`` for positional and keyword arguments.
 
         Args:
-            batch: the first dimension of each tensor that has the size of the batch.
-            sizes: height and width, the last dimensions of tensors of four dimensions or more.
+            batch: whether the batch dimension is dynamic, the first dimension of tensors of the batch's size.
+            sizes: whether height and width are dynamic, the last dimensions of tensors with four or more.
         """
         size, name = self.size, torch.export.Dim("batch")
 

@@ -1,4 +1,4 @@
-"""The numbered pairs of a traced model become quantizers of given widths: constants, types and names."""
+"""Turns the numbered placeholders of a traced model into quantizers of given widths."""
 
 from __future__ import annotations
 
@@ -32,19 +32,20 @@ class Filling:
     """Writes the quantizers of one file.
 
     Args:
-        template: of :func:`~gradl1_fast.quantization.export.onnx_graph.to_onnx`; it stays as it is.
-        marks: what the numbers in it mean.
-        grids: the grid of each, None for float.
-        model: the simulation, which has the weights.
+        template: the result of :func:`~gradl1_fast.quantization.export.onnx_graph.to_onnx`; it is not
+            changed.
+        marks: the marks that the numbers refer to.
+        grids: the grid of each mark, None for float.
+        model: the simulation, with the weights.
         integers: prepare narrow codes for integer kernels of 8 bits.
-        wide: kinds of tensors, of ``"a"`` and ``"w"``, whose codes of 2 and 4 bits take 8.
+        wide: the kinds of tensors, ``"a"`` or ``"w"``, whose codes of 2 and 4 bits are stored in 8 bits.
 
     Attributes:
         model: the model in ``onnx_ir``.
-        quantized: names of the codes of each quantized activation, by the name of its mark; of the
-            second and further calls of a layer with a number.
-        remarks: sentences on what could not be written as asked for.
-        opset: the version of the operators.
+        quantized: the name of the codes of each quantized activation, by the name of its mark; further calls
+            of a layer have a number.
+        remarks: one sentence for each deviation from the request.
+        opset: the opset version.
     """
 
     def __init__(
@@ -70,12 +71,12 @@ class Filling:
         weights: list[tuple[str, Any, Grid]] = []
         for key, quantize, dequantizes in numbered_pairs(self.model):
             weights += self._write(key, quantize, dequantizes)
-        for name, value, grid in weights:  # now that biases are in place
+        for name, value, grid in weights:  # after the biases
             self._tidy(value, grid, self._is_rounded(name))
         self._finish()
 
     def _write(self, key: int, quantize: Any, dequantizes: list[Any]) -> Iterator[tuple[str, Any, Grid]]:
-        """Write a quantizer; yield what it is if it is one of a weight."""
+        """Write a quantizer; yield its name, value and grid if it belongs to a weight."""
         mark, grid = self._marks[key], self._grids[key]
         for dequantize in dequantizes:
             source = quantize.inputs[0]
@@ -86,11 +87,11 @@ class Filling:
             elif mark.kind == "bias":
                 result = self._bias(mark.name, grid, dequantize, source)
             else:
-                place = id(source), mark.name
-                if place not in self._results:
+                position = id(source), mark.name
+                if position not in self._results:
                     first = key if mark.same_as is None else mark.same_as
-                    self._results[place] = self._activation(first, grid, dequantize, source)
-                result = self._results[place]
+                    self._results[position] = self._activation(first, grid, dequantize, source)
+                result = self._results[position]
             dequantize.outputs[0].replace_all_uses_with(result)
             if grid is not None and mark.kind == "weight":
                 yield mark.name, result, grid
@@ -120,7 +121,7 @@ class Filling:
         return self._put(at, node, f"{name}.weight.value", at.outputs[0])
 
     def _folded(self, at: Any, value: Any, grid: Grid, name: str) -> Any:
-        """Dequantize by operations that are computed at loading: a ``DequantizeLinear`` is in each run."""
+        """Dequantize with operations that are folded at loading; a ``DequantizeLinear`` runs every time."""
         cast = onnx_ir().node("Cast", [value], {"to": onnx_ir().DataType.FLOAT})
         scale = grid.scale
         if scale.dim():
@@ -149,7 +150,7 @@ class Filling:
         return self._integer_kernels and integer_widths(self._layers[name]) is not None
 
     def _widened(self, narrow: Any, shift: int, at: Any, name: str) -> Any:
-        """Return narrow codes as shifted ones of 8 bits; runtimes do this once, when they load the file."""
+        """Return narrow codes shifted to 8 bits; runtimes compute this once, when they load the file."""
         types = onnx_ir().DataType
         data = (2**shift).to_bytes(4, "little")
         factor = self._constant(f"factor.{shift}", types.INT32.value, torch.tensor(2**shift), data)
@@ -179,7 +180,7 @@ class Filling:
         return self._put(at, node, result, at.outputs[0])
 
     def _spelled_out(self, at: Any, value: Any, grid: Grid, name: str, result: str) -> Any:
-        """Dequantize by other operations: behind a ``DequantizeLinear``, onnxruntime rounds float weights."""
+        """Dequantize with other operations; ``DequantizeLinear`` makes onnxruntime round float weights."""
         offset = self._floats(f"{name}.offset", grid.zero_point)
         cast = onnx_ir().node("Cast", [value], {"to": onnx_ir().DataType.FLOAT})
         value = self._put(at, cast, f"{result}.float")
@@ -220,7 +221,7 @@ class Filling:
         return self._constants[name]
 
     def _sites_before_float(self, model: nn.Module) -> set[str]:
-        """Return the names of sites that feed a layer with a weight that is float when the file is loaded."""
+        """Return the names of sites that feed a layer whose weight is float at loading."""
         names = {id(quantizer): name for name, quantizer in named_quantizers(model).items()}
         return {
             names[id(layer.input_quantizer)]
@@ -232,13 +233,13 @@ class Filling:
         }
 
     def _is_rounded(self, name: str) -> bool:
-        """Return whether a runtime that computes a layer in integers rounds its bias to a coarse step."""
+        """Return whether a runtime that computes a layer in integers would round its bias coarsely."""
         quantizer = self._layers[name].input_quantizer
         widths = {self._layers[name].weight_quantizer.bits, None if quantizer is None else quantizer.bits}
         return widths != {8} and not self._integer_kernels
 
     def _tidy(self, weight: Any, grid: Grid, keep_bias: bool) -> None:
-        """Transpose the codes rather than the weight, and add biases that must not be rounded in float."""
+        """Transpose the codes instead of the weight, and add in float biases that must not be rounded."""
         users = [usage.node for usage in weight.uses()]
         is_folded = weight.producer().op_type != "DequantizeLinear"
         if len(users) == 1 and users[0].op_type == "Transpose" and len(weight.shape) == 2 and not is_folded:
@@ -250,7 +251,7 @@ class Filling:
 
     def _transpose(self, weight: Any, transpose: Any, grid: Grid) -> None:
         dequantize = reader = weight.producer()
-        while reader.inputs[0].const_value is None:  # codes that are widened first
+        while reader.inputs[0].const_value is None:  # skip the nodes that widen codes
             reader = reader.inputs[0].producer()
         old = reader.inputs[0]
         values = torch.from_numpy(old.const_value.numpy().astype("int32")).t().float()
@@ -289,7 +290,7 @@ class Filling:
     def _finish(self) -> None:
         common = onnx_ir().passes.common
         passes = common.RemoveUnusedNodesPass, common.NameFixPass, common.TopologicalSortPass
-        for pass_ in (*passes, common.ClearMetadataAndDocStringPass):  # stack traces of this machine among it
+        for pass_ in (*passes, common.ClearMetadataAndDocStringPass):  # it contains stack traces
             pass_()(self.model)
         self.model.opset_imports[""] = self.opset
         opsets = [onnx().helper.make_opsetid("", self.opset)]
@@ -297,5 +298,5 @@ class Filling:
 
 
 def occurrence(name: str, count: int) -> str:
-    """Return what distinguishes the tensors of a layer that is called several times."""
+    """Return a suffix that distinguishes the tensors of a layer with several calls."""
     return name if count == 1 else f"{name} ({count})"

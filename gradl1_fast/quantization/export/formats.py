@@ -1,4 +1,4 @@
-"""The table of formats. A format registers itself, and the command and the tests find it here."""
+"""The registry of export formats, used by the command and the tests. Each format registers itself."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ class File(Protocol):
 
     @property
     def prepared(self) -> Prepared:
-        """The simulation that it must agree with."""
+        """The simulation that the file must agree with."""
 
     @property
     def remarks(self) -> list[str]:
-        """Sentences on what could not be written as asked for."""
+        """One sentence for each deviation from the request."""
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the file, whole or not at all."""
+        """Write the file atomically."""
 
 
 @dataclass(frozen=True)
 class Details:
-    """A table on a file.
+    """A table with details of a file.
 
     Attributes:
-        title: of the table.
-        header: names of its columns.
-        rows: its lines.
+        title: the title of the table.
+        header: the names of the columns.
+        rows: the rows.
     """
 
     title: str
@@ -54,17 +54,17 @@ def _no_details(file: Any, inputs: Any) -> list[Details]:
 
 @dataclass(frozen=True)
 class Format:
-    """A format of files.
+    """An export format.
 
     Attributes:
-        name: as the command knows it.
-        ending: of its files.
-        summary: what is in them, in a line of the command's help.
+        name: the name in the command.
+        ending: the file name extension.
+        summary: a line for the help of the command.
         write: takes a converted model, inputs, ``w`` and ``a``; returns the file.
-        compare: takes the file, inputs and their ``labels``, or None; returns how far it is from the
+        compare: takes the file, inputs and their ``labels`` or None; returns the difference from the
             simulation.
-        details: takes the file and inputs; returns what else there is to say about it.
-        has_widths: whether a file is for chosen widths; otherwise ``w`` and ``a`` are None.
+        details: takes the file and inputs; returns tables with details.
+        has_widths: whether a file is for given widths; otherwise ``w`` and ``a`` are None.
     """
 
     name: str
@@ -80,5 +80,5 @@ FORMATS: dict[str, Format] = {}
 
 
 def register(format: Format) -> None:
-    """Add a format to the table."""
+    """Register a format."""
     FORMATS[format.name] = format

@@ -1,4 +1,4 @@
-"""Weights as codes, and the integer types of ONNX in which codes of a width are stored."""
+"""Weights as codes, and the ONNX integer types that store codes of a width."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ __all__ = [
     "to_bytes",
 ]
 
-_LARGEST_BIAS = 2.0**30  # half of what int32 holds, in multiples of the product of two scales
+_LARGEST_BIAS = 2.0**30  # half the range of int32, in units of the product of two scales
 
 
 @dataclass(frozen=True)
 class IntegerType:
-    """A type of ONNX.
+    """An ONNX integer type.
 
     Attributes:
         name: such as ``"INT4"``.
-        bits: of the type, 2, 4, 8 or 16; at least those of the codes.
-        opset: the first version of the operators that knows it.
+        bits: the bits of the type, 2, 4, 8 or 16; at least those of the codes.
+        opset: the first opset version with the type.
     """
 
     name: str
@@ -49,7 +49,7 @@ class IntegerType:
 
     @property
     def code(self) -> int:
-        """The number of the type in ONNX."""
+        """The ONNX number of the type."""
         return int(getattr(onnx().TensorProto, self.name))
 
 
@@ -57,13 +57,13 @@ _OPSETS = {2: 25, 4: 21, 8: 17, 16: 21}
 
 
 def integer_type(bits: int, *, signed: bool, narrow: bool = True) -> tuple[IntegerType, str | None]:
-    """Return the type for codes of a width, and a sentence if it is wider than it could be.
+    """Return the type for codes of a width, and a remark if a narrower type could not be used.
 
-    Codes of 2, 4, 8 and 16 bits have a type of their own; others take 8 bits. So do 2 and 4 bits
-    if the installed packages cannot run them, or if ``narrow`` is off.
+    Codes of 2, 4, 8 and 16 bits have types of the same width; other codes take 8 bits. Codes of 2 and 4 bits
+    also take 8 bits if the installed packages do not support their types, or if ``narrow`` is False.
 
     Raises:
-        ValueError: ``bits`` is from 9 to 15, for which no runtime has the operators.
+        ValueError: ``bits`` is from 9 to 15, which no runtime supports.
     """
     if 8 < bits < 16:
         raise ValueError(f"export has widths 1 to 8 and 16, got {bits}")
@@ -98,14 +98,14 @@ def _runs(type_: IntegerType) -> bool:
     model = helper.make_model(graph, opset_imports=opsets, ir_version=helper.find_min_ir_version_for(opsets))
     try:
         session(model.SerializeToString())
-    except Exception:  # the runtime's errors have no class in common; any of them is a no
+    except Exception:  # the runtime's errors have no common class
         return False
     return True
 
 
 def integer_widths(layer: QuantizedLayer) -> tuple[int, int] | None:
-    """Return the bits of weight and input where integer kernels of 8 bits can compute a layer, else None."""
-    if isinstance(layer, _ConvTransposeNd):  # for which onnxruntime has no such kernel
+    """Return the bits of weight and input if 8-bit integer kernels can compute a layer, otherwise None."""
+    if isinstance(layer, _ConvTransposeNd):  # onnxruntime has no integer kernel for it
         return None
     weight, inputs = layer.weight_quantizer.bits, layer.input_quantizer
     site = None if inputs is None else inputs.bits
@@ -113,21 +113,21 @@ def integer_widths(layer: QuantizedLayer) -> tuple[int, int] | None:
 
 
 def shift_of(bits: int) -> int:
-    """Return by how many bits codes of a width below 8 are shifted to fill 7 of the 8 bits of their type.
+    """Return the number of bits by which codes below 8 bits are shifted to fill 7 of 8 bits.
 
-    The values stay the same with a scale as much smaller, and biases are rounded as little as at 7 bits. At
-    7 bits the sum of two products fits 16 bits, which is all that some processors have for it.
+    The values do not change, because the scale is divided by the same factor, and biases are rounded as
+    finely as at 7 bits. At 7 bits the sum of two products fits the 16 bits that some processors use for it.
     """
     return max(0, 7 - bits)
 
 
 @torch.no_grad()
 def prevent_overflow(model: nn.Module) -> dict[str, int]:
-    """Raise scales of weights where a bias would not fit int32; return how many, by layer.
+    """Raise weight scales whose bias would not fit int32; return the number of raised scales by layer.
 
-    Runtimes hold a bias in multiples of the product of the scales of weight and input. A channel with
-    vanishing weights and a bias, which a dead batch norm leaves, would overflow. At widths that are not
-    computed in integers the file adds biases in float.
+    Runtimes store a bias as a multiple of the product of the weight's and the input's scale. A channel with
+    vanishing weights and a bias, left by a dead batch norm, would overflow. At widths that are not computed
+    in integers, the file adds biases in float.
     """
     layers = named_layers(model).items()
     return {name: count for name, count in ((name, _raise_scales(layer)) for name, layer in layers) if count}
@@ -155,7 +155,7 @@ def _raise_scales(layer: QuantizedLayer) -> int:
 
 @contextlib.contextmanager
 def _codes_kept(layer: QuantizedLayer, changed: Tensor) -> Iterator[None]:
-    """Keep the chosen codes of a layer while scales change; channels whose scale does get nearest ones."""
+    """Keep the stored codes of a layer while scales change; changed channels are rounded to nearest."""
     quantizer, bits = layer.weight_quantizer, layer.weight_quantizer.bits
     made_for = None if bits is None else quantizer.made_for(bits)
     weight = used_weight(layer)
@@ -171,25 +171,25 @@ def _codes_kept(layer: QuantizedLayer, changed: Tensor) -> Iterator[None]:
 
 
 def session(model: bytes, *, fused: bool = True) -> Any:
-    """Return onnxruntime's session of a model on the CPU.
+    """Return an onnxruntime session of a model on the CPU.
 
     Args:
         model: the content of a file.
-        fused: as users get it by default, with quantized operations in integer arithmetic; otherwise each
-            node is computed as it stands, in float.
+        fused: use the default of onnxruntime, with quantized operations in integer arithmetic; otherwise each
+            node is computed separately in float.
     """
     options = onnxruntime().SessionOptions()
-    options.log_severity_level = 4  # what is fatal; everything else comes back as an exception
+    options.log_severity_level = 4  # fatal messages only; errors are raised as exceptions
     if not fused:
         options.add_session_config_entry("session.disable_quant_qdq", "1")
     return onnxruntime().InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 def to_bytes(codes: Tensor, bits: int) -> bytes:
-    """Return whole numbers as ONNX stores them: types below 8 bits packed, the first one lowest."""
+    """Return integers in the storage of ONNX; types below 8 bits are packed, lowest bits first."""
     if bits == 16:
         return codes.to(torch.int16).numpy().tobytes()
-    flat = codes.to(torch.int16).flatten()  # of the unsigned ones, 8 bits do not fit int8
+    flat = codes.to(torch.int16).flatten()  # unsigned codes of 8 bits do not fit int8
     count = 8 // bits
     padded = torch.nn.functional.pad(flat & (2**bits - 1), (0, -len(flat) % count)).reshape(-1, count)
     shifts = torch.arange(0, 8, bits, dtype=torch.int16)

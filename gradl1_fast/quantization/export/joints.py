@@ -1,6 +1,6 @@
-"""Marks for integer kernels: at biases, and at operands of sums, concatenations and average pools.
+"""Marks for integer kernels at biases, and at operands of sums, concatenations and average pools.
 
-Without a quantizer behind a convolution, onnxruntime computes it in float.
+onnxruntime computes a convolution in float if no quantizer follows it.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ __all__ = ["add_biases", "add_joints"]
 _aten = torch.ops.aten
 _SUMS = {_aten.add.Tensor, _aten.add_.Tensor}
 _POOLS = {_aten.avg_pool2d.default, _aten.adaptive_avg_pool2d.default}
-_DEFAULTS = (None, None, None, 0, False, True, None)  # of the arguments of avg_pool2d
+_DEFAULTS = (None, None, None, 0, False, True, None)  # defaults of avg_pool2d
 _PRODUCTS = {_aten.conv1d.default, _aten.conv2d.default, _aten.conv3d.default, _aten.linear.default}
-# Between a layer and a joint: what keeps codes codes, or is fused into the quantizer behind it.
+# Operations allowed between a layer and a joint: they preserve codes or are fused into the next quantizer.
 _TRANSPARENT = {
     *(_aten.relu.default, _aten.relu_.default, _aten.max_pool2d.default, _aten.hardtanh.default),
     *(_aten.hardtanh_.default, _aten.clamp.default, _aten.relu6.default, _aten.dropout.default),
@@ -27,7 +27,7 @@ _TRANSPARENT = {
 
 
 def add_joints(exported: torch.export.ExportedProgram, marks: list[Mark]) -> None:
-    """Mark the operands of each operation between layers whose operands all come from layers and sites."""
+    """Mark the operands of each operation between layers if all of them come from layers and sites."""
     graph = exported.graph_module.graph
     for node in list(graph.nodes):
         operands = _operands(node)
@@ -48,7 +48,7 @@ def add_biases(exported: torch.export.ExportedProgram, marks: list[Mark]) -> Non
     for node in list(graph.nodes):
         keys = _keys_of(node) if node.target in _PRODUCTS else None
         bias = node.args[2] if keys and len(node.args) > 2 else None
-        if keys and isinstance(bias, fx.Node) and bias.op == "placeholder":  # constants alone have codes
+        if keys and isinstance(bias, fx.Node) and bias.op == "placeholder":  # only constants have codes
             with graph.inserting_before(node):
                 mark = graph.call_function(MARK, (bias, len(marks)))
             mark.meta = {"val": bias.meta["val"], **_source(node)}
@@ -59,14 +59,14 @@ def add_biases(exported: torch.export.ExportedProgram, marks: list[Mark]) -> Non
 
 
 def _keys_of(product: fx.Node) -> list[int] | None:
-    """Return the numbers of the marks of input and weight of a layer, None without them."""
+    """Return the marks of a layer's input and weight by number, or None if one is missing."""
     pair = product.args[:2]
     keys = [arg.args[1] for arg in pair if isinstance(arg, fx.Node) and arg.target is MARK]
     return keys if len(keys) == 2 else None  # type: ignore[return-value]
 
 
 def _operands(node: fx.Node) -> list[fx.Node]:
-    """Return the operands of a sum of two tensors of one shape, a concatenation or an average pool."""
+    """Return the operands of a sum of two tensors of the same shape, a concatenation or an average pool."""
     if node.target in _SUMS and not node.kwargs:
         operands = list(node.args)
         if not all(isinstance(operand, fx.Node) for operand in operands):
@@ -79,10 +79,10 @@ def _operands(node: fx.Node) -> list[fx.Node]:
 
 
 def _is_pool(node: fx.Node) -> bool:
-    """Return whether a node is an average pool, of those that onnxruntime's integer kernel computes right.
+    """Return whether a node is an average pool that onnxruntime's integer kernel computes correctly.
 
-    Where a window reaches beyond the padding, as ``ceil_mode`` allows, the kernel divides by what is outside
-    as well.
+    If a window extends beyond the padding, which ``ceil_mode`` allows, the kernel's divisor wrongly includes
+    the outside.
     """
     if node.target not in _POOLS:
         return False
@@ -91,7 +91,7 @@ def _is_pool(node: fx.Node) -> bool:
 
 
 def _is_pure(node: fx.Node) -> bool:
-    """Return whether a node changes no tensor, after making it one that does not where nobody can tell."""
+    """Return whether a node changes no tensor; replace in-place variants if this has no effect."""
     if node.target is not _aten.add_.Tensor:
         return True
     changed: Any = node.args[0]
@@ -102,7 +102,7 @@ def _is_pure(node: fx.Node) -> bool:
 
 
 def _needed(node: fx.Node, marks: list[Mark]) -> list[int] | None:
-    """Return the marks that must be quantized for a tensor to be one of codes; None if it cannot be."""
+    """Return the marks that must be quantized for a tensor to consist of codes, or None."""
     site = _site_of(node, marks)
     if site is not None:
         return [site]
@@ -114,15 +114,15 @@ def _needed(node: fx.Node, marks: list[Mark]) -> list[int] | None:
 
 
 def _marks_among(operands: list[fx.Node]) -> list[int] | None:
-    """Return the marks that the operands of a joint are, None if some are not or there are none."""
+    """Return the marks of a joint's operands, or None if an operand has no mark or there are none."""
     keys = [int(operand.args[1]) for operand in operands if operand.target is MARK]  # type: ignore[arg-type]
     return keys if keys and len(keys) == len(operands) else None
 
 
 def _site_of(node: fx.Node, marks: list[Mark]) -> int | None:
-    """Return the number of the site that a tensor passes on its way to layers."""
+    """Return the number of the site between a tensor and layers that read it, or None."""
     if any(_changes_in_place(user) for user in node.users):
-        return None  # it is changed in place before or after that
+        return None  # it is changed in place
     keys = [int(user.args[1]) for user in node.users if user.target is MARK]  # type: ignore[arg-type]
     return next((key for key in keys if marks[key].kind == "site"), None)
 
@@ -132,7 +132,7 @@ def _changes_in_place(node: fx.Node) -> bool:
 
 
 def _mark(graph: fx.Graph, node: fx.Node, operand: fx.Node, keys: list[int], marks: list[Mark]) -> None:
-    """Let ``node`` read an operand by way of a mark."""
+    """Insert a mark between an operand and ``node``."""
     if operand.target is MARK:
         return
     site = _site_of(operand, marks)

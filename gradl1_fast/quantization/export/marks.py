@@ -1,4 +1,4 @@
-"""Marks in a model: an operator that stands for the quantizer of a site or a weight while it is traced."""
+"""Marks: operators that represent the quantizers of sites and weights during tracing."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ MARK = torch.ops.gradl1_fast.quantization_mark.default
 
 @dataclass(frozen=True)
 class Grid:
-    """The codes of a tensor.
+    """The grid of a tensor's codes.
 
     Attributes:
-        scale: a scalar, or one for each channel.
-        zero_point: of the same shape.
-        q_min: smallest code.
-        q_max: largest code.
-        bits: of a code.
-        axis: of the channels.
-        chosen: codes of a weight that need not be the nearest ones, whole numbers in float.
+        scale: a scalar, or one value per channel.
+        zero_point: the zero point, of the same shape.
+        q_min: the smallest code.
+        q_max: the largest code.
+        bits: the bits of a code.
+        axis: the axis of the channels.
+        chosen: stored codes of a weight, as whole numbers in float, which may differ from the nearest ones.
     """
 
     scale: Tensor
@@ -56,7 +56,7 @@ class Grid:
         """Return ``x`` rounded to the grid, in float."""
         if self.chosen is not None:
             return values(self.chosen, self.scale, self.axis)
-        if self.bits > 16:  # more than the codes of float32
+        if self.bits > 16:  # float32 cannot represent the codes
             x, scale = x.double(), self.scale.double()
             return (codes(x, scale, self.zero_point, (self.q_min, self.q_max), self.axis) * scale).float()
         args = self.scale, self.zero_point, self.q_min, self.q_max
@@ -65,16 +65,16 @@ class Grid:
 
 @dataclass
 class Mark:
-    """What a mark stands for.
+    """A mark: the tensor that it represents.
 
     Attributes:
         kind: ``"site"``, ``"weight"``, ``"joint"`` for an operand of an operation between layers, or
             ``"bias"``.
-        name: of the site, of the layer that has the weight, or of the operand.
-        layers: of a joint, the numbers of weights and sites that must have at most 8 bits for it to be
-            quantized; of a bias, the numbers of site and weight, whose scales are multiplied.
-        same_as: of a joint whose tensor passes a site too, the number of that.
-        range: of a joint, its smallest and largest value.
+        name: the name of the site, of the layer with the weight, or of the operand.
+        layers: for a joint, the numbers of weights and sites that must have at most 8 bits for it to be
+            quantized; for a bias, the numbers of site and weight, whose scales are multiplied.
+        same_as: for a joint whose tensor also passes a site, the number of the site.
+        range: for a joint, its smallest and largest value.
     """
 
     kind: str
@@ -85,11 +85,11 @@ class Mark:
 
 
 def marked(model: nn.Module) -> tuple[nn.Module, list[Mark]]:
-    """Return a copy of a model with a mark for each quantizer, and what the number of each mark means."""
+    """Return a copy of a model with a mark for each quantizer, and the list of marks by number."""
     copy, marks = copy_structure(model), list[Mark]()
     sites = {id(quantizer): name for name, quantizer in named_quantizers(copy).items()}
     for module in copy.modules():
-        vars(module).pop("_compiled_call_impl", None)  # a plan of the original
+        vars(module).pop("_compiled_call_impl", None)  # it refers to the original
     stand_ins: dict[int, nn.Module] = {}
     for name, layer in named_layers(copy).items():
         layer._modules["weight_quantizer"] = _MarkedWeight(len(marks))
@@ -111,7 +111,7 @@ def _mark_site(
 
 
 class _MarkedWeight(nn.Module):
-    """Stands in for a quantizer of a weight."""
+    """Replaces the quantizer of a weight by a mark."""
 
     def __init__(self, key: int) -> None:
         super().__init__()
@@ -122,7 +122,7 @@ class _MarkedWeight(nn.Module):
 
 
 class _MarkedSite(ActivationQuantizer):
-    """Stands in for a quantizer of an activation."""
+    """Replaces the quantizer of an activation by a mark."""
 
     def __init__(self, key: int, name: str) -> None:
         super().__init__()
@@ -130,7 +130,7 @@ class _MarkedSite(ActivationQuantizer):
 
     @property
     def is_idle(self) -> bool:
-        """Return False: the mark must appear in the graph."""
+        """Always False, because the mark must appear in the graph."""
         return False
 
     def forward(self, x: Tensor, measured: bool = True) -> Tensor:

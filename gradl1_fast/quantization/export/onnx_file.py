@@ -33,20 +33,20 @@ _RUNTIMES = ("onnxruntime", "none")
 
 @dataclass(frozen=True)
 class Exported:
-    """A model in ONNX.
+    """A model as an ONNX file.
 
     Attributes:
         data: the content of the file.
         prepared: the model at its widths.
         program: the traced model, which simulates the file.
-        grids: of each of its marks.
+        grids: the grid of each mark.
         template: the ``onnx_ir`` model before quantizers were filled in.
-        inputs: names of the inputs in the file, in the order of the tensors that the model is given.
-        outputs: names of the outputs.
-        quantized: name in the file of the codes of each quantized activation: a site, or an operand of an
+        inputs: the names of the inputs in the file, in the order of the model's tensors.
+        outputs: the names of the outputs.
+        quantized: the name in the file of the codes of each quantized activation, a site or an operand of an
             operation between layers.
-        remarks: sentences on what could not be written as asked for.
-        opset: the version of the operators.
+        remarks: one sentence for each deviation from the request.
+        opset: the opset version.
     """
 
     data: bytes = field(repr=False)
@@ -61,12 +61,12 @@ class Exported:
     opset: int
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the file, whole or not at all."""
+        """Write the file atomically."""
         _files.write_bytes(path, self.data)
         return Path(path)
 
     def in_float(self) -> bytes:
-        """Return the same network without quantizers, as a file to compare sizes and times with."""
+        """Return a file of the same network without quantizers, to compare sizes and times."""
         nothing: list[Grid | None] = [None] * len(self.grids)
         return _bytes(
             Filling(self.template, self.program.marks, nothing, self.prepared.model), self.prepared
@@ -84,32 +84,32 @@ def export_onnx(
     dynamic_batch: bool = True,
     dynamic_size: bool = False,
 ) -> Exported:
-    """Write a converted model as ONNX, batch norms folded, with weights and activations quantized.
+    """Export a converted model to ONNX with folded batch norms and quantized weights and activations.
 
-    PyTorch's exporter writes the operations: whatever ``torch.export`` takes can be exported. A weight is a
-    constant of integers behind a ``DequantizeLinear``; the input of a layer goes through ``QuantizeLinear``
-    and ``DequantizeLinear``. Types are int8 and uint8; int4 and uint4 at 4 bits; int2 and uint2 at 2 bits
-    (opset 25) where the installed packages run them; int16 and uint16 at 16 bits. Other widths are codes of
-    int8 and uint8, clipped to the width.
+    The operations are written by PyTorch's exporter, so every model that ``torch.export`` supports can be
+    exported. A weight is an integer constant followed by a ``DequantizeLinear``; the input of a layer passes
+    a ``QuantizeLinear`` and a ``DequantizeLinear``. Types are int8 and uint8; int4 and uint4 at 4 bits; int2
+    and uint2 at 2 bits (opset 25) if the installed packages support them; int16 and uint16 at 16 bits. Other
+    widths are stored as int8 and uint8 codes, clipped to the width.
 
-    For onnxruntime, which computes in integers of 8 bits, activations of less are clipped codes of uint8, and
-    weights of 4 and 2 bits are stored as such and widened to int8 when the file is loaded.
+    onnxruntime computes in 8-bit integers. For it, narrower activations are clipped uint8 codes, and weights
+    of 4 and 2 bits are stored in their types and widened to int8 when the file is loaded.
 
     Args:
-        model: a converted model in evaluation mode, in float32, calibrated if ``a`` is given. It stays as
-            it is.
+        model: a converted model in evaluation mode, in float32, calibrated if ``a`` is given. It is not
+            changed.
         inputs: a batch: a tensor, a tuple of arguments or a mapping of keyword arguments.
-        w: bits of the weights, 1 to 8 or 16, or None for float; or a mapping by layer. With ``w`` and ``a``
-            both None, the widths that are set on the model.
-        a: bits of the activations, one number or a mapping by site.
-        runtime: ``"onnxruntime"`` to prepare layers of at most 8 bits for its integer kernels: operands of
-            sums, concatenations and average pools are quantized too, to 8 bits in ranges found on
-            ``inputs``, and biases to 32. ``"none"`` to quantize weights and the inputs of layers alone.
-        input_bits: least bits of the network's input where ``a`` is one width for all; None keeps the input
-            in float.
-        dynamic_batch: leave the size of the batch free. Where the model does not allow it, it is fixed, with
-            a remark.
-        dynamic_size: leave height and width free.
+        w: bits of the weights, 1 to 8 or 16, or None for float; or a mapping by layer. If ``w`` and ``a``
+            are both None, the current widths of the model are used.
+        a: bits of the activations, a number or a mapping by site.
+        runtime: ``"onnxruntime"`` prepares layers of at most 8 bits for its integer kernels: operands of
+            sums, concatenations and average pools are quantized to 8 bits in ranges measured on ``inputs``,
+            and biases to 32 bits. ``"none"`` quantizes only weights and the inputs of layers.
+        input_bits: minimum bits of the network's input if ``a`` is a single width; None keeps the input in
+            float.
+        dynamic_batch: make the batch size dynamic. If the model does not allow it, the size is fixed, with a
+            remark.
+        dynamic_size: make height and width dynamic.
 
     Raises:
         ImportError: onnx, onnxscript or onnxruntime is not installed.
@@ -131,12 +131,12 @@ def export_onnx(
 
 
 def write_onnx(prepared: Prepared, program: Program, template: Any, *, integers: bool = True) -> Exported:
-    """Fill a traced model in at the widths of a prepared one.
+    """Fill in the quantizers of a traced model, at the widths of a prepared one.
 
     Args:
         prepared: the model at its widths.
         program: the traced model.
-        template: the ``onnx_ir`` model of that.
+        template: the ``onnx_ir`` model of ``program``.
         integers: prepare narrow codes for integer kernels of 8 bits.
 
     Raises:
@@ -160,7 +160,8 @@ def write_onnx(prepared: Prepared, program: Program, template: Any, *, integers:
     )
 
 
-# Types that hold codes of 2 and 4 bits: all of their own, then in 8 bits what the runtime's fusions fail at.
+# Storage of 2- and 4-bit codes to try: narrow types, then 8 bits for the kinds that the runtime fails to
+# fuse.
 _WIDER = ((), ("a",), ("a", "w"))
 _WORDS = {"a": "activations", "w": "weights"}
 
@@ -175,13 +176,13 @@ def _widened(wide: Sequence[str], reason: str) -> str:
 def _why_not_loaded(data: bytes) -> str | None:
     try:
         session(data)
-    except Exception as error:  # the runtime's errors have no class in common
+    except Exception as error:  # the runtime's errors have no common class
         return f"{str(error).strip().splitlines()[0]:.160}"
     return None
 
 
 def _bytes(filling: Filling, prepared: Prepared) -> tuple[bytes, tuple[list[str], list[str]]]:
-    """Name inputs and outputs, write down what the file is, and return its content and those names."""
+    """Name inputs and outputs, set the metadata, and return the content and the names."""
     model, graph = filling.model, filling.model.graph
     for values, name in ((graph.inputs, "input"), (graph.outputs, "output")):
         if len(values) == 1:

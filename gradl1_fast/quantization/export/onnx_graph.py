@@ -1,4 +1,4 @@
-"""A traced model in ONNX with numbered quantizers, which are then filled in for given widths."""
+"""Translates a traced model to ONNX with numbered quantizers, to be filled in for given widths."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from gradl1_fast.quantization.export.program import Program
 
 __all__ = ["OPSET", "numbered_pairs", "to_onnx", "without_clip"]
 
-OPSET = 21  # the first with int4, int16 and their unsigned kinds
+OPSET = 21  # the first with int4, int16, uint4 and uint16
 
 
 def to_onnx(program: Program) -> Any:
-    """Return the ``onnx_ir`` model of a program: a pair of Q and DQ whose scale is a number for each mark.
+    """Return the ``onnx_ir`` model of a program, with a pair of Q and DQ per mark whose scale is its number.
 
     Raises:
         ImportError: onnxscript is not installed.
-        NotExportableError: PyTorch's exporter has no translation of some operators, or a wrong one; the
-            message names them all, with the modules that use them.
+        NotExportableError: PyTorch's exporter does not support some operators, or translates them wrongly;
+            the message names all of them, with the modules that use them.
     """
     if wrong := _mistranslated(program.exported):
         raise NotExportableError(f"torch.onnx.export drops divisor_override of {'; '.join(wrong)}")
-    exported = copy.deepcopy(program.exported)  # the exporter rewrites what it is given
+    exported = copy.deepcopy(program.exported)  # the exporter changes its argument
     try:
         with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")  # of packages among themselves
+            warnings.simplefilter("ignore")  # deprecations between packages
             result = torch.onnx.export(
                 exported,
                 dynamo=True,
@@ -70,10 +70,10 @@ def numbered_pairs(model: Any) -> Iterator[tuple[int, Any, Any]]:
 
 
 def without_clip(value: Any, grid: Grid) -> Any:
-    """Return what a ReLU or clip is given whose bounds the codes of less than 8 bits keep anyway.
+    """Return the input of a ReLU or clip that is redundant, because codes below 8 bits imply its bounds.
 
-    Left there, it would part the layer before it from the quantizer, and runtimes fuse the two. At 8 bits
-    they see by themselves that it does nothing.
+    It would prevent runtimes from fusing the preceding layer with the quantizer. At 8 bits, runtimes remove
+    it themselves.
     """
     node = value.producer()
     if node is None or node.op_type not in ("Relu", "Clip") or grid.bits >= 8:
@@ -89,7 +89,7 @@ def without_clip(value: Any, grid: Grid) -> Any:
 
 
 def _number(value: Any) -> float | None:
-    """Return a constant bound; one that is not constant is as good as one in the middle of everything."""
+    """Return a constant bound, or 0 for a bound that is not constant."""
     if value is None:
         return None
     constant = onnx_ir().convenience.get_const_tensor(value)
@@ -97,7 +97,7 @@ def _number(value: Any) -> float | None:
 
 
 def _mistranslated(exported: torch.export.ExportedProgram) -> list[str]:
-    """Return the average pools with a divisor of their own, which PyTorch's exporter drops."""
+    """Return the average pools with a custom divisor, which PyTorch's exporter drops."""
     pools = (torch.ops.aten.avg_pool2d.default, torch.ops.aten.avg_pool3d.default)
     nodes = [node for node in exported.graph.nodes if node.target in pools]
     return [f"{node.name} (in {_module_of(node)})" for node in nodes if node.args[6:] not in ((), (None,))]
@@ -109,29 +109,29 @@ def _module_of(node: torch.fx.Node) -> str:
 
 
 def _untranslated(exported: torch.export.ExportedProgram) -> list[str]:
-    """Return the operators that have no translation, each with the module that uses it first.
+    """Return the unsupported operators, each with the first module that uses it.
 
-    PyTorch's own message stops at the first one. Where its internals are others than those of today,
-    nothing is found, and that message is shown.
+    PyTorch's message names only the first one. If PyTorch's internals have changed, nothing is found and that
+    message is shown.
     """
     try:
         from torch.onnx._internal.exporter import _fx_passes, _registration
 
         registry = _registration.ONNXRegistry.from_torchlib(opset_version=OPSET)
         nodes = _fx_passes.decompose_with_registry(copy.deepcopy(exported), registry).graph.nodes
-        found: dict[str, str] = {}
+        modules: dict[str, str] = {}
         for node in nodes:
             is_operator = isinstance(node.target, torch._ops.OpOverload) and node.target is not MARK
             # Nothing uses an assertion, and the exporter drops it.
             if is_operator and node.users and not registry.is_registered(node.target):
-                found.setdefault(str(node.target), _module_of(node))
+                modules.setdefault(str(node.target), _module_of(node))
     except (ImportError, AttributeError, TypeError):
         return []
-    return [f"{name} (in {place})" for name, place in found.items()]
+    return [f"{name} (in {module})" for name, module in modules.items()]
 
 
 def _reason(error: Exception) -> str:
-    """Return the reason inside PyTorch's report, whose first lines say what to do in general."""
+    """Return the reason from PyTorch's report, whose first lines are general advice."""
     inner: BaseException = error
     while inner.__cause__ is not None:
         inner = inner.__cause__

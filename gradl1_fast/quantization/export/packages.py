@@ -1,4 +1,4 @@
-"""The optional packages of export, imported when they are needed."""
+"""Lazy imports of the optional packages of export."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def onnxruntime() -> Any:
 
 
 def onnxscript() -> Any:
-    """Return the package ``onnxscript``, which PyTorch's exporter is written in."""
+    """Return the package ``onnxscript``, which PyTorch's exporter uses."""
     return _import("onnxscript")
 
 
 def onnx_ir() -> Any:
-    """Return the package ``onnx_ir``, which comes with onnxscript."""
+    """Return the package ``onnx_ir``, a dependency of onnxscript."""
     _import("onnx_ir.passes.common")
     return _import("onnx_ir")
 

@@ -1,4 +1,4 @@
-"""What every format starts from: the model with its batch norms folded, at the widths to be exported."""
+"""The common input of all formats: the model with folded batch norms at the widths to export."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ __all__ = ["NotExportableError", "Prepared", "simulate"]
 
 
 class NotExportableError(ValueError):
-    """The model has something that cannot be exported; the message names it."""
+    """A part of the model cannot be exported; the message names it."""
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A model to be exported. It is the simulation with which the exported one must agree.
+    """A model to export, which is also the simulation that the exported file must agree with.
 
     Attributes:
-        model: folded, at its widths, in evaluation mode.
-        folding: what became of the batch norms.
+        model: the folded model at its widths, in evaluation mode.
+        folding: the result of batch-norm folding.
         w: bits of each weight by layer, None for float.
         a: bits of each activation by site, None for float.
-        raised: how many channels have a larger weight scale, so that their biases fit 32 bits.
+        raised: by layer, the number of channels whose weight scale was raised so that biases fit 32 bits.
     """
 
     model: nn.Module
@@ -47,7 +47,7 @@ class Prepared:
     raised: dict[str, int] = field(default_factory=dict)
 
     def remarks(self) -> list[str]:
-        """Return a sentence on each batch norm that was not folded and each scale that was raised."""
+        """Return a sentence for each batch norm that was not folded and each layer with raised scales."""
         remarks = [f"{name} {reason}: not folded" for name, reason in self.folding.refused.items()]
         for name in self.folding.without_rounding:
             remarks.append(f"{name}: folding changed its grid; its weight is rounded to nearest")
@@ -56,23 +56,23 @@ class Prepared:
         return remarks
 
     def widths(self) -> str:
-        """Return the widths in a few characters, such as ``w4 a8``."""
+        """Return the widths in short form, such as ``w4 a8``."""
         return f"w{_one(self.w)} a{_one(self.a)}"
 
 
 def simulate(
     model: nn.Module, inputs: Any, *, w: Widths = None, a: Widths = None, input_bits: int | None = 8
 ) -> Prepared:
-    """Return what an exported model must agree with: a copy with batch norms folded, at its widths.
+    """Return the simulation of an exported model: a copy with folded batch norms at the given widths.
 
     Args:
-        model: a converted model in evaluation mode, in float32, calibrated if ``a`` is given. It stays as
-            it is.
+        model: a converted model in evaluation mode, in float32, calibrated if ``a`` is given. It is not
+            changed.
         inputs: a batch: a tensor, a tuple of arguments or a mapping of keyword arguments.
         w: bits of the weights, 1 to 8 or 16, or None for float; or a mapping by layer, as for
-            :func:`gradl1_fast.set_bits`. With ``w`` and ``a`` both None, the model's own widths.
-        a: bits of the activations, one number or a mapping by site.
-        input_bits: least bits of the network's input, as for :func:`gradl1_fast.set_bits`.
+            :func:`gradl1_fast.set_bits`. If ``w`` and ``a`` are both None, the current widths of the model.
+        a: bits of the activations, a number or a mapping by site.
+        input_bits: minimum bits of the network's input, as for :func:`gradl1_fast.set_bits`.
 
     Raises:
         NotExportableError: the model is in training mode, in another type, or has no layers or no weights.
@@ -96,7 +96,7 @@ def simulate(
 def _statistics_at(
     model: nn.Module, w: Widths, a: Widths, input_bits: int | None
 ) -> contextlib.AbstractContextManager[Any]:
-    """Give batch norms what was re-estimated for the widths, to be folded."""
+    """Set batch norms to the statistics re-estimated for the widths, for folding."""
     if (w is None and a is None) or not any(map(kept_values, model.modules())):
         return contextlib.nullcontext()
     return bits(model, w=w, a=a, input_bits=input_bits)
@@ -104,7 +104,7 @@ def _statistics_at(
 
 def _folded(model: nn.Module, arguments: Arguments | None) -> Folding:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # what is not folded is in the result
+        warnings.simplefilter("ignore", UserWarning)  # the result lists what was not folded
         return fold_batch_norm(model, arguments, forward=lambda m, inputs: inputs.call(m))
 
 
@@ -121,17 +121,17 @@ def _set_widths(model: nn.Module, w: Widths, a: Widths, input_bits: int | None) 
 
 
 class _Nobody:
-    """Watches quantizers so that they are not skipped, and remembers nothing."""
+    """An observer that does nothing, except that quantizers with an observer are not skipped."""
 
     def update(self, x: Tensor) -> None:
-        """Take no note."""
+        """Ignore the tensor."""
 
 
 def _find_sites(model: nn.Module, arguments: Arguments) -> None:
-    """Run the model once, so that layers that are given the very same tensor share a site.
+    """Run the model once, so that layers with the same input tensor share a site.
 
     Raises:
-        NotExportableError: the model does not take the arguments.
+        NotExportableError: the model does not accept the arguments.
     """
     quantizers = named_quantizers(model)
     try:

@@ -1,4 +1,4 @@
-"""A model as a program of ``torch.export`` with a mark at each site and each weight, of whatever width."""
+"""Traces a model to a ``torch.export`` program with a mark at each site and weight, for any width."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class Program:
 
     Attributes:
         exported: the program, with marks.
-        marks: what the number of each mark means.
-        remarks: sentences on what is not as it was asked for.
+        marks: the marks, by number.
+        remarks: one sentence for each deviation from the request.
     """
 
     exported: torch.export.ExportedProgram
@@ -41,11 +41,11 @@ class Program:
     remarks: list[str] = field(default_factory=list)
 
     def run(self, arguments: Arguments, at: At) -> Any:
-        """Run the program with ``at(key, tensor)`` in the place of each mark."""
+        """Run the program with each mark replaced by ``at(key, tensor)``."""
         return arguments.call(self.with_marks(at))
 
     def with_marks(self, at: At) -> fx.GraphModule:
-        """Return the program as a module with ``at(key, tensor)`` in the place of each mark."""
+        """Return the program as a module with each mark replaced by ``at(key, tensor)``."""
         module = self.exported.module(check_guards=False)
 
         def mark(x: Tensor, key: int) -> Tensor:
@@ -58,12 +58,12 @@ class Program:
         return module
 
     def grids(self, prepared: Prepared) -> list[Grid | None]:
-        """Return the grid of each mark at the widths of a model, None where it stays in float."""
+        """Return the grid of each mark at the widths of a model, None for float."""
         layers, sites = named_layers(prepared.model), named_quantizers(prepared.model)
         grids: list[Grid | None] = []
         used = self._used()
-        for key, mark in enumerate(self.marks):  # a joint comes after the marks that it depends on
-            if key not in used:  # of a layer that is not called, which may have no range
+        for key, mark in enumerate(self.marks):  # a joint follows the marks it depends on
+            if key not in used:  # an uncalled layer may have no range
                 grids.append(None)
             elif mark.kind == "weight":
                 grids.append(_weight_grid(layers[mark.name]))
@@ -80,18 +80,18 @@ class Program:
         return grids
 
     def left_in_float(self) -> list[str]:
-        """Return the names of layers that the model does not call; a function may use their weights."""
+        """Return the names of layers that the model does not call, whose weights a function may use."""
         used = self._used()
         return [m.name for key, m in enumerate(self.marks) if m.kind == "weight" and key not in used]
 
     def _used(self) -> set[int]:
-        """Return the numbers of the marks that the program has."""
+        """Return the numbers of the marks in the program."""
         nodes = self.exported.graph_module.graph.nodes
         return {node.args[1] for node in nodes if node.target is MARK}
 
     @property
     def keywords(self) -> list[str]:
-        """Names of the keyword arguments, in the order in which the model is traced with them."""
+        """The names of the keyword arguments, in the order of tracing."""
         return list(self.exported.example_inputs[1])
 
     @property
@@ -101,11 +101,11 @@ class Program:
         return {m.name: key for key, m in marks if m.kind in ("site", "joint") and m.same_as is None}
 
     def has_joints(self) -> bool:
-        """Return whether operands of operations between layers are marked."""
+        """Whether operands of operations between layers are marked."""
         return any(mark.kind == "joint" for mark in self.marks)
 
     def find_ranges(self, arguments: Arguments, grids: list[Grid | None]) -> None:
-        """Find the ranges of joints by one pass with quantized layers."""
+        """Measure the ranges of joints in a pass with quantized layers."""
         if not self.has_joints():
             return
 
@@ -128,10 +128,10 @@ def trace(prepared: Prepared, inputs: Any, *, batch: bool, sizes: bool, joints: 
     """Trace a prepared model.
 
     Args:
-        prepared: of :func:`gradl1_fast.quantization.export.simulate`.
+        prepared: the result of :func:`gradl1_fast.quantization.export.simulate`.
         inputs: a batch.
-        batch: leave the size of the batch free; where that is refused it is fixed, with a remark.
-        sizes: leave height and width free.
+        batch: make the batch size dynamic; if that fails it is fixed, with a remark.
+        sizes: make height and width dynamic.
         joints: also mark biases and operands of sums, concatenations and average pools.
 
     Raises:
@@ -148,8 +148,8 @@ def trace(prepared: Prepared, inputs: Any, *, batch: bool, sizes: bool, joints: 
         reason = str(error).partition(": ")[2].splitlines()[0]
         remarks.append(f"the batch is fixed at {arguments.size}: {reason:.200}")
     program = Program(exported, marks, remarks)
-    if left := program.left_in_float():
-        remarks.append(f"in float, because they are not called as layers: {', '.join(left)}")
+    if uncalled := program.left_in_float():
+        remarks.append(f"in float, because they are not called as layers: {', '.join(uncalled)}")
     if joints:
         add_joints(exported, marks)
         add_biases(exported, marks)
@@ -164,13 +164,13 @@ def export_program(
     Args:
         model: a module.
         arguments: a batch.
-        batch: leave its size free.
-        sizes: leave height and width free.
+        batch: make the batch size dynamic.
+        sizes: make height and width dynamic.
 
     Raises:
-        NotExportableError: ``torch.export`` refuses; the message has the place and its reason.
+        NotExportableError: ``torch.export`` fails; the message names the module and the reason.
     """
-    arguments = copy.deepcopy(arguments)  # some models change what they are given
+    arguments = copy.deepcopy(arguments)  # some models change their arguments
     args_shapes, kwargs_shapes = arguments.dynamic(batch, sizes) or ((), {})
     shapes = _by_parameter(model, args_shapes, kwargs_shapes) if batch or sizes else None
     try:
@@ -185,7 +185,7 @@ def export_program(
 
 
 def _by_parameter(model: torch.nn.Module, args: Any, kwargs: Any) -> Any:
-    """Return shapes by the name of each parameter of ``forward``."""
+    """Return the dynamic shapes by the name of each parameter of ``forward``."""
     try:
         return dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments)
     except TypeError as error:
@@ -198,7 +198,7 @@ def _reason(error: Exception) -> str:
 
 
 def _place(error: Exception, model: torch.nn.Module) -> str:
-    """Return the innermost module of the model whose forward pass was running."""
+    """Return the innermost module whose forward pass was running when the error was raised."""
     names = {id(module): name for name, module in model.named_modules()}
     place, trace_ = "", error.__traceback__
     while trace_ is not None:
@@ -227,7 +227,7 @@ def _site_grid(quantizer: Any) -> Grid | None:
 
 
 def _bias_grid(site: Any, weight: Any) -> Grid:
-    """Return the grid on which integer kernels add a bias to products of codes."""
+    """Return the grid of a bias that integer kernels add to products of codes."""
     scale = site.scale * weight.scale / 2 ** shift_of(weight.bits)
     zero = torch.zeros_like(scale)
     return Grid(scale, zero, -(2**31), 2**31 - 1, 32, None if weight.axis is None else 0)

@@ -1,4 +1,4 @@
-"""How fast onnxruntime runs a file, and what of it in integers."""
+"""Measures the run time of a file in onnxruntime, and counts the layers computed in integers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _FLOAT = {"Conv", "FusedConv", "NhwcFusedConv", "ConvTranspose", "Gemm", "FusedG
 def latencies(
     files: Mapping[str, bytes], feed: Mapping[str, Any], *, repeats: int = 20, threads: int = 1
 ) -> dict[str, float]:
-    """Return the median time of a run of each file in seconds; see :func:`run_in_turn`."""
+    """Return the median run time of each file in seconds; see :func:`run_in_turn`."""
     times = run_in_turn(files, feed, repeats=repeats, threads=threads)
     return {name: statistics.median(values) for name, values in times.items()}
 
@@ -28,13 +28,13 @@ def latencies(
 def run_in_turn(
     files: Mapping[str, bytes], feed: Mapping[str, Any], *, repeats: int, threads: int
 ) -> dict[str, list[float]]:
-    """Return the time of each run of each file in seconds, in runs that take turns.
+    """Run files in turns, and return the time of each run in seconds.
 
     Args:
-        files: contents of files that take the same inputs, by any name.
-        feed: inputs by name.
-        repeats: how often each is run, after two runs that are not counted.
-        threads: of each session.
+        files: the contents of files with the same inputs, by name.
+        feed: the inputs by name.
+        repeats: the number of timed runs of each file, after two warm-up runs.
+        threads: the number of threads of each session.
     """
     options = onnxruntime().SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 4
@@ -50,14 +50,14 @@ def run_in_turn(
 
 
 def integer_layers(data: bytes) -> tuple[int, int]:
-    """Return how many convolutions and products onnxruntime computes in integers, and how many there are."""
+    """Return the number of convolutions and products computed in integers, and their total number."""
     kinds = [node.op_type for node in optimized(data).node]
     integer = sum(kind in _INTEGER for kind in kinds)
     return integer, integer + sum(kind in _FLOAT for kind in kinds)
 
 
 def optimized(data: bytes) -> Any:
-    """Return the graph that onnxruntime makes of a file and runs."""
+    """Return the optimized graph that onnxruntime runs."""
     options = onnxruntime().SessionOptions()
     options.log_severity_level = 4
     with tempfile.TemporaryDirectory() as folder:

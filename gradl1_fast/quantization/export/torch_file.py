@@ -1,4 +1,4 @@
-"""A converted model as a program of ``torch.export`` with integer weights: plain PyTorch operations alone."""
+"""Exports a converted model as a ``torch.export`` program of plain operations with integer weights."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ __all__ = ["export_torch"]
 def export_torch(
     prepared: Prepared, inputs: Any, *, dynamic_batch: bool = True, dynamic_size: bool = False
 ) -> bytes:
-    """Return the content of a ``.pt2`` file, to be read by ``torch.export.load`` without this library.
+    """Return the content of a ``.pt2`` file that ``torch.export.load`` reads without this library.
 
-    Weights are codes, int8 up to 8 bits and int16 beyond, and their scales; activations are rounded to their
-    grids in float.
+    Weights are stored as codes, int8 up to 8 bits and int16 above, with their scales. Activations are rounded
+    to their grids in float.
 
     Args:
-        prepared: of :func:`gradl1_fast.quantization.export.simulate`.
+        prepared: the result of :func:`gradl1_fast.quantization.export.simulate`.
         inputs: a batch.
-        dynamic_batch: leave the size of the batch free; fixed where the model does not allow it.
-        dynamic_size: leave height and width free.
+        dynamic_batch: make the batch size dynamic; it is fixed if the model does not allow it.
+        dynamic_size: make height and width dynamic.
 
     Raises:
         NotExportableError: ``torch.export`` refuses the model; the message has its reason.
@@ -55,7 +55,7 @@ def export_torch(
 
 
 def _without_marks(program: Program, prepared: Prepared) -> fx.GraphModule:
-    """Return the traced model with plain operations in the place of marks."""
+    """Return the traced model with marks replaced by plain operations."""
     module = program.exported.module(check_guards=False)
     layers, grids = named_layers(prepared.model), program.grids(prepared)
     for node in list(module.graph.nodes):
@@ -78,7 +78,7 @@ def _without_marks(program: Program, prepared: Prepared) -> fx.GraphModule:
 
 
 def _drop_unused(module: fx.GraphModule) -> None:
-    """Remove parameters and buffers that the graph does not read, such as float weights behind codes."""
+    """Remove parameters and buffers that the graph does not read, such as float weights replaced by codes."""
     read = {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
     for name in [*dict(module.named_parameters()), *dict(module.named_buffers())]:
         if name not in read and not name.startswith("quantized_"):
@@ -125,8 +125,8 @@ class TorchFile:
 
     Attributes:
         data: the content of the file.
-        prepared: the simulation that it must agree with.
-        remarks: sentences on what could not be written as asked for.
+        prepared: the simulation that the file must agree with.
+        remarks: one sentence for each deviation from the request.
     """
 
     data: bytes = field(repr=False)
@@ -134,7 +134,7 @@ class TorchFile:
     remarks: list[str]
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the file, whole or not at all."""
+        """Write the file atomically."""
         _files.write_bytes(path, self.data)
         return Path(path)
 

@@ -1,4 +1,4 @@
-"""Ranges of tensors, by name or as objects, for :func:`gradl1_fast.calibrate` and others.
+"""Methods that determine ranges, by name or as objects, for :func:`gradl1_fast.calibrate` and others.
 
 | name | class |
 |---|---|

@@ -1,4 +1,4 @@
-"""The interface of ranges, and those that need no more than sums and extremes."""
+"""The interface of range methods, and the methods that need only sums and extremes."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ Ends = tuple[Tensor, Tensor]
 
 
 class Range:
-    """How the range of a tensor is found from values that stream by; memory does not grow with them.
+    """Determines the range of a tensor from a stream of values, in constant memory.
 
-    A new object has seen no values; copy it for each tensor to use it for many. A subclass extends
-    :meth:`update` and overrides :meth:`ends`.
+    A new object has observed no values; it is copied for each tensor. A subclass extends :meth:`update` and
+    overrides :meth:`ends`.
 
     Attributes:
-        low: smallest value so far of each row, or None before the first. NaN once NaN was seen.
-        high: largest value so far of each row, with the same exceptions.
-        for_weights: whether it can find the range of a weight, which is seen once and whole.
+        low: smallest value of each row so far; None before the first. NaN propagates.
+        high: largest value of each row so far; None before the first. NaN propagates.
+        for_weights: whether the method supports weights, which are observed once as a whole.
     """
 
     for_weights = True
@@ -32,10 +32,10 @@ class Range:
         self.high: Tensor | None = None
 
     def update(self, x: Tensor) -> None:
-        """Take note of values.
+        """Observe values.
 
         Args:
-            x: shape ``(rows, n)``; each row has a range of its own. Any floating type.
+            x: shape ``(rows, n)``, of any floating type; each row has its own range.
         """
         if x.numel():
             low, high = extremes(x)
@@ -46,14 +46,14 @@ class Range:
         """Return the ends of the range.
 
         Args:
-            symmetric: the grid has codes around zero, from minus to plus the larger end, as weights have.
+            symmetric: the grid is symmetric around zero, from minus to plus the larger end, as for weights.
 
         Returns:
-            Lower and upper ends, of shape ``(widths, rows)``, with one row for all widths or 16, for 1 to
-            16 bits. Not finite where a value was not.
+            Lower and upper ends of shape ``(widths, rows)``, with one row for all widths or 16 rows for 1 to
+            16 bits. Not finite if an observed value was not.
 
         Raises:
-            RuntimeError: no value was seen.
+            RuntimeError: no value was observed.
         """
         low, high = self.seen()
         return low[None], high[None]
@@ -62,7 +62,7 @@ class Range:
         """Return the extremes of each row.
 
         Raises:
-            RuntimeError: no value was seen.
+            RuntimeError: no value was observed.
         """
         if self.low is None or self.high is None:
             raise RuntimeError("no value was observed")
@@ -70,14 +70,14 @@ class Range:
 
 
 class MinMax(Range):
-    """From the smallest to the largest value: nothing is clamped."""
+    """The range from the smallest to the largest value, which clamps nothing."""
 
 
 class MovingAverage(Range):
-    """From the moving average of the batches' smallest values to that of their largest.
+    """The range between the moving averages of each batch's smallest and largest value.
 
     Args:
-        momentum: weight of the average so far, at least 0 and below 1; the first batch begins it.
+        momentum: weight of the previous average, at least 0 and below 1; the first batch initializes it.
     """
 
     for_weights = False
@@ -89,7 +89,7 @@ class MovingAverage(Range):
             raise ValueError(f"momentum must be below 1, got {momentum}")
 
     def update(self, x: Tensor) -> None:
-        """Take note of a batch."""
+        """Observe a batch."""
         if x.numel():
             low, high = extremes(x)
             self.low = low if self.low is None else self._mean(self.low, low)
@@ -100,19 +100,19 @@ class MovingAverage(Range):
 
 
 class InHindsight(MovingAverage):
-    """A moving average for training that quantizes each batch by the range of those before it.
+    """A moving average for training, which quantizes each batch in the range of the previous ones.
 
-    So the range is known before the tensor is computed. See :func:`gradl1_fast.track_ranges`.
+    The range is thus known before the tensor is computed. See :func:`gradl1_fast.track_ranges`.
 
     Args:
-        momentum: as of :class:`MovingAverage`.
+        momentum: as for :class:`MovingAverage`.
 
     Source: Fournarakis and Nagel 2021, arXiv 2105.04246, section 4.
     """
 
 
 class StandardDeviation(Range):
-    """``alpha`` standard deviations to both sides of the mean, but no further than the values go.
+    """The range of ``alpha`` standard deviations on both sides of the mean, limited to the extremes.
 
     Args:
         alpha: more than 0.
@@ -128,7 +128,7 @@ class StandardDeviation(Range):
         self._squares: Tensor | None = None
 
     def update(self, x: Tensor) -> None:
-        """Take note of values; mean and squares are merged in float64 (Chan, Golub and LeVeque 1979)."""
+        """Observe values; mean and variance are merged in float64 (Chan, Golub and LeVeque 1979)."""
         super().update(x)
         if not x.numel():
             return
@@ -155,6 +155,6 @@ class StandardDeviation(Range):
 
 
 def extremes(x: Tensor) -> Ends:
-    """Return the smallest and largest value of each row, in float32 at least; NaN propagates."""
+    """Return the smallest and largest value of each row, in at least float32; NaN propagates."""
     low, high = x.to(sum_dtype(x.dtype)).aminmax(dim=1)
     return low, high

@@ -1,4 +1,4 @@
-"""Activation ranges without data: from what batch norms say of their outputs."""
+"""Activation ranges without data, from the parameters of batch norms."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ __all__ = ["BatchNormStatistics", "Gaussian"]
 _CLIPS = {"relu": (0.0, math.inf), "relu6": (0.0, 6.0)}
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
-# What hands values on, or takes the largest or the mean of some: no value lies beyond those before.
+# Operations that return values, or the maximum or mean of values, so that the range does not grow.
 _WITHIN_MODULES = (
     *(nn.Identity, nn.Flatten, nn.modules.dropout._DropoutNd),
     *(nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AvgPoolNd),
@@ -42,13 +42,13 @@ _WITHIN_NAMES = (
 
 @dataclass(frozen=True, eq=False)
 class Gaussian:
-    """Independent Gaussians, one for each channel, clipped to ``[low, high]``.
+    """Independent Gaussians, one per channel, clipped to ``[low, high]``.
 
     Attributes:
-        mean: before clipping, float64.
-        variance: before clipping.
-        low: values below are moved here.
-        high: values above are moved here.
+        mean: the mean before clipping, float64.
+        variance: the variance before clipping.
+        low: smaller values are clipped to it.
+        high: larger values are clipped to it.
     """
 
     mean: Tensor
@@ -57,7 +57,7 @@ class Gaussian:
     high: float = math.inf
 
     def clip(self, low: float, high: float) -> Gaussian:
-        """Return this, clipped once more."""
+        """Return the distribution clipped again."""
         return Gaussian(self.mean, self.variance, max(self.low, low), min(self.high, high))
 
     def moments(self) -> tuple[Tensor, Tensor]:
@@ -71,7 +71,7 @@ class Gaussian:
         a, b = (low - self.mean) / sigma, (high - self.mean) / sigma
         below, above = _cdf(a), _cdf(-b)
         inside = 1 - below - above
-        # Around the mean, so that nothing cancels; an end that is infinite has no mass.
+        # Around the mean, to avoid cancellation; an infinite end has no mass.
         first = sigma * (_density(a) - _density(b)) + _times(low - self.mean, below)
         first = first + _times(high - self.mean, above)
         second = sigma.square() * (inside + _times(a, _density(a)) - _times(b, _density(b)))
@@ -85,25 +85,26 @@ class Gaussian:
         return Gaussian(mean + other_mean, variance + other_variance)
 
     def ends(self, sigmas: float) -> tuple[float, float]:
-        """Return the range, over all channels, of ``sigmas`` standard deviations around the means."""
+        """Return the range over all channels of ``sigmas`` standard deviations around the means."""
         reach = sigmas * self.variance.sqrt()
         lowest, highest = float((self.mean - reach).min()), float((self.mean + reach).max())
         return (min(max(end, self.low), self.high) for end in (lowest, highest))  # type: ignore[return-value]
 
 
 class BatchNormStatistics:
-    """Ranges without data: the largest ``beta + sigmas * |gamma|`` over the channels of a batch norm.
+    """Ranges without data, from ``beta ± sigmas * |gamma|`` over the channels of a batch norm.
 
-    A batch norm's output is taken as a Gaussian with mean beta and standard deviation gamma in each
-    channel; the lower end is the smallest ``beta - sigmas * |gamma|``. A ReLU clips below at 0, ReLU6 also
-    above at 6. A sum of branches is the sum of independent Gaussians, with the moments of the clipped
-    ones where a branch was activated. Pooling and reshaping keep the range. What follows a batch norm is read
-    off traced graphs, of the model or of parts of it. What is not behind a batch norm, such as the network's
-    input, has to be given; so has what lies behind a subclass of a batch norm, which may do more.
+    Each channel of a batch norm's output is modelled as a Gaussian with mean beta and standard deviation
+    gamma. The range is from the smallest ``beta - sigmas * |gamma|`` to the largest ``beta + sigmas *
+    |gamma|``. ReLU clips below at 0, and ReLU6 also above at 6. A sum of branches is modelled as the sum of
+    independent Gaussians, with the moments after clipping if a branch was activated. Pooling and reshaping
+    keep the range. The operations after a batch norm are found by tracing the model or its parts. The ranges
+    of tensors that do not follow a batch norm, such as the network's input, must be given, as must those that
+    follow a subclass of a batch norm, which may compute more.
 
     Args:
-        sigmas: standard deviations to each side, more than 0.
-        known: ends of the ranges that are given, by the name of the site.
+        sigmas: number of standard deviations on each side, more than 0.
+        known: given ranges, by the name of the site.
 
     Source: Nagel et al. 2019, arXiv 1906.04721, and section 5 of arXiv 2002.07520.
     """
@@ -120,37 +121,37 @@ class BatchNormStatistics:
         """Return the ends of the range of every activation quantizer of a converted model, by name.
 
         Raises:
-            ValueError: a known name is none of its sites, or nothing is known of what reaches a site; all
-                such are named.
+            ValueError: a name in ``known`` is not a site, or the range of a site cannot be determined; the
+                message names all such sites.
         """
         names = named_quantizers(model)
         unknown = self.known.keys() - names.keys()
         if unknown:
             raise ValueError(f"known: unknown site {', '.join(sorted(unknown))}; the sites are {list(names)}")
-        found = {name: g.ends(self.sigmas) for name, g in _follow(model).items()} | self.known
-        missing = [name for name in names if name not in found]
+        distributions = {name: g.ends(self.sigmas) for name, g in _follow(model).items()} | self.known
+        missing = [name for name in names if name not in distributions]
         if missing:
             raise ValueError(
                 f"no batch norm describes the values at {', '.join(missing)}; give the ranges as "
                 f"BatchNormStatistics(known={{{missing[0]!r}: (low, high), ...}}), or calibrate with data"
             )
-        return {name: tuple(found[name]) for name in names}  # type: ignore[misc]
+        return {name: tuple(distributions[name]) for name in names}  # type: ignore[misc]
 
 
 def _follow(model: nn.Module) -> dict[str, Gaussian]:
-    """Return what reaches each site, as far as it is known, by following the graphs."""
+    """Return the distribution at each site, if it can be determined from the graphs."""
     names = {id(q): name for name, q in named_quantizers(model).items()}
-    found: dict[str, set[Gaussian | None]] = {}
+    distributions: dict[str, set[Gaussian | None]] = {}
     for part in parts_of(model):
         if part.traced is not None:
             for quantizer, value in _reaching(part.container, part.traced.graph):
-                found.setdefault(names[id(quantizer)], set()).add(value)
-    alone = {name: values.pop() for name, values in found.items() if len(values) == 1}
+                distributions.setdefault(names[id(quantizer)], set()).add(value)
+    alone = {name: values.pop() for name, values in distributions.items() if len(values) == 1}
     return {name: value for name, value in alone.items() if value is not None}
 
 
 def _reaching(root: nn.Module, graph: fx.Graph) -> Iterator[tuple[ActivationQuantizer, Gaussian | None]]:
-    """Yield the quantizer of each call of a layer, and each that stands alone, with what it is given."""
+    """Yield the quantizer of each call of a layer, and each quantizer without a layer, with its input."""
     values: dict[fx.Node, Gaussian | None] = {}
     changed = {node.all_input_nodes[0] for node in graph.nodes if _changes_for_others(root, node)}
     for node in graph.nodes:
@@ -163,7 +164,7 @@ def _reaching(root: nn.Module, graph: fx.Graph) -> Iterator[tuple[ActivationQuan
 
 
 def _changes_for_others(root: nn.Module, node: fx.Node) -> bool:
-    """Return whether a node changes, or might change, a tensor that others read too."""
+    """Return whether a node may change a tensor that has other readers."""
     shared = bool(node.all_input_nodes) and len(node.all_input_nodes[0].users) > 1
     return shared and changes_in_place(root, node)
 
@@ -204,11 +205,11 @@ def _sum(terms: list[Gaussian | None]) -> Gaussian | None:
 
 def _joined(parts: list[Gaussian | None], node: fx.Node) -> Gaussian | None:
     dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
-    present = [part for part in parts if part is not None]
-    if dim != 1 or len(present) < len(parts) or len({(p.low, p.high) for p in present}) != 1:
+    distributions = [distribution for distribution in parts if distribution is not None]
+    if dim != 1 or len(distributions) < len(parts) or len({(p.low, p.high) for p in distributions}) != 1:
         return None
-    means, variances = (torch.cat([getattr(p, key) for p in present]) for key in ("mean", "variance"))
-    return Gaussian(means, variances, present[0].low, present[0].high)
+    means, variances = (torch.cat([getattr(p, key) for p in distributions]) for key in ("mean", "variance"))
+    return Gaussian(means, variances, distributions[0].low, distributions[0].high)
 
 
 def _cdf(x: Tensor) -> Tensor:
@@ -220,5 +221,5 @@ def _density(x: Tensor) -> Tensor:
 
 
 def _times(x: Tensor, mass: Tensor) -> Tensor:
-    """Return the product, and 0 where there is no mass, whatever ``x`` is."""
+    """Return the product, and 0 for zero mass even if ``x`` is infinite."""
     return torch.where(mass == 0, 0.0, x * mass)

@@ -1,4 +1,4 @@
-"""The one place where a range is chosen, by name or as an object."""
+"""Selects a range method by name or as an object."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ NAMES: dict[str, type[Range] | type[BatchNormStatistics]] = {
 }
 
 
-def choose(what: str, ranges: str | Range | BatchNormStatistics) -> Range | BatchNormStatistics:
-    """Return the range that was asked for; ``what`` names the caller.
+def choose(caller: str, ranges: str | Range | BatchNormStatistics) -> Range | BatchNormStatistics:
+    """Return the requested range method; ``caller`` is used in messages.
 
     Raises:
         ValueError: the name is unknown, or the object has been used already.
@@ -29,12 +29,12 @@ def choose(what: str, ranges: str | Range | BatchNormStatistics) -> Range | Batc
     """
     if isinstance(ranges, str):
         if ranges not in NAMES:
-            raise ValueError(f"{what}: ranges must be one of {', '.join(map(repr, NAMES))}, got {ranges!r}")
+            raise ValueError(f"{caller}: ranges must be one of {', '.join(map(repr, NAMES))}, got {ranges!r}")
         return NAMES[ranges]()
     if not isinstance(ranges, Range | BatchNormStatistics):
-        raise TypeError(f"{what}: ranges must be a name or an object of gradl1_fast.ranges, got {ranges!r}")
+        raise TypeError(f"{caller}: ranges must be a name or an object of gradl1_fast.ranges, got {ranges!r}")
     if isinstance(ranges, Range) and ranges.low is not None:
         raise ValueError(
-            f"{what}: this {type(ranges).__name__} has already observed values; create a new one"
+            f"{caller}: this {type(ranges).__name__} has already observed values; create a new one"
         )
     return ranges

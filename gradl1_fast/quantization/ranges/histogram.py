@@ -1,4 +1,4 @@
-"""A histogram of values that stream by, whose counts are exact whatever comes."""
+"""A histogram of a stream of values with exact counts."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ _SMALLEST_EXPONENT = -1000  # 2**-1000 and its products with the number of bins 
 
 
 class Histogram:
-    """Counts in bins ``[k h, (k + 1) h)``, k from ``-side`` to ``side - 1``, and zeros counted apart.
+    """Counts in bins ``[k h, (k + 1) h)``, k from ``-side`` to ``side - 1``, with zeros counted separately.
 
-    The width ``h`` is the smallest power of two for which the bins hold every value so far. When a
-    larger value comes, bins are merged by twos, and so no count is ever an estimate: the histogram of a
-    stream is that of all its values at once, in any order, and ``h <= 2 * max |x| / side``.
+    The width ``h`` is the smallest power of two for which the bins cover every value so far. For a larger
+    value, pairs of bins are merged, so counts are never estimates: the histogram of a stream equals that of
+    all its values at once, in any order, and ``h <= 2 * max |x| / side``.
 
     Args:
         rows: number of independent histograms.
         side: bins on each side of zero, a power of two.
-        device: where the counts live.
+        device: the device of the counts.
 
     Attributes:
-        counts: of nonzero finite values, shape ``(rows, 2 * side)``, int64.
-        zeros: number of zeros, shape ``(rows,)``.
+        counts: the counts of nonzero finite values, shape ``(rows, 2 * side)``, int64.
+        zeros: the number of zeros, shape ``(rows,)``.
         exponent: ``h = 2 ** exponent``, shape ``(rows,)``, int64.
     """
 
@@ -51,12 +51,12 @@ class Histogram:
         x = torch.where(finite, x, 0.0)
         self._widen(x.abs().amax(1))
         nonzero = x != 0
-        places = (x / self.width()[:, None]).floor().long() + self.side
-        self.counts.scatter_add_(1, places, nonzero.long())
+        bins = (x / self.width()[:, None]).floor().long() + self.side
+        self.counts.scatter_add_(1, bins, nonzero.long())
         self.zeros += (finite & ~nonzero).sum(1)
 
     def _widen(self, largest: Tensor) -> None:
-        # frexp: largest < 2 ** k, and no smaller k will do.
+        # frexp returns the smallest k with largest < 2 ** k.
         k = torch.frexp(largest).exponent.long()
         needed = torch.where(largest > 0, k - (self.side.bit_length() - 1), _SMALLEST_EXPONENT)
         wider = torch.maximum(self.exponent, needed)
@@ -72,6 +72,6 @@ class Histogram:
         return torch.ldexp(torch.ones_like(self.exponent, dtype=torch.float64), self.exponent)
 
     def edges(self) -> Tensor:
-        """Return the ends of the bins, shape ``(rows, 2 * side + 1)``, float64."""
-        places = torch.arange(-self.side, self.side + 1, device=self.counts.device)
-        return places * self.width()[:, None]
+        """Return the edges of the bins, shape ``(rows, 2 * side + 1)``, float64."""
+        indices = torch.arange(-self.side, self.side + 1, device=self.counts.device)
+        return indices * self.width()[:, None]

@@ -1,4 +1,4 @@
-"""Ranges with the smallest mean squared error of quantization, one for each width."""
+"""Ranges with the smallest mean squared quantization error, one per width."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gradl1_fast.quantization.ranges.histogram import Histogram
 
 __all__ = ["MeanSquaredError", "quantization_error"]
 
-# Bins on each side of zero: many for one tensor, fewer where each channel has a histogram of its own.
+# Bins on each side of zero: more for a single tensor, fewer if each channel has its own histogram.
 _SIDE, _SIDE_OF_CHANNELS = 1024, 256
 
 _ROWS_AT_ONCE = 64  # rows whose candidates are in memory together
@@ -28,11 +28,11 @@ _STAGES = (
 
 
 class MeanSquaredError(Range):
-    """The range with the smallest mean squared error between values and quantized values, at each width.
+    """The range with the smallest mean squared quantization error at each width.
 
-    The values are kept as a histogram, in which the error of a candidate is an exact integral: see
-    :func:`quantization_error`. Candidates shrink both ends together, from the extremes to a 64th of them,
-    and then move each end by itself.
+    The values are stored in a histogram, for which the error of a candidate is an exact integral, see
+    :func:`quantization_error`. The candidates shrink both ends together, from the extremes to 1/64 of them,
+    and then move each end separately.
     """
 
     def __init__(self) -> None:
@@ -40,7 +40,7 @@ class MeanSquaredError(Range):
         self._histogram: Histogram | None = None
 
     def update(self, x: Tensor) -> None:
-        """Take note of values."""
+        """Observe values."""
         super().update(x)
         if x.numel():
             if self._histogram is None:
@@ -65,7 +65,7 @@ class MeanSquaredError(Range):
 
 
 def _search(histogram: Histogram, extreme: Tensor, bits: int, symmetric: bool) -> Tensor:
-    """Return the best ends, shape ``(rows, 2)``, that lie within the extremes."""
+    """Return the best ends within the extremes, shape ``(rows, 2)``."""
     best = extreme
     for stage in _STAGES[:2] if symmetric else _STAGES:
         factors = torch.tensor(stage, dtype=best.dtype, device=best.device)[:, None]
@@ -81,18 +81,18 @@ def _search(histogram: Histogram, extreme: Tensor, bits: int, symmetric: bool) -
 def quantization_error(
     histogram: Histogram, low: Tensor, high: Tensor, bits: int, *, symmetric: bool
 ) -> Tensor:
-    """Return the sum of squared errors of quantizing the values of a histogram, for each range and row.
+    """Return the sum of squared quantization errors of a histogram, for each range and row.
 
-    Values are taken as uniform within a bin. The error is then exact: with u = x / s, n the nearest code,
-    clamped, and r = u - n, the integral of the squared error from 0 to x is ``s**3 (n / 12 + r**3 / 3)``.
-    Zeros have no error on any grid.
+    Values are assumed to be uniform within a bin. The error is then exact: with u = x / s, the clamped
+    nearest code n and r = u - n, the integral of the squared error from 0 to x is ``s**3 (n / 12 + r**3 /
+    3)``. Zeros have no error on any grid.
 
     Args:
-        histogram: of the values.
+        histogram: the histogram of the values.
         low: lower ends of the ranges, shape ``(*, rows)``.
-        high: upper ends.
+        high: upper ends of the ranges, shape ``(*, rows)``.
         bits: 1 to 16.
-        symmetric: as of :func:`gradl1_fast.functional.quantization_grid`.
+        symmetric: as for :func:`gradl1_fast.functional.quantization_grid`.
     """
     scale, zero_point, q_min, q_max = F.quantization_grid(low, high, bits, symmetric=symmetric)
     u = histogram.edges() / scale[..., None]

@@ -1,4 +1,4 @@
-"""Ranges that leave out a given share of the values."""
+"""Ranges that clip a given share of the values."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _SIDE = 2048
 
 
 class Percentile(Range):
-    """The range that leaves out half of ``100 - percent`` percent of the values at each end.
+    """The range that clips ``(100 - percent) / 2`` percent of the values at each end.
 
-    At most ``(100 - percent) / 2`` percent of all values seen lie above it, and as many below. Its ends
-    are the order statistics of the whole stream, moved outwards by at most a bin of the histogram:
-    ``max |x| / 1024``, whatever the number, sizes and order of the batches.
+    At most ``(100 - percent) / 2`` percent of all observed values are above it, and at most as many below.
+    Its ends are the order statistics of the whole stream, rounded outwards by at most a bin of the histogram,
+    ``max |x| / 1024``. They do not depend on the number, sizes and order of the batches.
 
     Args:
-        percent: share of the values that is kept, above 0 and at most 100.
+        percent: share of the values inside the range, above 0 and at most 100.
     """
 
     def __init__(self, percent: float = 99.99) -> None:
@@ -33,7 +33,7 @@ class Percentile(Range):
         self._histogram: Histogram | None = None
 
     def update(self, x: Tensor) -> None:
-        """Take note of values."""
+        """Observe values."""
         super().update(x)
         if x.numel():
             if self._histogram is None:
@@ -41,7 +41,7 @@ class Percentile(Range):
             self._histogram.update(x)
 
     def ends(self, *, symmetric: bool = False) -> Ends:
-        """Return the ends; see :meth:`Range.ends`. A value that was not finite makes them so."""
+        """Return the ends; see :meth:`Range.ends`. They are not finite if an observed value was not."""
         low, high = self.seen()
         assert self._histogram is not None
         left_out = (100 - self.percent) / 200
@@ -55,7 +55,7 @@ class Percentile(Range):
 
 
 def _upper_end(counts: Tensor, zeros: Tensor, edges: Tensor, left_out: float) -> Tensor:
-    """Return the smallest upper edge of a bin above which at most the share ``left_out`` lies."""
+    """Return the smallest bin edge above which at most the share ``left_out`` of the values lies."""
     counts = counts.clone()
     counts[:, counts.shape[1] // 2 - 1] += zeros  # the bin that ends at zero
     total = counts.sum(1, keepdim=True)

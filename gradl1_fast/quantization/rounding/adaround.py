@@ -1,10 +1,10 @@
-"""AdaRound: each value is rounded down or up, as is learned by descent on the error of the layer's output.
+"""AdaRound: learns to round each value down or up by gradient descent on the error of the layer's output.
 
-Between floor and the next code lies ``h = clamp(1.2 sigmoid(V) - 0.1, 0, 1)``, and ``V`` is learned. A
-regulariser ``1 - |2 h - 1|^beta`` drives each ``h`` to 0 or 1, ever harder as ``beta`` falls.
+The code is the floor plus ``h = clamp(1.2 sigmoid(V) - 0.1, 0, 1)`` with a learned ``V``. The regulariser
+``1 - |2 h - 1|^beta`` drives each ``h`` to 0 or 1, more strongly as ``beta`` decreases.
 
-Layer by layer the error is a quadratic form of the second moments of the inputs, so that each step of the
-descent sees all of the data at the cost of a small matrix product.
+For each layer, the error is a quadratic form of the second moments of the inputs, so each step uses all data
+at the cost of a small matrix product.
 
 Source: Nagel et al. 2020, arXiv 2004.10568, section 3.2 and 3.3.
 """
@@ -20,19 +20,19 @@ from gradl1_fast.quantization.rounding.base import INPUTS, Problem, RoundingMeth
 
 __all__ = ["AdaRound"]
 
-_LOW, _HIGH = -0.1, 1.1  # ends of the stretched sigmoid, before it is clamped
+_LOW, _HIGH = -0.1, 1.1  # range of the stretched sigmoid before clamping
 _BETA = 20.0, 2.0
 _WARM = 0.2  # share of the steps before the regulariser
 
 
 class AdaRound(RoundingMethod):
-    """Learns for each value of a weight whether it is rounded down or up. Minutes a network.
+    """Learns whether to round each value of a weight down or up. Takes minutes per network.
 
     Args:
-        steps: of Adam, for each layer.
-        lr: its learning rate.
-        strength: of the regulariser, against the error relative to that of rounding at random.
-        inputs: what the layer is given; see :class:`gradl1_fast.rounding.GPTQ`.
+        steps: the number of Adam steps per layer.
+        lr: the learning rate of Adam.
+        strength: the coefficient of the regulariser, relative to the error of random rounding.
+        inputs: the inputs of the layer; see :class:`gradl1_fast.rounding.GPTQ`.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class AdaRound(RoundingMethod):
         self.inputs = check.one_of("AdaRound: inputs", inputs, INPUTS)
 
     def codes(self, problem: Problem) -> Tensor:
-        """Return the codes; of a row for which nearest ones are better, those."""
+        """Return the codes; rows for which the nearest codes are better get these."""
         floor = (problem.weight / problem.scale).floor()
         rest = problem.weight / problem.scale - floor
         with torch.enable_grad():
@@ -53,7 +53,7 @@ class AdaRound(RoundingMethod):
         return problem.better(codes, problem.nearest(problem.weight))
 
     def _learned(self, problem: Problem, floor: Tensor, rest: Tensor) -> Tensor:
-        """Return ``h`` after the descent."""
+        """Return ``h`` after training."""
         ends = problem.q_min, problem.q_max
         scale = _unit(problem)
         moments, floor, rows = (t.float() for t in (problem.moments / scale, floor, floor + rest))
@@ -77,7 +77,7 @@ class AdaRound(RoundingMethod):
 
 
 def _unit(problem: Problem) -> Tensor:
-    """Return by how much the error of a group's row grows for each column rounded at random, in codes."""
+    """Return the increase of the error of a group's row per randomly rounded column, in codes."""
     mean = problem.moments.diagonal(dim1=-2, dim2=-1).mean(-1)
     return torch.where(mean > 0, mean, 1)[:, None, None]
 
@@ -87,5 +87,5 @@ def _stretched(v: Tensor) -> Tensor:
 
 
 def _inverse(h: Tensor) -> Tensor:
-    """Return where the stretched sigmoid has a value."""
+    """Return the inverse of the stretched sigmoid."""
     return torch.logit((h - _LOW) / (_HIGH - _LOW))

@@ -1,4 +1,4 @@
-"""The interface of methods that choose the codes of a weight, and the problem that they are given."""
+"""The interface of rounding methods, and the problem that they solve."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ INPUTS = "renormalised", "rounded", "float"
 
 @dataclass(frozen=True)
 class Problem:
-    """One weight, to be rounded so that the error of the layer's output is small.
+    """The problem of rounding a weight with a small error of the layer's output.
 
-    With ``W`` the rows of the weight and ``x`` what they are multiplied by, the error of codes ``Q`` is
+    With the rows ``W`` of the weight and their operand ``x``, the error of codes ``Q`` is
     ``E |W x - s Q x|^2 = tr(D H D^T)`` with ``D = W - s Q`` and ``H = E[x x^T]``. Rows are independent.
 
-    Where the layer is given ``x`` instead of ``y`` as in float, the error is ``E |W y - s Q x|^2``, which is
-    the same with ``W E[y x^T] H^-1`` in the place of ``W``, and a constant more.
+    If the input is ``x`` instead of the float input ``y``, the error is ``E |W y - s Q x|^2``. This equals
+    the error above with ``W`` replaced by ``W E[y x^T] H^-1``, up to a constant.
 
     Attributes:
-        weight: rows to be approximated, ``(groups, rows, columns)``, float64.
+        weight: the rows to approximate, ``(groups, rows, columns)``, float64.
         moments: ``H``, ``(groups, columns, columns)``, float64.
-        scale: of each row, ``(groups, rows, 1)``, float64.
+        scale: the scale of each row, ``(groups, rows, 1)``, float64.
         q_min: smallest code.
         q_max: largest code.
     """
@@ -38,7 +38,7 @@ class Problem:
     q_max: int
 
     def nearest(self, weight: Tensor, scale: Tensor | None = None) -> Tensor:
-        """Return the codes nearest to values in the shape of the weight, or of some of its columns."""
+        """Return the nearest codes of values in the shape of the weight, or of some of its columns."""
         scale = self.scale if scale is None else scale
         return (weight / scale).round().clamp(self.q_min, self.q_max)
 
@@ -51,22 +51,22 @@ class Problem:
         return _quadratic(self.weight, self.moments)
 
     def better(self, codes: Tensor, others: Tensor) -> Tensor:
-        """Return, row by row, the codes with the smaller error; of equal ones the second."""
+        """Return, for each row, the codes with the smaller error; the second ones if equal."""
         return torch.where((self.errors(codes) < self.errors(others))[..., None], codes, others)
 
 
 class RoundingMethod(ABC):
-    """How codes of a weight are chosen; a subclass overrides :meth:`codes`.
+    """Base class of methods that choose the codes of a weight; subclasses override :meth:`codes`.
 
     Attributes:
-        inputs: what layers are given; see :class:`gradl1_fast.rounding.GPTQ`.
+        inputs: the inputs of layers; see :class:`gradl1_fast.rounding.GPTQ`.
     """
 
     inputs: str = "renormalised"
 
     @abstractmethod
     def codes(self, problem: Problem) -> Tensor:
-        """Return codes, whole numbers within the grid, in the shape of the problem's weight."""
+        """Return the codes, whole numbers within the grid, in the shape of the problem's weight."""
 
 
 def _quadratic(rows: Tensor, moments: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The one place where a method of rounding is chosen, by name or as an object."""
+"""Selects a rounding method by name or as an object."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ __all__ = ["NAMES", "choose"]
 NAMES: dict[str, type[RoundingMethod]] = {"gptq": GPTQ, "adaround": AdaRound}
 
 
-def choose(what: str, method: str | RoundingMethod) -> RoundingMethod:
-    """Return the method that was asked for; ``what`` names the caller.
+def choose(caller: str, method: str | RoundingMethod) -> RoundingMethod:
+    """Return the requested method; ``caller`` is used in messages.
 
     Raises:
         ValueError: the name is unknown.
@@ -20,10 +20,10 @@ def choose(what: str, method: str | RoundingMethod) -> RoundingMethod:
     """
     if isinstance(method, str):
         if method not in NAMES:
-            raise ValueError(f"{what}: method must be one of {', '.join(map(repr, NAMES))}, got {method!r}")
+            raise ValueError(f"{caller}: method must be one of {', '.join(map(repr, NAMES))}, got {method!r}")
         return NAMES[method]()
     if not isinstance(method, RoundingMethod):
         raise TypeError(
-            f"{what}: method must be a name or an object of gradl1_fast.rounding, got {method!r:.100}"
+            f"{caller}: method must be a name or an object of gradl1_fast.rounding, got {method!r:.100}"
         )
     return method

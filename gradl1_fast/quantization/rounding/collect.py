@@ -1,4 +1,4 @@
-"""Runs a model over data and collects what its layers multiply their weights by."""
+"""Runs a model on data and collects the operands of its layers' weights."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _Products = dict[str, list[Product]]
 
 
 class Data:
-    """Batches, and how a model is run on them in float and at given widths.
+    """Runs a model on batches, in float and at given widths.
 
     Args:
-        model: in any mode.
-        batches: gone through once for each collection; an iterator is kept as a list.
-        forward: as of :func:`gradl1_fast.calibrate`.
+        model: a model in any mode.
+        batches: the data, iterated once per collection; an iterator is converted to a list.
+        forward: as for :func:`gradl1_fast.calibrate`.
         w: widths of the weights.
         a: widths of the activations.
     """
@@ -39,26 +39,26 @@ class Data:
         self._widths = w, a
 
     def in_float(self, layers: Mapping[str, QuantizedLayer]) -> dict[str, SecondMoments]:
-        """Return the moments in float of each layer that a value reaches, in the order of first calls."""
-        found: dict[str, SecondMoments] = {}
+        """Return the float moments of each layer that a value reaches, in the order of first calls."""
+        moments: dict[str, SecondMoments] = {}
 
         def collect(_model: nn.Module, batch: Any) -> None:
             for name, products in self._products(layers, batch, None, None).items():
                 for product in products:
-                    found.setdefault(name, SecondMoments()).update(product)
+                    moments.setdefault(name, SecondMoments()).update(product)
 
         self._run(collect)
-        return found
+        return moments
 
     def as_rounded(self, layers: Mapping[str, QuantizedLayer], *, renormalise: bool) -> SecondMoments:
-        """Return the moments of layers with one weight at the widths, against those in float.
+        """Return the moments of layers that share a weight, at the widths, paired with those in float.
 
-        A layer further on is not run. Where a call has no counterpart of the same shape in float, it counts
-        as its own.
+        Later layers are not run. A call without a counterpart of the same shape in float is paired with
+        itself.
 
         Args:
-            layers: by name.
-            renormalise: let batch norms at the widths use the statistics of each batch.
+            layers: the layers, by name.
+            renormalise: use the statistics of each batch in batch norms at the widths.
         """
         statistics = _batch_statistics if renormalise else contextlib.nullcontext
         moments = SecondMoments()
@@ -89,16 +89,16 @@ class Data:
         a: Widths,
         counts: Mapping[str, int] | None = None,
     ) -> _Products:
-        """Return the products of layers in a forward pass, which ends after a number of calls of each."""
-        found: _Products = {}
-        with bits(self._model, w=w, a=a), _noted(layers, found, counts), contextlib.suppress(_Enough):
+        """Return the products of layers in a forward pass that ends after a number of calls of each layer."""
+        products: _Products = {}
+        with bits(self._model, w=w, a=a), _noted(layers, products, counts), contextlib.suppress(_Enough):
             call(self._model, batch, self._forward)
-        return found
+        return products
 
 
 @contextlib.contextmanager
 def _batch_statistics(model: nn.Module) -> Iterator[None]:
-    """Let batch norms use the statistics of the batch, and keep none of them, for the block."""
+    """Make batch norms use the statistics of the batch inside the block, without storing them."""
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
     before = [(norm.training, norm.track_running_stats) for norm in norms]
     for norm in norms:
@@ -111,19 +111,19 @@ def _batch_statistics(model: nn.Module) -> Iterator[None]:
 
 
 class _Enough(BaseException):
-    """Ends a forward pass of which the rest is not needed; past what catches errors."""
+    """Ends a forward pass early; not an Exception, so that models do not catch it."""
 
 
 @contextlib.contextmanager
 def _noted(
-    layers: Mapping[str, QuantizedLayer], found: _Products, counts: Mapping[str, int] | None
+    layers: Mapping[str, QuantizedLayer], products: _Products, counts: Mapping[str, int] | None
 ) -> Iterator[None]:
-    """Take note of the products of layers, call by call, for the block."""
+    """Record the products of each call of layers inside the block."""
 
     def hook(name: str) -> Callable[..., None]:
         def note(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            found.setdefault(name, []).append(product_in(layer, args, kwargs))
-            if counts is not None and all(len(found.get(n, ())) == count for n, count in counts.items()):
+            products.setdefault(name, []).append(product_in(layer, args, kwargs))
+            if counts is not None and all(len(products.get(n, ())) == count for n, count in counts.items()):
                 raise _Enough
 
         return note

@@ -1,8 +1,8 @@
-"""Codes of weights as entries of a file of ranges, checked before anything is made of them.
+"""Codes of weights as entries of a file of ranges.
 
-``<layer>.weight_quantizer.codes.<w>`` has the codes of a width, int8 up to 8 bits and int16 beyond, in the
-shape of the weight. ``<layer>.weight_quantizer.made_for.<w>`` has four int64 that depend on every value of
-the weight that they were chosen for, and four more on those of its stored range, if it has one.
+``<layer>.weight_quantizer.codes.<w>`` contains the codes of a width in the shape of the weight, int8 up to 8
+bits and int16 above. ``<layer>.weight_quantizer.made_for.<w>`` contains a digest of the weight that the codes
+were chosen for, four int64, followed by a digest of its stored range, if any.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from gradl1_fast.nn.sites import named_layers
 
 __all__ = ["Rounded", "checked_codes", "codes_entries", "take_codes"]
 
-Rounded = dict[str, dict[int, tuple[Tensor, Tensor]]]  # by layer and width: codes, and what they are made for
-_DIGESTS = 4  # of a tensor
+Rounded = dict[str, dict[int, tuple[Tensor, Tensor]]]  # codes and digests, by layer and width
+_DIGESTS = 4  # int64 per digest
 
 
 def codes_entries(model: nn.Module) -> dict[str, Tensor]:
-    """Return the entries of a model's codes."""
+    """Return the entries for the codes of a model."""
     entries: dict[str, Tensor] = {}
     for name, layer in named_layers(model).items():
         for bits, codes in layer.weight_quantizer.rounded.items():
@@ -38,7 +38,7 @@ def codes_entries(model: nn.Module) -> dict[str, Tensor]:
 
 
 def take_codes(entries: dict[str, Tensor], model: nn.Module) -> Rounded:
-    """Take those entries that may be codes of a model's layers out of the entries of a file."""
+    """Remove and return the entries of a file that may be codes of a model's layers."""
     taken: Rounded = {}
     for name in named_layers(model):
         for bits in range(1, MAX_BITS + 1):
@@ -51,10 +51,10 @@ def take_codes(entries: dict[str, Tensor], model: nn.Module) -> Rounded:
 def checked_codes(
     path: str | os.PathLike[str], rounded: Rounded, model: nn.Module
 ) -> Mapping[str, list[tuple[int, Tensor, MadeFor]]]:
-    """Return the widths, codes and what they are made for of each layer.
+    """Return the widths, codes and digests of each layer.
 
     Raises:
-        ValueError: an entry has a wrong shape or type, or a code that its width does not have.
+        ValueError: an entry has a wrong shape or type, or a code outside of its grid.
     """
     layers = named_layers(model)
     result: dict[str, list[tuple[int, Tensor, MadeFor]]] = {name: [] for name in layers}
@@ -86,5 +86,5 @@ def _error_in_codes(layer: QuantizedLayer, bits: int, codes: Tensor) -> str:
     return ""
 
 
-def _key(name: str, what: str, bits: int) -> str:
-    return f"{name}.weight_quantizer.{what}.{bits}".removeprefix(".")
+def _key(name: str, kind: str, bits: int) -> str:
+    return f"{name}.weight_quantizer.{kind}.{bits}".removeprefix(".")

@@ -1,7 +1,7 @@
-"""GPTQ: columns are rounded one after another, and those that follow make up for the error so far.
+"""GPTQ: rounds columns one after another, and compensates each error in the following columns.
 
-With ``H = E[x x^T]`` and ``U`` the upper Cholesky factor of ``H^-1``, the best change of the columns after
-``i``, where column ``i`` has the error ``e``, is ``-e U[i, i+1:] / U[i, i]``.
+With ``H = E[x x^T]`` and the upper Cholesky factor ``U`` of ``H^-1``, the optimal change of the columns after
+``i`` for an error ``e`` of column ``i`` is ``-e U[i, i+1:] / U[i, i]``.
 
 Source: Frantar et al. 2022, arXiv 2210.17323, algorithm 1.
 """
@@ -18,18 +18,17 @@ __all__ = ["GPTQ"]
 
 
 class GPTQ(RoundingMethod):
-    """Rounds the columns of a weight in order, with error feedback. Closed form, seconds a layer.
+    """Rounds the columns of a weight in order, with error feedback. Closed form, takes seconds per layer.
 
     Args:
         damping: added to the diagonal of ``H``, as a share of its mean; more than 0.
-        block: columns between updates of all that follow; it changes the time, not the result.
+        block: number of columns between updates of all following columns; affects the time, not the result.
         order: round the columns with the largest ``H[i, i]`` first, which measured better on every layer.
-        inputs: what the layer is given. ``"rounded"``: what layers that are rounded already and quantized
-            activations give it, so that it makes up for their errors too; the data pass through the model
-            once for each layer. ``"renormalised"``: the same, with batch norms that normalise each batch by
-            its own statistics, as they will once :func:`gradl1_fast.reestimate_batch_norm` was called;
-            batches then have at least a hundred examples. ``"float"``: what it is given in float, in one pass
-            for all layers.
+        inputs: the inputs of the layer. ``"rounded"``: computed with already rounded layers and quantized
+            activations, to compensate for their errors too; runs the model once per layer.
+            ``"renormalised"``: the same, with batch norms that use the statistics of each batch, as after
+            :func:`gradl1_fast.reestimate_batch_norm`; needs batches of at least a hundred examples.
+            ``"float"``: the inputs in float, from one pass for all layers.
     """
 
     def __init__(
@@ -43,7 +42,7 @@ class GPTQ(RoundingMethod):
         self.inputs = check.one_of("GPTQ: inputs", inputs, INPUTS)
 
     def codes(self, problem: Problem) -> Tensor:
-        """Return the codes; of a row for which nearest ones are better, those."""
+        """Return the codes; rows for which the nearest codes are better get these."""
         order = self._order(problem.moments)
         codes = self._in_order(problem, order)
         return problem.better(codes, problem.nearest(problem.weight))
@@ -55,20 +54,20 @@ class GPTQ(RoundingMethod):
         return torch.arange(diagonal.shape[-1], device=moments.device).expand(diagonal.shape)
 
     def _in_order(self, problem: Problem, order: Tensor) -> Tensor:
-        places = order[:, None].expand_as(problem.weight)
+        indices = order[:, None].expand_as(problem.weight)
         factor = inverse_factor(_reordered(problem.moments, order), self.damping)
-        rest = problem.weight.gather(-1, places)
+        rest = problem.weight.gather(-1, indices)
         codes = torch.empty_like(rest)
         for start in range(0, rest.shape[-1], self.block):
             end = min(start + self.block, rest.shape[-1])
             errors = self._round_block(problem, rest, codes, factor, start, end)
             rest[..., end:] -= errors @ factor[:, start:end, end:]
-        return torch.empty_like(codes).scatter_(-1, places, codes)
+        return torch.empty_like(codes).scatter_(-1, indices, codes)
 
     def _round_block(
         self, problem: Problem, rest: Tensor, codes: Tensor, factor: Tensor, start: int, end: int
     ) -> Tensor:
-        """Round the columns of a block; return their errors over the diagonal of the factor."""
+        """Round the columns of a block; return their errors divided by the diagonal of the factor."""
         errors = torch.empty_like(rest[..., start:end])
         for i in range(start, end):
             column = rest[..., i : i + 1]
@@ -82,7 +81,7 @@ class GPTQ(RoundingMethod):
 def inverse_factor(moments: Tensor, damping: float) -> Tensor:
     """Return the upper Cholesky factor of the inverse of damped moments.
 
-    A column that is always zero gets a one on the diagonal: it is rounded to nearest and changes no other.
+    A column that is always zero gets 1 on the diagonal, so it is rounded to nearest and affects no other.
     """
     diagonal = moments.diagonal(dim1=-2, dim2=-1)
     added = damping * diagonal.mean(-1, keepdim=True) + (diagonal == 0)

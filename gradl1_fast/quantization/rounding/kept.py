@@ -1,4 +1,4 @@
-"""Codes of a layer whose weight is changed on purpose: kept where they stay right, and dropped otherwise."""
+"""Keeps the codes of a layer whose weight is rescaled if they remain valid, and drops them otherwise."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["drop_rounding", "rescaled"]
 
 
 def drop_rounding(layer: QuantizedLayer) -> bool:
-    """Round a layer's weight to nearest at every width; return whether it had codes."""
+    """Remove the codes of a layer at every width; return whether it had codes."""
     widths = list(layer.weight_quantizer.rounded)
     for bits in widths:
         layer.weight_quantizer.set_rounded(bits, None)
@@ -25,10 +25,10 @@ def drop_rounding(layer: QuantizedLayer) -> bool:
 
 @contextlib.contextmanager
 def rescaled(layer: QuantizedLayer) -> Iterator[list[int]]:
-    """Keep a layer's codes while the block multiplies each output channel of its weight by a number.
+    """Keep a layer's codes while the block multiplies each output channel of its weight by a factor.
 
-    With one range for each channel its scale is multiplied as well, and codes stay, or change their sign.
-    Otherwise they are dropped. Codes that did not belong to the weight before stay as wrong as they were.
+    With one range per channel, the scale is multiplied too, and codes stay or change sign. Otherwise they are
+    dropped. Codes that did not belong to the weight before remain invalid.
 
     Yields:
         The widths whose codes were dropped, after the block.
@@ -56,7 +56,7 @@ def _holds(layer: QuantizedLayer, bits: int) -> bool:
 
 @torch.no_grad()
 def _flipped(layer: QuantizedLayer, bits: int, codes: Tensor, before: Tensor) -> Tensor | None:
-    """Return codes with the sign of each channel's factor; None where the grid lacks them, at 1 bit."""
+    """Return codes with the sign of each channel's factor; None at 1 bit, whose grid is not symmetric."""
     axis = layer.weight_quantizer.axis
     other = [i for i in range(before.dim()) if i != axis]
     sign = (before.double() * layer.weight.detach().double()).sum(other).sign()

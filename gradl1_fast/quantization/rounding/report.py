@@ -1,4 +1,4 @@
-"""What :func:`gradl1_fast.round_weights` did, weight by weight."""
+"""The report of :func:`gradl1_fast.round_weights`."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ __all__ = ["Rounding", "RoundingRow"]
 
 @dataclass(frozen=True)
 class RoundingRow:
-    """What rounding one weight does to the output of its layer.
+    """The effect of rounding a weight on the output of its layer.
 
     Attributes:
-        name: of the layer; of the first one of those that share the weight.
-        bits: of the weight.
-        nearest: mean squared error of the output with the nearest codes, over the mean square of the output.
-        chosen: the same with the codes that were stored.
+        name: name of the layer; of the first layer if the weight is shared.
+        bits: bits of the weight.
+        nearest: mean squared error of the output with the nearest codes, divided by the output's mean square.
+        chosen: the same ratio with the stored codes.
     """
 
     name: str
@@ -26,11 +26,11 @@ class RoundingRow:
 
 @dataclass
 class Rounding:
-    """What :func:`gradl1_fast.round_weights` did.
+    """The result of :func:`gradl1_fast.round_weights`.
 
     Attributes:
-        rows: one for each weight that has codes now, in the order in which the model calls its layers.
-        nearest: why a weight stays rounded to nearest, by the layer's name.
+        rows: one row per weight with codes, in the order in which the model calls its layers.
+        nearest: why a weight is rounded to nearest, by the name of its layer.
     """
 
     rows: list[RoundingRow] = field(default_factory=list)
@@ -44,7 +44,7 @@ class Rounding:
         raise KeyError(f"no row for {name!r}; the rows are {[row.name for row in self.rows]}")
 
     def __str__(self) -> str:
-        """Return a line for each weight."""
+        """Return a line per weight."""
         width = max([len(row.name) for row in self.rows] + [5])
         lines = [f"{'layer':<{width}}  bits  error, nearest   chosen"]
         lines += [f"{r.name:<{width}}  {r.bits:>4}  {r.nearest:>14.3g}  {r.chosen:>7.3g}" for r in self.rows]

@@ -1,4 +1,4 @@
-"""Rounding weights beyond nearest: codes chosen so that the outputs of layers change little."""
+"""Rounding of weights with codes chosen to minimise the change of layer outputs."""
 
 from __future__ import annotations
 
@@ -35,41 +35,41 @@ def round_weights(
     method: str | RoundingMethod = "gptq",
     forward: Forward | None = None,
 ) -> Rounding:
-    """Choose and store codes of the weights at a width that change the outputs of layers less than nearest.
+    """Choose and store codes of the weights at a width that change layer outputs less than nearest rounding.
 
-    Rounding to nearest makes the error of each weight small; what counts is the error of ``W x``. That
-    depends on the second moments of the layer's inputs, which a pass over unlabelled data gives. The grid of
-    each weight stays what it is: its own range, or the one stored by :func:`gradl1_fast.calibrate_weights`,
-    which should come first.
+    Rounding to nearest minimises the error of each weight, but the error that matters is that of ``W x``. It
+    depends on the second moments of the layer's inputs, which are measured on unlabelled data. The grid of
+    each weight does not change: it is that of its own range, or of the range stored by
+    :func:`gradl1_fast.calibrate_weights`, which should be called first.
 
-    The codes are used wherever the weight is at this width: in evaluation, sweeps, training (with the
-    straight-through gradient of nearest) and export. At other widths nothing changes; call this once for
-    each. They belong to the weights and ranges that are there: when one has changed, using the codes raises.
-    :func:`gradl1_fast.save_ranges` keeps them, :func:`clear_rounding` removes them, and so does another call
-    for the same width, at its start. Behind layers that are rounded, batch norms need other statistics: call
+    The codes are used whenever the weight is at this width: in evaluation, sweeps, training (with the
+    straight-through gradient of nearest rounding) and export. Other widths are not affected; call this once
+    for each. The codes belong to the current weights and ranges; if one changes, using the codes raises.
+    :func:`gradl1_fast.save_ranges` saves them. :func:`clear_rounding` and a new call for the same width
+    remove them. Rounding changes the statistics of the following batch norms: call
     :func:`gradl1_fast.reestimate_batch_norm` afterwards.
 
-    Embeddings and transposed convolutions stay rounded to nearest, and so does a layer that no batch
-    reaches; the result names them. Layers that share a weight, on the same grid, share the codes. No output
-    channel gets codes whose error is larger than that of the nearest ones.
+    Embeddings, transposed convolutions and layers that no batch reaches are rounded to nearest; the result
+    names them. Layers that share a weight on the same grid share the codes. The error of each output channel
+    is at most that of the nearest codes.
 
     Args:
         model: a converted model, in any mode. It is changed in place.
-        batches: as of :func:`gradl1_fast.calibrate`, a thousand examples or two, without labels.
-        w: bits of the weights, as of :func:`gradl1_fast.set_bits`. Layers at float are left alone.
-        a: bits of the activations in front of the layers, as of :func:`gradl1_fast.set_bits`, so that codes
-            make up for their errors too; None for float.
-        method: ``"gptq"``, closed form, seconds a layer, ``"adaround"``, minutes a network and usually
-            better, or an object of :mod:`gradl1_fast.rounding`, which has their options.
-        forward: as of :func:`gradl1_fast.calibrate`.
+        batches: as for :func:`gradl1_fast.calibrate`, one or two thousand examples without labels.
+        w: bits of the weights, as for :func:`gradl1_fast.set_bits`. Layers in float are skipped.
+        a: bits of the layers' inputs, as for :func:`gradl1_fast.set_bits`, so that codes compensate for their
+            errors too; None for float.
+        method: ``"gptq"`` (closed form, seconds per layer), ``"adaround"`` (minutes per network, usually
+            better), or an object of :mod:`gradl1_fast.rounding` with options.
+        forward: as for :func:`gradl1_fast.calibrate`.
 
     Returns:
         The error of each layer's output before and after.
 
     Raises:
-        ValueError: the model has no layers of this library, or holds bits of an any-bit file, there is no
+        ValueError: the model has no layers of this library or was loaded from an any-bit file, there is no
             batch, a width or name is wrong, or the data hold NaN or infinity; the message names the layer.
-            The codes are then as they were.
+            The codes are then unchanged.
         TypeError: a width is not an int or None, ``method`` is neither a name nor an object of
             :mod:`gradl1_fast.rounding`, or ``batches`` is a single tensor or mapping.
         RuntimeError: ``a`` is given and needed, and an activation has no range yet.
@@ -103,11 +103,11 @@ def round_weights(
 
 
 def clear_rounding(model: nn.Module, *, w: int | None = None) -> None:
-    """Round weights to nearest again, at one width or at all of them.
+    """Remove stored codes, at one width or at all widths; weights are then rounded to nearest.
 
     Args:
         model: a converted model; changed in place.
-        w: the width; None for all.
+        w: the width; None for all widths.
     """
     for layer in named_layers(model).values():
         if w is None:
@@ -117,12 +117,12 @@ def clear_rounding(model: nn.Module, *, w: int | None = None) -> None:
 
 
 class _Rounder:
-    """Rounds layers, those that share a weight together.
+    """Rounds layers; layers that share a weight are rounded together.
 
     Args:
-        layers: by name.
-        widths: of their weights.
-        method: chooses the codes.
+        layers: the layers, by name.
+        widths: the widths of their weights.
+        method: the method that chooses the codes.
     """
 
     def __init__(
@@ -131,7 +131,7 @@ class _Rounder:
         self._layers, self._widths, self._method = layers, widths, method
 
     def round(self, data: Data) -> list[RoundingRow]:
-        """Give each layer that a value reaches its codes; return a row for each weight."""
+        """Store codes for each layer that a value reaches; return a row per weight."""
         for name, layer in self._layers.items():
             layer.weight_quantizer.set_rounded(self._widths[name], None)
         groups = tied(self._layers, self._widths)
@@ -164,7 +164,7 @@ class _Rounder:
 
 
 def _relative(problem: Problem, nearest: Tensor, codes: Tensor) -> tuple[float, float]:
-    """Return the errors with nearest codes and with others over the mean square of the output."""
+    """Return the errors of the nearest and of other codes, divided by the mean square of the output."""
     power = float(problem.power().sum())
     before, after = (float(problem.errors(each).sum()) for each in (nearest, codes))
     return (before / power, after / power) if power else (0.0, 0.0)

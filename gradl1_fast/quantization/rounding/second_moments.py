@@ -1,4 +1,4 @@
-"""Second moments of what layers multiply their weights by: all that the error of an output depends on."""
+"""Second moments of the operands of layers' weights, which determine the error of the outputs."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _LARGEST = 1 << 23  # values of columns at once
 
 
 class SecondMoments:
-    """``E[x x^T]`` of the columns ``x`` that the rows of a weight are multiplied by, group by group.
+    """``E[x x^T]`` of the columns ``x`` that multiply the rows of a weight, for each group.
 
     Memory does not grow with the data.
 
     Attributes:
-        count: of columns.
+        count: the number of columns.
     """
 
     def __init__(self) -> None:
@@ -30,7 +30,7 @@ class SecondMoments:
         self._cross: Tensor | None = None
 
     def update(self, product: Product, exact: Product | None = None) -> None:
-        """Take note of what a weight was multiplied by, and of what that is in the float model."""
+        """Add the operand of a weight, and the corresponding operand in the float model."""
         others = _parts(product if exact is None else exact)
         for x, y in zip(_parts(product), others, strict=True):
             self._own = _sum(self._own, x @ x.mT)
@@ -40,7 +40,7 @@ class SecondMoments:
 
     @classmethod
     def sum(cls, parts: Sequence[SecondMoments]) -> SecondMoments:
-        """Return what several layers with one weight have seen in float."""
+        """Return the combined float moments of several layers with a shared weight."""
         result = cls()
         for part in parts:
             result.count += part.count
@@ -57,15 +57,15 @@ class SecondMoments:
         return self.total() / self.count
 
     def cross(self) -> Tensor | None:
-        """Return ``E[y x^T]`` with ``y`` the column in the float model; None if there were none."""
+        """Return ``E[y x^T]`` with the column ``y`` of the float model; None if there was none."""
         return None if self._cross is None else self._cross / self.count
 
 
 def columns(product: Product) -> Tensor:
     """Return the columns of a product, ``(groups, columns, n)``, float32 or float64.
 
-    A column of a convolution is what the kernel sees at one place, in the order of the weight: channels of
-    the group, then the kernel.
+    A column of a convolution is the patch under the kernel at one position, in the order of the weight:
+    channels of the group, then kernel positions.
     """
     x, kernel = product.x, product.kernel
     x = x if x.dtype == torch.float64 else x.float()
@@ -101,7 +101,7 @@ def _sum(total: Tensor | None, part: Tensor) -> Tensor:
 
 
 def _padding(padding: Any, kernel: tuple[int, ...], dilation: tuple[int, ...]) -> list[int]:
-    """Return the padding of each side as ``torch.nn.functional.pad`` takes it, last dimension first."""
+    """Return the padding in the format of ``torch.nn.functional.pad``, last dimension first."""
     n = len(kernel)
     if padding == "same":
         total = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]

@@ -1,4 +1,4 @@
-"""Weights of a model as rows to be rounded, and rounded rows as codes of its layers."""
+"""Converts weights to rows for rounding, and rounded rows to codes of layers."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from gradl1_fast.quantization.rounding.second_moments import SecondMoments
 
 __all__ = ["Rows", "reason_against", "tied"]
 
-_DAMPING = 0.01  # of the correction for inputs that differ from those in float
+_DAMPING = 0.01  # for the correction of inputs that differ from float
 
 
 def reason_against(layer: QuantizedLayer) -> str | None:
-    """Return why the weight of a layer stays rounded to nearest, or None."""
+    """Return why the weight of a layer is rounded to nearest, or None."""
     if isinstance(layer, QEmbedding | nn.Embedding):
         return "an embedding has no inputs to weigh errors with"
     if isinstance(layer, nn.modules.conv._ConvTransposeNd):
@@ -39,11 +39,11 @@ def tied(layers: Mapping[str, QuantizedLayer], widths: Mapping[str, int]) -> dic
 
 
 class Rows:
-    """The weight of a layer as rows for each output channel, group by group.
+    """The weight of a layer as rows, one per output channel, grouped as in the convolution.
 
     Args:
         layer: a convolution or a linear layer.
-        bits: of its weight.
+        bits: the bits of the weight.
     """
 
     def __init__(self, layer: QuantizedLayer, bits: int) -> None:
@@ -62,7 +62,7 @@ class Rows:
         return Problem(rows, own, self.scale, self._q_min, self._q_max)
 
     def nearest(self, problem: Problem) -> Tensor:
-        """Return the codes of the weight that it has otherwise."""
+        """Return the nearest codes of the weight."""
         return problem.nearest(self.of(self._weight.double()))
 
     def of(self, weight: Tensor) -> Tensor:
@@ -71,7 +71,7 @@ class Rows:
         return rows.reshape(self.groups, -1, rows.shape[1])
 
     def store(self, rows: Tensor, name: str) -> None:
-        """Give the layer the codes of rows, for its present weight and stored range."""
+        """Store the codes of rows in the layer, for its current weight and stored range."""
         like = self._weight.movedim(self._layer.out_axis, 0)
         codes = rows.reshape(like.shape).movedim(0, self._layer.out_axis)
         kept = torch.empty_like(self._weight, dtype=torch.int16).copy_(codes)
@@ -81,7 +81,7 @@ class Rows:
 
 
 def _correction(rows: Tensor, own: Tensor, cross: Tensor) -> Tensor:
-    """Return the change of float rows that brings their output closest to that on inputs in float."""
+    """Return the change of the float rows that best restores their output on float inputs."""
     added = _DAMPING * own.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None] + 1e-30
     damped = own + added * torch.eye(own.shape[-1], dtype=own.dtype, device=own.device)
     return torch.linalg.solve(damped, rows @ (cross - own), left=False)

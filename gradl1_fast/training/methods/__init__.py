@@ -1,7 +1,7 @@
-"""Training methods with one interface: the gradient-l1 penalty, and what it is compared with.
+"""Training methods with a common interface: the gradient-l1 penalty and the methods it is compared with.
 
-Every module of this package is imported, and every class with a name in it is a method: a new method is a
-new file and nothing else.
+Every module of this package is imported, and every class with a ``name`` is registered as a method. To add a
+method, add a file.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ METHODS: dict[str, type[Method]] = registered()
 
 
 def classes_of(name: str) -> list[type[Method]]:
-    """Return the class of a method, or the classes of several that are combined by ``+``.
+    """Return the class of a method, or the classes of methods combined with ``+``.
 
     Raises:
         ValueError: there is no such method, or one is named twice.
@@ -64,16 +64,16 @@ def classes_of(name: str) -> list[type[Method]]:
 
 
 def make(name: str, model: nn.Module, **settings: Any) -> Method:
-    """Return the method of a name, for a converted model; make it before the first forward pass.
+    """Create a method by name for a converted model; call this before the first forward pass.
 
     Args:
-        name: a key of :data:`METHODS`, or several with ``+`` between them.
+        name: a key of :data:`METHODS`, or several keys joined with ``+``.
         model: a converted model.
-        **settings: of its class; of several methods each setting has the name ``method.setting``.
+        **settings: the settings of the class; for several methods, each setting is named ``method.setting``.
 
     Raises:
-        ValueError: there is no such method, a setting is out of range, the methods cannot be combined, or
-            the model has nothing for one of them to work on.
+        ValueError: there is no such method, a setting is out of range, the methods cannot be combined, or a
+            method does not apply to the model.
         TypeError: a setting is missing, unknown or of the wrong type.
 
     Examples:
@@ -101,7 +101,7 @@ def make(name: str, model: nn.Module, **settings: Any) -> Method:
 
 
 def settings_of(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of one of several methods, without its name."""
+    """Return the settings of one of several methods, without the prefix."""
     start = f"{name}."
     return {key.removeprefix(start): value for key, value in settings.items() if key.startswith(start)}
 

@@ -1,4 +1,4 @@
-"""The activations that a penalty counts, as tensors of one forward pass."""
+"""Collects the penalised activations of a forward pass."""
 
 from __future__ import annotations
 
@@ -18,25 +18,24 @@ __all__ = ["seen_at_sites"]
 
 @contextlib.contextmanager
 def seen_at_sites(model: nn.Module, wanted: bool = True) -> Iterator[list[tuple[str, Tensor]]]:
-    """Collect the tensors that layers see at the penalised sites of a model, for the block.
+    """Collect the tensors at the penalised sites of a model inside the block.
 
-    Each is a tensor of its own, on which what goes past the layers does not depend: its gradient is the one
-    that comes back from the layers.
+    Each is a separate tensor that only the layers read, so its gradient is the gradient from the layers.
 
     Args:
         model: a converted model.
-        wanted: False collects nothing.
+        wanted: if False, nothing is collected.
 
     Yields:
-        The list of names and tensors, in the order of the forward pass; a site that is passed twice has two.
+        The list of names and tensors, in the order of the forward pass, with one entry per call of a site.
     """
     quantizers = {site.name: site.quantizer for site in activation_sites(model)} if wanted else {}
     seen: list[tuple[str, Tensor]] = []
 
     def keep(name: str, x: Tensor) -> Tensor:
-        if quantizers[name].is_input:  # found out in this very pass
+        if quantizers[name].is_input:  # set by this forward pass
             return x
-        # Behind frozen layers alone, a tensor requires no gradient by itself.
+        # A tensor that depends only on frozen layers requires no gradient.
         own = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
         seen.append((name, own))
         return own

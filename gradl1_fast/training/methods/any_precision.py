@@ -1,4 +1,4 @@
-"""Any-Precision: one network trained at several widths, each taught by the next wider one."""
+"""Any-Precision: trains a network at several widths, each distilled from the next wider one."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ __all__ = ["AnyPrecision", "SquashedCodes", "soft_cross_entropy"]
 
 
 def soft_cross_entropy(logits: Tensor, teacher: Tensor) -> Tensor:
-    """Return the mean cross-entropy with the classes' probabilities by a teacher, a scalar.
+    """Return the mean cross-entropy with the class probabilities of a teacher, a scalar.
 
     Args:
-        logits: of shape ``(N, classes)``.
-        teacher: logits of the same shape, from which no gradient flows.
+        logits: ``(N, classes)``.
+        teacher: logits of the teacher, of the same shape; they get no gradient.
     """
     target = torch.softmax(teacher.detach(), -1)
     return -(target * torch.log_softmax(logits, -1)).sum(-1).mean()
@@ -60,16 +60,16 @@ class SquashedCodes(WeightGrid):
 
 
 class AnyPrecision(SeveralWidths):
-    """The losses at several widths; below the widest the target is the output at the next wider one.
+    """The losses at several widths; below the widest, the target is the output at the next wider one.
 
-    Weights are squashed by tanh and quantized as in DoReFa; the model in float, and after training, has the
-    limit of many bits as weights. Activations have ranges that follow the batches rather than a fixed range
-    from 0 to 1. The model returns logits of shape ``(N, classes)``.
+    Weights are transformed by tanh and quantized as in DoReFa. In float and after training, the weights are
+    the limit for many bits. Activation ranges are moving averages instead of the fixed range from 0 to 1. The
+    model must return logits of shape ``(N, classes)``.
 
     Args:
         model: a converted model.
         widths: bits from 1 to 8, a list or a text such as ``"8 4 2"``.
-        coefficient: of the loss at each width but the widest.
+        coefficient: coefficient of the loss at each width but the widest.
 
     Raises:
         ValueError: a setting is out of range, or the model is not converted.
@@ -78,11 +78,11 @@ class AnyPrecision(SeveralWidths):
     """
 
     name = "any-precision"
-    text = "several widths, each taught by the next wider one"
+    text = "several widths, each distilled from the next wider one"
     source = "Yu et al. 2021, arXiv 1911.07346"
     family = Family.WIDTHS
     variants = (
-        Variant("any-precision", "Any-Precision, each width taught by a wider one", {"widths": "8 4 2"}),
+        Variant("any-precision", "Any-Precision, each width distilled from a wider one", {"widths": "8 4 2"}),
     )
 
     def __init__(self, model: nn.Module, *, widths: str | Sequence[int], coefficient: float = 1.0) -> None:

@@ -15,8 +15,8 @@ def adaptive_move(weights: list[Tensor], grads: list[Tensor], size: float) -> li
     """Return ``size * w^2 g / ||w g||_2`` of each weight, with one norm over all weights.
 
     Args:
-        weights: of any shapes.
-        grads: of the loss, in the same shapes.
+        weights: weights of any shapes.
+        grads: gradients of the loss, in the same shapes.
         size: radius of the ball in units of the relative change.
     """
     products = [(weight * grad).flatten() for weight, grad in zip(weights, grads, strict=True)]
@@ -27,12 +27,12 @@ def adaptive_move(weights: list[Tensor], grads: list[Tensor], size: float) -> li
 class ASAM(SignSAM):
     """The loss at ``W + rho W^2 g / ||W g||_2``: the sharpness under changes relative to each weight.
 
-    The weights that are quantized are moved; the move itself is not differentiated. Two passes a step;
-    batch-norm statistics keep what the first one left.
+    Only quantizable weights are moved, and the move is not differentiated. Each step takes two passes;
+    batch-norm statistics are those of the first pass.
 
     Args:
         model: a converted model.
-        rho: size of the move; times ``strength``.
+        rho: size of the move, multiplied by ``strength``.
 
     Raises:
         ValueError: rho is negative or not finite, or no weight is trained.

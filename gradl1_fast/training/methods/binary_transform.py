@@ -22,15 +22,15 @@ __all__ = ["BinaryGrid", "BinaryTransform", "correlation", "groups_of", "rows_of
 
 
 def rows_of(weight: Tensor, axis: int) -> Tensor:
-    """Return a weight as a matrix with a row for each output channel, which are on an axis of the weight."""
+    """Return a weight as a matrix with a row per output channel, given the axis of output channels."""
     return weight.movedim(axis, 0).flatten(1)
 
 
 def correlation(layer: nn.Module, x: Tensor) -> Tensor | None:
     """Return ``X^T X / m`` of the inputs of a layer's product, of shape ``(d, d)``.
 
-    A row of X is what one output value is computed from: a sample of a linear layer, a patch of a convolution
-    in two dimensions without groups. None for any other layer.
+    A row of X is the input of one output value: a sample for a linear layer, a patch for a 2D convolution
+    without groups. None for other layers.
 
     Args:
         layer: the layer.
@@ -60,11 +60,11 @@ def transformed_error(error: Tensor, vectors: Tensor, importance: Tensor) -> Ten
 
 
 def groups_of(importance: Tensor, count: int) -> Tensor:
-    """Return for each entry the number of its group, by 1-d k-means from evenly spaced centres.
+    """Return the group of each entry, by 1D k-means with evenly spaced initial centres.
 
     Args:
-        importance: of shape ``(d,)``.
-        count: of groups, at most; equal entries are in one group.
+        importance: ``(d,)``.
+        count: maximum number of groups; equal entries are in the same group.
     """
     low, high = importance.aminmax()
     centres = low + (high - low) * torch.linspace(0, 1, count, dtype=importance.dtype)
@@ -73,7 +73,7 @@ def groups_of(importance: Tensor, count: int) -> Tensor:
 
 
 class BinaryGrid(WeightGrid):
-    """A parametrization ``alpha_g sign(W)`` with a scale for each group of inputs and each output channel.
+    """A parametrization ``alpha_g sign(W)`` with a scale per group of inputs and output channel.
 
     ``alpha_g`` is the mean magnitude in the group, the least-squares scale. The gradient passes where
     ``|W| <= 1``.
@@ -109,20 +109,20 @@ class BinaryGrid(WeightGrid):
 class BinaryTransform(Quantizing):
     """The loss with binary weights, plus ``gamma`` times the error of each layer's output.
 
-    The error is taken in the orthonormal basis of the eigenvectors of the inputs' correlation, where each
-    direction counts by its eigenvalue, and draws the latent weight to its binary form. Inputs are grouped by
-    their mean square, and each group has a scale. With ``stage_steps`` the layers become binary one after the
-    other, from the first to the last: those before the present one are frozen, those behind it are float.
-    Reconstruction: transform, importance and scales were derived here from the idea in the abstract; in the
-    paper both the transform and the importance are trained.
+    The error is measured in the eigenvectors of the inputs' correlation, weighted by the eigenvalues, and
+    pulls the latent weight towards its binary form. Inputs are grouped by their mean square, with one scale
+    per group. With ``stage_steps`` the layers become binary one after another, from first to last: layers
+    before the current one are frozen, and later layers are in float. Reconstruction: transform, importance
+    and scales were derived here from the abstract; in the paper, both the transform and the importance are
+    trained.
 
     Args:
         model: a converted model.
         a: bits of the activations, None for float.
         gamma: coefficient of the layers' errors.
-        groups: groups of inputs of a layer, at most.
-        stage_steps: steps in which a layer is the present one; 0 makes all layers binary at once.
-        refresh: steps between two estimates of the correlation.
+        groups: maximum number of groups of inputs per layer.
+        stage_steps: number of steps per layer; 0 makes all layers binary at once.
+        refresh: number of steps between estimates of the correlation.
 
     Raises:
         ValueError: a setting is out of range, or the model is not converted.
@@ -167,13 +167,13 @@ class BinaryTransform(Quantizing):
 
     @property
     def stage(self) -> int:
-        """The place of the layer that becomes binary now; all layers up to it are."""
+        """The index of the current layer; it and all earlier layers are binary."""
         last = len(self.layers) - 1
         return min(self._steps // self.stage_steps, last) if self.stage_steps else last
 
     @contextlib.contextmanager
     def during_step(self) -> Iterator[None]:
-        """Quantize the layers up to the present stage; those before it get no gradient."""
+        """Quantize the layers up to the current one; earlier layers get no gradient."""
         names, stage = list(self.grids), self.stage
         with contextlib.ExitStack() as stack:
             stack.enter_context(super().during_step())
@@ -188,10 +188,10 @@ class BinaryTransform(Quantizing):
 
     @torch.no_grad()
     def _look(self, name: str, layer: nn.Module, args: Any) -> None:
-        found = correlation(layer, args[0].detach())
-        if found is not None:
-            self._set(name, found)
-            self.grids[name].groups.copy_(groups_of(found.diagonal(), self.group_count))
+        moments = correlation(layer, args[0].detach())
+        if moments is not None:
+            self._set(name, moments)
+            self.grids[name].groups.copy_(groups_of(moments.diagonal(), self.group_count))
 
     def _set(self, name: str, value: Tensor) -> None:
         self._correlations[name] = value
@@ -199,7 +199,7 @@ class BinaryTransform(Quantizing):
         self._bases[name] = vectors, importance.clamp(min=0)
 
     def added(self, loss: Tensor) -> Tensor:
-        """Return gamma times the errors of the layers that are binary now."""
+        """Return gamma times the errors of the binary layers."""
         total, self.parts = loss.new_zeros(()), {}
         for name, (vectors, importance) in self._bases.items():
             grid, layer = self.grids[name], self.layers[name]
@@ -212,7 +212,7 @@ class BinaryTransform(Quantizing):
         return self.strength * self.gamma * total
 
     def after_step(self) -> None:
-        """Count the steps, on which the stage depends."""
+        """Count the steps, which determine the current layer."""
         self._steps += 1
 
     def state_dict(self) -> dict[str, Tensor]:

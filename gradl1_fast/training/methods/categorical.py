@@ -1,4 +1,4 @@
-"""CPQ: weights as the most probable grid point, with the gradient of the probabilities."""
+"""CPQ: quantizes weights to the most probable grid point, with the gradient of the probabilities."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def probabilities(x: Tensor, grid: Tensor, step: Tensor, spread: Tensor) -> Tens
     spread)``.
 
     Args:
-        x: of any shape; values beyond the grid count as its ends.
-        grid: points g, of shape ``(K,)``, in ascending order.
-        step: their distance, a scalar.
-        spread: scale of the noise, a scalar.
+        x: a tensor of any shape; values outside of the grid are clamped to its ends.
+        grid: ``(K,)``, the points g in ascending order.
+        step: the distance of the points, a scalar.
+        spread: the scale of the noise, a scalar.
 
     Returns:
-        Of shape ``(*x.shape, K)``; each row sums to 1.
+        ``(*x.shape, K)``; each row sums to 1.
     """
     inside = x.clamp(grid[0].detach(), grid[-1].detach()).unsqueeze(-1)
     upper = torch.sigmoid((grid + step / 2 - inside) / spread)
@@ -46,9 +46,9 @@ def probabilities(x: Tensor, grid: Tensor, step: Tensor, spread: Tensor) -> Tens
 class CategoricalGrid(WeightGrid):
     """A parametrization by the most probable grid point, with the gradient of the probabilities.
 
-    With ``x = sum_i y_i g_i`` and y one-hot, the gradient takes r for y: ``dx/dw = sum_i g_i dr_i/dw`` over
-    all points, or over the most probable one alone (``mode_only``), which gives weights in the bin of zero
-    none.
+    With ``x = sum_i y_i g_i`` and a one-hot y, the gradient uses the probabilities r instead of y:
+    ``dx/dw = sum_i g_i dr_i/dw`` over all points, or over the most probable one only (``mode_only``), where
+    weights in the bin of zero get no gradient.
 
     Args:
         weight: of any shape; its range is the first grid.
@@ -57,7 +57,7 @@ class CategoricalGrid(WeightGrid):
 
     Attributes:
         log_step: logarithm of the distance of grid points, a learned scalar.
-        log_spread: logarithm of the noise's scale, a learned scalar; begins at a third of the distance.
+        log_spread: logarithm of the noise's scale, a learned scalar; initially a third of the distance.
     """
 
     def __init__(self, weight: Tensor, bits: int, mode_only: bool = False) -> None:
@@ -70,7 +70,7 @@ class CategoricalGrid(WeightGrid):
         self.register_buffer("indices", grid_indices(bits).to(weight.dtype), persistent=False)
 
     def masked(self, r: Tensor) -> Tensor:
-        """Return the probabilities, of shape ``(..., K)``, after points were dropped. Here all are kept."""
+        """Return the probabilities ``(..., K)`` after dropping points. The base class drops none."""
         return r
 
     def quantize(self, weight: Tensor, bits: int) -> Tensor:
@@ -86,16 +86,16 @@ class CategoricalGrid(WeightGrid):
 class Categorical(Quantizing):
     """The loss with weights as their most probable grid point, and the gradient of the probabilities.
 
-    Both the distance of grid points and the scale of the noise are learned, for each weight tensor. The
-    gradient is small at grid points and large between them, so latent weights gather at grid points.
-    Activations have ranges that follow the batches. Reconstruction: the probabilities and the estimator are
-    from memory, and the estimator over all grid points was chosen here.
+    The distance of grid points and the scale of the noise are learned for each weight tensor. The gradient is
+    small at grid points and large between them, so latent weights gather at grid points. Activation ranges
+    are moving averages. Reconstruction: the probabilities and the estimator are from memory, and the
+    estimator over all grid points was chosen here.
 
     Args:
         model: a converted model.
-        w: bits of the weights, 1 to 8: memory is 2^w values for each weight.
+        w: bits of the weights, 1 to 8; takes 2^w values of memory per weight.
         a: bits of the activations, None for float.
-        mode_only: take the gradient of the most probable point alone.
+        mode_only: use only the gradient of the most probable point.
 
     Raises:
         ValueError: a width is out of range, or the model is not converted.

@@ -1,4 +1,4 @@
-"""Several methods in one training: ``gradl1+kure``."""
+"""Combines several methods, such as ``gradl1+kure``."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ SEPARATOR = "+"
 
 
 class Composed(Method):
-    """The sum of what several methods do.
+    """Several methods combined.
 
-    Parametrizations, contexts, added terms and changes after a step of all parts are combined. At most one
-    part may run its own passes, and at most one may quantize in training. Terms of the other parts are
-    added to the objective of the part with its own passes; they are not part of the loss whose gradient that
-    part measures. So ``gradl1+kure`` minimises ``L + lambda ||grad L||_1 + kure(W)``.
+    Parametrizations, contexts, added terms and changes after a step are combined. At most one part may run
+    its own passes, and at most one may quantize in training. Terms of the other parts are added to the
+    objective of the part with its own passes, but not to the loss whose gradient it measures: ``gradl1+kure``
+    minimises ``L + lambda ||grad L||_1 + kure(W)``.
 
     Args:
         model: a converted model.
-        parts: methods made for this model, in order.
+        parts: the methods, created for this model, in order.
 
     Raises:
         ValueError: two parts run their own passes or quantize in training.

@@ -14,9 +14,9 @@ __all__ = ["Defensive"]
 
 
 class Defensive(WeightPenalty):
-    """The loss plus ``beta / 2 * sum_l ||W_l W_l^T - I||_F^2``, with one row of W_l for each output channel.
+    """The loss plus ``beta / 2 * sum_l ||W_l W_l^T - I||_F^2``, with one row of W_l per output channel.
 
-    It draws the Lipschitz constant of each layer to 1, so that quantization noise is not amplified.
+    It pulls the Lipschitz constant of each layer towards 1, so that quantization noise is not amplified.
 
     Args:
         model: a converted model.

@@ -1,4 +1,4 @@
-"""Direct quantization: codes and levels are trained, with no float weight behind them."""
+"""Direct quantization: trains codes and levels without a latent float weight."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ WIDEST = 8  # memory grows with the number of levels
 
 
 def nearest(x: Tensor, levels: Tensor) -> Tensor:
-    """Return the place of the nearest level for each value.
+    """Return the index of the nearest level for each value.
 
     Args:
         x: of any shape.
         levels: of shape ``(K,)``, in ascending order.
 
     Returns:
-        Whole numbers from 0 to K - 1 in the shape of x.
+        Integers from 0 to K - 1 in the shape of x.
     """
     return torch.bucketize(x.contiguous(), (levels[1:] + levels[:-1]) / 2)
 
@@ -38,14 +38,14 @@ def nearest(x: Tensor, levels: Tensor) -> Tensor:
 def weighted_levels(x: Tensor, levels: Tensor, weights: Tensor, rounds: int = 3) -> Tensor:
     """Return levels of small error ``sum_c weights_c ||x_c - Q(x_c)||^2``, by alternating minimisation.
 
-    Each round assigns values to their nearest level, and then moves each level to the weighted mean of its
-    values, the least-squares solution. A level without values stays.
+    Each round assigns values to their nearest level, then moves each level to the weighted mean of its
+    values, which is the least-squares solution. A level without values is not changed.
 
     Args:
-        x: of shape ``(C, M)``: a row for each channel.
-        levels: to begin with, of shape ``(K,)``, in ascending order.
-        weights: of the channels' errors, of shape ``(C,)``.
-        rounds: of the two steps.
+        x: ``(C, M)``, a row per channel.
+        levels: ``(K,)``, the initial levels in ascending order.
+        weights: ``(C,)``, the weights of the channels' errors.
+        rounds: the number of rounds.
     """
     mass = weights[:, None].expand_as(x).flatten()
     for _ in range(rounds):
@@ -58,10 +58,10 @@ def weighted_levels(x: Tensor, levels: Tensor, weights: Tensor, rounds: int = 3)
 
 
 class LevelCodes(WeightGrid):
-    """A parametrization of a weight by scores of its codes and by levels; there is no float weight.
+    """A parametrization of a weight by scores of its codes and by levels, without a float weight.
 
-    ``W = sum_k y_k v_k`` with y one-hot at the largest score, and the gradient of the softmax of the
-    scores. So the gradient of a level is the sum of the gradients of the weights that have it.
+    ``W = sum_k y_k v_k``, where y is one-hot at the largest score and has the gradient of the softmax of the
+    scores. The gradient of a level is the sum of the gradients of its weights.
 
     Args:
         bits: the width; there are 2^bits levels.
@@ -93,9 +93,9 @@ class LevelCodes(WeightGrid):
 class LevelSite(SiteGrid):
     """Quantizes an activation to levels of small error in most channels.
 
-    The error of each channel counts by the inverse of the channel's variance, so a few channels of large
-    variance do not dominate. The levels follow the batches by a moving average, of which each new one has a
-    share of 0.1. The gradient passes between the lowest and the highest level.
+    The error of each channel is weighted by the inverse of the channel's variance, so channels of large
+    variance do not dominate. The levels are a moving average over batches with a weight of 0.1 for each new
+    batch. The gradient passes between the lowest and the highest level.
 
     Args:
         bits: the width; there are 2^bits levels.
@@ -139,15 +139,15 @@ def _between(x: Tensor, like: Tensor) -> Tensor:
 
 
 class Direct(Quantizing):
-    """The loss with weights that are codes of learned levels, and activations on levels of their own.
+    """The loss with weights as codes of learned levels, and activations quantized to their own levels.
 
-    Codes and levels are trained directly: the layer has scores of its codes and levels as parameters in the
-    place of the weight. After training the weights are their levels. Reconstruction: scores, the softmax
-    gradient and the weighting of channels were derived here from the idea in the abstract.
+    Codes and levels are trained directly: the parameters of a layer are scores of its codes, and levels,
+    instead of the weight. After training, the weights are set to their levels. Reconstruction: scores, the
+    softmax gradient and the weighting of channels were derived here from the abstract.
 
     Args:
         model: a converted model.
-        w: bits of the weights, 1 to 8: memory is 2^w values for each weight.
+        w: bits of the weights, 1 to 8; takes 2^w values of memory per weight.
         a: bits of the activations, 1 to 8, or None for float.
 
     Raises:

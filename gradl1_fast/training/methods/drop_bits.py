@@ -1,4 +1,4 @@
-"""DropBits: grid points are dropped in training, and widths can be learned."""
+"""DropBits: drops grid points in training, and can learn widths."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from gradl1_fast.training.methods.interface import Family, Variant
 __all__ = ["DropBits", "DroppedGrid", "expected_mask", "hard_concrete"]
 
 LOW, HIGH, TEMPERATURE = -0.1, 1.1, 2 / 3  # ends of the stretched interval, and its temperature
-SMALLEST = 2  # width whose points are never dropped where widths are learned
+SMALLEST = 2  # the points of this width are never dropped if widths are learned
 
 
 def hard_concrete(logits: Tensor, noise: Tensor | None = None) -> Tensor:
-    """Return masks from 0 to 1, both ends with a probability of their own.
+    """Return stochastic masks in [0, 1] with positive probability at both ends.
 
     Args:
         logits: of the probability that a point is kept, of any shape.
@@ -36,17 +36,17 @@ def expected_mask(logits: Tensor) -> Tensor:
 
 
 class DroppedGrid(CategoricalGrid):
-    """A parametrization as of CPQ, whose grid points are dropped by random masks in training.
+    """The parametrization of CPQ with grid points dropped by random masks in training.
 
-    Points ``i`` and ``-i`` share a mask, and zero is always kept. With ``learned`` there is one mask for each
-    width above 2: dropping that of b removes the points that the b-bit grid has beyond the (b - 1)-bit grid,
-    which is the grid of twice the distance; a dropped width drops those above it as well.
+    Points ``i`` and ``-i`` share a mask, and zero is always kept. With ``learned`` there is one mask per
+    width above 2: dropping width b removes the points of the b-bit grid that are not in the (b - 1)-bit grid,
+    which has twice the distance. A dropped width also drops all wider ones.
 
     Args:
         weight: of any shape.
         bits: the widest width, 1 to 8.
         learned: whether masks belong to widths; see above.
-        keep: probability of keeping a point that training begins with.
+        keep: initial probability of keeping a point.
 
     Attributes:
         logits: of the masks, learned: of shape ``(2^(b-1),)`` for the magnitudes from 1, or ``(b - 2,)`` for
@@ -69,17 +69,17 @@ class DroppedGrid(CategoricalGrid):
         return torch.cat([kept.new_ones(1), kept])[self._places()]
 
     def _places(self) -> Tensor:
-        """Return for each grid point the place of its mask, 0 where it is never dropped."""
+        """Return the index of each grid point's mask, 0 for points that are never dropped."""
         magnitudes = self.indices.abs().long()
         if not self.learned:
             return magnitudes
-        twos = torch.zeros_like(magnitudes)  # how often the index can be halved
+        twos = torch.zeros_like(magnitudes)  # number of factors of two in the index
         for power in range(1, self.top):
             twos += (magnitudes % 2**power == 0).long()
         return (self.top - twos - SMALLEST).clamp(min=0)
 
     def width(self) -> int:
-        """Return the width that evaluation has: the highest one whose mask is more than 0."""
+        """Return the width of evaluation: the largest one whose mask is positive."""
         if not self.learned:
             return self.top
         kept = (hard_concrete(self.logits.detach()) > 0).long().cumprod(0)
@@ -92,18 +92,18 @@ class DroppedGrid(CategoricalGrid):
 
 
 class DropBits(Categorical):
-    """CPQ with grid points that are dropped at random in training, which lowers the bias of its gradient.
+    """CPQ with randomly dropped grid points in training, which reduces the bias of its gradient.
 
-    With ``penalty`` the masks belong to widths, and the loss has ``penalty * sum (probability that a width is
-    kept)``: each layer learns the width that it has in evaluation, ``w`` at most. Reconstruction: masks and
+    With ``penalty`` the masks belong to widths, and the loss includes ``penalty * sum (probability that a
+    width is kept)``: each layer learns its width in evaluation, at most ``w``. Reconstruction: masks and
     penalty are from memory.
 
     Args:
         model: a converted model.
-        w: bits of the weights, 1 to 8; where widths are learned the largest one.
+        w: bits of the weights, 1 to 8; the maximum if widths are learned.
         a: bits of the activations, None for float.
         penalty: coefficient of the learned widths; None drops single points instead.
-        keep: probability of keeping a point that training begins with, between 0 and 1.
+        keep: initial probability of keeping a point, between 0 and 1.
 
     Raises:
         ValueError: a setting is out of range, or the model is not converted.

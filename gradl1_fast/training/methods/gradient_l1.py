@@ -1,4 +1,4 @@
-"""Gradient l1 regularisation: exact, by a finite difference, unscaled or by the step."""
+"""Gradient l1 regularisation, exact or by a finite difference, with or without the quantization step."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class GradientL1(Method):
     Args:
         model: a converted model.
         lambda_w: coefficient of the weights' term.
-        lambda_a: coefficient of the activations' term; one of both is more than 0.
+        lambda_a: coefficient of the activations' term; at least one of the two is more than 0.
         scale: ``"step"``, or ``"none"``, as in the paper.
-        every: the penalty enters on each ``every``-th step only, multiplied by ``every``.
+        every: apply the penalty every ``every`` steps, multiplied by ``every``.
         method: ``"exact"`` or ``"finite_difference"``.
-        step_bits: the width at which ``scale="step"`` measures steps.
+        step_bits: the width of the quantization steps with ``scale="step"``.
         epsilon: size of the finite difference.
 
     Source: Alizadeh et al., ICLR 2020, arXiv 2002.07520.
@@ -109,8 +109,7 @@ class GradientL1(Method):
         """See :meth:`Method.backward`. The finite difference calls the closure twice."""
         self._steps += 1
         due = self._steps % self.every == 0 and self.strength > 0
-        # Before the forward pass, which is an ordinary one unless a penalty waits for it; and left so for the
-        # backward pass, which may compute activations again.
+        # Set before the forward pass, and kept for the backward pass, which may recompute activations.
         self._weigh(self.strength * self.every if due else 0.0)
         if not due:
             loss = closure()
@@ -138,7 +137,7 @@ class GradientL1(Method):
         return torch.stack(terms).sum()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the number of steps made, on which ``every`` depends."""
+        """Return the number of steps, which ``every`` depends on."""
         return {"steps": torch.tensor(self._steps)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -146,7 +145,7 @@ class GradientL1(Method):
         self._steps = int(state["steps"])
 
     def close(self) -> None:
-        """Disarm the model, and let sites measure steps at the width that they had before."""
+        """Disarm the model, and restore the width at which sites measure steps."""
         self._weigh(0.0)
         for quantizer, step_bits in self._before:
             quantizer.step_bits = step_bits

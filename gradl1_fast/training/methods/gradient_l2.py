@@ -28,8 +28,8 @@ __all__ = ["GradientL2"]
 class GradientL2(Method):
     """The loss plus ``lambda_w * sum_l ||dL/dW_l||_2 + lambda_a * sum_l ||dL/dY_l||_2``.
 
-    The norms are not squared; each is taken over one whole tensor, the same tensors that
-    :class:`gradl1_fast.GradL1` measures, and differentiated by double backprop.
+    The norms are not squared. Each is the norm of one tensor, with the same tensors as in
+    :class:`gradl1_fast.GradL1`, and is differentiated by double backprop.
 
     Args:
         model: a converted model.
@@ -72,7 +72,7 @@ class GradientL2(Method):
     def _norms(
         self, loss: Tensor, weights: dict[str, Tensor], activations: list[tuple[str, Tensor]]
     ) -> dict[str, tuple[float, Tensor]]:
-        """Return coefficient and norm by name; the name of a further tensor at a site has its number."""
+        """Return coefficient and norm by name; further tensors at a site are numbered."""
         if self.strength == 0:
             return {}
         measured = [(name, self.lambda_w, weight) for name, weight in weights.items()]

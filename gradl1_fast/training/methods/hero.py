@@ -1,4 +1,4 @@
-"""HERO: the change of the gradient along the sharpest direction is kept small."""
+"""HERO: penalises the change of the gradient along the sharpest direction."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ __all__ = ["HERO"]
 class HERO(Method):
     """The loss at ``W + z`` plus ``coefficient * sum_l mean((g(W + z) - g(W))^2)``.
 
-    g is the gradient for the weights that are quantized, and ``z = h W^2 g / ||W g||_2`` as in ASAM. To first
-    order the penalty is the coefficient times the mean of ``(Hz)^2``. ``g(W)`` and z are not differentiated.
-    Two forward passes and a double backward pass; batch-norm statistics keep what the first pass left. The
-    weights are restored whatever happens.
+    g is the gradient of the quantizable weights, and ``z = h W^2 g / ||W g||_2`` as in ASAM. To first order,
+    the penalty is the coefficient times the mean of ``(Hz)^2``. ``g(W)`` and z are not differentiated. Each
+    step takes two forward passes and a double backward pass; batch-norm statistics are those of the first
+    pass. The weights are restored, also after an error.
 
     Args:
         model: a converted model.
-        h: size of the move z; times ``strength``.
-        coefficient: of the penalty; times ``strength``.
+        h: size of the move z, multiplied by ``strength``.
+        coefficient: coefficient of the penalty, multiplied by ``strength``.
 
     Raises:
         ValueError: a setting is negative or not finite, or no weight is trained.
@@ -83,7 +83,7 @@ class HERO(Method):
             after = _gradients(moved, leaves, names, create_graph=True)
             parts = _mean_squares(after, before)
             penalty = self.strength * self.coefficient * torch.stack(parts).sum()
-            # The weights are still at W + z: the backward pass reads them.
+            # The weights must still be W + z, because the backward pass reads them.
             scale(moved + penalty).backward()
         total = moved.detach() - loss.detach() + penalty.detach()
         return Terms(loss.detach(), total, dict(zip(names, [p.detach() for p in parts], strict=True)))

@@ -1,4 +1,4 @@
-"""In-hindsight ranges: each batch is quantized with the ranges of the batches before."""
+"""In-hindsight ranges: quantizes each batch in the ranges of the previous batches."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["HindsightRange", "InHindsight", "quantize_stochastically"]
 
 
 def quantize_stochastically(x: Tensor, low: Tensor, high: Tensor, bits: int) -> Tensor:
-    """Return x on the affine grid from low to high, rounded at random so that the mean is right.
+    """Return x on the affine grid from low to high, with stochastic rounding, which is unbiased.
 
     Args:
         x: of any shape; values beyond the range are clamped.
@@ -35,14 +35,14 @@ def quantize_stochastically(x: Tensor, low: Tensor, high: Tensor, bits: int) -> 
 
 
 class HindsightRange(MovingRange):
-    """A range of which a batch is quantized with the estimate from earlier batches, and updates it then.
+    """A range estimate from earlier batches, which each batch updates after it was quantized.
 
     ``low_t = momentum low_(t-1) + (1 - momentum) min(x_(t-1))``, and the same for the maximum. The first
     batch has its own range.
 
     Args:
-        quantizer: whose range it sets; None for a range that is used elsewhere.
-        momentum: share of the old estimate.
+        quantizer: the quantizer whose range is set; None for a range that is used elsewhere.
+        momentum: weight of the old estimate.
     """
 
     quantizer: ActivationQuantizer
@@ -53,7 +53,7 @@ class HindsightRange(MovingRange):
         self.low = self.high = None
 
     def next(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the ends with which to quantize a batch, scalars, and let it enter the estimate."""
+        """Return the ends for quantizing a batch, scalars, and update the estimate."""
         low, high = x.detach().aminmax()
         before = (low, high) if self.low is None or self.high is None else (self.low, self.high)
         self.low, self.high = (
@@ -68,7 +68,7 @@ class HindsightRange(MovingRange):
 
 
 class _QuantizedGradient(torch.autograd.Function):
-    """The identity, whose gradient is quantized."""
+    """The identity with a quantized gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, estimate: HindsightRange, bits: int) -> Tensor:
@@ -82,10 +82,10 @@ class _QuantizedGradient(torch.autograd.Function):
 
 
 class InHindsight(Quantizing):
-    """Training with weights, activations and gradients quantized, with ranges estimated on earlier batches.
+    """Training with quantized weights, activations and gradients, in ranges estimated on earlier batches.
 
-    Weights have their present range, activations and gradients ranges in hindsight, so no tensor is looked at
-    twice. The gradient of each layer's output is quantized with stochastic rounding before both products of
+    Weights use their current range, and activations and gradients ranges in hindsight, so each tensor is read
+    once. The gradient of each layer's output is quantized with stochastic rounding before both products of
     the backward pass. Master weights and batch norms stay in float. Reconstruction: the update rule is from
     memory.
 
@@ -94,7 +94,7 @@ class InHindsight(Quantizing):
         w: bits of the weights, None for float.
         a: bits of the activations, None for float.
         g: bits of the gradients, None for float.
-        momentum: share of the old estimate in the new one, 0 to less than 1; 0 is the batch before.
+        momentum: weight of the old estimate, 0 to less than 1; 0 uses the previous batch.
 
     Raises:
         ValueError: a setting is out of range, or the model is not converted.

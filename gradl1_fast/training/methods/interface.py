@@ -30,18 +30,18 @@ Width = tuple[int | None, int | None]
 
 
 def identity(loss: Tensor) -> Tensor:
-    """Return the loss as it is: no scaling."""
+    """Return the loss unscaled."""
     return loss
 
 
 @dataclass(frozen=True)
 class Terms:
-    """What one step was trained on: scalars without graph, in units of the loss, whatever its scaling.
+    """The terms of the objective in a step: detached scalars in units of the unscaled loss.
 
     Attributes:
         loss: the mini-batch mean loss.
-        penalty: what the method adds to it.
-        parts: what the penalty is made of, by name and before coefficients, where it has parts.
+        penalty: the term that the method adds to the loss.
+        parts: the parts of the penalty by name, before coefficients; empty without parts.
     """
 
     loss: Tensor
@@ -51,13 +51,14 @@ class Terms:
 
 @dataclass(frozen=True)
 class Variant:
-    """A method with settings, under the name that an experiment prints.
+    """A method with settings, under the name used in experiments.
 
     Attributes:
-        name: of the variant, in no other method.
-        text: what it does, for a reader.
-        settings: of the method.
-        keeps_recipe: whether the settings of the recipe's penalty, which are those of ``gradl1``, come first.
+        name: the unique name of the variant.
+        text: a short description.
+        settings: the settings of the method.
+        keeps_recipe: whether to start from the recipe's settings of the penalty, which are those of
+            ``gradl1``.
     """
 
     name: str
@@ -67,7 +68,7 @@ class Variant:
 
 
 class Family(Enum):
-    """What a method works on; the order is that of tables."""
+    """The kind of a method, in the order of tables."""
 
     LOSS = "the loss alone"
     GRADIENTS = "gradients and sharpness"
@@ -80,33 +81,32 @@ _registry: dict[str, type[Method]] = {}
 
 
 class Method:
-    """How a network is trained: the loss, and what the method adds to it. Made for one converted model.
+    """Base class of training methods: the loss and a term that is added to it, for one converted model.
 
     A subclass that sets ``name`` is registered. The constructor takes the model and keyword settings and
-    changes the model as the method needs it (parametrizations, quantizers); parameters that it adds to the
-    model are optimized with the others. The default implementation runs one forward pass inside
-    :meth:`during_step` and adds :meth:`added` to the loss. A method that runs its own passes overrides
-    :meth:`backward` instead.
+    changes the model as required (parametrizations, quantizers); parameters that it adds are optimized with
+    the others. By default, a step runs one forward pass inside :meth:`during_step` and adds :meth:`added` to
+    the loss. A method that runs its own passes overrides :meth:`backward` instead.
 
     Class attributes:
-        name: of the method.
-        text: what it does, in a few words.
-        source: paper.
+        name: the name of the method.
+        text: a description in a few words.
+        source: the paper.
         reconstruction: whether formulas were derived here, because the paper's full text was not available.
         family: see :class:`Family`.
-        variants: what an experiment runs.
-        passes: forward passes in a step.
+        variants: the variants that experiments run.
+        passes: number of forward passes per step.
         second_order: whether gradients of gradients are needed.
-        compilable: whether the whole step is one graph: :meth:`added` is all there is.
-        distributed: whether gradients may be averaged over ranks and activations computed again: one forward
-            pass and one backward pass, and nothing else changes between the two.
-        needs_float32: whether autocast would round away what the method measures.
-        widths: pairs ``(w, a)`` that the method trains for; empty where there is no quantizer in training.
+        compilable: whether the whole step can be compiled to one graph, because it only uses :meth:`added`.
+        distributed: whether gradients may be averaged over ranks and activations recomputed. This requires
+            one forward and one backward pass, without changes in between.
+        needs_float32: whether autocast would round away the measured quantities.
+        widths: pairs ``(w, a)`` that the method trains for; empty without a quantizer in training.
 
     Attributes:
-        model: the model it was made for.
-        strength: factor of the penalty, 1 at first; a warm-up raises it from 0.
-        parts: what the last :meth:`added` was made of, see :class:`Terms`.
+        model: the model that the method was created for.
+        strength: factor of the penalty, initially 1; a warm-up raises it from 0.
+        parts: the parts of the last :meth:`added`, see :class:`Terms`.
     """
 
     name: ClassVar[str]
@@ -150,17 +150,17 @@ class Method:
         return contextlib.nullcontext()
 
     def added(self, loss: Tensor) -> Tensor:
-        """Return what is added to the loss of a forward pass: a scalar with its graph. Sets :attr:`parts`."""
+        """Return the term to add to the loss, a scalar with its graph. Sets :attr:`parts`."""
         return loss.new_zeros(())
 
     def backward(self, closure: Closure, scale: Scale = identity) -> Terms:
-        """Add the gradient of the whole objective to each parameter's ``grad``.
+        """Add the gradient of the objective to each parameter's ``grad``.
 
         Args:
             closure: runs the forward pass and returns the mini-batch mean loss with its graph. A method that
-                calls it several times decides whether the passes see the same random numbers.
-            scale: multiplies a loss by a number, such as ``GradScaler.scale`` does; gradients are
-                multiplied alike.
+                calls it several times decides whether the passes use the same random numbers.
+            scale: multiplies a loss by a number, such as ``GradScaler.scale``; gradients are scaled by the
+                same number.
         """
         with self.during_step():
             loss = closure()
@@ -169,7 +169,7 @@ class Method:
         return Terms(loss.detach(), extra.detach(), self.parts)
 
     def after_step(self) -> None:
-        """Change the model after each step of the optimizer, or do nothing."""
+        """Called after each optimizer step; may change the model."""
 
     def quantized(self, w: int | None, a: int | None) -> contextlib.AbstractContextManager[Any]:
         """Return a context in which the model computes with the method's own quantizer.
@@ -185,7 +185,7 @@ class Method:
         raise ValueError(f"{self.name}: (w, a) must be one of {known}; got ({w}, {a})")
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return what a training that resumes must restore beside the model's state."""
+        """Return the state, besides that of the model, that resumed training must restore."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -194,9 +194,9 @@ class Method:
             raise ValueError(f"the method {self.name!r} has no state, got {', '.join(state)}")
 
     def close(self) -> None:
-        """Leave an ordinary converted model: remove parametrizations and restore what else was changed.
+        """Restore an ordinary converted model: remove parametrizations and undo other changes.
 
-        The weights are those that the method trained, so the model can be evaluated in every regime.
+        The trained weights are kept, so the model can be evaluated in every regime.
         """
 
 
@@ -207,5 +207,5 @@ def registered() -> dict[str, type[Method]]:
 
 
 def factor_of(scale: Scale, loss: Tensor) -> Tensor:
-    """Return the number by which ``scale`` multiplies."""
+    """Return the factor of ``scale``."""
     return scale(torch.ones_like(loss.detach()))

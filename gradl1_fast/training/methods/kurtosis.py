@@ -17,7 +17,7 @@ UNIFORM = 1.8  # kurtosis of a uniform distribution
 class Kurtosis(WeightPenalty):
     """The loss plus ``coefficient * mean_l (kurtosis(W_l) - 1.8)^2``.
 
-    It draws the weights of each layer to a uniform distribution.
+    It pulls the weights of each layer towards a uniform distribution.
 
     Args:
         model: a converted model.

@@ -1,4 +1,4 @@
-"""MatQuant: slices of 8-bit codes, trained together."""
+"""MatQuant: trains slices of 8-bit codes together."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def sliced(codes: Tensor, bits: int) -> Tensor:
     """Return ``clip(round(q / 2^(8-b)), 0, 2^b - 1) 2^(8-b)``: the first b bits of codes, rounded.
 
     Args:
-        codes: whole numbers from 0 to 255, of any shape.
+        codes: integers from 0 to 255, of any shape.
         bits: 1 to 8.
     """
     cell = 2 ** (WIDEST - bits)
@@ -40,13 +40,13 @@ class SlicedCodes(WeightGrid):
 class MatQuant(SeveralWidths):
     """The sum of the losses at several widths, whose codes are slices of one 8-bit code.
 
-    Unlike bit planes a slice is rounded, so codes of one width are not the first bits of another's.
+    Unlike bit planes, slices are rounded, so codes of a width are not the first bits of wider codes.
     Reconstruction: the slice is from memory, and equal weights of the losses were chosen here.
 
     Args:
         model: a converted model.
         widths: bits from 1 to 8, a list or a text such as ``"8 4 2"``.
-        coefficient: of the loss at each width but the widest.
+        coefficient: coefficient of the loss at each width but the widest.
 
     Raises:
         ValueError: a setting is out of range, or the model is not converted.

@@ -1,4 +1,4 @@
-"""The oscillation regulariser: weights are pushed to the middle between two grid points."""
+"""The oscillation regulariser, which pushes weights to the middle between grid points."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ __all__ = ["Oscillation"]
 class Oscillation(WeightPenalty):
     """The loss plus ``coefficient * sum_l mean(q(W_l)^2 - W_l^2)``, with q at one target width.
 
-    q is the layer's quantizer with the straight-through estimator, so the gradient is ``2 (q(W) - W) / N``
-    apart from that through the scale, which is not followed: weights move away from grid points, as they
-    oscillate in quantization-aware training. The forward pass stays in float. The term may be negative.
+    q is the layer's quantizer with the straight-through estimator, so the gradient is ``2 (q(W) - W) / N``;
+    the gradient through the scale is ignored. Weights move away from grid points, as when they oscillate in
+    quantization-aware training. The forward pass stays in float. The term may be negative.
 
     Args:
         model: a converted model.

@@ -13,14 +13,14 @@ __all__ = ["QuantizationAware"]
 class QuantizationAware(Quantizing):
     """The loss of the network quantized to one width, with the straight-through estimator.
 
-    Weights have the quantizer that they have in evaluation, and the network's input its width. The range of
-    an activation is an exponential moving average of the ranges of the batches, of which each new one has a
-    share of 0.1. The penalty is 0, and ``strength`` has no effect. Between steps the model computes in float.
+    Weights and the network's input use the quantizers of evaluation. The range of an activation is an
+    exponential moving average over batches with a weight of 0.1 for each new batch. The penalty is 0, and
+    ``strength`` has no effect. Between steps the model computes in float.
 
     Args:
         model: a converted model.
         w: bits of the weights, None for float.
-        a: bits of the activations, None for float; the network's input has 8 at least.
+        a: bits of the activations, None for float; the network's input has at least 8.
 
     Raises:
         ValueError: a width is out of range, or the model is not converted.

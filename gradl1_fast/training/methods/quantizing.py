@@ -1,4 +1,4 @@
-"""A base class for methods that quantize in training, and ranges of activations that follow the batches."""
+"""A base class for methods that quantize in training, with moving-average activation ranges."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ __all__ = [
     "straight_through",
 ]
 
-MOMENTUM = 0.1  # share of the present batch in the moving range
+MOMENTUM = 0.1  # weight of the current batch in the moving average
 _SITE = "grid_in_training"  # name of a :class:`SiteGrid` in its quantizer
 
 
 def straight_through(value: Tensor, x: Tensor) -> Tensor:
-    """Return the very values of ``value``, with the gradient of ``x``, of the same shape."""
+    """Return ``value`` bit for bit, with the gradient of ``x``, which has the same shape."""
     return value.detach() + (x - x.detach())
 
 
 def at_rate(parameter: Tensor, factor: float) -> Tensor:
-    """Return the parameter with the very same value; its gradient is multiplied by a factor."""
+    """Return the parameter bit for bit, with its gradient multiplied by a factor."""
     return straight_through(parameter, parameter * factor)
 
 
@@ -61,27 +61,26 @@ class WeightGrid(nn.Module):
 
 
 class SiteGrid(nn.Module):
-    """Quantizes an activation in the place of the library's quantizer, with a gradient for what it learns.
+    """Replaces the library's quantizer of an activation, with gradients for learned parameters.
 
-    It is a submodule of the site's quantizer in training, so its parameters and buffers are the model's.
+    In training it is a submodule of the site's quantizer, so its parameters and buffers belong to the model.
     """
 
     def forward(self, x: Tensor, bits: int) -> Tensor:
-        """Return the activation at a width, in the same shape. In training mode it may follow the batches."""
+        """Return the activation at a width, in the same shape. In training mode, it may update its state."""
         raise NotImplementedError
 
 
 class Quantizing(Method):
     """Quantizes weights and activations in each step; between steps the model computes in float.
 
-    Weights have the library's quantizer, or the parametrization that :meth:`grid_for` returns. The range
-    of an activation is an exponential moving average over the batches, of which each new one has a
-    share of 0.1, or the activation has the module that :meth:`site_for` returns. The network's input has 8
-    bits at least and always a moving range.
+    Weights use the library's quantizer, or the parametrization returned by :meth:`grid_for`. Activations use
+    an exponential moving average of ranges with a weight of 0.1 for each new batch, or the module returned by
+    :meth:`site_for`. The network's input has at least 8 bits and always uses a moving average.
 
     Args:
         model: a converted model.
-        widths: pairs ``(w, a)``, None for float; the first is that of an ordinary step.
+        widths: pairs ``(w, a)``, None for float; ordinary steps use the first.
 
     Raises:
         ValueError: a width is out of range, or the model is not converted.
@@ -113,11 +112,11 @@ class Quantizing(Method):
         return None
 
     def site_for(self, name: str, quantizer: ActivationQuantizer) -> SiteGrid | None:
-        """Return what quantizes an activation, or None for the library's own quantizer."""
+        """Return the module that quantizes an activation, or None for the library's own quantizer."""
         return None
 
     def range_for(self, name: str, quantizer: ActivationQuantizer) -> MovingRange:
-        """Return what finds the range of an activation in training."""
+        """Return the observer of an activation's range in training."""
         return MovingRange(quantizer)
 
     def during_step(self) -> contextlib.AbstractContextManager[Any]:
@@ -126,7 +125,7 @@ class Quantizing(Method):
 
     @contextlib.contextmanager
     def quantized(self, w: int | None, a: int | None) -> Iterator[None]:
-        """See :meth:`Method.quantized`. In training mode the ranges of activations follow the batches."""
+        """See :meth:`Method.quantized`. In training mode, activation ranges are updated with each batch."""
         if (w, a) not in self.widths:
             super().quantized(w, a)
         weights = [self.grids.get(name, layer.weight_quantizer) for name, layer in self.layers.items()]
@@ -144,10 +143,10 @@ class Quantizing(Method):
                 holder.bits = width
             for activation, observer in zip(activations, observers, strict=True):
                 activation.observer, activation.move = observer, None
-                activation.arming.notes.clear()  # a result that was kept holds the graph
+                activation.arming.notes.clear()  # stored results keep the graph alive
 
     def _watch(self, a: int | None) -> None:
-        """Set the widths of activations, and their observers where the model is trained."""
+        """Set the widths of activations, and their observers in training mode."""
         for name, moving in self.ranges.items():
             quantizer, site = moving.quantizer, self.sites.get(name)
             if site is not None and not quantizer.is_input:
@@ -167,7 +166,7 @@ class Quantizing(Method):
         set_ends(self.ranges, state)
 
     def close(self) -> None:
-        """Restore the ranges of the activations, and leave the float weights."""
+        """Restore the activation ranges, and keep the float weights."""
         for quantizer, low, high in self._before:
             quantizer.low, quantizer.high = low, high
         for name in self.sites:
@@ -177,7 +176,7 @@ class Quantizing(Method):
 
 
 def ends_of(ranges: Mapping[str, MovingRange]) -> dict[str, Tensor]:
-    """Return the ends of all ranges that have seen a batch, by ``<name>.low`` and ``<name>.high``."""
+    """Return the ends of all initialized ranges, by ``<name>.low`` and ``<name>.high``."""
     return {
         f"{name}.{end}": value
         for name, r in ranges.items()
@@ -187,7 +186,7 @@ def ends_of(ranges: Mapping[str, MovingRange]) -> dict[str, Tensor]:
 
 
 def set_ends(ranges: Mapping[str, MovingRange], state: Mapping[str, Tensor], prefix: str = "") -> None:
-    """Set what :func:`ends_of` returned, under names that begin with a prefix."""
+    """Set ranges returned by :func:`ends_of`, from names with a prefix."""
     for name, moving in ranges.items():
         low, high = (state.get(f"{prefix}{name}.{end}") for end in ("low", "high"))
         moving.low, moving.high = low, high
@@ -197,7 +196,7 @@ class MovingRange:
     """Sets the range of a quantizer to a moving average over the batches.
 
     Args:
-        quantizer: whose range it sets.
+        quantizer: the quantizer whose range is set.
 
     Attributes:
         low: lower end of the range so far, a scalar; None before the first batch.
@@ -210,7 +209,7 @@ class MovingRange:
         self.high: Tensor | None = None
 
     def update(self, x: Tensor) -> None:
-        """Let one batch enter the average, before the quantizer uses the range."""
+        """Update the average with a batch, before the quantizer uses the range."""
         low, high = x.aminmax() if x.dtype == torch.float64 else x.float().aminmax()
         self.low = low if self.low is None else torch.lerp(self.low, low, MOMENTUM)
         self.high = high if self.high is None else torch.lerp(self.high, high, MOMENTUM)

@@ -25,7 +25,7 @@ def margin(weight: Tensor, limit: Tensor) -> Tensor:
 
     Args:
         weight: of any shape.
-        limit: scalar that is learned with the weights.
+        limit: a learned scalar.
     """
     return limit.abs() + (weight.abs() - limit.abs()).clamp(min=0).sum()
 
@@ -37,7 +37,7 @@ def soft_range(weight: Tensor, temperature: Tensor) -> Tensor:
 
     Args:
         weight: of any shape.
-        temperature: scalar that is learned with the weights.
+        temperature: a learned scalar.
     """
     values = weight.flatten()
     high = (values * torch.softmax(temperature * values, 0)).sum()
@@ -51,9 +51,9 @@ _SCALARS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"margin": margin, "so
 class RangeRegularisation(WeightPenalty):
     """The loss plus ``coefficient * sum_l R(W_l)``, with R one of three measures of the range of a weight.
 
-    ``"max"`` is the largest magnitude; ``"margin"`` a learned limit plus what lies beyond; ``"soft"`` a
-    smooth difference of the ends with a learned temperature. Reconstruction: the formulas of the last two
-    are from memory. What is learned is a parameter of the layer in training, one scalar a layer.
+    ``"max"`` is the largest magnitude; ``"margin"`` a learned limit plus the excess above it; ``"soft"`` a
+    smooth difference of the ends with a learned temperature. The learned scalar is a parameter of the layer
+    in training. Reconstruction: the formulas of the last two are from memory.
 
     Args:
         model: a converted model.
@@ -71,7 +71,7 @@ class RangeRegularisation(WeightPenalty):
     source = "Kundu et al. 2023, arXiv 2303.08253"
     reconstruction = True
     family = Family.WEIGHTS
-    distributed = False  # what is learned joins the model when ranks and recomputation have read it
+    distributed = False  # learned scalars are added to the model after ranks and recomputation have read it
     variants = (
         Variant("r2", "R2: largest magnitude of the weights", {"coefficient": 0.01}),
         Variant("r2-margin", "R2: learned limit of the weights", {"coefficient": 0.01, "kind": "margin"}),
@@ -86,7 +86,7 @@ class RangeRegularisation(WeightPenalty):
             layer.register_parameter("r2", nn.Parameter(self._start(layer.weight.detach())))
 
     def _start(self, weight: Tensor) -> Tensor:
-        """Return where the learned scalar begins: twice the deviation, or a temperature of ten deviations."""
+        """Return the initial scalar: twice the standard deviation, or a temperature of ten deviations."""
         deviation = weight.std().clamp(min=1e-6)
         return 2 * deviation if self.kind == "margin" else 0.1 / deviation
 
@@ -103,6 +103,6 @@ class RangeRegularisation(WeightPenalty):
         return self.coefficient * parts.sum()
 
     def close(self) -> None:
-        """Take the learned scalars out of the layers."""
+        """Remove the learned scalars from the layers."""
         for layer in self.layers.values():
             layer._parameters.pop("r2", None)

@@ -1,4 +1,4 @@
-"""Blended gradient descent: latent weights are drawn to their codes, and the best iterate is kept."""
+"""Blended gradient descent: pulls latent weights towards their codes, and keeps the best iterate."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TERNARY_THRESHOLD = 0.7  # of the mean magnitude
 
 
 def projected(weight: Tensor, bits: int) -> Tensor:
-    """Return a weight on the grid of a width, with the scale of least squares.
+    """Return a weight on the grid of a width, with the least-squares scale.
 
     1 bit: the sign; 2 bits: -1, 0, 1 with a threshold of 0.7 times the mean magnitude; more: the nearest of
     ``-n .. n`` times ``max|W| / n``. The scale is then ``sum |W| q / sum q^2`` of the magnitudes q.
@@ -40,7 +40,7 @@ def projected(weight: Tensor, bits: int) -> Tensor:
 
 
 class ProjectedGrid(WeightGrid):
-    """A parametrization by :func:`projected`; the latent weight has the gradient at the quantized one."""
+    """A parametrization by :func:`projected`; the latent weight gets the gradient of the quantized one."""
 
     def quantize(self, weight: Tensor, bits: int) -> Tensor:
         """See :meth:`WeightGrid.quantize`."""
@@ -48,20 +48,19 @@ class ProjectedGrid(WeightGrid):
 
 
 class Recurrence(Quantizing):
-    """Latent weights take the step of the gradient at their codes, and move a little toward these codes.
+    """Latent weights take a gradient step computed at their codes, and move slightly towards the codes.
 
-    ``W <- (1 - rho) W + rho Q(W) - step(grad L at Q(W))``. The codes of a sequence of latent weights need not
-    settle, but visit the optimum again and again: the best iterate is kept, not the last one. Here that is
-    the model at the end of the window of steps with the lowest mean loss. With ``rho=0`` it is
-    BinaryConnect. Reconstruction: the blended step is from the authors' code, the choice of the best
-    iterate by windows of training losses was made here.
+    ``W <- (1 - rho) W + rho Q(W) - step(grad L at Q(W))``. The codes need not converge, but visit the optimum
+    repeatedly, so the best iterate is kept instead of the last one: the model at the end of the window of
+    steps with the lowest mean loss. ``rho=0`` is BinaryConnect. Reconstruction: the blended step is from the
+    authors' code; the choice of the best iterate by windows of training losses was made here.
 
     Args:
         model: a converted model.
         w: bits of the weights.
         a: bits of the activations, None for float.
-        rho: share of the codes in the latent weight, 0 to 1.
-        window: steps in a window.
+        rho: weight of the codes in the blend, 0 to 1.
+        window: number of steps per window.
 
     Raises:
         ValueError: a setting is out of range, or the model is not converted.
@@ -97,7 +96,7 @@ class Recurrence(Quantizing):
         return ProjectedGrid()
 
     def backward(self, closure: Closure, scale: Scale = identity) -> Terms:
-        """See :meth:`Method.backward`. Notes the blend of the present weights for :meth:`after_step`."""
+        """See :meth:`Method.backward`. Stores the blend of the current weights for :meth:`after_step`."""
         terms = super().backward(closure, scale)
         bits = self.widths[0][0] or 1
         leaves = {id(leaf): leaf for leaf in map(leaf_of, self.layers.values())}.values()
@@ -120,7 +119,7 @@ class Recurrence(Quantizing):
                 self.best = {key: value.clone() for key, value in self.model.state_dict().items()}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return ranges, the losses of the present window, and the best iterate so far."""
+        """Return ranges, the losses of the current window, and the best iterate so far."""
         state = {**super().state_dict(), **{f"best.{key}": value for key, value in self.best.items()}}
         if self._losses:
             state["losses"] = torch.stack(self._losses)
@@ -138,7 +137,7 @@ class Recurrence(Quantizing):
         }
 
     def close(self) -> None:
-        """Leave the best iterate, if there is one."""
+        """Restore the best iterate, if there is one."""
         if self.best:
             self.model.load_state_dict(self.best)
             self.best = {}

@@ -1,4 +1,4 @@
-"""SatNL: weights through a saturating odd function."""
+"""SatNL: transforms weights by a saturating odd function."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ __all__ = ["Saturated", "Saturation"]
 class Saturated(nn.Module):
     """A parametrization ``W = g tanh(V)``, with a constant gain g.
 
-    The gain is 1, or 1.25 times the largest magnitude of each output channel where that is more than 0.8, so
-    that the weight that was there before can be represented.
+    The gain is 1, or 1.25 times the largest magnitude of an output channel if this is more than 0.8, so that
+    the initial weight can be represented.
 
     Args:
-        weight: the weight before, of shape ``(out, ...)`` with the output channels on axis ``axis``.
-        axis: of the output channels.
+        weight: the initial weight, with output channels on axis ``axis``.
+        axis: the axis of output channels.
     """
 
     gain: Tensor
@@ -36,17 +36,17 @@ class Saturated(nn.Module):
         return self.gain * torch.tanh(latent)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
-        """Return the latent weight of a weight within the gain."""
+        """Return the latent weight of a weight whose magnitude is below the gain."""
         return torch.atanh(weight / self.gain)
 
 
 class Saturation(Method):
-    """Weights are ``g tanh(V)``, and V is trained.
+    """Training with weights ``g tanh(V)``, where V is trained.
 
-    The function is odd and bounded, and its slope falls, so large weights are drawn together: the kurtosis of
-    tanh of a normal variable with a standard deviation of 0.8 is that of a uniform one. Each layer begins at
-    the weight that it had. After training the weights are tanh's values. It adds no penalty. Reconstruction:
-    that the function is tanh is from a secondary source, the gain for large weights is not.
+    The function is odd and bounded with decreasing slope, so it compresses large weights: tanh of a normal
+    variable with a standard deviation of 0.8 has the kurtosis of a uniform one. Each layer starts with its
+    previous weight. After training, the weights are set to the transformed values. There is no penalty.
+    Reconstruction: the choice of tanh is from a secondary source, the gain for large weights was chosen here.
 
     Args:
         model: a converted model.
@@ -62,7 +62,7 @@ class Saturation(Method):
     source = "Park et al. 2022, arXiv 2208.00338"
     reconstruction = True
     family = Family.WEIGHTS
-    distributed = False  # ranks and recomputation read the parameters of the model before it is changed
+    distributed = False  # ranks and recomputation read the parameters before they are replaced
     variants = (Variant("satnl", "SatNL: weights through tanh"),)
 
     def __init__(self, model: nn.Module) -> None:
@@ -73,6 +73,6 @@ class Saturation(Method):
         parametrize_all(self.layers, lambda name, layer: Saturated(layer.weight, layer.out_axis))
 
     def close(self) -> None:
-        """Leave the values of tanh as the weights."""
+        """Set the weights to the transformed values."""
         for layer in self.layers.values():
             unparametrized(layer)

@@ -20,12 +20,12 @@ def widths_in(name: str, widths: str | Sequence[int], widest: int = 8) -> list[i
     """Return widths from the widest to the narrowest, from a list or a text such as ``"8 4 2"``.
 
     Args:
-        name: of the argument, for messages.
+        name: the name of the argument, for messages.
         widths: bits, each from 1 to ``widest``.
         widest: the largest width allowed.
 
     Raises:
-        ValueError: there is none, one is out of range or not a whole number.
+        ValueError: there is no width, or one is out of range or not an integer.
     """
     try:
         bits = sorted({int(each) for each in (widths.split() if isinstance(widths, str) else widths)})
@@ -37,17 +37,17 @@ def widths_in(name: str, widths: str | Sequence[int], widest: int = 8) -> list[i
 
 
 class SeveralWidths(Quantizing):
-    """Each step runs one forward and one backward pass for each width, from the widest to the narrowest.
+    """Base class: each step runs a forward and a backward pass per width, from the widest to the narrowest.
 
-    The gradients are added and the optimizer takes one step. Weights and activations have equal widths.
-    Each width has ranges of activations and batch-norm statistics of its own; the statistics of the widest
-    are the model's. The affine parameters of batch norms are shared. ``loss`` of the terms is that at the
-    widest width, ``penalty`` the sum at the others, and ``strength`` multiplies the others.
+    The gradients are added, and the optimizer takes one step. Weights and activations have equal widths. Each
+    width has its own activation ranges and batch-norm statistics; the model's statistics are those of the
+    widest width. The affine parameters of batch norms are shared. The term ``loss`` is the loss at the widest
+    width and ``penalty`` the sum at the others, multiplied by ``strength``.
 
     Args:
         model: a converted model.
         widths: bits from 1 to 8, a list or a text such as ``"8 4 2"``.
-        coefficient: of the loss at each width but the widest.
+        coefficient: coefficient of the loss at each width but the widest.
 
     Raises:
         ValueError: a width or the coefficient is out of range, or the model is not converted.
@@ -107,10 +107,10 @@ class SeveralWidths(Quantizing):
 
 
 class WidthStatistics:
-    """Running statistics of the batch norms of a model, one set for each width.
+    """Running statistics of the batch norms of a model, one set per width.
 
     Args:
-        model: with any number of batch norms.
+        model: a model with any number of batch norms.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -124,9 +124,9 @@ class WidthStatistics:
 
     @contextlib.contextmanager
     def of(self, width: int | None) -> Iterator[None]:
-        """Let the model have the statistics of a width, and update them; None stands for the model's own.
+        """Use and update the statistics of a width inside the block; None uses those of the model.
 
-        A width without statistics begins with the model's.
+        A new width is initialized with the model's statistics.
         """
         if width is None:
             yield

@@ -28,13 +28,13 @@ __all__ = ["SignSAM"]
 class SignSAM(Method):
     """The loss at ``W + epsilon * sign(dL/dW)``: to first order loss plus ``epsilon * ||dL/dW||_1``.
 
-    The weights that are quantized are moved, and no others; the move itself is not differentiated,
-    as in SAM. Two passes a step; batch-norm statistics keep what the first one left. ``penalty`` of
-    the terms is the rise of the loss.
+    Only quantizable weights are moved, and the move is not differentiated, as in SAM. Each step takes two
+    passes; batch-norm statistics are those of the first pass. The term ``penalty`` is the increase of the
+    loss.
 
     Args:
         model: a converted model.
-        epsilon: size of the move, in units of the weights; times ``strength``.
+        epsilon: size of the move in units of the weights, multiplied by ``strength``.
 
     Source: Foret et al. 2021, arXiv 2010.01412, with the l-infinity ball.
     """
@@ -53,7 +53,7 @@ class SignSAM(Method):
         trainable_layers(model)
 
     def move(self, weights: list[Tensor], grads: list[Tensor], size: float) -> list[Tensor]:
-        """Return by how much each weight is moved, given the gradients of the loss and the size."""
+        """Return the move of each weight, given the gradients of the loss and the size."""
         return [size * grad.sign() for grad in grads]
 
     def backward(self, closure: Closure, scale: Scale = identity) -> Terms:
@@ -77,6 +77,6 @@ class SignSAM(Method):
         layers = trainable_layers(self.model)
         weights = [leaf_of(layer) for layer in layers.values()]
         grads = torch.autograd.grad(loss, weights, allow_unused=True)
-        found = require_gradients([name_of(name) for name in layers], grads)
+        required = require_gradients([name_of(name) for name in layers], grads)
         with torch.no_grad():
-            return list(zip(weights, self.move(weights, list(found), size), strict=True))
+            return list(zip(weights, self.move(weights, list(required), size), strict=True))

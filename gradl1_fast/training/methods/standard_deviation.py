@@ -1,4 +1,4 @@
-"""Intervals in units of the standard deviation, with a learned multiple."""
+"""Quantization intervals in units of the standard deviation, with a learned multiple."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = ["DeviationGrid", "DeviationSite", "StandardDeviation", "alpha_for", "
 
 
 def pruned_share(alpha: float, bits: int) -> float:
-    """Return the share of a normal weight that the interval around 0 prunes: ``erf(alpha / (2 sqrt(2) n))``.
+    """Return the share of a normal weight that is rounded to 0: ``erf(alpha / (2 sqrt(2) n))``.
 
     Args:
         alpha: end of the grid in standard deviations.
@@ -34,7 +34,7 @@ def pruned_share(alpha: float, bits: int) -> float:
 
 
 def alpha_for(share: float, bits: int) -> float:
-    """Return the alpha that prunes a share of a normal weight; the inverse of :func:`pruned_share`."""
+    """Return the alpha that prunes a share of a normal weight, the inverse of :func:`pruned_share`."""
     inverse = torch.erfinv(torch.tensor(share, dtype=torch.float64))
     return float(2 * math.sqrt(2) * (2 ** (bits - 1) - 1) * inverse)
 
@@ -48,8 +48,8 @@ class DeviationGrid(WeightGrid):
 
     Args:
         weight: of any shape.
-        alpha: where training begins.
-        logarithmic: which of the two grids.
+        alpha: initial alpha.
+        logarithmic: whether to use the logarithmic grid.
         learned: whether alpha is trained.
     """
 
@@ -75,18 +75,18 @@ def _log_level(x: Tensor, n: int) -> Tensor:
 
 
 class DeviationSite(SiteGrid):
-    """Quantizes an activation from 0 to a learned multiple of its deviation, which follows the batches.
+    """Quantizes an activation from 0 to a learned multiple of a moving average of its standard deviation.
 
-    Where the activation has negative values, the grid is symmetric.
+    The grid is symmetric if the activation has negative values.
 
     Args:
-        alpha: where training begins.
+        alpha: initial alpha.
         like: a tensor of the type and device of the activations.
         learned: whether alpha is trained.
 
     Attributes:
         sigma: moving average of the standard deviation, a scalar; 0 before the first batch.
-        signed: 1 where a negative value has been seen.
+        signed: 1 if a negative value was observed.
     """
 
     sigma: Tensor
@@ -115,20 +115,20 @@ class DeviationSite(SiteGrid):
 
 
 class StandardDeviation(Quantizing):
-    """The loss with weights and activations on grids that end at a learned multiple of their deviation.
+    """The loss with grids that end at a learned multiple of the standard deviation of their tensor.
 
-    The interval around 0 prunes: for a normal weight its share is a function of alpha and the width, see
-    :func:`pruned_share`. With ``prune`` alpha begins at the value for that share and is not trained. After
-    ``joint_steps`` steps alpha is frozen, and the weights are trained on. Reconstruction: grid, gradient
-    and the two phases were derived here from the idea in the abstract.
+    The interval around 0 prunes weights; for a normal weight, the pruned share is a function of alpha and the
+    width, see :func:`pruned_share`. With ``prune``, alpha is set for this share and not trained. After
+    ``joint_steps`` steps, alpha is frozen and only the weights are trained. Reconstruction: grid, gradient
+    and the two phases were derived here from the abstract.
 
     Args:
         model: a converted model.
         w: bits of the weights, 2 to 16.
         a: bits of the activations, None for float.
-        logarithmic: powers of two as the levels of weights.
+        logarithmic: use powers of two as the levels of weights.
         prune: share of the weights to prune, between 0 and 1; None to learn alpha.
-        joint_steps: steps in which alpha is trained; 0 for all.
+        joint_steps: number of steps in which alpha is trained; 0 for all steps.
 
     Raises:
         ValueError: a setting is out of range, or the model is not converted.
@@ -186,7 +186,7 @@ class StandardDeviation(Quantizing):
         return DeviationSite(3.0, quantizer.probe.detach(), True)
 
     def after_step(self) -> None:
-        """Freeze alpha when the first phase is over."""
+        """Freeze alpha after the first phase."""
         self._steps += 1
         self._freeze()
 

@@ -1,4 +1,4 @@
-"""SymReg: weights whose distribution is symmetric around zero."""
+"""SymReg: regularises weights towards a distribution that is symmetric around zero."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ class Symmetry(WeightPenalty):
     """The loss plus ``coefficient * sum_l asymmetry(W_l)``.
 
     Symmetric weights on a symmetric grid have a mean of zero before and after quantization, so the mean of a
-    layer's output does not drift. Depthwise convolutions are left out. Reconstruction: the structure of the
-    term is from a secondary source, its norm, its normalisation and the coefficient are not.
+    layer's output does not shift. Depthwise convolutions are excluded. Reconstruction: the structure of the
+    term is from a secondary source; its norm, normalisation and coefficient were chosen here.
 
     Args:
         model: a converted model.
@@ -45,7 +45,7 @@ class Symmetry(WeightPenalty):
         group: weights on each side of a pair, 1 or 2; see :func:`asymmetry`.
 
     Raises:
-        ValueError: a setting is out of range, or there is no weight but those of depthwise convolutions.
+        ValueError: a setting is out of range, or all weights belong to depthwise convolutions.
 
     Source: Park et al. 2022 (SymReg), arXiv 2208.00338.
     """

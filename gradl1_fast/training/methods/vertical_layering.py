@@ -1,4 +1,4 @@
-"""Vertical layering: nested codes of one weight, trained at all their widths."""
+"""Vertical layering: trains nested codes of a weight at several widths."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ LARGEST = 2 ** (bit_planes.WIDTH - 1) - 1  # code of the largest weight
 class NestedCodes(WeightGrid):
     """A parametrization whose w-bit codes are the first w bits of one 8-bit code, as in an any-bit file.
 
-    The weight is rounded once to ``c = clip(round(W / s), -127, 127)``; ``c + 128`` is a byte, and a code
-    of w bits is read as the middle of the cell of bytes that begin with it. The clip, ``127 s``, is learned
-    with LSQ's gradient: ``c_w - W / s`` inside, and the code's end outside, times ``1 / sqrt(127 N)``.
+    The weight is rounded once to ``c = clip(round(W / s), -127, 127)``; ``c + 128`` is a byte, and a code of
+    w bits is decoded as the midpoint of the bytes that start with it. The clip ``127 s`` is learned with
+    LSQ's gradient: ``c_w - W / s`` inside of the range and the end code outside, times ``1 / sqrt(127 N)``.
 
     Args:
         weight: of any shape; its largest magnitude is the first clip.
@@ -52,15 +52,15 @@ class NestedCodes(WeightGrid):
 class VerticalLayering(SeveralWidths):
     """The sum of the losses at several widths, whose codes are nested bit planes of one 8-bit code.
 
-    After training each layer's quantizer keeps the learned range: ``gl.save_any_bit`` then writes the very
-    planes that were trained, bit for bit. One scale a weight tensor. Reconstruction: that each width is cut
-    from the next wider one and all are trained together is from the abstract; the code's rounding is that of
-    any-bit files, and equal weights of the losses were chosen here.
+    After training, each layer's quantizer keeps the learned range, so ``gl.save_any_bit`` writes the trained
+    planes bit for bit. Each weight tensor has one scale. Reconstruction: truncating each width from the next
+    wider one and training all together is from the abstract; the rounding of codes is that of any-bit files,
+    and equal weights of the losses were chosen here.
 
     Args:
         model: a converted model.
         widths: bits from 1 to 8, a list or a text such as ``"8 4 2"``.
-        coefficient: of the loss at each width but the widest.
+        coefficient: coefficient of the loss at each width but the widest.
 
     Raises:
         ValueError: a setting is out of range, or the model is not converted.
@@ -82,7 +82,7 @@ class VerticalLayering(SeveralWidths):
         return NestedCodes(layer.weight)
 
     def close(self) -> None:
-        """Leave the float weights, and the learned ranges in the layers' quantizers."""
+        """Restore the float weights, and store the learned ranges in the layers' quantizers."""
         super().close()
         for name, grid in self.grids.items():
             clip = grid.clip.detach().abs()

@@ -1,4 +1,4 @@
-"""One model for all widths: weights quantized in the two bands of a Haar wavelet."""
+"""One model for all widths: quantizes weights in the two bands of a Haar wavelet."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def haar(weight: Tensor, axis: int) -> tuple[Tensor, Tensor]:
     """Return ``(w_0 + w_1) / sqrt 2`` and ``(w_0 - w_1) / sqrt 2`` of neighbours along an axis.
 
     Args:
-        weight: of any shape; an odd number of entries along the axis is padded by zeros.
-        axis: with n entries, of which each band has half, rounded up.
+        weight: a tensor of any shape; an odd number of entries along the axis is padded with zeros.
+        axis: the axis; each band has half of its entries, rounded up.
     """
     moved = weight.movedim(axis, -1)
     if moved.shape[-1] % 2:
@@ -52,10 +52,10 @@ def on_levels(x: Tensor, bits: int) -> Tensor:
 
 
 class HaarGrid(WeightGrid):
-    """A parametrization: Haar along the input channels, each band on its own levels, and back.
+    """A parametrization: Haar transform along the input channels, quantization of each band, and inverse.
 
     Args:
-        axis: of the input channels.
+        axis: the axis of the input channels.
     """
 
     def __init__(self, axis: int) -> None:
@@ -79,7 +79,7 @@ class Wavelet(SeveralWidths):
     Args:
         model: a converted model.
         widths: bits from 1 to 8, a list or a text such as ``"8 4 2"``.
-        coefficient: of the loss at each width but the widest.
+        coefficient: coefficient of the loss at each width but the widest.
 
     Raises:
         ValueError: a setting is out of range, or the model is not converted.

@@ -15,13 +15,13 @@ __all__ = ["WeightPenalty"]
 class WeightPenalty(Method):
     """Adds a function of the weights to the loss.
 
-    A subclass implements :meth:`part`, and :meth:`penalty` where the parts are not simply added.
+    Subclasses implement :meth:`part`, and :meth:`penalty` if the parts are not simply added.
 
     Args:
         model: a converted model.
 
     Attributes:
-        layers: whose weights are penalised, by name.
+        layers: the layers with penalised weights, by name.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -29,7 +29,7 @@ class WeightPenalty(Method):
         self.layers = trainable_layers(model)
 
     def part(self, weight: Tensor, layer: QuantizedLayer) -> Tensor:
-        """Return what one weight contributes: a scalar."""
+        """Return the contribution of a weight, a scalar."""
         raise NotImplementedError
 
     def penalty(self, parts: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The weights that a method works on: those that are quantized and trained."""
+"""The quantizable and trainable weights that methods work on."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def leaf_of(layer: QuantizedLayer) -> Tensor:
-    """Return the parameter that the weight of a layer is, or is computed from by a parametrization.
+    """Return the weight of a layer if it is a parameter, or the parameter of its parametrization.
 
-    Where it is computed from several, the first of them is returned.
+    If it is computed from several parameters, the first one is returned.
     """
     if not parametrize.is_parametrized(layer, "weight"):
         return layer.weight
@@ -42,10 +42,10 @@ def name_of(layer: str) -> str:
 
 
 def trainable_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
-    """Return the layers by name whose weight is quantized and requires a gradient, each weight once.
+    """Return the layers with a quantizable weight that requires a gradient, by name; each weight once.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no such layer.
     """
     layers: dict[str, QuantizedLayer] = {}
     seen: set[int] = set()
@@ -92,33 +92,33 @@ def parametrized(layer: QuantizedLayer, parametrization: nn.Module) -> None:
 def parametrize_all(
     layers: Mapping[str, QuantizedLayer], make: Callable[[str, QuantizedLayer], M | None]
 ) -> dict[str, M]:
-    """Parametrize the weights of all layers, or of none if one of them cannot be.
+    """Parametrize the weights of all layers, or of none if one fails.
 
     Args:
-        layers: by name.
-        make: returns the parametrization of a layer, or None to leave its weight alone.
+        layers: the layers, by name.
+        make: returns the parametrization of a layer, or None to skip it.
 
     Returns:
         The parametrizations by the name of their layer.
     """
-    made: dict[str, M] = {}
+    parametrizations: dict[str, M] = {}
     try:
         for name, layer in layers.items():
             parametrization = make(name, layer)
             if parametrization is not None:
                 parametrized(layer, parametrization)
-                made[name] = parametrization
+                parametrizations[name] = parametrization
     except BaseException:
-        for name in made:
+        for name in parametrizations:
             unparametrized(layers[name])
         raise
-    return made
+    return parametrizations
 
 
 def unparametrized(layer: QuantizedLayer) -> None:
-    """Give a layer its weight back as a parameter, with the present value of the parametrization.
+    """Restore a layer's weight as a parameter, with the current value of the parametrization.
 
-    It is the first parameter again, as an optimizer's state goes by the order.
+    It is registered as the first parameter again, because the state of optimizers depends on the order.
     """
     if parametrize.is_parametrized(layer, "weight"):
         parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
@@ -127,5 +127,5 @@ def unparametrized(layer: QuantizedLayer) -> None:
 
 
 def _emptied(values: dict[str, Any]) -> dict[str, Any]:
-    """Take all entries out of a dictionary, and return them."""
+    """Remove and return all entries of a dictionary."""
     return {key: values.pop(key) for key in list(values)}

@@ -1,4 +1,4 @@
-"""One file for every width: what a reader of w bits reads, and what it gets."""
+"""Any-bit files: the bytes that a reader of w bits reads, and the resulting weights."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ def test_the_order_of_bits_is_the_documented_one() -> None:
     assert bit_planes.pack(codes, 7).tolist() == [0, 0]
 
 
-def test_cutting_adds_no_bias() -> None:
+def test_dropping_bits_adds_no_bias() -> None:
     weight = torch.randn(20000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     scale = weight.abs().max() / 127
     codes = bit_planes.encode(weight, scale)

@@ -1,4 +1,4 @@
-"""What is refused: widths, models, and files that are damaged or made to do harm."""
+"""Refused widths and models, and damaged or malicious files."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ save_file = pytest.importorskip("safetensors.torch", reason="any-bit files need 
 
 
 @pytest.mark.parametrize("w", [0, 9, -1])
-def test_widths_that_no_file_has(path: Path, w: int) -> None:
+def test_widths_that_a_file_cannot_have(path: Path, w: int) -> None:
     with pytest.raises(ValueError, match="w must be from 1 to 8"):
         gl.load_any_bit(converted(), path, w=w)
 
 
 @pytest.mark.parametrize("w", [True, 4.0, "4", None])
-def test_widths_that_are_none(path: Path, w: Any) -> None:
+def test_invalid_widths(path: Path, w: Any) -> None:
     with pytest.raises(TypeError, match="w must be an int from 1 to 8"):
         gl.load_any_bit(converted(), path, w=w)
 
@@ -166,7 +166,7 @@ def test_damaged_and_hostile_files(name: str, path: Path) -> None:
     assert all(a is b for a, b in zip(ranges, [q.low for q in named_quantizers(model).values()], strict=True))
 
 
-def test_a_flip_of_any_bit_of_the_header_is_found_or_harmless(path: Path) -> None:
+def test_any_bit_flip_in_the_header_is_detected_or_harmless(path: Path) -> None:
     data = bytearray(path.read_bytes())
     x, end = VGG.batch(torch.float32)[0], 8 + int.from_bytes(data[:8], "little")
     before = gl.load_any_bit(other(), path)(x)
@@ -185,7 +185,7 @@ def test_a_flip_of_any_bit_of_the_header_is_found_or_harmless(path: Path) -> Non
             assert y.shape == before.shape
 
 
-def test_files_that_are_not_there(tmp_path: Path) -> None:
+def test_missing_files(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         gl.load_any_bit(converted(), tmp_path / "none")
     with pytest.raises(OSError, match="none"):

@@ -1,4 +1,4 @@
-"""A model read from an any-bit file holds bits of weights and no weights."""
+"""A model read from an any-bit file stores bits of weights instead of weights."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class TestASlicedModel:
         with pytest.raises(RuntimeError, match="no grid of integers"):
             model.get_submodule(FIRST).weight_quantizer.step(None, 4)
 
-    def test_what_needs_float_weights_says_so(self, model: nn.Module) -> None:
+    def test_functions_that_need_float_weights_raise(self, model: nn.Module) -> None:
         x = VGG.batch(torch.float32)[0]
         for name, call in {
             "calibrate_weights": lambda: gl.calibrate_weights(model),
@@ -64,11 +64,11 @@ class TestASlicedModel:
             ):
                 call()
 
-    def test_its_batch_norms_stay(self, model: nn.Module) -> None:
+    def test_its_batch_norms_are_kept(self, model: nn.Module) -> None:
         with pytest.warns(UserWarning, match="was loaded from an any-bit file"):
             assert not gl.fold_batch_norm(model).folded
 
-    def test_state_dicts_do_not_pass_for_those_of_a_float_model(self, model: nn.Module) -> None:
+    def test_state_dicts_are_not_accepted_as_those_of_a_float_model(self, model: nn.Module) -> None:
         with pytest.raises(RuntimeError, match="Missing key"):
             converted().load_state_dict(model.state_dict())
         with pytest.raises(RuntimeError, match="Unexpected key"):

@@ -1,4 +1,4 @@
-"""Weights of an any-bit file that a model reads, or changes, without calling their layers."""
+"""Weights of an any-bit file that a model reads or changes without calling their layer."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_they_have_the_values_of_the_width(read: str, mode: Callable[[], None], 
 
 
 @pytest.mark.parametrize("read", ["product", "table", "shape"])
-def test_so_they_have_in_a_compiled_model(read: str, tmp_path: Path) -> None:
+def test_they_have_the_values_of_the_width_in_a_compiled_model(read: str, tmp_path: Path) -> None:
     model, x = loaded(lambda: Reading(read), tmp_path), torch.randn(5, 6)
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=read == "shape")
@@ -90,7 +90,7 @@ def with_a_new_layer(model: nn.Module) -> nn.Module:
     [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), saved_and_loaded, with_a_new_layer],
     ids=["deepcopy", "pickle", "torch.save", "second conversion"],
 )
-def test_copies_have_widths_of_their_own(copied: Callable[[nn.Module], nn.Module], tmp_path: Path) -> None:
+def test_copies_have_their_own_widths(copied: Callable[[nn.Module], nn.Module], tmp_path: Path) -> None:
     model, x = loaded(lambda: Reading("product"), tmp_path), torch.randn(5, 6)
     twin, before = copied(model), model(x)
     assert torch.equal(twin(x), before)
@@ -134,7 +134,9 @@ class Writing(nn.Module):
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad, torch.inference_mode])
 @pytest.mark.parametrize("write", WRITES)
-def test_what_changes_them_is_refused_by_name(write: str, mode: Callable[[], None], tmp_path: Path) -> None:
+def test_code_that_changes_them_is_refused_by_name(
+    write: str, mode: Callable[[], None], tmp_path: Path
+) -> None:
     model = loaded(lambda: Writing(write), tmp_path, w=4)
     for _ in range(2):
         with (
@@ -144,7 +146,7 @@ def test_what_changes_them_is_refused_by_name(write: str, mode: Callable[[], Non
             model(torch.randn(2, 6))
 
 
-def test_what_was_changed_before_is_what_the_file_has(tmp_path: Path) -> None:
+def test_the_file_contains_earlier_changes(tmp_path: Path) -> None:
     torch.manual_seed(0)
     x, saved, fresh = torch.randn(2, 6), *(gl.convert(Writing("div_").eval()) for _ in range(2))
     saved(x), fresh(x)
@@ -154,7 +156,7 @@ def test_what_was_changed_before_is_what_the_file_has(tmp_path: Path) -> None:
         assert torch.equal(fresh(x), saved(x))
 
 
-def test_memory_that_is_read_without_pytorch_is_nan(tmp_path: Path) -> None:
+def test_memory_read_without_pytorch_is_nan(tmp_path: Path) -> None:
     weight = loaded(lambda: Reading("shape"), tmp_path).qkv.weight
     with torch._C.DisableTorchFunctionSubclass():
         assert weight.isnan().all()

@@ -1,4 +1,4 @@
-"""PyTorch's translations to ONNX are read once for all exports; each time takes a second or two."""
+"""Loads PyTorch's ONNX translations once for all exports, since loading takes a second or two."""
 
 from __future__ import annotations
 

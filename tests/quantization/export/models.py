@@ -1,4 +1,4 @@
-"""Networks, calibrated and traced once each: tracing takes seconds, filling in does not."""
+"""Calibrated networks that are traced once each, because tracing takes seconds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The comparison itself: it sees what is wrong in a file."""
+"""The comparison detects faults in a file."""
 
 from __future__ import annotations
 

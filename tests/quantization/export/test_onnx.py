@@ -1,4 +1,4 @@
-"""A network in ONNX: what it is made of, and what a plain onnxruntime session computes."""
+"""ONNX files: their contents, and the results of a default onnxruntime session."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ CASES += [(which, widths) for which in (MOBILENET, NO_NORM) for widths in ((8, 8
 
 
 @pytest.mark.parametrize(("which", "widths"), CASES, ids=lambda v: getattr(v, "id", None))
-def test_a_plain_session_computes_what_the_simulation_says(which: Network, widths: tuple[Any, Any]) -> None:
+def test_a_default_session_agrees_with_the_simulation(which: Network, widths: tuple[Any, Any]) -> None:
     file = exported(which, *widths)
     found = compare(file, network(which)[1])
     assert not found.faults()
@@ -67,7 +67,7 @@ def test_a_plain_session_computes_what_the_simulation_says(which: Network, width
 
 @pytest.mark.parametrize("level", ["ORT_DISABLE_ALL", "ORT_ENABLE_BASIC", "ORT_ENABLE_EXTENDED"])
 @pytest.mark.parametrize("widths", [(8, 8), (4, 4), (16, 16), (4, None)])
-def test_so_does_a_session_that_optimises_less(
+def test_a_session_with_fewer_optimisations_agrees_too(
     level: str, widths: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def session(model: bytes, *, fused: bool) -> Any:
@@ -153,7 +153,7 @@ def test_the_input_of_the_network_keeps_8_bits() -> None:
     assert exported(NO_NORM, 4, 4, input_bits=None).prepared.a["0.input"] is None
 
 
-def test_where_narrow_types_do_not_run_there_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsupported_narrow_types_give_a_remark(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(types, "_runs", lambda type_: False)
     file = exported(RESIDUAL, 2, 4, joints=False)
     assert file.opset == 21
@@ -290,7 +290,7 @@ def test_pools_of_all_kinds() -> None:
         export_onnx(model, x, w=8, a=8)
 
 
-def test_the_batch_is_free_and_so_are_height_and_width_on_request() -> None:
+def test_the_batch_is_dynamic_and_so_are_height_and_width_on_request() -> None:
     plain = nn.Sequential(
         nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)
     )
@@ -317,7 +317,7 @@ def test_a_batch_that_a_model_fixes_is_fixed_with_a_remark() -> None:
     assert not compare(file, x).faults()
 
 
-def test_what_pytorch_refuses_is_refused_with_the_place_and_the_reason() -> None:
+def test_pytorchs_refusals_are_reported_with_module_and_reason() -> None:
     x = inputs(4, 4)
     with pytest.raises(NotExportableError, match=r"cannot export part \(_Branch\): .*data-dependent"):
         export_onnx(calibrated(Branching(), x), x, w=8, a=8)
@@ -327,7 +327,7 @@ def test_what_pytorch_refuses_is_refused_with_the_place_and_the_reason() -> None
         export_onnx(network(NO_NORM)[0], (x, x, x), w=8, a=8)
 
 
-def test_the_model_stays_as_it_was() -> None:
+def test_the_model_is_not_changed() -> None:
     model, x = network(RESIDUAL)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     with gl.bits(model, w=6, a=7), torch.no_grad():
@@ -348,7 +348,7 @@ class OfSize(nn.Module):
         return self.norm(self.conv(x)) if x.size(-1) > 3 else x
 
 
-def test_what_cannot_be_folded_is_a_node_of_its_own() -> None:
+def test_a_batch_norm_that_cannot_be_folded_is_a_separate_node() -> None:
     torch.manual_seed(0)
     x = inputs(20, 3, 8, 8)
     norm = nn.BatchNorm2d(4)

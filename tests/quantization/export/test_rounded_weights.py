@@ -1,4 +1,4 @@
-"""Codes of round_weights are what files hold."""
+"""Files contain the codes of round_weights."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_an_onnx_file_has_the_codes(a: int | None) -> None:
         assert torch.equal(values if values.shape == codes.shape else values.t(), codes.int())
 
 
-def test_codes_that_folding_drops_are_remarked_on() -> None:
+def test_codes_dropped_by_folding_give_a_remark() -> None:
     prepared: Any = simulate(rounded(per_channel=False), X, w=4, a=8)
     assert "0: folding changed its grid; its weight is rounded to nearest" in prepared.remarks()
     assert not prepared.model.get_submodule("0").weight_quantizer.rounded

@@ -1,4 +1,4 @@
-"""A network as a program of torch.export."""
+"""Export as a program of torch.export."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.networks import NO_NORM
 from tests.quantization.export.models import RESIDUAL, Branching, OfDict, calibrated, inputs, network
 
 
-def test_the_program_computes_what_the_simulation_says_without_this_library(tmp_path: Path) -> None:
+def test_the_program_agrees_with_the_simulation_without_this_library(tmp_path: Path) -> None:
     model, x = network(RESIDUAL)
     prepared = simulate(model, x, w=4, a=8)
     data = export_torch(prepared, x)

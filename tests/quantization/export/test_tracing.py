@@ -1,4 +1,4 @@
-"""PyTorch's older tracer: a converted model traces right, in float and quantized."""
+"""PyTorch's older tracer traces a converted model correctly, in float and quantized."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """Figures that pages ask for by a comment, drawn from the committed results when the site is built.
 
-They are SVG inside the page, in the page's own colours, so that they fit its light and its dark form.
+They are SVG inside the page, in the page's own colours, so that they fit its light and its dark form;
+the colours of training are those of :mod:`gradl1_fast._report.palette`.
 """
 
 from __future__ import annotations
@@ -10,12 +11,17 @@ import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from gradl1_fast._report import palette
+
 __all__ = ["FIGURES", "widths"]
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results" / "fashion-mnist.json"
 WIDTHS = (None, 8, 6, 4, 3, 2)
-# Method, how the figure calls it, its class in extra.css.
-LINES = (("plain", "plain training", "plain"), ("gradl1", "with the penalty", "ours"))
+# Method, how the figure calls it, its class in extra.css, its colour.
+LINES = (
+    ("plain", "plain training", "plain", palette.PLAIN),
+    ("gradl1", "with the penalty", "ours", palette.PENALISED),
+)
 
 _LEFT, _TOP, _WIDTH, _HEIGHT = 44, 16, 400, 230
 
@@ -24,7 +30,7 @@ def widths() -> str:
     """Return accuracy against width on Fashion-MNIST: the mean over the seeds, and each seed."""
     rows = json.loads(RESULTS.read_text())
     parts = [_axes()]
-    for place, (method, words, kind) in enumerate(LINES):
+    for place, (method, words, kind, _) in enumerate(LINES):
         seeds = sorted({row["seed"] for row in rows if row["method"] == method})
         found = {(r["seed"], r["w"]): r["top1"] for r in rows if r["method"] == method and r["w"] == r["a"]}
         curves = [[found[seed, width] for width in WIDTHS] for seed in seeds]
@@ -34,10 +40,10 @@ def widths() -> str:
         parts.append(_label(place, words, kind))
     summary = "Test accuracy against bits of weights and activations, with the penalty and without"
     height, width = _TOP + _HEIGHT + 44, _LEFT + _WIDTH + 12
+    colours = "; ".join(f"--{kind}: {colour}" for *_, kind, colour in LINES)
     return (
-        f'<svg class="widths" viewBox="0 0 {width} {height}" role="img" aria-label="{summary}">'
-        + "".join(parts)
-        + "</svg>"
+        f'<svg class="widths" style="{colours}" viewBox="0 0 {width} {height}" role="img" '
+        f'aria-label="{summary}">' + "".join(parts) + "</svg>"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ LINES = {
     "finite difference": palette.GREY,
     "gradl1_fast": palette.PENALISED,
 }
+KINDS = (*palette.OTHERS, palette.GREY)  # types and layouts
 
 
 def save(figure: Any, folder: Path, name: str = "plot") -> None:
@@ -95,7 +97,8 @@ def ops(rows: Sequence[Row]) -> Any:
         found = [(names.index(k[0]), _gain(v)) for k, v in cases.items() if k[1:] == kind]
         found = [(place, gain) for place, gain in found if gain]
         offset = (shift - (len(kinds) - 1) / 2) * 0.16
-        axes.scatter([g for _, g in found], [p + offset for p, _ in found], s=18, label=", ".join(kind))
+        places, gains = [place + offset for place, _ in found], [gain for _, gain in found]
+        axes.scatter(gains, places, s=18, label=", ".join(kind), color=KINDS[shift % len(KINDS)])
     axes.axvline(1, color="#333333", linewidth=0.8, linestyle=":")
     axes.set_xscale("log")
     axes.set_yticks(range(len(names)), names, fontsize=7)
@@ -132,7 +135,9 @@ def scale(rows: Sequence[Row]) -> Any:
 
 
 def _lines(axes: Any, rows: Sequence[Row], metric: str, unit: float) -> None:
+    others = itertools.cycle(palette.OTHERS)
     for name in dict.fromkeys(row["provider"] for row in rows):
+        colour = LINES.get(name) or next(others)
         points = [(row["value"], row[metric] * unit) for row in rows if row["provider"] == name]
-        axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=name, color=LINES.get(name))
+        axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=name, color=colour)
         axes.set_xticks([x for x, _ in points])

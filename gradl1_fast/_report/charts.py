@@ -224,7 +224,8 @@ def bars(
     places = range(len(values))
     axes.barh(places, list(values.values()), color=[colours[name] for name in values], height=0.65)
     for place, (name, value) in enumerate(values.items()):
-        axes.text(value, place, f" {(texts or {}).get(name, '')} ", va="center", fontsize=9)
+        text = (texts or {}).get(name, "")
+        axes.annotate(text, (value, place), (4, 0), textcoords="offset points", va="center", fontsize=9)
     _name_rows(axes, list(values), label)
     axes.locator_params(axis="x", nbins=5)
     if not label:

@@ -161,7 +161,7 @@ def _accuracy(results: Results) -> Section:
 def _cost(speeds: list[Speed]) -> Section:
     figures = []
     for speed in speeds:
-        texts = {kind: f"{speed.median(kind):.1f} ms  {speed.ratio(kind):.1f}×" for kind in speed.times}
+        texts = {kind: f"{speed.median(kind):.1f} ms, {speed.ratio(kind):.1f}×" for kind in speed.times}
         medians = {kind: speed.median(kind) for kind in speed.times}
         figures.append(Chart(charts.bars(medians, _STEP_COLOURS, texts=texts), speed.network))
     tables = [Table((speed.network, "median", "to plain"), speed_rows(speed)) for speed in speeds]

@@ -121,6 +121,6 @@ def cost(results: Results) -> Section:
     seconds = times(results)
     colours = {method: style.colour for method, style in palette.styles(results.methods).items()}
     plain = seconds.get("plain")
-    texts = {m: f"{s:.0f} s" + (f"  {s / plain:.1f}×" if plain else "") for m, s in seconds.items()}
+    texts = {m: f"{s:.0f} s" + (f", {s / plain:.1f}×" if plain else "") for m, s in seconds.items()}
     figures = [Chart(charts.bars(seconds, colours, texts=texts), "Time of an epoch")] if seconds else []
     return Section("Cost", text=[text.COST], charts=figures)

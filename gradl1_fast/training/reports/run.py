@@ -70,8 +70,8 @@ def series(name: str, colour: str, widths: Widths, bits: Sequence[int | None]) -
 
 def _lines(config: Config, widths: Widths) -> Chart:
     bits = [row.w for row in widths.rows]
-    name = config.penalty.method if config.penalty.epochs else "plain"
-    line = series(name, palette.styles([name])[name].colour, widths, bits)
+    name = _method(config)
+    line = series(name, _colour(config), widths, bits)
     return Chart(
         charts.lines([line], list(map(width_name, bits)), "float"),
         "Accuracy over bit widths",
@@ -80,6 +80,14 @@ def _lines(config: Config, widths: Widths) -> Chart:
         "quantization.",
         charts.keys([line]),
     )
+
+
+def _method(config: Config) -> str:
+    return config.penalty.method if config.penalty.epochs else "plain"
+
+
+def _colour(config: Config) -> str:
+    return palette.styles([_method(config)])[_method(config)].colour
 
 
 def _found(config: Config, rows: Rows, widths: Widths) -> list[str]:
@@ -130,7 +138,7 @@ def _losses(config: Config, rows: Rows) -> Section:
     figures = [
         Chart(
             charts.curves(
-                {key: (epochs, [row[key] for row in rows])}, {key: Style(palette.PENALISED)}, ("epoch", label)
+                {key: (epochs, [row[key] for row in rows])}, {key: Style(_colour(config))}, ("epoch", label)
             ),
             title,
         )

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import results
+from bench import plots, results
 from bench.pages import between, of_first_sizes, ratios
 from bench.processes import HERE
 from bench.readme import PROVIDERS, RECOMMENDED
@@ -24,6 +24,11 @@ Row = dict[str, Any]
 PAGE, INDEX = HERE / "docs" / "performance.md", HERE / "docs" / "index.md"
 BEGIN, END = "<!-- costs: written by python -m bench.performance -->", "<!-- end of costs -->"
 RESULTS = HERE / "bench" / "results"
+# What the page on speed shows of each network without unfolding: the first five of these that were measured.
+FIRST = (
+    *("plain", RECOMMENDED, "gradl1_fast", "eager double backprop", "eager double backprop, NCHW"),
+    *("finite difference", "torch.func, jvp of grad"),
+)
 # What the first page shows, in this order, and how it calls it.
 SHORT = {
     "plain": "plain training step",
@@ -48,7 +53,11 @@ CPU_ONLY = """!!! warning "CPU only"
 
 
 def main() -> None:
-    """Rewrite the page and the table."""
+    """Rewrite the page with its charts, and the table."""
+    for folder in _folders():
+        rows = of_first_sizes(results.read(folder / "step"))
+        first = _first(rows)
+        plots.save(plots.step([row for row in rows if row["provider"] in first]), folder / "step", "first")
     PAGE.write_text(page())
     INDEX.write_text(rewritten(INDEX.read_text()))
 
@@ -113,26 +122,43 @@ def _step(rows: Sequence[Row], place: str) -> str:
         ),
     ]
     parts = []
+    first = _first(rows)
     for title, words, cell in tables:
-        parts += [f"\n### {title}\n", words, "A dash was not measured.\n", *_table(rows, cell)]
+        parts += [f"\n### {title}\n", words, "A dash was not measured.\n"]
+        parts += _table(rows, cell, [name for name in PROVIDERS if name in first])
+        folded = _table(rows, cell, [name for name in PROVIDERS if name not in first])
         if "Time" in title:
-            parts.append("\n" + _chart("Time of a step by every provider", f"{place}/step/chart.svg"))
+            parts.append("\n" + _chart("Time of a step by five providers", f"{place}/step/first.svg"))
+            folded += ["", _chart("Time of a step by every provider", f"{place}/step/chart.svg")]
+        parts += _folded("All other providers", folded)
     return "\n".join(parts)
 
 
-def _table(rows: Sequence[Row], cell: Callable[[Row, Row], str]) -> list[str]:
+def _first(rows: Sequence[Row]) -> list[str]:
+    """Return the providers that are shown without unfolding."""
+    measured = {row["provider"] for row in rows if row["ratio_to_plain"] is not None}
+    return [name for name in FIRST if name in measured][:5]
+
+
+def _folded(summary: str, lines: Sequence[str]) -> list[str]:
+    """Return lines of Markdown that a reader unfolds."""
+    opening = f'\n<details markdown="1"><summary>{summary}</summary>\n'
+    return [opening, *lines, "\n</details>"]
+
+
+def _table(rows: Sequence[Row], cell: Callable[[Row, Row], str], providers: Sequence[str]) -> list[str]:
     """Return a table with a line for each provider and a column for each workload."""
     workloads = list(dict.fromkeys((row["operation"], row["size"]) for row in rows))
     found = {(row["provider"], row["operation"], row["size"]): row for row in rows if row["dtype"] != "tf32"}
     names = [f"{TITLES[operation]}<br><small>{size}</small>" for operation, size in workloads]
     lines = ["| | " + " | ".join(names) + " |", "|---" * (len(workloads) + 1) + "|"]
-    for provider, words in PROVIDERS.items():
+    for provider in providers:
         cells = []
         for workload in workloads:
             row, plain = found.get((provider, *workload)), found[("plain", *workload)]
             cells.append(cell(row, plain) if row and row["median_ms"] is not None else "-")
         if any(value != "-" for value in cells):
-            lines.append("| " + " | ".join([words, *cells]) + " |")
+            lines.append("| " + " | ".join([PROVIDERS[provider], *cells]) + " |")
     return lines
 
 

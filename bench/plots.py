@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from bench.workloads import TITLES
-from gradl1_fast import _plots
+from gradl1_fast._report import figures, palette
 
 __all__ = ["ops", "save", "scale", "step"]
 
 Row = dict[str, Any]
 LINES = {
-    "plain": "#64748b",
-    "eager double backprop": "#1d4ed8",
-    "finite difference": "#a3a3a3",
-    "gradl1_fast": "#c2410c",
+    "plain": palette.PLAIN,
+    "eager double backprop": palette.EAGER,
+    "finite difference": palette.GREY,
+    "gradl1_fast": palette.PENALISED,
 }
-OURS, PLAIN, APPROXIMATE, PEER, FLOOR = "#c2410c", "#64748b", "#a3a3a3", "#1d4ed8", "#d4d4d8"
+KINDS = (*palette.OTHERS, palette.GREY)  # types and layouts
 
 
 def save(figure: Any, folder: Path, name: str = "plot") -> None:
     """Write a figure as an SVG file."""
-    (folder / f"{name}.svg").write_text(_plots.svg(figure))
+    (folder / f"{name}.svg").write_text(figures.svg(figure))
 
 
 def step(rows: Sequence[Row]) -> Any:
@@ -35,7 +36,7 @@ def step(rows: Sequence[Row]) -> Any:
     columns = 2 if len(groups) > 1 else 1
     lines = -(-len(groups) // columns)
     tallest = max(len(group) for group in groups.values())
-    figure = _plots.new_figure(7.5 * columns, lines * (0.24 * tallest + 1.1))
+    figure = figures.new_figure(7.5 * columns, lines * (0.24 * tallest + 1.1))
     panels = figure.subplots(lines, columns, squeeze=False).flatten()
     for axes, ((network, size), group) in zip(panels, groups.items(), strict=False):
         _bars(axes, group)
@@ -66,18 +67,18 @@ def _bars(axes: Any, rows: Sequence[Row]) -> None:
     axes.axvline(1, color="#333333", linewidth=0.8, linestyle=":")
     axes.set_xlim(0, max(ends) * 1.12)
     axes.set_xlabel("time of a step, plain step = 1", fontsize=9)
-    _plots.tidy(axes)
+    figures.tidy(axes)
 
 
 def _colour(row: Row) -> str:
     name = row["provider"]
     if name.startswith("floor"):
-        return FLOOR
+        return palette.PALE
     if name.startswith("plain"):
-        return PLAIN
+        return palette.PLAIN
     if row["exact"] is False:
-        return APPROXIMATE
-    return OURS if name.startswith("gradl1_fast") else PEER
+        return palette.GREY
+    return palette.PENALISED if name.startswith("gradl1_fast") else palette.EAGER
 
 
 def ops(rows: Sequence[Row]) -> Any:
@@ -90,13 +91,14 @@ def ops(rows: Sequence[Row]) -> Any:
             cases.setdefault(key, {})[row["provider"]] = row["median_ms"]
     names = list(dict.fromkeys(key[0] for key in cases))
     kinds = list(dict.fromkeys(key[1:] for key in cases))
-    figure = _plots.new_figure(10, 0.34 * len(names) + 1.2)
+    figure = figures.new_figure(10, 0.34 * len(names) + 1.2)
     axes = figure.subplots()
     for shift, kind in enumerate(kinds):
         found = [(names.index(k[0]), _gain(v)) for k, v in cases.items() if k[1:] == kind]
         found = [(place, gain) for place, gain in found if gain]
         offset = (shift - (len(kinds) - 1) / 2) * 0.16
-        axes.scatter([g for _, g in found], [p + offset for p, _ in found], s=18, label=", ".join(kind))
+        places, gains = [place + offset for place, _ in found], [gain for _, gain in found]
+        axes.scatter(gains, places, s=18, label=", ".join(kind), color=KINDS[shift % len(KINDS)])
     axes.axvline(1, color="#333333", linewidth=0.8, linestyle=":")
     axes.set_xscale("log")
     axes.set_yticks(range(len(names)), names, fontsize=7)
@@ -104,7 +106,7 @@ def ops(rows: Sequence[Row]) -> Any:
     axes.set_xlabel("time by plain PyTorch / time by this library's fastest backend (right of 1: faster)")
     axes.legend(fontsize=8, loc="upper right")
     axes.grid(axis="x", which="both", alpha=0.25)
-    _plots.tidy(axes)
+    figures.tidy(axes)
     return figure
 
 
@@ -117,7 +119,7 @@ def _gain(times: dict[str, float]) -> float | None:
 def scale(rows: Sequence[Row]) -> Any:
     """Return time and peak memory over each thing that grows, a line for each provider."""
     factors = list(dict.fromkeys(row["sweep"] for row in rows))
-    figure = _plots.new_figure(3.6 * len(factors), 6)
+    figure = figures.new_figure(3.6 * len(factors), 6)
     panels = figure.subplots(2, len(factors), squeeze=False)
     metrics = (("median_ms", "time of a step, ms", 1.0), ("peak_bytes", "peak of live memory, MB", 1e-6))
     for line, (metric, label, unit) in enumerate(metrics):
@@ -126,14 +128,16 @@ def scale(rows: Sequence[Row]) -> Any:
             _lines(axes, [r for r in rows if r["sweep"] == factor and r[metric] is not None], metric, unit)
             axes.set_xlabel(factor)
             axes.set_ylim(bottom=0)
-            _plots.tidy(axes)
+            figures.tidy(axes)
         panels[line][0].set_ylabel(label)
     panels[0][0].legend(fontsize=8)
     return figure
 
 
 def _lines(axes: Any, rows: Sequence[Row], metric: str, unit: float) -> None:
+    others = itertools.cycle(palette.OTHERS)
     for name in dict.fromkeys(row["provider"] for row in rows):
+        colour = LINES.get(name) or next(others)
         points = [(row["value"], row[metric] * unit) for row in rows if row["provider"] == name]
-        axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=name, color=LINES.get(name))
+        axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=name, color=colour)
         axes.set_xticks([x for x, _ in points])

@@ -40,10 +40,10 @@ PROVIDERS = {
     "gradl1_fast, every=4": "gradl1_fast, every fourth step",
     "finite difference": "finite difference (approximate)",
     "eager double backprop": "double backprop in eager PyTorch",
-    "eager double backprop, NCHW": "the same, NCHW",
-    "double backprop, torch.compile": "the same, torch.compile",
+    "eager double backprop, NCHW": "double backprop in eager PyTorch, NCHW",
+    "double backprop, torch.compile": "double backprop, torch.compile",
     "torch.func, jvp of grad": "torch.func, jvp of grad",
-    "torch.func, jvp of grad, torch.compile": "the same, torch.compile",
+    "torch.func, jvp of grad, torch.compile": "torch.func, jvp of grad, torch.compile",
     "JAX, grad of grad": "JAX, jitted grad of grad",
     "JAX, jvp of grad": "JAX, jitted jvp of grad",
 }

@@ -16,7 +16,7 @@ from typing import Any
 
 from bench.pages import between
 from gradl1_fast import _json
-from gradl1_fast._plots import width_name
+from gradl1_fast._report.figures import width_name
 from gradl1_fast.training.experiment import Results
 from gradl1_fast.training.experiment.results import Spread
 

@@ -1,7 +1,7 @@
 """Figures of the pages and of README, drawn from the committed results.
 
-They are SVG. Inside a page of the site they have the page's own colours, so that they fit its light and its
-dark form; a file of its own, as README shows it, brings both sets of colours.
+They are SVG. Inside a page of the site, text and grid have the page's own colours, so that they fit its light
+and dark form; a file of its own, as README shows it, brings a style that fits both.
 """
 
 from __future__ import annotations
@@ -11,35 +11,30 @@ import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from gradl1_fast._report import palette
+
 __all__ = ["FIGURES", "RESULTS", "standalone", "widths"]
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results" / "accuracy-fashion-mnist-depthwise.json"
 WIDTHS = (None, 8, 6, 4, 3, 2)
-# Method, regime, how the figure calls it, its class in extra.css.
+# Method, regime, how the figure calls it, its classes in extra.css.
 LINES = (
-    ("plain", "per channel", "plain, without data", "plain"),
-    ("gradl1", "per channel", "penalty, without data", "ours"),
+    ("plain", "per channel", "plain, without data", "plain dashed"),
+    ("gradl1", "per channel", "penalty, without data", "ours dashed"),
     ("plain", "calibrated, gptq", "plain, free steps", "free"),
-    ("gradl1", "calibrated, gptq", "penalty, free steps", "both"),
+    ("gradl1", "calibrated, gptq", "penalty, free steps", "ours"),
 )
+COLOURS = {"plain": palette.PLAIN, "free": palette.FREE, "ours": palette.PENALISED}
 # As extra.css has them, for a page without it.
-STYLE = """
-text { fill: #57606a; font: 12px sans-serif; }
-.grid { stroke: #d0d7de; }
-polyline { fill: none; stroke-width: 2.5; }
-line { stroke-width: 2.5; }
-line.grid { stroke-width: 1; }
-.plain { stroke: #6b7280; } circle.plain { fill: #6b7280; }
-.free { stroke: #0072b2; } circle.free { fill: #0072b2; }
-.ours { stroke: #d55e00; } circle.ours { fill: #d55e00; }
-.both { stroke: #009e73; } circle.both { fill: #009e73; }
-.seed { opacity: .35; stroke-width: 1; }
-@media (prefers-color-scheme: dark) {
-  text { fill: #9da7b3; } .grid { stroke: #30363d; }
-  .plain { stroke: #9ca3af; } circle.plain { fill: #9ca3af; }
-  .free { stroke: #56b4e9; } circle.free { fill: #56b4e9; }
-}
-"""
+STYLE = "\n".join(
+    [
+        "text { fill: #6e7781; font: 12px sans-serif; }",
+        "polyline { fill: none; stroke-width: 2.5; } line { stroke-width: 2.5; }",
+        "line.grid { stroke: #8a94a0; stroke-opacity: .35; stroke-width: 1; }",
+        *(f".{kind} {{ stroke: {c}; }} circle.{kind} {{ fill: {c}; }}" for kind, c in COLOURS.items()),
+        "polyline.dashed, line.dashed { stroke-dasharray: 6 4; } .seed { opacity: .35; stroke-width: 1; }",
+    ]
+)
 
 _LEFT, _TOP, _WIDTH, _HEIGHT = 44, 16, 400, 230
 
@@ -61,15 +56,15 @@ def widths() -> str:
         "Test accuracy over bits of weights and activations: plain training, free steps, and the penalty"
     )
     height, width = _TOP + _HEIGHT + 44, _LEFT + _WIDTH + 12
+    colours = "; ".join(f"--{kind}: {colour}" for kind, colour in COLOURS.items())
     return (
-        f'<svg class="widths" viewBox="0 0 {width} {height}" role="img" aria-label="{summary}">'
-        + "".join(parts)
-        + "</svg>"
+        f'<svg class="widths" style="{colours}" viewBox="0 0 {width} {height}" role="img" '
+        f'aria-label="{summary}">' + "".join(parts) + "</svg>"
     )
 
 
 def standalone() -> str:
-    """Return the same figure as a file that brings its colours, light and dark."""
+    """Return the same figure as a file that brings its colours."""
     opening, rest = widths().split(">", 1)
     return f'{opening} xmlns="http://www.w3.org/2000/svg"><style>{STYLE}</style>{rest}\n'
 

@@ -18,14 +18,12 @@ FLOORS = [
         "_checks",
         "_dtypes",
         "_files",
-        "_html",
         "_json",
         "_masks",
-        "_plots",
         "_progress",
         "_version",
     },
-    {"_environment"},
+    {"_environment", "_report"},
     {"backends"},
     {"ops"},
     {"functional"},
@@ -49,7 +47,7 @@ BACKENDS_NAMED_IN_OPS = {
 
 # Optional at run time; importing the package must need none of them.
 OPTIONAL = (
-    "typer", "rich", "matplotlib", "sklearn", "numpy", "onnx", "safetensors", "triton", "pybind11",
+    "typer", "rich", "matplotlib", "jinja2", "sklearn", "numpy", "onnx", "safetensors", "triton", "pybind11",
     "lightning",
 )  # fmt: skip
 

@@ -13,9 +13,11 @@ import torch
 from torch import nn
 
 import gradl1_fast as gl
+from gradl1_fast._report.page import Report, render
 from gradl1_fast.quantization import export
 
 NEEDS: dict[str, tuple[str, str, Callable[[nn.Module, Path], object]]] = {
+    "reports": ("jinja2", "cli", lambda model, path: render(Report("", "", [], [], [], ""))),
     "plots": ("matplotlib.figure", "cli", lambda model, path: gl.Table([]).plot(path)),
     "ranges": ("safetensors", "export", gl.save_ranges),
     "any-bit files": ("safetensors.torch", "export", gl.save_any_bit),
@@ -36,7 +38,7 @@ def test_missing_packages_are_named(feature: str, tmp_path: Path, monkeypatch: p
 
 # Tests that need one of these are skipped without it.
 EXTRAS = (
-    *("PIL", "expecttest", "hypothesis", "jax", "lightning", "matplotlib", "onnx", "onnxruntime"),
+    *("PIL", "expecttest", "hypothesis", "jax", "jinja2", "lightning", "matplotlib", "onnx", "onnxruntime"),
     "onnxscript",
     *("pybind11", "rich", "safetensors", "sklearn", "tensorboard", "triton", "typer"),
 )

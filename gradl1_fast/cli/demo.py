@@ -8,11 +8,12 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from gradl1_fast._report.page import prepare
 from gradl1_fast.cli._console import fail, table
 from gradl1_fast.cli._stages import stages
 from gradl1_fast.cli.app import app
 from gradl1_fast.training.demo import demo as demos
-from gradl1_fast.training.demo import report
+from gradl1_fast.training.reports import demo as report
 
 __all__ = ["demo"]
 
@@ -37,7 +38,7 @@ def demo(
     settings = _quick(seeds) if quick else demos.Settings(seeds=seeds)
     console = Console()
     try:
-        report.prepare(out)
+        prepare(out)
         with stages() as stage:
             results = demos.run(settings, stage)
         page, numbers = report.write(results, out)

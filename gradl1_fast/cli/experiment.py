@@ -8,16 +8,17 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from gradl1_fast._report.page import prepare, write
 from gradl1_fast.cli._console import fail, table
 from gradl1_fast.cli._stages import stages
 from gradl1_fast.cli.app import app
 from gradl1_fast.training import experiment as experiments
-from gradl1_fast.training.demo.report import prepare
-from gradl1_fast.training.experiment import report as reports
 from gradl1_fast.training.experiment.experiment import DEFAULT_REGIMES
 from gradl1_fast.training.experiment.methods import at, text_of
 from gradl1_fast.training.loop.trainer import TrainingError
 from gradl1_fast.training.models import INITIALISERS
+from gradl1_fast.training.reports import experiment_tables as tables
+from gradl1_fast.training.reports.experiment import report
 
 __all__ = ["experiment"]
 
@@ -95,7 +96,7 @@ def experiment(
                 lambda so_far: so_far.write_rows(rows),
             )
         results.write_rows(rows)
-        reports.write(results, out / "report.html")
+        write(out / "report.html", report(results))
     except OSError as error:
         fail(
             f"{error.filename or out}: {error.strerror or error}. Choose other places with --out and --json."
@@ -104,12 +105,12 @@ def experiment(
         fail(str(error))
     console = Console()
     console.print(
-        "", table("Test accuracy in %: (weight bits, activation bits)", *reports.accuracy_table(results))
+        "", table("Test accuracy in %: (weight bits, activation bits)", *tables.accuracy_table(results))
     )
-    own = reports.own_table(results)
+    own = tables.own_table(results)
     if own[1]:
         console.print(table("With the method's own quantizer, in %", *own))
-    for line in reports.verdict(results):
+    for line in tables.verdict(results):
         console.print(f"- {line}", highlight=False, markup=False)
     console.print(f"\nReport: [bold]{out / 'report.html'}[/bold]\nRows: {rows}", soft_wrap=True)
 

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from gradl1_fast._plots import width_name
+from gradl1_fast._report.figures import width_name
 from gradl1_fast.cli._console import fail, pairs, table
 from gradl1_fast.cli.app import app
 from gradl1_fast.quantization.export import FORMATS, Agreement, Format, agreement

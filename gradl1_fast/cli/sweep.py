@@ -8,13 +8,14 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from gradl1_fast._plots import new_figure, width_name
+from gradl1_fast._report.figures import width_name
+from gradl1_fast._report.page import check_packages, write
 from gradl1_fast.cli._console import fail, table
 from gradl1_fast.cli.app import app
 from gradl1_fast.quantization.ranges.choice import NAMES
+from gradl1_fast.training.reports import sweep as sweep_report
 from gradl1_fast.training.runs import folder as runs
 from gradl1_fast.training.runs import sweep as sweeps
-from gradl1_fast.training.runs import sweep_report
 
 __all__ = ["sweep"]
 
@@ -75,7 +76,7 @@ def sweep(
     """  # fmt: skip
     console = Console()
     try:
-        new_figure(1, 1)  # fail before the work if matplotlib is missing
+        check_packages()
         settings = sweeps.Settings(
             bits=_bits(bits),
             alone=alone,
@@ -89,7 +90,8 @@ def sweep(
         run = runs.load(folder)
         results = sweeps.run(run.model, run.data, settings)
         path = out or folder / "sweep.html"
-        sweep_report.write(path, f"{run.config.model.name} on {run.config.data.name}", results)
+        title = f"{run.config.model.name} on {run.config.data.name}, at every width"
+        write(path, sweep_report.report(title, results))
     except OSError as error:
         fail(f"{error.filename or folder}: {error.strerror or error}")
     except (ValueError, TypeError, ImportError) as error:

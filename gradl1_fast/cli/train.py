@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from gradl1_fast._plots import width_name
+from gradl1_fast._report.figures import width_name
 from gradl1_fast.cli._console import fail, table
 from gradl1_fast.cli.app import app
 from gradl1_fast.quantization import Table

@@ -12,8 +12,9 @@ from typing import Any
 from torch import nn
 
 from gradl1_fast import _checks as check
-from gradl1_fast._plots import new_figure, save, tidy
 from gradl1_fast._progress import track
+from gradl1_fast._report import palette
+from gradl1_fast._report.figures import new_figure, save, tidy
 from gradl1_fast.quantization._modes import Forward
 from gradl1_fast.quantization.bits import INPUT_BITS, bits, check_width, set_bits, widths_of
 from gradl1_fast.quantization.costs import Costs, costs
@@ -111,12 +112,13 @@ class Plan:
         axes.plot([p.cost for p in front], [p.value for p in front], color="0.7", zorder=0)
         for uniform, label in ((False, "mixed"), (True, "one width for all")):
             shown = [p for p in self.points if p.uniform is uniform]
-            axes.scatter([p.cost for p in shown], [p.value for p in shown], label=label)
+            colour = palette.OTHERS[2 if uniform else 0]
+            axes.scatter([p.cost for p in shown], [p.value for p in shown], color=colour, label=label)
         axes.axvline(self.budget, color="black", linestyle=":", label="budget")
         axes.axhline(self.float_value, color="black", linewidth=0.8, label="float")
         axes.set_xlabel(self.unit)
         axes.set_title(title, fontsize=11)
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=8, frameon=False)
         tidy(axes)
         return figure
 

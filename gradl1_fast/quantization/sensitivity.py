@@ -11,8 +11,9 @@ from typing import Any
 from torch import nn
 
 from gradl1_fast import _checks as check
-from gradl1_fast._plots import new_figure, save, tidy
 from gradl1_fast._progress import track
+from gradl1_fast._report import palette
+from gradl1_fast._report.figures import new_figure, save, tidy
 from gradl1_fast.nn.sites import named_layers, named_quantizers
 from gradl1_fast.quantization.bits import INPUT_BITS, bits, check_width, width_at
 
@@ -90,7 +91,8 @@ class Sensitivity:
             shown = [row for row in self.rows if row.bits == width]
             positions = [names.index((r.kind, r.name)) + (i + 0.5) / (len(widths) + 1) for r in shown]
             changes = [r.value - self.float_value for r in shown]
-            axes.barh(positions, changes, 0.9 / (len(widths) + 1), label=f"{width} bits")
+            colour = palette.OTHERS[i % len(palette.OTHERS)]
+            axes.barh(positions, changes, 0.9 / (len(widths) + 1), color=colour, label=f"{width} bits")
         axes.axvline(0, color="black", linewidth=0.8)
         labels = [f"{name} ({'weight' if kind == 'w' else 'activation'})" for kind, name in names]
         axes.set_yticks(
@@ -99,7 +101,7 @@ class Sensitivity:
         axes.set_ylim(len(names), 0)
         axes.set_xlabel("change from float, this tensor alone quantized")
         axes.set_title(title, fontsize=11)
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=8, frameon=False)
         tidy(axes)
         return figure
 

@@ -15,8 +15,8 @@ from torch import nn
 
 from gradl1_fast import _checks as check
 from gradl1_fast import _json
-from gradl1_fast._plots import heat_map, new_figure, save, width_name
 from gradl1_fast._progress import track
+from gradl1_fast._report.figures import heat_map, new_figure, save, width_name
 from gradl1_fast.quantization._modes import lasting, moved
 from gradl1_fast.quantization.bits import INPUT_BITS, bits, check_width
 from gradl1_fast.quantization.freshness import warn_if_stale

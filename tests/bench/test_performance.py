@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -13,6 +14,20 @@ from bench import performance, results
 
 def test_the_page_is_up_to_date() -> None:
     assert performance.PAGE.read_text() == performance.page(), "run python -m bench.performance"
+
+
+def test_each_table_shows_five_providers_and_folds_the_rest() -> None:
+    for part in performance.page().split("### ")[1:]:
+        if "plain training step" in part:
+            shown, _, folded = part.partition("<details")
+            assert shown.count("\n| ") == 1 + 5  # with the header
+            assert "\n| JAX" in folded or "\n| finite" in folded
+
+
+def test_the_charts_of_the_page_are_there() -> None:
+    links = re.findall(r"\]\(\.\./([^)]+\.svg)\)", performance.page())
+    assert len(links) > 4
+    assert all((performance.HERE / link).is_file() for link in links)
 
 
 def test_the_first_page_is_up_to_date() -> None:

@@ -12,6 +12,8 @@ from tests.pages.blocks import ROOT
 pytest.importorskip("mkdocs", reason="mkdocs is not installed: pip install '.[docs]'")
 pytest.importorskip("ziamath")
 
+from mkdocs.config import load_config
+
 from docs_site import figures, formulas, hooks
 
 
@@ -38,6 +40,14 @@ def test_links_in_the_repository_are_mapped_to_the_site(place: str, link: str, w
 def test_files_outside_docs_that_pages_need_are_there() -> None:
     assert all((ROOT / path).is_file() for path in hooks.OUTSIDE)
     assert list((ROOT / hooks.CHARTS).glob("*/*/*.svg"))
+
+
+def test_the_search_needs_no_server_and_loads_nothing_from_elsewhere() -> None:
+    config = load_config(str(ROOT / "mkdocs.yml"))
+    assert "material/offline" in config.plugins
+    scripts = config.extra["polyfills"]
+    assert len(scripts) == 1
+    assert "class" in (ROOT / "docs" / scripts[0]).read_text()
 
 
 def test_formulas_become_images_that_keep_their_source() -> None:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from gradl1_fast import _files, _json
 from gradl1_fast.training.experiment.distributions import Distribution
 from gradl1_fast.training.experiment.measurements import Alone, Change, Norms
+from gradl1_fast.training.experiment.methods import at, initialiser_of
 from gradl1_fast.training.experiment.regimes import OWN
 from gradl1_fast.training.experiment.session import Epoch
 from gradl1_fast.training.toml import SettingsError, from_dict
@@ -188,6 +189,20 @@ class Results:
         """Return the accuracies of a method in one regime at one width."""
         rows = [row for run in self.of(method) for row in run.rows if row.regime == regime]
         return Spread(tuple(row.top1 for row in rows if (row.w, row.a) == (w, a)))
+
+    def baseline(self, method: str) -> str | None:
+        """Return plain training with the initialiser of a method; None if it has no run, or for itself."""
+        plain = at("plain", initialiser_of(method))
+        return plain if plain in self.methods and plain != method else None
+
+    def gain(self, method: str, regime: str, w: int | None, a: int | None) -> Spread:
+        """Return the difference to plain training with the same seed, for the seeds that both have."""
+        first, second = (self._by_seed(name, regime, w, a) for name in (method, self.baseline(method)))
+        return Spread(tuple(first[seed] - second[seed] for seed in first if seed in second))
+
+    def _by_seed(self, method: str | None, regime: str, w: int | None, a: int | None) -> dict[int, float]:
+        rows = [row for run in self.runs if run.method == method for row in run.rows]
+        return {row.seed: row.top1 for row in rows if (row.regime, row.w, row.a) == (regime, w, a)}
 
     @property
     def rows(self) -> list[Row]:

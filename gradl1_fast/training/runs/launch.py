@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from gradl1_fast._report import page
 from gradl1_fast.quantization import Table, calibrate, sweep
 from gradl1_fast.training import data
 from gradl1_fast.training.config import Config
@@ -20,8 +21,8 @@ from gradl1_fast.training.loop.norms import step_norms
 from gradl1_fast.training.loop.ranks import Ranks, is_first, ranks
 from gradl1_fast.training.loop.simple import accuracy
 from gradl1_fast.training.loop.trainer import Trainer
+from gradl1_fast.training.reports.run import report
 from gradl1_fast.training.runs import checkpoints, rehearsal
-from gradl1_fast.training.runs import report as run_report
 from gradl1_fast.training.runs.folder import Folder, RunError, network
 from gradl1_fast.training.runs.recorder import Recorder
 from gradl1_fast.training.runs.weights_file import require_safetensors
@@ -122,7 +123,7 @@ def rehearse(config: Config, folder: Path, *, resume: bool = False, device: str 
 def _prepared(config: Config, folder: Path, resume: bool, device: str | None) -> Iterator[_Prepared]:
     """Do all that comes before the first step and writes nothing."""
     require_safetensors()
-    run_report.require_matplotlib()
+    page.check_packages()
     run = Folder(folder)
     if is_first():  # another rank may come when the first one has begun to write
         _check_folder(run, resume)
@@ -210,7 +211,7 @@ def _finish(run: Folder, trainer: Trainer, images: Dataset, recorder: Recorder) 
     table = sweep(
         model, lambda quantized: accuracy(quantized, images.test), [(b, b) for b in BITS], progress=False
     )
-    run_report.write(run, trainer.config, recorder.rows, table)
+    page.write(run.report, report(trainer.config, recorder.rows, table))
     recorder.log(f"finished: {run.weights.name}, {run.ranges.name}, {run.report.name}")
     return table
 

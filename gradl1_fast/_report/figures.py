@@ -1,17 +1,29 @@
-"""Figures: how each begins, the heat map over widths, and what a picture is written as. Needs matplotlib."""
+"""Figures of matplotlib: how each begins, the heat map of a table, and how a figure is written."""
 
 from __future__ import annotations
 
 import io
 import os
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from gradl1_fast._extras import install
 
-__all__ = ["heat_map", "new_figure", "save", "svg", "tidy", "width_name"]
+__all__ = ["GRID", "INK", "heat_map", "inline", "new_figure", "save", "svg", "tidy", "width_name"]
 
 Width = tuple[int | None, int | None]
+
+# Inside a page these two become the page's colours of text and of lines, in its light and dark form.
+INK, GRID = "#000000", "#e3e6ea"
+_IN_A_PAGE = {INK: "currentColor", GRID: "var(--line)"}
+# Identifiers that are the same in every figure, fonts, and styles that would reach beyond the figure.
+_NOT_IN_A_PAGE = (
+    re.compile(r"<style.*?</style>", re.DOTALL),
+    re.compile(r"<metadata>.*?</metadata>", re.DOTALL),
+    re.compile(r'(?<=<g) id="[^"]*"'),
+    re.compile(r" font-family: [^;\"]*;"),
+)
 
 
 def new_figure(width: float, height: float) -> Any:
@@ -78,12 +90,30 @@ def save(figure: Any, path: str | os.PathLike[str]) -> None:
     figure.savefig(path, dpi=150)
 
 
-def svg(figure: Any) -> str:
-    """Return a figure as the text of an SVG element."""
+def svg(figure: Any, **options: Any) -> str:
+    """Return a figure as the text of an SVG element; ``options`` are those of ``savefig``."""
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    figure.savefig(buffer, format="svg", metadata={"Date": None}, **options)
     text = buffer.getvalue()
     return text[text.index("<svg") :]
+
+
+def inline(figure: Any, name: str) -> str:
+    """Return a figure as an SVG element for a page: transparent, in the page's font and colours.
+
+    Args:
+        figure: drawn with :data:`INK` and :data:`GRID`.
+        name: of the figure, unique in the page: identifiers inside the element derive from it.
+    """
+    import matplotlib
+
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        text = svg(figure, transparent=True)
+    for pattern in _NOT_IN_A_PAGE:
+        text = pattern.sub("", text)
+    for colour, own in _IN_A_PAGE.items():
+        text = text.replace(colour, own)
+    return text
 
 
 def _order(bits: int | None) -> float:

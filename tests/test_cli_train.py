@@ -4,9 +4,11 @@ import csv
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
@@ -17,7 +19,7 @@ from typer.testing import CliRunner
 import gradl1_fast as gl
 from gradl1_fast.cli import app
 from gradl1_fast.training import config
-from gradl1_fast.training.config import Config
+from gradl1_fast.training.config import Config, Penalty, Training
 from gradl1_fast.training.runs import folder as runs
 
 WIDE = {"COLUMNS": "160", "TERM": "dumb", "NO_COLOR": "1"}
@@ -120,9 +122,58 @@ def test_one_that_is_stopped_says_how_to_go_on_where_it_can(tmp_path, monkeypatc
         raise KeyboardInterrupt
 
     monkeypatch.setattr("gradl1_fast.training.runs.launch.launch", stopped)
-    output = refused("--out", tmp_path)
-    assert "stopped" in output
-    assert (f"--resume {tmp_path}" in output) == begun
+    folder = tmp_path / "my run"
+    folder.mkdir()
+    result = gradl1("train", "--out", folder)
+    assert result.exit_code == 130
+    assert "stopped" in result.output
+    assert (f"resume with: gradl1 train --resume '{folder}'" in result.output) == begun
+
+
+def test_ctrl_c_writes_a_checkpoint_and_exits_with_130(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "gradl1_fast",
+        "train",
+        *QUICK,
+        "--epochs",
+        "500",
+        "--out",
+        str(tmp_path),
+    ]
+    environment = {**os.environ, **WIDE, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        first = process.stderr.readline()
+        process.send_signal(signal.SIGINT)
+        rest = process.stderr.read()
+    assert first.startswith("epoch 1 of 500: loss ")
+    assert process.returncode == 130
+    stopped = re.search(
+        r"^stopped after (\d+) steps, in epoch \d+ of 500; the checkpoint is written$", rest, re.M
+    )
+    assert rest.endswith(f"gradl1: stopped; resume with: gradl1 train --resume {tmp_path}\n")
+    assert [path.name for path in (tmp_path / "checkpoint").iterdir()] == [f"step-{int(stopped[1]):012}"]
+
+
+def test_without_a_terminal_there_is_one_line_an_epoch(tmp_path):
+    result = gradl1("train", *QUICK, "--out", tmp_path / "run")
+    lines = [line.split(":")[0] for line in result.stderr.splitlines()]
+    assert lines == ["epoch 1 of 2", "epoch 2 of 2", "finished"]
+
+
+def test_on_a_terminal_there_is_a_bar_with_the_epoch_and_the_time_left(tmp_path, terminal):
+    from gradl1_fast.cli.train import _bar
+
+    shown = terminal()
+    trainer = SimpleNamespace(epoch=2, steps=10, steps_done=25)
+    with _bar(Config(training=Training(7), penalty=Penalty(epochs=0))) as (on_step, say):
+        on_step(trainer)
+        say("a line [of] the log")
+    assert "epoch 3 of 7" in shown.getvalue()
+    assert "25/70" in shown.getvalue()
+    assert "left:" in shown.getvalue()
+    assert "a line [of] the log" in shown.getvalue()
 
 
 def test_a_damaged_configuration_is_named(tmp_path):

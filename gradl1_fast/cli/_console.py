@@ -1,4 +1,4 @@
-"""What every subcommand prints with: tables, and the one way to fail."""
+"""Tables and error messages, as every subcommand prints them."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def table(
     return made
 
 
-def fail(message: str) -> NoReturn:
-    """Say on standard error what was wrong, and end with exit code 1."""
+def fail(message: str, status: int = 1) -> NoReturn:
+    """Print an error message on standard error and exit with a status."""
     text = f"[red]gradl1:[/red] {escape(message)}"  # a message may hold brackets, as in '.[cli]'
     Console(stderr=True).print(text, highlight=False, soft_wrap=True)
-    raise typer.Exit(1)
+    raise typer.Exit(status)

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 
+import msgspec
 import pytest
 import torch
 from torch import nn
@@ -35,7 +36,7 @@ def configured(*args):
     with patch("gradl1_fast.training.runs.launch.rehearse"):
         result = gradl1("train", "--dry-run", *args)
     assert result.exit_code == 0, result.output
-    return config.toml.from_dict(Config, config.toml._parser().loads(result.stdout), "printed")
+    return config.toml.from_dict(Config, msgspec.toml.decode(result.stdout), "printed")
 
 
 def refused(*args):
@@ -343,9 +344,9 @@ def test_a_dry_run_of_a_resumption_reads_the_checkpoint(finished, tmp_path):
     shutil.copytree(finished[0], folder)
     result = gradl1("train", "--dry-run", "--resume", folder, "--device", "cpu")
     assert result.exit_code == 0, result.output
-    state = next((folder / "checkpoint").glob("step-*/state.pt"))
+    state = next((folder / "checkpoint").glob("step-*/state.json"))
     state.write_bytes(state.read_bytes()[:1000])
-    assert "state.pt: truncated or corrupt checkpoint" in refused(
+    assert "state.json: truncated or corrupt JSON file" in refused(
         "--dry-run", "--resume", folder, "--device", "cpu"
     )
 

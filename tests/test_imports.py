@@ -25,7 +25,7 @@ FLOORS = [
         "_progress",
         "_version",
     },
-    {"_environment"},
+    {"_environment", "_safetensors"},
     {"backends"},
     {"ops"},
     {"functional"},
@@ -50,7 +50,7 @@ BACKENDS_NAMED_IN_OPS = {
 # Optional at run time; importing the package must need none of them.
 OPTIONAL = (
     "typer", "rich", "matplotlib", "sklearn", "numpy", "onnx", "safetensors", "triton", "pybind11",
-    "lightning",
+    "lightning", "msgspec", "tomli_w",
 )  # fmt: skip
 
 

@@ -38,7 +38,7 @@ def test_what_is_missing_is_named(feature: str, tmp_path: Path, monkeypatch: pyt
 EXTRAS = (
     *("PIL", "expecttest", "hypothesis", "jax", "lightning", "matplotlib", "onnx", "onnxruntime"),
     "onnxscript",
-    *("pybind11", "rich", "safetensors", "sklearn", "tensorboard", "triton", "typer"),
+    *("msgspec", "pybind11", "rich", "safetensors", "sklearn", "tensorboard", "tomli_w", "triton", "typer"),
 )
 
 

@@ -1,9 +1,8 @@
-"""``gradl1 bench``: time and memory of operations and training steps, by this library and its peers."""
+"""``python -m bench``, or ``gradl1 bench``: time and memory of operations and training steps."""
 
 from __future__ import annotations
 
 import importlib
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType
@@ -13,14 +12,17 @@ import typer
 from rich.console import Console
 
 from gradl1_fast.cli._console import fail, table
-from gradl1_fast.cli.app import app
 
-__all__ = ["bench"]
+__all__ = ["app"]
 
 Rows = list[dict[str, Any]]
 
-bench = typer.Typer(
+app = typer.Typer(
     invoke_without_command=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     help=(
         "Measure operations, training steps and how they grow, by this library and its peers.\n\n"
         "Without a subcommand: all three, which takes about half an hour on two CPU cores, most of it "
@@ -29,7 +31,6 @@ bench = typer.Typer(
     ),
     epilog="Example: gradl1 bench step --smoke",
 )
-app.add_typer(bench, name="bench")
 
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 Rounds = Annotated[int, typer.Option(min=2, help="Timed repetitions per provider; providers take turns.")]
@@ -46,7 +47,7 @@ Out = Annotated[
 ]
 
 
-@bench.callback()
+@app.callback()
 def _all(context: typer.Context) -> None:
     if context.invoked_subcommand is None:
         step()
@@ -54,7 +55,7 @@ def _all(context: typer.Context) -> None:
         scale()
 
 
-@bench.command(epilog="Example: gradl1 bench step --smoke --json rows.json")
+@app.command(epilog="Example: gradl1 bench step --smoke --json rows.json")
 def step(
     smoke: Smoke = False,
     json: Json = None,
@@ -85,7 +86,7 @@ def step(
     _say_where(folder, "step")
 
 
-@bench.command(epilog="Example: gradl1 bench ops --device cuda")
+@app.command(epilog="Example: gradl1 bench ops --device cuda")
 def ops(
     smoke: Smoke = False, json: Json = None, out: Out = None, device: Device = "cpu", rounds: Rounds = 15
 ) -> None:
@@ -106,7 +107,7 @@ def ops(
     _say_where(folder, "ops")
 
 
-@bench.command(epilog="Example: gradl1 bench scale --rounds 5")
+@app.command(epilog="Example: gradl1 bench scale --rounds 5")
 def scale(
     smoke: Smoke = False, json: Json = None, out: Out = None, device: Device = "cpu", rounds: Rounds = 7
 ) -> None:
@@ -122,7 +123,7 @@ def scale(
     _say_where(folder, "scale")
 
 
-@bench.command(epilog="Example: gradl1 bench compare HEAD~1")
+@app.command(epilog="Example: gradl1 bench compare HEAD~1")
 def compare(
     base: Annotated[str, typer.Argument(help="A git revision.")],
     smoke: Smoke = False,
@@ -142,13 +143,7 @@ def compare(
 
 
 def _module(name: str) -> ModuleType:
-    """Import a module of the checkout's benchmarks, which are no part of the installed package."""
-    places = (Path(__file__).parents[2], Path.cwd())
-    root = next((place for place in places if (place / "bench" / "providers.py").is_file()), None)
-    if root is None:
-        fail("gradl1 bench runs in a checkout of the project, installed by pip install -e '.[cli,bench]'")
-    if str(root) not in sys.path:
-        sys.path.insert(0, str(root))
+    """Import a module of the benchmarks when it is needed: ``--help`` needs none."""
     try:
         return importlib.import_module(f"bench.{name}")
     except ImportError as error:
@@ -202,3 +197,7 @@ def _write(family: str, rows: Rows, device: str, folder: Path | None, json: Path
             _module("plots").save(plots(rows), folder / family)
     except (OSError, ImportError) as error:
         fail(f"cannot write the results: {error}")
+
+
+if __name__ == "__main__":
+    app(prog_name="gradl1 bench")

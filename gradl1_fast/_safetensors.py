@@ -202,7 +202,7 @@ class TensorFile:
         tensor = torch.frombuffer(data, dtype=entry.dtype) if data else torch.empty(0, dtype=entry.dtype)
         if finite and not tensor.isfinite().all():
             raise self.error(key, "must be finite", "NaN or infinity")
-        return tensor.reshape(entry.shape)
+        return tensor.reshape(entry.shape).clone()  # a view would keep the flat tensor as well
 
     def was_read(self, key: str) -> bool:
         """Return whether a tensor was read before."""

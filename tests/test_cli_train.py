@@ -144,7 +144,13 @@ def test_ctrl_c_writes_a_checkpoint_and_exits_with_130(tmp_path):
         str(tmp_path),
     ]
     environment = {**os.environ, **WIDE, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+
+    def receive_signals():
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it
+
+    with subprocess.Popen(
+        command, env=environment, stderr=subprocess.PIPE, text=True, preexec_fn=receive_signals
+    ) as process:
         first = process.stderr.readline()
         process.send_signal(signal.SIGINT)
         rest = process.stderr.read()

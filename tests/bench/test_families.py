@@ -161,19 +161,20 @@ def test_outside_a_checkout_one_sentence_says_so(tmp_path: Path) -> None:
 
 
 def test_the_command_runs_the_benchmarks_of_the_checkout_from_any_folder(tmp_path: Path) -> None:
-    (tmp_path / "bench").mkdir()
-    (tmp_path / "bench" / "__init__.py").write_text("raise SystemExit('another package of this name')")
+    if sys.version_info >= (3, 11):  # earlier the folder comes first, whatever the environment says
+        (tmp_path / "bench.py").write_text("raise SystemExit('another module of this name')")
     code = f"import sys; sys.path.append({str(HERE)!r}); from gradl1_fast.__main__ import main; main()"
-    environment = {**os.environ, "PYTHONSAFEPATH": "1", "COLUMNS": "100", "NO_COLOR": "1"}
-    shown, refused = (
-        subprocess.run(
-            [sys.executable, "-c", code, "bench", *arguments],
-            **{"capture_output": True, "text": True, "check": False, "cwd": tmp_path, "env": environment},
-        )
-        for arguments in (["step", "--help"], ["step", "--network", "lenet"])
+    unset = ("PYTHONSAFEPATH", "PYTHONPATH")
+    environment = {key: value for key, value in os.environ.items() if key not in unset}
+    refused = subprocess.run(
+        [sys.executable, "-c", code, "bench", "step", "--network", "lenet"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+        env=environment,
     )
-    assert (shown.returncode, refused.returncode) == (0, 1), shown.stderr
-    assert "Usage: gradl1 bench step [OPTIONS]" in shown.stdout
+    assert refused.returncode == 1
     assert "--network: one of" in refused.stderr
 
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+import io
+import sys
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -60,3 +62,21 @@ def trace_autograd() -> Iterator[None]:
         torch._dynamo.reset()
         yield
         torch._dynamo.reset()
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Terminal]:
+    """Return what puts a terminal in the place of standard error, which pytest sets anew for the test."""
+
+    def put() -> Terminal:
+        made = Terminal()
+        monkeypatch.setattr(sys, "stderr", made)
+        return made
+
+    monkeypatch.setenv("TERM", "xterm")
+    return put

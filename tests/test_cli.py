@@ -35,6 +35,13 @@ def test_help_of_the_demo_says_how_long_it_takes():
     assert "minutes" in gradl1("demo", "--help").output
 
 
+@pytest.mark.parametrize(("seeds", "text"), [(1, "about one minute"), (5, "about 2 minutes")])
+def test_the_demo_says_how_long_it_takes_with_more_pairs(seeds, text):
+    from gradl1_fast.cli.demo import _duration
+
+    assert _duration(seeds) == text
+
+
 def test_version():
     assert gradl1("--version").output.strip() == f"gradl1-fast {__version__}"
 
@@ -93,6 +100,9 @@ def test_info_refuses_an_unknown_backend_in_one_sentence():
 def test_the_demo_prints_its_tables_and_writes_its_files(tmp_path):
     result = gradl1("demo", "--quick", "--seeds", "1", "--out", str(tmp_path / "new" / "folder"))
     assert result.exit_code == 0, result.output
+    assert result.stderr.startswith(
+        "Training one pair of networks and timing steps: a few seconds on an idle"
+    )
     assert "Test accuracy" in result.output
     assert "eager double backprop" in result.output
     page = (tmp_path / "new" / "folder" / "report.html").read_text()

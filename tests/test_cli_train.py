@@ -4,11 +4,14 @@ import csv
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
+import msgspec
 import pytest
 import torch
 from torch import nn
@@ -17,7 +20,7 @@ from typer.testing import CliRunner
 import gradl1_fast as gl
 from gradl1_fast.cli import app
 from gradl1_fast.training import config
-from gradl1_fast.training.config import Config
+from gradl1_fast.training.config import Config, Penalty, Training
 from gradl1_fast.training.runs import folder as runs
 
 WIDE = {"COLUMNS": "160", "TERM": "dumb", "NO_COLOR": "1"}
@@ -33,7 +36,7 @@ def configured(*args):
     with patch("gradl1_fast.training.runs.launch.rehearse"):
         result = gradl1("train", "--dry-run", *args)
     assert result.exit_code == 0, result.output
-    return config.toml.from_dict(Config, config.toml._parser().loads(result.stdout), "printed")
+    return config.toml.from_dict(Config, msgspec.toml.decode(result.stdout), "printed")
 
 
 def refused(*args):
@@ -120,9 +123,64 @@ def test_a_stopped_run_says_how_to_resume_if_possible(tmp_path, monkeypatch, beg
         raise KeyboardInterrupt
 
     monkeypatch.setattr("gradl1_fast.training.runs.launch.launch", stopped)
-    output = refused("--out", tmp_path)
-    assert "stopped" in output
-    assert (f"--resume {tmp_path}" in output) == begun
+    folder = tmp_path / "my run"
+    folder.mkdir()
+    result = gradl1("train", "--out", folder)
+    assert result.exit_code == 130
+    assert "stopped" in result.output
+    assert (f"resume with: gradl1 train --resume '{folder}'" in result.output) == begun
+
+
+def test_ctrl_c_writes_a_checkpoint_and_exits_with_130(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "gradl1_fast",
+        "train",
+        *QUICK,
+        "--epochs",
+        "500",
+        "--out",
+        str(tmp_path),
+    ]
+    environment = {**os.environ, **WIDE, "OMP_NUM_THREADS": "1"}
+
+    def receive_signals():
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it
+
+    with subprocess.Popen(
+        command, env=environment, stderr=subprocess.PIPE, text=True, preexec_fn=receive_signals
+    ) as process:
+        first = process.stderr.readline()
+        process.send_signal(signal.SIGINT)
+        rest = process.stderr.read()
+    assert first.startswith("epoch 1 of 500: loss ")
+    assert process.returncode == 130
+    stopped = re.search(
+        r"^stopped after (\d+) steps, in epoch \d+ of 500; the checkpoint is written$", rest, re.M
+    )
+    assert rest.endswith(f"gradl1: stopped; resume with: gradl1 train --resume {tmp_path}\n")
+    assert [path.name for path in (tmp_path / "checkpoint").iterdir()] == [f"step-{int(stopped[1]):012}"]
+
+
+def test_without_a_terminal_there_is_one_line_an_epoch(tmp_path):
+    result = gradl1("train", *QUICK, "--out", tmp_path / "run")
+    lines = [line.split(":")[0] for line in result.stderr.splitlines()]
+    assert lines == ["epoch 1 of 2", "epoch 2 of 2", "finished"]
+
+
+def test_on_a_terminal_there_is_a_bar_with_the_epoch_and_the_time_left(tmp_path, terminal):
+    from gradl1_fast.cli.train import _bar
+
+    shown = terminal()
+    trainer = SimpleNamespace(epoch=2, steps=10, steps_done=25)
+    with _bar(Config(training=Training(7), penalty=Penalty(epochs=0))) as (on_step, say):
+        on_step(trainer)
+        say("a line [of] the log")
+    assert "epoch 3 of 7" in shown.getvalue()
+    assert "25/70" in shown.getvalue()
+    assert "left:" in shown.getvalue()
+    assert "a line [of] the log" in shown.getvalue()
 
 
 def test_a_damaged_configuration_is_named(tmp_path):
@@ -292,9 +350,9 @@ def test_a_dry_run_of_a_resumption_reads_the_checkpoint(finished, tmp_path):
     shutil.copytree(finished[0], folder)
     result = gradl1("train", "--dry-run", "--resume", folder, "--device", "cpu")
     assert result.exit_code == 0, result.output
-    state = next((folder / "checkpoint").glob("step-*/state.pt"))
+    state = next((folder / "checkpoint").glob("step-*/state.json"))
     state.write_bytes(state.read_bytes()[:1000])
-    assert "state.pt: truncated or corrupt checkpoint" in refused(
+    assert "state.json: truncated or corrupt JSON file" in refused(
         "--dry-run", "--resume", folder, "--device", "cpu"
     )
 

@@ -23,7 +23,7 @@ FLOORS = [
         "_progress",
         "_version",
     },
-    {"_environment", "_report"},
+    {"_environment", "_report", "_safetensors"},
     {"backends"},
     {"ops"},
     {"functional"},
@@ -48,7 +48,7 @@ BACKENDS_NAMED_IN_OPS = {
 # Optional at run time; importing the package must need none of them.
 OPTIONAL = (
     "typer", "rich", "matplotlib", "jinja2", "sklearn", "numpy", "onnx", "safetensors", "triton", "pybind11",
-    "lightning",
+    "lightning", "msgspec", "tomli_w",
 )  # fmt: skip
 
 

@@ -11,9 +11,9 @@ from gradl1_fast import _json
 from tests.test_imports import PACKAGE
 
 BENCH = PACKAGE.parent / "bench"
-# TOML has the quotes of a string from JSON; the benchmark's processes talk through a pipe.
+# The benchmark's processes talk through a pipe.
 PIPES = [BENCH / name for name in ("processes.py", "worker.py", "exported.py", "openvino_worker.py")]
-APART = [PACKAGE / "_json.py", PACKAGE / "training/toml.py", *PIPES]
+APART = [PACKAGE / "_json.py", *PIPES]
 
 
 def strictly(text: str) -> object:

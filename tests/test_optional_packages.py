@@ -40,7 +40,7 @@ def test_missing_packages_are_named(feature: str, tmp_path: Path, monkeypatch: p
 EXTRAS = (
     *("PIL", "expecttest", "hypothesis", "jax", "jinja2", "lightning", "matplotlib", "onnx", "onnxruntime"),
     "onnxscript",
-    *("pybind11", "rich", "safetensors", "sklearn", "tensorboard", "triton", "typer"),
+    *("msgspec", "pybind11", "rich", "safetensors", "sklearn", "tensorboard", "tomli_w", "triton", "typer"),
 )
 
 

@@ -2,33 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import sys
 from collections.abc import Callable
 
 import pytest
 
 from gradl1_fast._progress import track
+from tests.conftest import Terminal
 
 rich = pytest.importorskip("rich.progress", reason="rich is not installed")
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-@pytest.fixture
-def terminal(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Terminal]:
-    """Return what puts a terminal in the place of standard error, which pytest sets anew for the test."""
-
-    def put() -> Terminal:
-        made = Terminal()
-        monkeypatch.setattr(sys, "stderr", made)
-        return made
-
-    monkeypatch.setenv("TERM", "xterm")
-    return put
 
 
 def test_on_a_terminal_there_is_a_bar(terminal: Callable[[], Terminal]) -> None:

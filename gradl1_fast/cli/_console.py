@@ -30,8 +30,8 @@ def table(
     return result
 
 
-def fail(message: str) -> NoReturn:
-    """Print an error message to standard error, and exit with code 1."""
-    text = f"[red]gradl1:[/red] {escape(message)}"  # a message may contain brackets, as in '.[cli]'
+def fail(message: str, status: int = 1) -> NoReturn:
+    """Print an error message on standard error and exit with a status."""
+    text = f"[red]gradl1:[/red] {escape(message)}"  # a message may hold brackets, as in '.[cli]'
     Console(stderr=True).print(text, highlight=False, soft_wrap=True)
-    raise typer.Exit(1)
+    raise typer.Exit(status)

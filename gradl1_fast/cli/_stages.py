@@ -7,7 +7,9 @@ import time
 from collections.abc import Callable, Iterator
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
+
+from gradl1_fast._progress import bars
 
 __all__ = ["Stage", "stages"]
 
@@ -20,18 +22,16 @@ def stages() -> Iterator[Stage]:
 
     It returns a function to call after each part. All output goes to standard error.
     """
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield _line(console)
-        return
-    columns = (TextColumn("{task.description:<44}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
+    with bars() as progress:
+        yield _line(Console(stderr=True)) if progress is None else _bar(progress)
 
-        def stage(what: str, total: int) -> Callable[[], None]:
-            task = progress.add_task(what, total=total)
-            return lambda: progress.advance(task)
 
-        yield stage
+def _bar(progress: Progress) -> Stage:
+    def stage(what: str, total: int) -> Callable[[], None]:
+        task = progress.add_task(what, total=total)
+        return lambda: progress.advance(task)
+
+    return stage
 
 
 def _line(console: Console) -> Stage:

@@ -1,17 +1,20 @@
-"""``gradl1 train``: a run from a recipe, in a folder of its own; and taking it up again."""
+"""``gradl1 train``: trains from a recipe into a folder, or resumes the training in one."""
 
 from __future__ import annotations
 
+import shlex
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from gradl1_fast._progress import bars
 from gradl1_fast._report.figures import width_name
 from gradl1_fast.cli._console import fail, table
 from gradl1_fast.cli.app import app
@@ -37,6 +40,7 @@ gradl1 train --resume runs/fashion
 
 torchrun --nproc-per-node 2 -m gradl1_fast train --out runs/two
 """
+INTERRUPTED = 130  # the exit status of shells for a command stopped by Ctrl-C
 _RECIPE, _OUT = "digits", Path("gradl1-run")
 _DATA, _LOOP, _PENALTY, _HOW = "Data and network", "Training", "Penalty", "How it computes"
 
@@ -153,7 +157,8 @@ def train(
 
     The folder of the run holds config.toml, metrics.csv, log.txt, the weights,
     the activation ranges and report.html. To watch the run, use
-    tensorboard --logdir FOLDER.
+    tensorboard --logdir FOLDER. Ctrl-C writes a checkpoint and exits with
+    status 130; --resume FOLDER continues from there.
     """  # fmt: skip
     given = dict(locals())
     console = Console()
@@ -171,7 +176,8 @@ def train(
             )
     except KeyboardInterrupt:
         begun = Folder(resume or out).config.is_file()
-        fail(f"stopped; resume with: gradl1 train --resume {resume or out}" if begun else "stopped")
+        how = f"; resume with: gradl1 train --resume {shlex.quote(str(resume or out))}" if begun else ""
+        fail(f"stopped{how}", INTERRUPTED)
     except OSError as error:
         fail(f"{error.filename or resume or out}: {error.strerror or error}")
     except (ValueError, TypeError, ImportError, TrainingError) as error:
@@ -233,8 +239,10 @@ def _penalty(config: Config, given: dict[str, Any]) -> dict[str, Any]:
 @contextmanager
 def _bar(config: Config) -> Iterator[tuple[Callable[[Trainer], None], Callable[[str], None]]]:
     """Yield what is called after each step, and with each line of the log; other ranks are silent."""
-    columns = (TextColumn("{task.description:<18}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not is_first(), transient=True) as progress:
+    with bars(transient=True) if is_first() else nullcontext() as progress:
+        if progress is None:
+            yield lambda trainer: None, _print_line if is_first() else lambda line: None
+            return
         task = progress.add_task("reading data", total=None)
 
         def on_step(trainer: Trainer) -> None:
@@ -242,7 +250,11 @@ def _bar(config: Config) -> Iterator[tuple[Callable[[Trainer], None], Callable[[
             total = config.training.epochs * trainer.steps
             progress.update(task, description=what, total=total, completed=trainer.steps_done)
 
-        yield on_step, lambda line: progress.console.print(line, highlight=False, markup=False)
+        yield on_step, partial(progress.console.print, highlight=False, markup=False)
+
+
+def _print_line(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _print_results(console: Console, config: Config, folder: Folder, found: Table) -> None:

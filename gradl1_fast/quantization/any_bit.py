@@ -21,9 +21,9 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-from gradl1_fast import _files
+from gradl1_fast import _safetensors
 from gradl1_fast._dtypes import sum_dtype
-from gradl1_fast._extras import install
+from gradl1_fast._safetensors import Entry, TensorFile
 from gradl1_fast.nn.foreign import used_weight
 from gradl1_fast.nn.layers import QuantizedLayer
 from gradl1_fast.nn.quantizers import ActivationQuantizer
@@ -31,7 +31,6 @@ from gradl1_fast.nn.sites import named_layers
 from gradl1_fast.nn.state_dicts import load_entries
 from gradl1_fast.quantization import bit_planes
 from gradl1_fast.quantization._sites import Stored, by_quantizer, every_site, same_range
-from gradl1_fast.quantization.partial_file import Entry, PartialFile
 from gradl1_fast.quantization.sliced import SlicedWeight, has_own_weight, refuse_sliced, slice_weight
 
 __all__ = ["load_any_bit", "save_any_bit"]
@@ -72,10 +71,7 @@ def save_any_bit(model: nn.Module, path: str | os.PathLike[str]) -> dict[int, in
         >>> narrow = gl.convert(torch.nn.Sequential(torch.nn.Linear(64, 64)))
         >>> narrow = gl.load_any_bit(narrow, "model.safetensors", w=4)
     """
-    try:
-        from safetensors.torch import save
-    except ImportError as error:
-        raise ImportError(f"any-bit files need safetensors: {install('export')}") from error
+    _safetensors.require("any-bit files", "export")
     layers = _layers(model)
     if any(layer.weight_quantizer.rounded for layer in layers.values()):
         warnings.warn(
@@ -90,13 +86,11 @@ def save_any_bit(model: nn.Module, path: str | os.PathLike[str]) -> dict[int, in
             entries |= {f"low.{name}": quantizer.low, f"high.{name}": quantizer.high}
     for name, layer in layers.items():
         entries |= _encoded(name, layer)
-    # Clones, because the format refuses tensors that share memory, such as tied parameters.
-    tensors = {key: value.detach().cpu().contiguous().clone() for key, value in entries.items()}
-    for key, value in tensors.items():
+    for key, value in entries.items():
         if value.is_floating_point() and not value.isfinite().all():
             raise ValueError(f"save_any_bit: {key!r} holds NaN or infinity")
-    _files.write_bytes(path, save(tensors, metadata=METADATA))
-    with PartialFile(path) as file:
+    _safetensors.save(path, entries, METADATA, what="any-bit files")
+    with TensorFile(path, whole=False) as file:
         return {w: file.end_of([_plane(w - 1, name) for name in layers]) for w in _widths()}
 
 
@@ -131,7 +125,7 @@ def load_any_bit(model: nn.Module, path: str | os.PathLike[str], *, w: int = 8) 
     layers = named_layers(model)
     if not layers:
         raise ValueError("load_any_bit: the model is not converted: call gradl1_fast.convert(model) first")
-    with PartialFile(path) as file:
+    with TensorFile(path, whole=False) as file:
         file.check_metadata(METADATA)
         sliced = {name: _read_weight(file, name, layer, w) for name, layer in layers.items()}
         ranges = _read_ranges(file, model)
@@ -193,7 +187,7 @@ def _encoded(name: str, layer: QuantizedLayer) -> dict[str, Tensor]:
     return {f"scale.{name}": scale, f"shape.{name}": torch.tensor(weight.shape), **planes}
 
 
-def _read_weight(file: PartialFile, name: str, layer: QuantizedLayer, w: int) -> SlicedWeight:
+def _read_weight(file: TensorFile, name: str, layer: QuantizedLayer, w: int) -> SlicedWeight:
     old = layer.weight_quantizer
     weight = old.codes if isinstance(old, SlicedWeight) else used_weight(layer)
     shape, device = tuple(weight.shape), weight.device
@@ -211,8 +205,8 @@ def _read_weight(file: PartialFile, name: str, layer: QuantizedLayer, w: int) ->
     return SlicedWeight(codes, scale.to(device), w, dtype, old.axis, name=name)
 
 
-def _read_ranges(file: PartialFile, model: nn.Module) -> dict[str, Stored]:
-    """Return the checked ranges on the model's device, and which sites are the network's input."""
+def _read_ranges(file: TensorFile, model: nn.Module) -> dict[str, Stored]:
+    """Return the checked ends of each range, on the model's device, and which are of the network's input."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     sites = every_site(model)
     ranges = {name: _read_range(file, name, device) for name in sites}
@@ -225,7 +219,7 @@ def _read_ranges(file: PartialFile, model: nn.Module) -> dict[str, Stored]:
     return ranges
 
 
-def _read_range(file: PartialFile, name: str, device: torch.device) -> Stored:
+def _read_range(file: TensorFile, name: str, device: torch.device) -> Stored:
     flag = file.read(f"is_input.{name}", Entry(torch.uint8, ()))
     if int(flag) > 1:
         raise file.error(f"is_input.{name}", "must be 0 or 1", int(flag))
@@ -238,7 +232,7 @@ def _read_range(file: PartialFile, name: str, device: torch.device) -> Stored:
     return scratch.to(device).low, scratch.high, bool(flag)
 
 
-def _read_end(file: PartialFile, key: str) -> Tensor:
+def _read_end(file: TensorFile, key: str) -> Tensor:
     return file.read(key, *(Entry(dtype, shape) for dtype in _FLOATS for shape in ((), (16,))))
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from gradl1_fast import _files, _json
-from gradl1_fast._extras import install
+from gradl1_fast import _json, _safetensors
+from gradl1_fast._safetensors import Entry, TensorFile
 from gradl1_fast.quantization.folded import folded_norm
 from gradl1_fast.quantization.kept import (
     Values,
@@ -23,11 +23,11 @@ from gradl1_fast.quantization.kept import (
     use_after_loading,
     use_values,
 )
-from gradl1_fast.quantization.partial_file import Entry, PartialFile
 
 __all__ = ["load_batch_norms", "save_batch_norms"]
 
 METADATA = {"format": "gradl1_fast.batch_norms", "version": "1"}
+_KIND = "files of batch norms"
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
@@ -48,23 +48,21 @@ def save_batch_norms(model: nn.Module, path: str | os.PathLike[str]) -> None:
         RuntimeError: no statistics were re-estimated.
         OSError: the file cannot be written.
     """
-    try:
-        from safetensors.torch import save
-    except ImportError as error:
-        raise ImportError(f"files of batch norms need safetensors: {install('export')}") from error
+    _safetensors.require(_KIND, "export")
     widths: dict[str, int] = {}
     entries: dict[str, Tensor] = {}
     for name, module in _plain(model).named_modules():
         for width, values in kept_values(module).items():
             number = widths.setdefault(width, len(widths))
             for kind, value in values.items():
-                entries[f"{number}.{kind}.{name}"] = value.detach().cpu().contiguous().clone()
+                entries[f"{number}.{kind}.{name}"] = value
     if not widths:
         raise RuntimeError(
             "save_batch_norms: the model has no statistics for any width: call "
             "gradl1_fast.reestimate_batch_norm(model, batches) first"
         )
-    _files.write_bytes(path, save(entries, metadata={**METADATA, "widths": _json.dumps(list(widths))}))
+    metadata = {**METADATA, "widths": _json.dumps(list(widths))}
+    _safetensors.save(path, entries, metadata, what=_KIND)
 
 
 def load_batch_norms(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -84,7 +82,7 @@ def load_batch_norms(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """
     model = _plain(model)
     modules = {name: m for name, m in model.named_modules() if _kinds_of(m)}
-    with PartialFile(path) as file:
+    with TensorFile(path) as file:
         file.check_metadata(METADATA)
         widths = _read_widths(file)
         statistics = {
@@ -93,7 +91,7 @@ def load_batch_norms(model: nn.Module, path: str | os.PathLike[str]) -> None:
             for name, module in modules.items()
             if (values := _read_values(file, number, name, module))
         }
-        file.check_that_all_are_known([])
+        file.check_that_all_are_known()
     put_back_float(model)  # marks refer to the weights in float
     for (name, width), values in statistics.items():
         keep_values(modules[name], width, values)
@@ -115,7 +113,7 @@ def _kinds_of(module: Any) -> tuple[str, ...]:
     return ("running_mean", "running_var") if tracks else ()
 
 
-def _read_widths(file: PartialFile) -> list[str]:
+def _read_widths(file: TensorFile) -> list[str]:
     try:
         widths = json.loads(file.metadata("widths"))
     except RecursionError:
@@ -127,7 +125,7 @@ def _read_widths(file: PartialFile) -> list[str]:
     return widths
 
 
-def _read_values(file: PartialFile, number: int, name: str, module: Any) -> Values:
+def _read_values(file: TensorFile, number: int, name: str, module: Any) -> Values:
     kinds = _kinds_of(module)
     keys = {kind: f"{number}.{kind}.{name}" for kind in kinds}
     if not any(key in file for key in keys.values()):  # no value reached it at that width

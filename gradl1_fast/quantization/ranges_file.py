@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from gradl1_fast import _checks as check
-from gradl1_fast import _files
-from gradl1_fast._extras import install
+from gradl1_fast import _safetensors
+from gradl1_fast._safetensors import TensorFile
 from gradl1_fast.nn.foreign import used_weight
 from gradl1_fast.nn.layers import QuantizedLayer
 from gradl1_fast.nn.quantizers import ActivationQuantizer, WeightQuantizer
@@ -27,7 +27,8 @@ from gradl1_fast.quantization.sliced import refuse_sliced
 __all__ = ["load_ranges", "save_ranges"]
 
 METADATA = {"format": "gradl1_fast.ranges", "version": "2"}
-WITH_CODES = {**METADATA, "version": "3"}  # readers of version 2 cannot read codes
+WITH_CODES = {**METADATA, "version": "3"}  # what knows version 2 alone cannot read codes
+_KIND = "files of ranges"
 _ENDS = ("low", "high")
 
 
@@ -52,7 +53,7 @@ def save_ranges(model: nn.Module, path: str | os.PathLike[str]) -> None:
         ValueError: the model has no activation quantizers.
         OSError: the file cannot be written.
     """
-    save = _safetensors("torch").save
+    _safetensors.require(_KIND, "export")
     quantizers_of(model)
     entries = {}
     for name, quantizer in every_site(model).items():
@@ -66,10 +67,7 @@ def save_ranges(model: nn.Module, path: str | os.PathLike[str]) -> None:
             entries[f"{name}.clip"] = weights.clip
     codes = codes_entries(model)
     entries |= codes
-    # Clones, because the format refuses tensors that share memory, such as those of a shared site.
-    tensors = {key: value.cpu().contiguous().clone() for key, value in entries.items()}
-    data = save(tensors, metadata=WITH_CODES if codes else METADATA)
-    _files.write_bytes(path, data)
+    _safetensors.save(path, entries, WITH_CODES if codes else METADATA, what=_KIND)
 
 
 def load_ranges(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -85,7 +83,6 @@ def load_ranges(model: nn.Module, path: str | os.PathLike[str]) -> None:
         path: path of the file.
 
     Raises:
-        ImportError: safetensors is not installed.
         OSError: the file cannot be read.
         ValueError: the file is not a file of ranges; an entry is missing, unknown, of a wrong shape or type,
             not finite or inverted; layers that share a site have different entries; the model has no
@@ -124,23 +121,15 @@ def _set_codes(layer: QuantizedLayer, codes: list[tuple[int, Tensor, MadeFor]], 
 
 
 def _read(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    safetensors = _safetensors()
-    with open(path, "rb"):  # the library's error for an unreadable file does not name it
-        pass
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != METADATA["format"]:
-                raise ValueError(f"{path}: not a file of ranges: its format is {metadata.get('format')!r}")
-            supported = METADATA["version"], WITH_CODES["version"]
-            if metadata.get("version") not in supported:
-                raise ValueError(
-                    f"{path}: its version is {metadata.get('version')!r}, but this library reads "
-                    f"{' and '.join(map(repr, supported))}"
-                )
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # no mapping
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path}: truncated or corrupt safetensors file: {error}") from error
+    with TensorFile(path) as file:
+        file.check_metadata({"format": METADATA["format"]})
+        version, known = file.metadata("version"), (METADATA["version"], WITH_CODES["version"])
+        if version not in known:
+            raise ValueError(
+                f"{path}: its version is {version!r:.80}, but this library reads "
+                f"{' and '.join(map(repr, known))}"
+            )
+        return {key: file.read(key) for key in file}
 
 
 def _check_names(
@@ -205,12 +194,3 @@ def _checked(path: str | os.PathLike[str], name: str, check: Any, *values: Tenso
 
 def _weight_quantizers(model: nn.Module) -> dict[str, WeightQuantizer]:
     return {name: m for name, m in model.named_modules() if isinstance(m, WeightQuantizer)}
-
-
-def _safetensors(part: str = "") -> Any:
-    try:
-        import safetensors
-        import safetensors.torch
-    except ImportError as error:
-        raise ImportError(f"files of ranges need safetensors: {install('export')}") from error
-    return getattr(safetensors, part) if part else safetensors

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from gradl1_fast import _checks as check
 from gradl1_fast.training import toml
@@ -151,7 +150,7 @@ class Penalty:
     method: str = "gradl1"
     epochs: int = 10
     warmup_epochs: int = 0
-    settings: dict[str, Any] = field(
+    settings: dict[str, str | int | float | bool] = field(
         default_factory=lambda: {"lambda_w": 0.1, "lambda_a": 0.1, "scale": "step"}
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,12 +15,12 @@ import pytest
 from typer.testing import CliRunner
 
 from bench import compare, ops, plots, results, scale, tables
+from bench.__main__ import app
 from bench.processes import HERE
 from bench.step import Settings
 from bench.workloads import Workload
 from gradl1_fast import backends
 from gradl1_fast.backends import reference
-from gradl1_fast.cli import app
 
 
 def test_every_operation_and_sweep_is_measured_by_every_backend() -> None:
@@ -110,9 +111,7 @@ def test_the_command_writes_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(step, "SMOKE", [Workload("stack", 2, 3, 6, 2)])
     monkeypatch.setattr(step, "PROVIDERS", {n: step.PROVIDERS[n] for n in ("plain", "gradl1_fast")})
     monkeypatch.setattr(step, "FLOORS", {})
-    result = CliRunner().invoke(
-        app, ["bench", "step", "--smoke", "--json", str(tmp_path / "new" / "rows.json")]
-    )
+    result = CliRunner().invoke(app, ["step", "--smoke", "--json", str(tmp_path / "new" / "rows.json")])
     assert result.exit_code == 0, result.output
     assert "gradl1_fast" in result.output
     rows = json.loads((tmp_path / "new" / "rows.json").read_text())
@@ -128,13 +127,13 @@ def test_what_was_measured_is_shown_and_kept(
     name = family.__name__.rpartition(".")[2]
     rows = results.read(next((HERE / "bench" / "results").glob(f"*/{name}")))
     monkeypatch.setattr(family, "measure", lambda device, **how: rows)
-    shown = CliRunner(env={"COLUMNS": "160"}).invoke(app, ["bench", name, "--out", str(tmp_path)])
+    shown = CliRunner(env={"COLUMNS": "160"}).invoke(app, [name, "--out", str(tmp_path)])
     assert shown.exit_code == 0, shown.output
     assert ("Operations, float32" if name == "ops" else "Growth with batch") in shown.output
     assert results.read(tmp_path / name) == rows
     assert {path.suffix for path in (tmp_path / name).iterdir()} == {".json", ".csv", ".svg"}
     (tmp_path / "file").touch()
-    refused = CliRunner().invoke(app, ["bench", name, "--out", str(tmp_path / "file")])
+    refused = CliRunner().invoke(app, [name, "--out", str(tmp_path / "file")])
     assert refused.exit_code == 1
     assert "cannot write the results" in refused.output
 
@@ -144,7 +143,7 @@ def test_what_is_not_known_is_refused_before_the_work() -> None:
         (["compare", "no-such-branch", "--smoke"], "'no-such-branch' is no revision"),
         (["step", "--network", "lenet", "--smoke"], "--network: one of "),
     ):
-        refused = CliRunner().invoke(app, ["bench", *arguments])
+        refused = CliRunner().invoke(app, arguments)
         assert refused.exit_code == 1
         assert message in refused.output
 
@@ -161,9 +160,32 @@ def test_outside_a_checkout_one_sentence_says_so(tmp_path: Path) -> None:
     assert len(result.stderr.splitlines()) == 1
 
 
+def test_the_command_runs_the_benchmarks_of_the_checkout_from_any_folder(tmp_path: Path) -> None:
+    if sys.version_info >= (3, 11):  # earlier the folder comes first, whatever the environment says
+        (tmp_path / "bench.py").write_text("raise SystemExit('another module of this name')")
+    code = f"import sys; sys.path.append({str(HERE)!r}); from gradl1_fast.__main__ import main; main()"
+    unset = ("PYTHONSAFEPATH", "PYTHONPATH")
+    environment = {key: value for key, value in os.environ.items() if key not in unset}
+    refused = subprocess.run(
+        [sys.executable, "-c", code, "bench", "step", "--network", "lenet"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+        env=environment,
+    )
+    assert refused.returncode == 1
+    assert "--network: one of" in refused.stderr
+
+
+def test_the_command_leaves_the_path_of_its_process_as_it_is() -> None:
+    sources = (HERE / "gradl1_fast").rglob("*.py")
+    assert not [str(path) for path in sources if "sys.path" in path.read_text(encoding="utf-8")]
+
+
 @pytest.mark.parametrize("arguments", [["--device", "tpu"], ["--device", "cuda"]])
 def test_a_device_that_is_not_here_is_refused(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    result = CliRunner().invoke(app, ["bench", "ops", *arguments])
+    result = CliRunner().invoke(app, ["ops", *arguments])
     assert result.exit_code == 1
     assert "--device" in result.output

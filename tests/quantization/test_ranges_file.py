@@ -94,14 +94,18 @@ def with_entry(key: str, value: Tensor) -> Callable[[Entries], Entries]:
 TAMPERED: dict[str, tuple[Callable[[Entries], Entries], str]] = {
     "missing": (without(LOW), rf"missing entries for this model: {LOW}"),
     "unknown": (with_entry("evil", torch.ones(1)), "unknown entries for this model: evil"),
-    "NaN": (with_entry(LOW, torch.tensor(float("nan"))), r"entry '3\.input': .*got \(\) and \(16,\)"),
+    "NaN": (with_entry(LOW, torch.tensor(float("nan"))), rf"entry '{LOW}': must be finite"),
+    "one end for all widths": (
+        with_entry(LOW, torch.tensor(0.0)),
+        r"entry '3\.input': .*got \(\) and \(16,\)",
+    ),
     "NaN in one width": (
         with_entry(HIGH, PER_WIDTH.masked_fill(PER_WIDTH == 3, torch.nan)),
-        "from -3.0 to nan",
+        rf"entry '{HIGH}': must be finite",
     ),
     "infinite": (
         with_entry(CLIP, torch.full((1, 4), torch.inf)),
-        rf"entry '{CLIP}': clip must be finite and 0 or more",
+        rf"entry '{CLIP}': must be finite",
     ),
     "negative": (
         with_entry(CLIP, torch.full((1, 4), -1.0)),
@@ -173,7 +177,7 @@ def test_invalid_ranges_are_named(low: float, high: float, message: str, tmp_pat
         "7.input.high": torch.tensor(high),
     }
     safetensors.save_file(entries, path, metadata=METADATA)
-    with pytest.raises(ValueError, match=rf"r: entry '7\.input': .*{message}"):
+    with pytest.raises(ValueError, match=rf"r: entry '7\.input.*': .*{message}"):
         gl.load_ranges(model, path)
 
 
@@ -206,7 +210,7 @@ def test_a_corrupt_file_is_named(case: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        (None, "not a file of ranges"),
+        (None, "its format must be 'gradl1_fast.ranges'"),
         (
             {"format": "gradl1_fast.ranges", "version": "1"},
             "version is '1', but this library reads '2' and '3'",
@@ -223,9 +227,8 @@ def test_a_missing_file_and_a_missing_package(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(FileNotFoundError, match="nowhere"):
         gl.load_ranges(calibrated(), tmp_path / "nowhere")
     monkeypatch.setitem(sys.modules, "safetensors", None)
-    for function in (gl.load_ranges, gl.save_ranges):
-        with pytest.raises(ImportError, match=r"pip install '\.\[export\]'"):
-            function(calibrated(), tmp_path / "r")
+    with pytest.raises(ImportError, match=r"pip install '\.\[export\]'"):
+        gl.save_ranges(calibrated(), tmp_path / "r")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

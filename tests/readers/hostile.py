@@ -6,12 +6,12 @@ import functools
 import gzip
 import io
 import json
+import math
 import os
 import pickle
 import struct
 import zipfile
 import zlib
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -91,73 +91,26 @@ def _zip(entries: dict[str, bytes], method: int = zipfile.ZIP_STORED) -> bytes:
     return file.getvalue()
 
 
-def _unzip(data: bytes) -> dict[str, bytes]:
-    with zipfile.ZipFile(io.BytesIO(data)) as file:
-        return {name: file.read(name) for name in file.namelist()}
-
-
 def _state(data: bytes, sentinel: Path) -> Iterator[Damaged]:
-    """Yield checkpoints: pickles that ask for memory or never end, in an archive that promises too much."""
-    entries, state = _unzip(data), torch.load(io.BytesIO(data), weights_only=True)
-    pickled = next(name for name in entries if name.endswith("data.pkl"))
-
-    def with_pickle(content: bytes) -> bytes:
-        return _zip({**entries, pickled: content})
-
-    def calling(function: Callable[..., Any], *args: Any, protocol: int = 2) -> bytes:
-        return with_pickle(pickle.dumps({"epoch": Calls(function, *args)}, protocol))
-
-    yield "bytes of any size", calling(bytearray, HUGE)
-    yield "tensor of any size", calling(torch.FloatTensor, HUGE)
-    yield "storage of any size", calling(torch.UntypedStorage, HUGE)
-    for protocol in range(6):
-        yield f"code, protocol {protocol}", calling(os.mkdir, str(sentinel), protocol=protocol)
-    instance = f"(dS'epoch'\n(S'{sentinel}'\ni{os.mkdir.__module__}\nmkdir\ns."
-    yield "code, as an instance", with_pickle(instance.encode())
-    yield "nested", with_pickle(b"\x80\x02" + b"]" * DEEP + b"a" * (DEEP - 1) + b".")
-    yield "nested tuples", with_pickle(b"\x80\x02)" + b"\x85" * DEEP + b".")
-    yield "entry in itself", with_pickle(b"\x80\x02}q\x00X\x05\x00\x00\x00epochh\x00s.")
-    for name, value in _values().items():
-        for entry in ("epoch", "seen", "rows", "schedule", "optimizer", "order"):
-            yield f"{name} as {entry}", _torch_file({**state, entry: value})
-    yield "deflated", _zip(entries, zipfile.ZIP_DEFLATED)
-    bomb = {name: bytes(LARGE) if name.endswith("data/0") else content for name, content in entries.items()}
-    yield "bomb in an archive", _zip(bomb, zipfile.ZIP_DEFLATED)
-    yield "sizes that are not there", _with_sizes(data, 2**31 - 1)
-    yield "old form", _torch_file(state, _use_new_zipfile_serialization=False)
-    old = _torch_file({"a": torch.zeros(7919)}, _use_new_zipfile_serialization=False)
-    yield "old form, huge", old.replace(struct.pack("<H", 7919), b"\xff\xff")
-    doubled = io.BytesIO(data)
-    with zipfile.ZipFile(doubled, "a") as file:
-        file.writestr(zipfile.ZipInfo(pickled), pickle.dumps({"epoch": 0}, 2))
-    yield "duplicate names", doubled.getvalue()
-
-
-def _values() -> dict[str, Any]:
-    """Return values that no entry of a checkpoint should have."""
-    laughs: Any = [0]
-    for _ in range(60):
-        laughs = [laughs, laughs]
-    return {
-        "expanded tensor": torch.zeros(1).expand(HUGE),
-        "tensor without values": torch.empty(HUGE, device="meta"),
-        "sparse tensor": torch.sparse_coo_tensor(torch.zeros(1, 0), torch.zeros(0), (HUGE,)),
-        "complex": torch.zeros(3, dtype=torch.complex64),
-        "laughs": laughs,
-        "long number": 10**3000,
-        "None": None,
-        "texts": {"a": "b" * 10**6},
-        "order": OrderedDict(a=1),
+    """Yield the values of a training's state: deep, large, or of types that no entry should have."""
+    state = json.loads(data)
+    tensor = {"type": "tensor"}
+    values: dict[str, Any] = {
+        **{"None": None, "text": "a", "list": [1], "object": {"a": 1}, "list of None": [None]},
+        **{"negative": -1, "infinity": math.inf, "long number": 10**3000, "large text": {"a": "b" * 10**6}},
+        **{"a tensor": tensor, "tensors": [tensor] * 10, "infinite": {"type": "float", "value": "inf"}},
     }
-
-
-def _with_sizes(data: bytes, size: int) -> bytes:
-    """Return an archive whose directory says that each entry has ``size`` bytes."""
-    result, place = bytearray(data), data.find(b"PK\x01\x02")
-    while place >= 0:
-        result[place + 20 : place + 28] = struct.pack("<II", size, size)
-        place = data.find(b"PK\x01\x02", place + 4)
-    return bytes(result)
+    for name, value in values.items():
+        for entry in ("epoch", "step", "seen", "rows", "schedule", "optimizer", "average", "objective"):
+            yield f"{name} as {entry}", json.dumps({**state, entry: value}).encode()
+    text = json.dumps(state)[:-1]
+    yield "nested arrays", f'{text}, "rows": {"[" * DEEP}'.encode()
+    yield "nested objects", (f'{text}, "rows": ' + '{"a": ' * DEEP).encode()
+    yield "nested and closed", f'{text}, "rows": {"[" * 900}{"]" * 900}}}'.encode()
+    yield "longer number", f'{text}, "epoch": {"9" * 5000}}}'.encode()
+    yield "duplicate name", f'{text}, "epoch": -1}}'.encode()
+    yield "no UTF-8", data + b"\xff\xfe"
+    yield "missing entry", json.dumps({key: value for key, value in state.items() if key != "order"}).encode()
 
 
 def _safetensors(data: bytes, sentinel: Path) -> Iterator[Damaged]:

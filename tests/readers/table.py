@@ -25,6 +25,7 @@ from gradl1_fast.training.loop.trainer import Trainer
 from gradl1_fast.training.models import digits_net
 from gradl1_fast.training.runs import checkpoints
 from gradl1_fast.training.runs import folder as runs
+from gradl1_fast.training.runs.state_file import TENSORS, VALUES
 from gradl1_fast.training.runs.weights_file import load_weights, save_weights
 
 image_folder = importlib.import_module("gradl1_fast.training.data.image_folder")  # likewise
@@ -228,7 +229,8 @@ pickled = functools.partial(write_cifar10, ending="", content=cifar10_pickle())
 READERS = {
     reader.name: reader
     for reader in (
-        Reader("checkpoint state", f"{STEP}/state.pt", write_checkpoint, read_checkpoint, "state"),
+        Reader("checkpoint values", f"{STEP}/{VALUES}", write_checkpoint, read_checkpoint, "state"),
+        Reader("checkpoint tensors", f"{STEP}/{TENSORS}", write_checkpoint, read_checkpoint, "safetensors"),
         Reader("checkpoint weights", f"{STEP}/{WEIGHTS}", write_checkpoint, read_checkpoint, "safetensors"),
         Reader("run configuration", CONFIGURATION, write_run, runs.load, "toml"),
         Reader("run weights", WEIGHTS, write_run, runs.load, "safetensors"),

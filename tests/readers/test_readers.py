@@ -28,6 +28,8 @@ _FACTS = _HEADER | {"large fact", "long fact"}  # of no meaning but for a run
 HARMLESS: dict[str, set[str]] = {
     "run weights": _HEADER,
     **dict.fromkeys(("checkpoint weights", "weights file", "batch norms file"), _FACTS),
+    # These are empty at the beginning of an epoch; what changes is a random state behind them.
+    "checkpoint tensors": _FACTS | {"NaN in seen.0.penalties", "infinity in seen.0.penalties"},
     **dict.fromkeys(("ranges file", "codes in a ranges file"), _FACTS),
     **dict.fromkeys(("any-bit file at 8 bits", "any-bit file at 3 bits"), _FACTS),
     "recipe": {  # nothing is made of it yet, no network either

@@ -124,7 +124,7 @@ class Torment:
             return None, (signal.Signals[kind], 0.05 + chance.uniform(0, life * self.pace))
         if kind == "step":
             return (kind, chance.randrange(max(1, int(2 * life)))), None
-        # a checkpoint of 7 steps calls fsync four times and replace three times
+        # a checkpoint, every 7 steps, calls fsync seven times and replace four times
         return (kind, chance.randrange(1, max(2, int(life * 6 / 7)))), None
 
     def _live(self, how: How, after: After) -> bool:

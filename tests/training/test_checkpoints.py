@@ -1,10 +1,7 @@
-"""Checkpoints: only whole ones count, and a hostile or damaged one is named and never executed."""
+"""Checkpoints: only whole ones count, and a hostile or damaged one is named."""
 
-import os
-import pickle
-import struct
-import warnings
-import zipfile
+import json
+import shutil
 
 import pytest
 import torch
@@ -14,7 +11,8 @@ from gradl1_fast.training.config import Config, Penalty, Training
 from gradl1_fast.training.data import digits
 from gradl1_fast.training.loop.trainer import Trainer
 from gradl1_fast.training.models import digits_net
-from gradl1_fast.training.runs import checkpoints, state_file
+from gradl1_fast.training.runs import checkpoints
+from gradl1_fast.training.runs.state_file import TENSORS, VALUES, read_state, write_state
 
 DATA = tuple(part[:60] for part in digits(0).train)
 
@@ -48,7 +46,7 @@ def test_the_newest_one_stays_alone(folder):
 
 def test_what_a_kill_left_half_written_does_not_count(folder):
     (folder / ".partial").mkdir()
-    (folder / ".partial" / "state.pt").write_bytes(b"half")
+    (folder / ".partial" / VALUES).write_bytes(b"half")
     assert checkpoints.latest(folder).name == "step-000000000003"
     made = trainer()
     checkpoints.load(checkpoints.latest(folder), made)
@@ -62,57 +60,30 @@ def test_there_is_none_at_first(tmp_path):
     assert checkpoints.latest(tmp_path / "nowhere") is None
 
 
-class Hostile:
-    def __init__(self, target):
-        self.target = target
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.target),)
+def test_nothing_in_it_is_a_pickle(folder):
+    kinds = {path.suffix for path in checkpoints.latest(folder).iterdir()}
+    assert kinds == {".safetensors", ".json"}
 
 
-def state_with_code(file, target, protocol):
-    """Write a whole archive, one entry of which is a call."""
-    state = torch.load(file, weights_only=True)
-    torch.save({**state, "epoch": Hostile(target)}, file, pickle_protocol=protocol)
-
-
-def state_with_an_instance(file, target):
-    """Write an archive whose pickle calls by INST, as the oldest pickles do."""
-    with zipfile.ZipFile(file, "w") as archive:
-        content = f"(dS'epoch'\n(S'{target}'\ni{os.mkdir.__module__}\nmkdir\ns."
-        archive.writestr("state/data.pkl", content.encode())
-        archive.writestr("state/version", b"3\n")
-
-
-CODE = {
-    "plain pickle": lambda file, target: file.write_bytes(pickle.dumps(Hostile(target))),
-    "protocol 2": lambda file, target: state_with_code(file, target, 2),
-    "protocol 4": lambda file, target: state_with_code(file, target, 4),
-    "instance": state_with_an_instance,
-}
-
-
-@pytest.mark.parametrize("kind", CODE)
-def test_a_hostile_checkpoint_executes_nothing(kind, folder, tmp_path):
-    file, target = checkpoints.latest(folder) / "state.pt", tmp_path / "made"
-    CODE[kind](file, target)
-    reason = "File is not a zip file" if kind == "plain pickle" else "it refers to .*; nothing was executed"
-    with pytest.raises(ValueError, match=f"state.pt: truncated or corrupt checkpoint: {reason}"):
-        checkpoints.load(file.parent, trainer())
-    assert not target.exists()
-
-
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-@pytest.mark.parametrize("kind", CODE)
-def test_nothing_is_executed_even_if_the_look_at_the_archive_finds_nothing(
-    kind, folder, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(state_file, "_check_archive", lambda opened: None)
-    file, target = checkpoints.latest(folder) / "state.pt", tmp_path / "made"
-    CODE[kind](file, target)
-    with pytest.raises(ValueError, match="truncated or corrupt checkpoint: Weights only load failed"):
-        checkpoints.load(file.parent, trainer())
-    assert not target.exists()
+def test_numbers_and_tensors_come_back_as_they_were(tmp_path):
+    state = {
+        "numbers": [0.1, 1e-300, -0.0, 3, 2**63, True, None, "text"],
+        "tensors": {"": torch.tensor(3), "a.b": torch.randn(3, dtype=torch.float64), "none": torch.empty(0)},
+        "rows": [{"loss": float("inf"), "penalty": float("nan"), "step": -float("inf")}],
+        "seen": [{"losses": torch.tensor([torch.inf, 1.0])}],
+        "betas": (0.9, 0.999),
+        "state": {0: {"step": torch.tensor(1.0)}},
+    }
+    write_state(tmp_path, state)
+    found = read_state(tmp_path)
+    assert found["betas"] == [0.9, 0.999]
+    assert found["numbers"] == state["numbers"]
+    assert list(map(type, found["numbers"])) == list(map(type, state["numbers"]))
+    assert all(torch.equal(found["tensors"][key], value) for key, value in state["tensors"].items())
+    assert found["tensors"]["a.b"].dtype == torch.float64
+    assert torch.equal(found["seen"][0]["losses"], state["seen"][0]["losses"])
+    assert str(found["rows"]) == str(state["rows"])
+    assert torch.equal(found["state"]["0"]["step"], torch.tensor(1.0))
 
 
 def put(*path, value):
@@ -146,18 +117,19 @@ DAMAGES = {
     ),
     "average nan": (
         put("average", "0.weight", value=torch.full((4, 1, 3, 3), torch.nan)),
-        "entry 'average.0.weight' holds NaN or infinity",
+        "state.safetensors: entry 'average.0.weight': must be finite",
     ),
     "momentum": (
-        put("optimizer", "state", 0, "exp_avg", value=torch.ones(5)),
+        put("optimizer", "state", "0", "exp_avg", value=torch.ones(5)),
         "optimizer.state.0.exp_avg' must have",
     ),
     "momentum inf": (
-        put("optimizer", "state", 0, "exp_avg", value=torch.full((4, 1, 3, 3), torch.inf)),
-        "entry 'optimizer.state.0.exp_avg' holds NaN",
+        put("optimizer", "state", "0", "exp_avg", value=torch.full((4, 1, 3, 3), torch.inf)),
+        "entry 'optimizer.state.0.exp_avg': must be finite",
     ),
-    "parameter": (put("optimizer", "state", 99, value={}), "refers to parameter 99"),
-    "rate": (put("optimizer", "param_groups", 0, "lr", value=float("nan")), "param_groups.0.lr' holds NaN"),
+    "parameter": (put("optimizer", "state", "99", value={}), "refers to parameter 99"),
+    "no parameter": (put("optimizer", "state", "a", value={}), "refers to parameter a"),
+    "parameters": (put("optimizer", "state", value=3), "'optimizer.state' must be a dictionary"),
     "groups": (put("optimizer", "param_groups", value=[]), "does not fit this training"),
     "schedule": (put("schedule", value={}), "missing entries: schedule."),
     "random": (put("random", value=[]), "written by 0 ranks, not 1"),
@@ -181,122 +153,79 @@ def test_a_damaged_state_is_named_with_its_entry(kind, folder):
 
 
 def assert_named(damage, message, folder):
-    file = checkpoints.latest(folder) / "state.pt"
-    state = torch.load(file, weights_only=True)
+    path = checkpoints.latest(folder)
+    state = read_state(path)
     damage(state)
-    torch.save(state, file)
+    write_state(path, state)
+    assert_refused(message, path)
+
+
+def assert_refused(message, path):
     with pytest.raises(ValueError, match=message) as error:
-        checkpoints.load(file.parent, trainer())
-    assert str(error.value).startswith(str(file))
+        checkpoints.load(path, trainer())
+    assert str(error.value).startswith(tuple(str(path / name) for name in (VALUES, TENSORS)))
 
 
-def expanded(state):
-    state["optimizer"]["state"][0]["exp_avg"] = torch.zeros(1).expand(2**40)
+def value(*path, text):
+    """Return a way to damage the JSON file: the value at a path is replaced by a text."""
+
+    def damage(values):
+        put(*path, value="PLACE")(values)
+        return json.dumps(values).replace('"PLACE"', text)
+
+    return damage
 
 
-def nested(state):
-    value = []
-    for _ in range(100):
-        value = [value]
-    state["schedule"]["last_epoch"] = value
-
-
-def laughing(state):
-    value = []
-    for _ in range(15):
-        value = [value] * 10
-    state["schedule"]["last_epoch"] = value
-
-
-GREEDY = {
-    "expanded": (expanded, "'optimizer.state.0.exp_avg' is a tensor with fewer values than its shape says"),
-    "meta": (put("order", value=torch.empty(2**40, device="meta")), "refers to 'torch._utils _rebuild_meta"),
-    "nested": (nested, "nested more than 20 levels deep"),
-    "in many places": (laughing, "there are more values than the file has bytes"),
-    "long number": (put("schedule", "T_max", value=2**70), "'schedule.T_max' is a number of more than 64"),
-    "long key": (put("schedule", 2**70, value=1), "'schedule' has a key that is neither"),
-    "bytes": (put("schedule", "T_max", value=bytearray(3)), "refers to '(__builtin__|builtins) bytearray'"),
-    "set": (put("schedule", "T_max", value={3}), "refers to"),
+RATE = ("optimizer", "param_groups", 0, "lr")
+TEXTS = {
+    "NaN": (value(*RATE, text="NaN"), "entry 'optimizer.param_groups.0.lr' holds NaN or infinity"),
+    "large": (value(*RATE, text="1e400"), "entry 'optimizer.param_groups.0.lr' holds NaN or infinity"),
+    "long number": (value("schedule", "T_max", text=str(2**70)), "'schedule.T_max' is a number of more than"),
+    "longer number": (value("schedule", "T_max", text="9" * 5000), "truncated or corrupt JSON file"),
+    "nested": (value("schedule", "T_max", text="[" * 10**5), "truncated or corrupt JSON file"),
+    "nested and closed": (value("schedule", "T_max", text="[" * 900 + "]" * 900), "state.json: "),
+    "no tensor": (
+        value("order", text='{"type": "tensor", "of": 1}'),
+        "unknown entries for this model: order",
+    ),
+    "a tensor more": (value("schedule", "x", text='{"type": "tensor"}'), "entry 'schedule.x' is missing"),
+    "a tensor less": (value("order", text="1"), "unknown entries for this model: order"),
+    "a tensor twice": (
+        value("average", text='{"0": {"weight": {"type": "tensor"}}, "0.weight": {"type": "tensor"}}'),
+        "entry 'average.0.weight': must be in one place, the file has several",
+    ),
+    "a list": (lambda values: "[1]", "must hold an object, got list"),
+    "nothing": (lambda values: "", "truncated or corrupt JSON file"),
+    "no text": (lambda values: "\udcff", "truncated or corrupt JSON file"),
 }
 
 
-@pytest.mark.parametrize("kind", GREEDY)
-def test_a_state_cannot_ask_for_more_than_it_holds(kind, folder):
-    assert_named(*GREEDY[kind], folder)
+@pytest.mark.parametrize("kind", TEXTS)
+def test_a_damaged_json_file_is_named(kind, folder):
+    damage, message = TEXTS[kind]
+    path = checkpoints.latest(folder)
+    text = damage(json.loads((path / VALUES).read_text()))
+    (path / VALUES).write_bytes(text.encode(errors="surrogateescape"))
+    assert_refused(message, path)
 
 
-def rewritten(file, method=zipfile.ZIP_STORED, twice=False):
-    with zipfile.ZipFile(file) as archive:
-        entries = {name: archive.read(name) for name in archive.namelist()}
-    with zipfile.ZipFile(file, "w", method) as archive, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for name, content in entries.items():
-            archive.writestr(name, content)
-        if twice:
-            archive.writestr(*next(iter(entries.items())))
-
-
-def flipped(file):
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
-
-
-def larger(file):
-    content = file.read_bytes()
-    place = content.rindex(b"PK\x01\x02")
-    file.write_bytes(content[: place + 20] + struct.pack("<II", 2**30, 2**30) + content[place + 28 :])
-
-
-ARCHIVES = {
-    "compressed": (
-        lambda file: rewritten(file, zipfile.ZIP_DEFLATED),
-        "an entry of the archive is compressed",
-    ),
-    "twice": (lambda file: rewritten(file, twice=True), "two entries of the archive have one name"),
-    "flipped": (flipped, "the checksum of .* is wrong"),
-    "larger": (larger, "the archive claims more bytes than the file has"),
-    "old form": (
-        lambda file: torch.save(torch.load(file), file, _use_new_zipfile_serialization=False),
-        "File is not a zip file",
-    ),
-    "no state": (lambda file: zipfile.ZipFile(file, "w").close(), "the archive holds no state"),
-}
-
-
-@pytest.mark.parametrize("kind", ARCHIVES)
-def test_an_archive_that_is_not_as_torch_writes_it_is_refused(kind, folder):
-    damage, message = ARCHIVES[kind]
-    file = checkpoints.latest(folder) / "state.pt"
-    damage(file)
-    with pytest.raises(ValueError, match=f"state.pt: truncated or corrupt checkpoint: {message}"):
-        checkpoints.load(file.parent, trainer())
-
-
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"x" * 100])
-def test_a_file_of_something_else_is_named(content, folder):
-    file = checkpoints.latest(folder) / "state.pt"
-    file.write_bytes(content)
-    with pytest.raises(ValueError, match="truncated or corrupt checkpoint"):
-        checkpoints.load(file.parent, trainer())
+def test_tensors_of_another_training_are_named(folder, tmp_path):
+    path, other = checkpoints.latest(folder), tmp_path / "other"
+    made = trainer()
+    checkpoints.save(other, made, made.state_dict(), [])
+    shutil.copy(checkpoints.latest(other) / TENSORS, path)
+    assert_refused("state.safetensors: entry 'optimizer.state.0.*' is missing", path)
 
 
 @pytest.mark.parametrize("cut", [1, 100, 5000])
 def test_a_cut_file_is_named(cut, folder):
     path = checkpoints.latest(folder)
-    for name in ("state.pt", "weights.safetensors"):
+    for name in (VALUES, TENSORS, "weights.safetensors"):
         content = (path / name).read_bytes()
         (path / name).write_bytes(content[:-cut])
         with pytest.raises(ValueError, match=name):
             checkpoints.load(path, trainer())
         (path / name).write_bytes(content)
-
-
-def test_no_dictionary(folder):
-    file = checkpoints.latest(folder) / "state.pt"
-    torch.save([1], file)
-    with pytest.raises(ValueError, match="must hold a dictionary, got list"):
-        checkpoints.load(file.parent, trainer())
 
 
 def test_weights_of_another_network_are_refused(folder):

@@ -4,6 +4,7 @@ import dataclasses
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -49,7 +50,7 @@ TEXTS = st.text(st.characters(exclude_categories=["Cs"]))
 @given(TEXTS, st.floats(allow_nan=False), st.integers(-(2**63), 2**63 - 1), st.dictionaries(TEXTS, TEXTS))
 def test_any_text_and_number_reads_back(text, number, whole, table):
     sample = Sample(text, number, whole, table)
-    assert toml._parser().loads(toml.dumps(sample)) == dataclasses.asdict(sample)
+    assert msgspec.toml.decode(toml.dumps(sample)) == dataclasses.asdict(sample)
 
 
 @pytest.mark.parametrize("name", config.recipes())
@@ -73,34 +74,37 @@ def test_the_recipe_for_digits_is_the_default():
     [
         ("[training\n", "not a TOML file"),
         ("[trainin]\n", "unknown key 'trainin'; allowed are data, model, optimizer, training, penalty"),
-        ("[training]\nepoch = 3\n", r"\[training\]: unknown key 'epoch'; allowed are epochs, batch_size"),
-        ("training = 3\n", r"training must be a table \[training\], got 3"),
-        ("[training]\nepochs = 3.0\n", r"\[training\]: epochs must be a whole number, got 3.0"),
-        ("[training]\nepochs = true\n", "epochs must be a whole number, got True"),
-        ("[training]\nepochs = 0\n", r"\[training\]: epochs must be 1 or more, got 0"),
+        ("[training]\nepoch = 3\n", "training: unknown key 'epoch'; allowed are epochs, batch_size"),
+        ("training = 3\n", "training: Expected `object`, got `int`"),
+        ("[training]\nepochs = 3.0\n", "training.epochs: Expected `int`, got `float`"),
+        ("[training]\nepochs = true\n", "training.epochs: Expected `int`, got `bool`"),
+        ("[training]\nepochs = 0\n", "training: epochs must be 1 or more, got 0"),
         ("[training]\nbatch_size = 9\naccumulate = 2\n", "batch_size must be a multiple of accumulate, 2"),
         ("[training]\nema = 1.0\n", "ema must be from 0 to less than 1"),
         ("[training]\nseed = -1\n", "seed must be 0 or more"),
         (f"[training]\nseed = {2**63}\n", "seed must be less than 2\\*\\*63"),
         ("data = " + "[" * 10000, "not a TOML file"),
-        ("data.name" + ".a" * 3000 + " = 1", r"\[data\]: name must be a string, got a table"),
-        (f"[model]\nwidth = '{'a' * 1000}'\n", "width must be a whole number, got 'a{79}$"),
+        ("data.name" + ".a" * 3000 + " = 1", "data.name: Expected `str`, got `object`"),
+        (f"[model]\nwidth = '{'a' * 1000}'\n", r"model.width: Expected `int \| null`, got `str`$"),
         ('[training]\nprecision = "half"\n', "precision must be one of 'float32', 'bfloat16', 'float16'"),
-        ("[training]\ncompile = 1\n", "compile must be true or false, got 1"),
-        ("[data]\nname = 3\n", r"\[data\]: name must be a string, got 3"),
+        ("[training]\ncompile = 1\n", "training.compile: Expected `bool`, got `int`"),
+        ("[data]\nname = 3\n", "data.name: Expected `str`, got `int`"),
         ("[data]\ncrop = -1\n", "crop must be 0 or more"),
-        ("[model]\nwidth = 0\n", r"\[model\]: width must be 1 or more"),
+        ("[model]\nwidth = 0\n", "model: width must be 1 or more"),
         ("[optimizer]\nname = 'lion'\n", "name must be one of 'sgd', 'adam', 'adamw', got 'lion'"),
         ("[optimizer]\nlearning_rate = 0\n", "learning_rate must be more than 0"),
         ("[optimizer]\nlearning_rate = nan\n", "learning_rate must be finite"),
-        ("[optimizer]\nlearning_rate = '1e-2'\n", "learning_rate must be a number, got '1e-2'"),
+        ("[optimizer]\nlearning_rate = '1e-2'\n", "optimizer.learning_rate: Expected `float`, got `str`"),
         (
             "[optimizer]\nwarmup_epochs = 20\n",
             "optimizer.warmup_epochs must be less than training.epochs, 20",
         ),
         ("[penalty]\nepochs = 21\n", "penalty.epochs must be at most training.epochs, 20, got 21"),
         ("[penalty]\nwarmup_epochs = 11\n", "penalty.warmup_epochs must be at most penalty.epochs, 10"),
-        ("[penalty]\nsettings = { a = [1] }\n", r"\[penalty\]: settings must be a table of numbers"),
+        (
+            "[penalty]\nsettings = { a = [1] }\n",
+            r"penalty.settings\[...\]: Expected `bool \| int",
+        ),
     ],
 )
 def test_a_mistake_is_named_with_file_and_key(text, message, tmp_path):
@@ -131,9 +135,9 @@ def test_an_unknown_recipe_is_refused():
     assert str(config.recipe("my.toml")) == "my.toml"
 
 
-@pytest.mark.skipif(sys.version_info >= (3, 11), reason="Python reads TOML by itself from 3.11 on")
-def test_without_tomli_says_what_to_install(monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "tomli", None)
+@pytest.mark.parametrize("missing", ["msgspec", "tomli_w"])
+def test_without_its_packages_says_what_to_install(missing, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, missing, None)
     (tmp_path / "a.toml").touch()
     with pytest.raises(ImportError, match=r"pip install '\.\[train\]'"):
         toml.read(tmp_path / "a.toml")

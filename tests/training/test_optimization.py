@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import gradl1_fast as gl
 from gradl1_fast.training.config import Optimizer
 from gradl1_fast.training.loop.optimization import Average, optimizer_for, schedule_for
 
@@ -63,6 +64,19 @@ def test_the_average_follows_its_definition():
         average.update(net)
     torch.testing.assert_close(average.state[key], expected)
     assert average.state["1.num_batches_tracked"] == 12
+
+
+def test_no_average_is_updated_at_a_bit_width():
+    net = gl.convert(model())
+    average = Average(net, 0.5)
+    with (
+        gl.bits(net, w=4, a=None),
+        pytest.raises(RuntimeError, match=r"at a bit width: call gradl1_fast.set_bits"),
+    ):
+        average.update(net)
+    assert average.updates == 0
+    average.update(net)
+    assert average.updates == 1
 
 
 def test_it_is_applied_for_a_while():

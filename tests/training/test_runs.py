@@ -2,7 +2,6 @@
 
 import json
 import struct
-import sys
 
 import pytest
 import torch
@@ -111,10 +110,10 @@ DAMAGES = {
     "unknown": (weights(lambda e: e.update(x=torch.ones(1))), "unknown entries for this model: x"),
     "shape": (
         weights(lambda e: e.update({"0.weight": torch.ones(4)})),
-        r"entry '0.weight' must be torch.float32 of shape \(4, 1, 3, 3\), got torch.float32 of \(4,\)",
+        r"entry '0.weight': must be float32 of shape \(4, 1, 3, 3\), the file has float32 of shape \(4,\)",
     ),
-    "type": (weights(lambda e: e.update({"0.weight": e["0.weight"].double()})), "got torch.float64"),
-    "nan": (weights(nan), "entry '3.weight' holds NaN or infinity"),
+    "type": (weights(lambda e: e.update({"0.weight": e["0.weight"].double()})), "the file has float64"),
+    "nan": (weights(nan), "entry '3.weight': must be finite"),
 }
 
 
@@ -130,7 +129,7 @@ def test_damaged_weights_are_named(folder, kind):
 
 def test_a_damaged_configuration_is_named(folder):
     (folder / "config.toml").write_text("[model]\nwidht = 4\n")
-    with pytest.raises(ValueError, match=r"config.toml \[model\]: unknown key 'widht'"):
+    with pytest.raises(ValueError, match=r"config.toml: model: unknown key 'widht'"):
         runs.load(folder)
 
 
@@ -152,10 +151,4 @@ def test_damaged_ranges_are_named(folder):
     path = folder / "ranges.safetensors"
     path.write_bytes(path.read_bytes()[:-4])
     with pytest.raises(ValueError, match=r"ranges.safetensors"):
-        runs.load(folder)
-
-
-def test_without_safetensors_says_what_to_install(folder, monkeypatch):
-    monkeypatch.setitem(sys.modules, "safetensors", None)
-    with pytest.raises(ImportError, match=r"pip install '\.\["):
         runs.load(folder)

@@ -8,7 +8,9 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from gradl1_fast.nn.quantizers import ActivationQuantizer, WeightQuantizer
 from gradl1_fast.nn.state_dicts import load_entries
 from gradl1_fast.training.config import Optimizer
 
@@ -86,7 +88,10 @@ class Average:
     """The exponential moving average of a model's weights and statistics.
 
     In its first steps it moves faster, so that it forgets where the training began: after n updates
-    the decay is at most ``(n + 1) / (n + 10)``.
+    the decay is at most ``(n + 1) / (n + 10)``. Whole numbers, such as counts of batches, are not averaged.
+
+    Entries are paired by name. ``torch.optim.swa_utils.AveragedModel`` pairs parameters and buffers by
+    position, and a method may add some in the course of the training.
 
     Args:
         model: whose state dict is averaged.
@@ -107,14 +112,21 @@ class Average:
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Let the weights of one step enter."""
-        share = 1 - min(self.decay, (self.updates + 1) / (self.updates + 10))
+        """Let the weights of one step enter.
+
+        Raises:
+            RuntimeError: the model is at a bit width, at which batch norms may have statistics of that width.
+        """
+        _require_float(model)
+        decay = min(self.decay, (self.updates + 1) / (self.updates + 10))
         self.updates += 1
-        for key, value in model.state_dict().items():
-            if value.is_floating_point():
-                self.state[key].lerp_(value, share)
-            else:
-                self.state[key].copy_(value)
+        new = model.state_dict()
+        averaged = [key for key, value in new.items() if value.is_floating_point()]
+        if averaged:
+            update = get_ema_multi_avg_fn(decay)
+            update([self.state[key] for key in averaged], [new[key] for key in averaged], self.updates)
+        for key in new.keys() - set(averaged):
+            self.state[key].copy_(new[key])
 
     @contextlib.contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:
@@ -135,3 +147,12 @@ class Average:
         self.updates = int(state[""])
         for key, value in self.state.items():
             value.copy_(state[key])
+
+
+def _require_float(model: nn.Module) -> None:
+    quantizers = (m for m in model.modules() if isinstance(m, WeightQuantizer | ActivationQuantizer))
+    if any(quantizer.bits is not None for quantizer in quantizers):
+        raise RuntimeError(
+            "the average of weights cannot be updated while the model is at a bit width: "
+            "call gradl1_fast.set_bits(model, w=None, a=None) first"
+        )

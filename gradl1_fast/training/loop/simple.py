@@ -42,11 +42,11 @@ class Recipe:
 
     def config(self, seed: int) -> Config:
         """Return the recipe as the trainer takes it; data and network are its caller's."""
-        settings = {"lambda_w": self.coefficient, "lambda_a": self.coefficient, "scale": self.scale}
+        coefficients = dict.fromkeys(("lambda_w", "lambda_a"), self.coefficient)
         return Config(
             optimizer=Optimizer("adam", self.learning_rate),
             training=Training(self.epochs, self.batch_size, seed=seed),
-            penalty=Penalty("gradl1", self.penalty_epochs, settings=settings),
+            penalty=Penalty("gradl1", self.penalty_epochs, settings={**coefficients, "scale": self.scale}),
         )
 
 

@@ -290,7 +290,7 @@ class Trainer:
         """Load a state returned by :meth:`state_dict`.
 
         Where the method changes the entries of the model's state, :meth:`go_to` comes first. The model's own
-        state is loaded before this call.
+        state is loaded before this call. Tensors are moved to the device of the ranks.
 
         Raises:
             ValueError: it was written by another number of ranks, or with another objective.
@@ -303,19 +303,30 @@ class Trainer:
         self.step = state["step"]
         if state["objective"]["name"] != self.objective.name:
             raise ValueError(f"the checkpoint belongs to the objective {state['objective']['name']!r}")
-        self.objective.load_state_dict(state["objective"]["state"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
+        device = self.ranks.device
+        self.objective.load_state_dict(_on(device, state["objective"]["state"]))
+        groups = _on(device, state["optimizer"]["param_groups"])  # a CUDA graph reads the rate on the device
+        self.optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
+        self.schedule.load_state_dict(_on(device, state["schedule"]))
         self.scaler.load_state_dict(state["scaler"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
         self._order_source.set_state(state["order"])
         self._order = None
-        self.seen = Epoch.from_state(state["seen"][self.ranks.rank])
+        self.seen = Epoch.from_state(_on(device, state["seen"][self.ranks.rank]))
         mine = state["random"][self.ranks.rank]
         torch.set_rng_state(mine["cpu"])
-        if self.ranks.device.type == "cuda":
-            torch.cuda.set_rng_state(mine["cuda"], self.ranks.device)
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(mine["cuda"], device)
+
+
+def _on(device: torch.device, value: Any) -> Any:
+    """Return a value with the tensors in its dictionaries and lists moved to a device."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        return {key: _on(device, inner) for key, inner in value.items()}
+    return [_on(device, inner) for inner in value] if isinstance(value, list) else value
 
 
 @contextlib.contextmanager

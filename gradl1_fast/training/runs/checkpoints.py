@@ -1,12 +1,12 @@
 """Checkpoints: the last whole state of a training, from which it goes on after a kill at any moment.
 
-A checkpoint is a folder ``step-N`` with ``weights.safetensors`` and ``state.pt``. It is written under
-another name, brought to the disk and renamed, so that what has the name is whole; then older ones go.
+A checkpoint is a folder ``step-N`` with ``weights.safetensors``, ``state.safetensors`` and ``state.json``. It
+is written under another name, brought to the disk and renamed, so that a folder of this name is complete;
+then older ones are removed.
 """
 
 from __future__ import annotations
 
-import io
 import os
 import shutil
 from pathlib import Path
@@ -19,14 +19,14 @@ from gradl1_fast import _checks as check
 from gradl1_fast import _files
 from gradl1_fast.training.loop.epoch import Epoch
 from gradl1_fast.training.loop.trainer import Trainer
-from gradl1_fast.training.runs.state_file import entries_in, is_finite, read_state
+from gradl1_fast.training.runs.state_file import VALUES, read_state, write_state
 from gradl1_fast.training.runs.weights_file import load_weights, save_weights
 
 __all__ = ["latest", "load", "save"]
 
 _PREFIX, _DIGITS = "step-", 12
 _PARTIAL = ".partial"
-_UNFIT = (RuntimeError, ValueError, LookupError, TypeError, AttributeError)
+_UNFIT = (RuntimeError, ValueError, LookupError, TypeError, AttributeError, OverflowError)
 
 
 def save(folder: Path, trainer: Trainer, state: dict[str, Any], rows: list[dict[str, float]]) -> None:
@@ -45,9 +45,7 @@ def save(folder: Path, trainer: Trainer, state: dict[str, Any], rows: list[dict[
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     save_weights(trainer.model.state_dict(), partial / "weights.safetensors")
-    buffer = io.BytesIO()
-    torch.save({**state, "rows": rows}, buffer)
-    _files.write_bytes(partial / "state.pt", buffer.getvalue())
+    write_state(partial, {**state, "rows": rows})
     if target.exists():  # the training stood at this very step before: the same state
         shutil.rmtree(partial)
         return
@@ -72,8 +70,8 @@ def load(path: Path, trainer: Trainer) -> list[dict[str, float]]:
         ValueError: a file is damaged, or does not fit this training; the message names file and entry.
         OSError: it cannot be read.
     """
-    file = path / "state.pt"
-    state = read_state(file, trainer.ranks.device)
+    state = read_state(path)
+    file = path / VALUES
     _go_to(file, state, trainer)
     _check(file, state, trainer)
     load_weights(trainer.model, path / "weights.safetensors")
@@ -108,21 +106,23 @@ def _check(file: Path, state: dict[str, Any], trainer: Trainer) -> None:
     for key, value in like["average"].items():
         _same_tensor(file, f"average.{key}", state["average"][key], value)
     _same_tensor(file, "order", state["order"], like["order"])
-    measured = ("seen", "rows")  # a loss may be infinite: with float16 such a step is skipped
-    for name, value in entries_in(file, {key: value for key, value in state.items() if key not in measured}):
-        if not is_finite(value):
-            raise ValueError(f"{file}: entry {name!r} holds NaN or infinity")
     _check_optimizer(file, state["optimizer"], trainer)
     _check_measured(file, state)
 
 
 def _check_optimizer(file: Path, found: dict[str, Any], trainer: Trainer) -> None:
+    """Check the state of each parameter, and make its key the number that JSON has as a string."""
     parameters = [p for group in trainer.optimizer.param_groups for p in group["params"]]
+    numbers = {str(index): index for index in range(len(parameters))}
+    if not isinstance(found["state"], dict) or not all(isinstance(s, dict) for s in found["state"].values()):
+        raise ValueError(f"{file}: entry 'optimizer.state' must be a dictionary of dictionaries")
+    unknown = found["state"].keys() - numbers
+    if unknown:
+        raise ValueError(
+            f"{file}: entry 'optimizer.state' refers to parameter {min(unknown):.80}, which does not exist"
+        )
+    found["state"] = {numbers[key]: state for key, state in found["state"].items()}
     for index, state in found["state"].items():
-        if index not in range(len(parameters)):
-            raise ValueError(
-                f"{file}: entry 'optimizer.state' refers to parameter {index!r}, which does not exist"
-            )
         for name, value in state.items():
             if isinstance(value, Tensor) and value.shape not in ((), parameters[index].shape):
                 raise ValueError(

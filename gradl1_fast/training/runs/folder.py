@@ -13,16 +13,17 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from gradl1_fast import _files
+from gradl1_fast._safetensors import TensorFile
 from gradl1_fast.conversion import convert
 from gradl1_fast.quantization.ranges_file import load_ranges, save_ranges
 from gradl1_fast.training import models
 from gradl1_fast.training.config import Config
 from gradl1_fast.training.data import Dataset
 from gradl1_fast.training.data import load as load_data
-from gradl1_fast.training.runs.weights_file import check_entries, put_weights, read_weights, save_weights
+from gradl1_fast.training.runs.weights_file import open_weights, put_weights, save_weights
 
 __all__ = ["Folder", "Loaded", "RunError", "load", "network"]
 
@@ -127,7 +128,6 @@ def load(folder: str | os.PathLike[str]) -> Loaded:
         RunError: it holds no finished run.
         ValueError: one of its files is damaged or does not fit the others; the message names the file
             and the entry.
-        ImportError: safetensors is not installed.
     """
     run = Folder(Path(folder))
     missing = [path.name for path in (run.config, run.weights, run.ranges) if not path.is_file()]
@@ -137,16 +137,16 @@ def load(folder: str | os.PathLike[str]) -> Loaded:
         )
         raise RunError(f"{run.path}: not the folder of a finished run: no {' and no '.join(missing)}{hint}")
     config = Config.read(run.config)
-    entries, facts = read_weights(run.weights)
-    counts = _count(run, facts, "classes"), _count(run, facts, "channels")
-    _check_size(run, config, counts, entries)
-    model = network(config, *counts)
-    put_weights(model, run.weights, entries)
+    with open_weights(run.weights) as weights:
+        counts = _count(weights, "classes"), _count(weights, "channels")
+        _check_size(run, config, counts, weights)
+        model = network(config, *counts)
+        put_weights(model, weights)
     load_ranges(model, run.ranges)
     return Loaded(config, model.eval())
 
 
-def _check_size(run: Folder, config: Config, counts: tuple[int, int], entries: dict[str, Tensor]) -> None:
+def _check_size(run: Folder, config: Config, counts: tuple[int, int], weights: TensorFile) -> None:
     """Compare the weights with a network that takes no memory: a damaged configuration may ask for any."""
     if config.model.name.startswith("timm:"):  # some of those compute with values while they are made
         return
@@ -156,11 +156,11 @@ def _check_size(run: Folder, config: Config, counts: tuple[int, int], entries: d
             expected = network(config, *counts).state_dict()
     except (ValueError, TypeError, RuntimeError) as error:
         raise ValueError(f"{run.config}: unknown network: {error!s:.300}") from error
-    check_entries(run.weights, entries, expected)
+    weights.check_like(expected)
 
 
-def _count(run: Folder, facts: dict[str, str], name: str) -> int:
-    text = facts.get(name, "")
+def _count(weights: TensorFile, name: str) -> int:
+    text = weights.metadata(name)
     if not text.isdecimal() or len(text) > 6 or not int(text):
-        raise RunError(f"{run.weights}: must say how many {name} there are, says {text!r:.80}")
+        raise RunError(f"{weights.path}: must say how many {name} there are, says {text!r:.80}")
     return int(text)

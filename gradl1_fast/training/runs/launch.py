@@ -24,6 +24,7 @@ from gradl1_fast.training.loop.trainer import Trainer
 from gradl1_fast.training.reports.run import report
 from gradl1_fast.training.runs import checkpoints, rehearsal
 from gradl1_fast.training.runs.folder import Folder, RunError, network
+from gradl1_fast.training.runs.interruption import interruption
 from gradl1_fast.training.runs.recorder import Recorder
 from gradl1_fast.training.runs.weights_file import require_safetensors
 from gradl1_fast.training.toml import SettingsError
@@ -61,6 +62,8 @@ def launch(
 
     Started by torchrun it trains with all its processes, of which the first one writes. After a kill
     at any moment ``resume`` goes on from the last checkpoint, on a CPU to the same weights bit for bit.
+    Ctrl-C in a process of its own (not under torchrun) ends the step and writes a checkpoint; a second Ctrl-C
+    stops at once.
 
     Args:
         config: of the run; to resume, that of the folder.
@@ -81,6 +84,7 @@ def launch(
         TrainingError: the loss became NaN or infinite.
         ImportError: a package is not installed; the message says which.
         OSError: the folder cannot be written to.
+        KeyboardInterrupt: Ctrl-C was pressed.
     """
     with _prepared(config, folder, resume, device) as made:
         run, group, images, trainer = made.run, made.group, made.images, made.trainer
@@ -165,7 +169,13 @@ def _take_up(run: Folder, trainer: Trainer) -> tuple[list[dict[str, float]], str
     if path is None:
         return [], "resumed before the first checkpoint: starting over"
     rows = checkpoints.load(path, trainer)
-    return rows, f"resumed after {trainer.steps_done} steps, in epoch {trainer.epoch + 1}"
+    return rows, f"resumed {_position(trainer)}"
+
+
+def _position(trainer: Trainer) -> str:
+    epochs = trainer.config.training.epochs
+    where = "at the end of the training" if trainer.done else f"in epoch {trainer.epoch + 1} of {epochs}"
+    return f"after {trainer.steps_done} steps, {where}"
 
 
 def _train(
@@ -178,18 +188,29 @@ def _train(
         if recorder:
             checkpoints.save(run.checkpoints, trainer, state, recorder.rows)
 
+    def stop_if(interrupted: bool) -> None:
+        if interrupted:
+            keep()
+            if recorder:
+                recorder.log(f"stopped {_position(trainer)}; the checkpoint is written")
+            raise KeyboardInterrupt
+
     def after_step(trainer: Trainer) -> None:
         on_step(trainer)
+        stop_if(interrupted())
         if every and trainer.step < trainer.steps and trainer.steps_done % every == 0:
             keep()
 
-    while not trainer.done:
-        trainer.run_epoch(after_step)
-        trainer.average_over_ranks()
-        if recorder:
-            recorder.epoch(trainer, *_measured(trainer, images))
-        trainer.next_epoch()
-        keep()
+    # Ranks receive the signal at different steps, and a checkpoint needs all of them.
+    with interruption(deferred=trainer.ranks.count == 1) as interrupted:
+        while not trainer.done:
+            trainer.run_epoch(after_step)
+            trainer.average_over_ranks()
+            if recorder:
+                recorder.epoch(trainer, *_measured(trainer, images))
+            trainer.next_epoch()
+            keep()
+            stop_if(interrupted())
 
 
 def _measured(trainer: Trainer, images: Dataset) -> tuple[float, dict[str, torch.Tensor]]:

@@ -1,135 +1,117 @@
-"""Reads a state that ``torch.save`` wrote: nothing is executed, and no more memory taken than it holds.
+"""The state of a training in two files: its tensors in safetensors, everything else in JSON.
 
-``torch.load(weights_only=True)`` executes nothing, but a few bytes can ask it for any amount of memory: by
-a compressed entry, by a call of ``bytearray``, by a tensor with one value and a shape of billions. So the
-archive is looked at before, and what came out of it afterwards.
+In the JSON an object ``{"type": "tensor"}`` is in the place of each tensor, whose name in the other file is
+the dotted path to this place. ``{"type": "float", "value": "inf"}`` is a number that JSON does not have.
 """
 
 from __future__ import annotations
 
+import json
 import math
-import os
-import pickle
-import pickletools
-import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-__all__ = ["entries_in", "is_finite", "read_state"]
+from gradl1_fast import _files, _json, _safetensors
+from gradl1_fast._safetensors import TensorFile
 
-_BROKEN = (
-    *(pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError),
-    *(OSError, zipfile.BadZipFile),
-)
-_STORAGES = ("BFloat16", "Bool", "Byte", "Char", "Double", "Float", "Half", "Int", "Long", "Short")
-_CALLED = {
-    "collections OrderedDict",
-    "torch._utils _rebuild_tensor_v2",
-    *(f"torch {kind}Storage" for kind in _STORAGES),
-}
-_UNCALLED = ("EXT1", "EXT2", "EXT4", "INST", "STACK_GLOBAL")  # other ways to name what is called
+__all__ = ["TENSORS", "VALUES", "read_state", "write_state"]
+
+TENSORS, VALUES = "state.safetensors", "state.json"
+FORMAT = {"format": "gradl1_fast.training_state", "version": "1"}
+_TENSOR = {"type": "tensor"}
+_NOT_FINITE = ("inf", "-inf", "nan")
+_MEASURED = ("seen", "rows")  # may be infinite: a step with an infinite loss is skipped with float16
 _LARGEST = 2**64
-_DEEPEST = 20  # a state has four levels, and an objective may add a few
 
 
-def read_state(file: Path, device: torch.device) -> dict[str, Any]:
-    """Return a dictionary of tensors, numbers, texts, and lists and dictionaries of them.
+def write_state(folder: Path, state: dict[str, Any]) -> None:
+    """Write a state as two files in a folder.
 
     Args:
-        file: as ``torch.save`` writes it, uncompressed.
-        device: where its tensors go.
+        folder: which exists.
+        state: a dictionary of tensors, numbers, strings, None, and lists and dictionaries of them. Keys are
+            read back as strings, tuples as lists.
 
     Raises:
-        ValueError: the file is damaged, or holds or asks for anything else; the message names it.
-        OSError: it cannot be read.
+        ImportError: safetensors is not installed.
+        OSError: the folder cannot be written to.
     """
-    with open(file, "rb") as opened:
+    tensors: dict[str, Tensor] = {}
+    values = _take_tensors(state, "", tensors)
+    _safetensors.save(folder / TENSORS, tensors, FORMAT, what="checkpoints", extra="train")
+    _files.write_text(folder / VALUES, _json.dumps(values))
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """Return what :func:`write_state` wrote, with tensors on the CPU.
+
+    Numbers and tensors are finite, except in the entries ``seen`` and ``rows``.
+
+    Raises:
+        ValueError: a file is damaged, or does not belong to the other one; the message names file and entry.
+        OSError: one cannot be read.
+    """
+    values = _read_values(folder / VALUES)
+    with TensorFile(folder / TENSORS) as file:
+        file.check_metadata(FORMAT)
         try:
-            _check_archive(opened)
-            opened.seek(0)
-            state = torch.load(opened, map_location=device, weights_only=True)
-        except _BROKEN as error:
-            reason = f"{error}" or type(error).__name__
-            raise ValueError(f"{file}: truncated or corrupt checkpoint: {reason:.300}") from error
-        size = os.fstat(opened.fileno()).st_size
-    if not isinstance(state, dict):
-        raise ValueError(f"{file}: must hold a dictionary, got {type(state).__name__}")
-    for count, (name, value) in enumerate(entries_in(file, state)):
-        if count > size:  # a list that is in the file once may stand in another many times
-            raise ValueError(f"{file}: entry {name!r:.80}: there are more values than the file has bytes")
-        _check_value(file, name, value)
+            state = {key: _put_tensors(value, key, file, folder / VALUES) for key, value in values.items()}
+        except RecursionError as error:
+            raise ValueError(f"{folder / VALUES}: truncated or corrupt: nested too deeply") from error
+        file.check_that_all_are_known()
     return state
 
 
-def _check_archive(opened: Any) -> None:
-    """Check that an archive holds what it says, and calls nothing but what makes tensors."""
-    with zipfile.ZipFile(opened) as archive:
-        entries = archive.infolist()
-        names = [entry.filename for entry in entries]
-        if len(set(names)) < len(names):
-            raise ValueError("two entries of the archive have one name")
-        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-            raise ValueError("an entry of the archive is compressed")
-        if sum(entry.file_size for entry in entries) > os.fstat(opened.fileno()).st_size:
-            raise ValueError("the archive claims more bytes than the file has")
-        wrong = archive.testzip()
-        if wrong is not None:
-            raise ValueError(f"the checksum of {wrong} is wrong")
-        pickled = [name for name in names if name.endswith("data.pkl")]
-        if len(pickled) != 1:
-            raise ValueError("the archive holds no state")
-        _check_calls(archive.read(pickled[0]))
-
-
-def _check_calls(content: bytes) -> None:
-    for operation, argument, _ in pickletools.genops(content):
-        if operation.name in _UNCALLED or (operation.name == "GLOBAL" and argument not in _CALLED):
-            raise ValueError(
-                f"it refers to {argument or operation.name!r:.80}, which a checkpoint does not need; "
-                "nothing was executed"
-            )
-
-
-def entries_in(file: Path, value: Any, where: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
-    """Yield a value and all that is in it, if it is a dictionary or a list, by dotted names.
-
-    Raises:
-        ValueError: it is too deep, or a key is none; the message names the file and the entry.
-    """
-    yield where, value
-    if not isinstance(value, dict | list | tuple):
-        return
-    if depth > _DEEPEST:
-        raise ValueError(f"{file}: entry {where!r:.80} is nested more than {_DEEPEST} levels deep")
-    for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
-        if type(key) not in (str, int) or (type(key) is int and abs(key) >= _LARGEST):
-            raise ValueError(f"{file}: entry {where!r:.80} has a key that is neither a name nor a number")
-        yield from entries_in(file, inner, f"{where}.{key!s:.100}".lstrip("."), depth + 1)
-
-
-def _check_value(file: Path, name: str, value: Any) -> None:
-    if isinstance(value, dict | list | tuple):
-        return
+def _take_tensors(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """Return a value with marks in the places of its tensors, which are put into ``tensors``."""
     if isinstance(value, Tensor):
-        # An expanded tensor, or one without memory, is larger in every computation than it is in the file.
-        plain = type(value) is Tensor and value.layout == torch.strided and value.device.type != "meta"
-        if not plain or value.numel() * value.itemsize > value.untyped_storage().nbytes():
-            raise ValueError(f"{file}: entry {name!r:.200} is a tensor with fewer values than its shape says")
-    elif type(value) is int:
-        if abs(value) >= _LARGEST:
-            raise ValueError(f"{file}: entry {name!r:.200} is a number of more than 64 bits")
-    elif value is not None and type(value) not in (str, float, bool):
-        raise ValueError(
-            f"{file}: entry {name!r:.200} is a {type(value).__name__}, no tensor, number or text"
-        )
+        tensors[name] = value
+        return _TENSOR
+    if isinstance(value, dict):
+        return {str(key): _take_tensors(inner, _inside(name, key), tensors) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_take_tensors(inner, _inside(name, i), tensors) for i, inner in enumerate(value)]
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"type": "float", "value": str(value)}
+    return value
 
 
-def is_finite(value: Any) -> bool:
-    """Return whether there is no NaN and no infinity in a value of a state."""
-    if isinstance(value, Tensor):
-        return not value.is_floating_point() or bool(torch.isfinite(value).all())
-    return not isinstance(value, float) or math.isfinite(value)
+def _inside(name: str, key: object) -> str:
+    return f"{name}.{key}" if name else f"{key}"
+
+
+def _read_values(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # a wrong encoding, a wrong syntax; nested without end
+        raise ValueError(f"{path}: truncated or corrupt JSON file: {error!s:.300}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: must hold an object, got {type(values).__name__}")
+    return values
+
+
+def _put_tensors(value: Any, name: str, file: TensorFile, path: Path) -> Any:
+    """Return a value of the JSON file with its tensors in their places."""
+    measured = name.split(".")[0] in _MEASURED
+    if value == _TENSOR:
+        return _read_once(file, name, finite=not measured)
+    if isinstance(value, dict):
+        if measured and value.keys() == {"type", "value"} and value["value"] in _NOT_FINITE:
+            return float(value["value"])
+        return {key: _put_tensors(inner, f"{name}.{key}", file, path) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_put_tensors(inner, f"{name}.{i}", file, path) for i, inner in enumerate(value)]
+    if isinstance(value, float) and not math.isfinite(value):  # JSON as Python reads it has NaN and Infinity
+        raise ValueError(f"{path}: entry {name!r:.200} holds NaN or infinity")
+    if type(value) is int and abs(value) >= _LARGEST:
+        raise ValueError(f"{path}: entry {name!r:.200} is a number of more than 64 bits")
+    return value
+
+
+def _read_once(file: TensorFile, name: str, *, finite: bool) -> Tensor:
+    """Return a tensor, which is in one place: otherwise a small file could ask for any amount of memory."""
+    if file.was_read(name):
+        raise file.error(name, "must be in one place", "several")
+    return file.read(name, finite=finite)

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 import gradl1_fast as gl
+from gradl1_fast import _safetensors
 from gradl1_fast.nn.sites import named_layers, named_quantizers
-from gradl1_fast.quantization import bit_planes, partial_file
+from gradl1_fast.quantization import bit_planes
 from tests.networks import MOBILENET, VGG, Network
 from tests.quantization.any_bit.models import FIRST, converted, other
 
@@ -115,7 +116,7 @@ def test_a_reader_of_w_bits_reads_only_its_bytes(path: Path, monkeypatch: pytest
         files.append(Counting(builtins.open(*args, **kwargs)))  # noqa: SIM115  # the reader closes it
         return files[-1]
 
-    monkeypatch.setattr(partial_file, "open", counting, raising=False)
+    monkeypatch.setattr(_safetensors, "open", counting, raising=False)
     sizes = gl.save_any_bit(converted(), path)
     assert sizes[8] == path.stat().st_size
     plane = sum(bit_planes.plane_bytes(layer.weight.numel()) for layer in named_layers(converted()).values())

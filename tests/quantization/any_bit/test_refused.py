@@ -102,10 +102,10 @@ def without(key: str) -> Callable[[Path], None]:
 RANGE = "3.input"
 SCALE, PLANE, STATE = f"scale.{FIRST}", f"plane.0.{FIRST}", "state.1.running_var"
 HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
-    "empty": (with_file(lambda data: b""), "truncated: a header of 0 bytes"),
-    "short": (with_file(lambda data: data[:100]), "truncated: a header of"),
-    "not a file of tensors": (with_file(lambda data: b"PK\x03\x04" + data), "a header of"),
-    "endless header": (with_file(lambda data: b"\xff" * 8 + data[8:]), "a header of 18446744073709551615"),
+    "empty": (with_file(lambda data: b""), "truncated or corrupt safetensors file: its header has 0 bytes"),
+    "short": (with_file(lambda data: data[:100]), "its header has"),
+    "not a file of tensors": (with_file(lambda data: b"PK\x03\x04" + data), "its header has"),
+    "endless header": (with_file(lambda data: b"\xff" * 8 + data[8:]), "its header has 18446744073709551615"),
     "no JSON": (with_file(lambda data: data[:8] + b"}" + data[9:]), "its header is not valid JSON"),
     "no text": (with_file(lambda data: data[:9] + b"\xff" + data[10:]), "its header is not valid JSON"),
     "deep JSON": (replaced("[" * 100000), "its header is not valid JSON"),

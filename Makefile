@@ -72,7 +72,7 @@ zoo: $(ZOO)/.built  ## convert the models of timm, torchvision and transformers 
 	OMP_NUM_THREADS=1 $(ZOO)/bin/python -m tests.zoo $(ARGS)
 
 sanitize: $(BUILT)  ## CPU loops and emulated CUDA kernels under AddressSanitizer and UBSan
-	GRADL1_TEST_SANITIZE=1 OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/compiled/test_emulated.py $(ARGS)
+	GRADL1_TEST_SANITIZE=1 OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) tests/compiled/test_emulated.py $(ARGS)
 
 kernels: $(BUILT)  ## compile the CUDA kernels anew for every default architecture; print registers, fail on spills
 	rm -rf build/tests/cuda

@@ -35,7 +35,8 @@ def build(name: str, *options: str) -> tuple[Path, str]:
     ]
     with open(folder / ".lock", "w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        env = os.environ | {"PATH": path}
+        # Without the flags of the make that runs the tests, which ninja would ask for jobs.
+        env = os.environ | {"PATH": path, "MAKEFLAGS": ""}
         run([cmake, "-S", str(ROOT / "csrc"), "-B", str(folder), "-G", "Ninja", *settings, *options], env)
         return folder, run([cmake, "--build", str(folder)], env)
 

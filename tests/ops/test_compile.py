@@ -1,8 +1,9 @@
-"""A penalised step of all operations: compiled and traced, it equals eager."""
+"""A penalised step of all operations: compiled and traced, it equals eager.
+
+By inductor, tests/interoperability/test_compile.py compiles a step of a network.
+"""
 
 from __future__ import annotations
-
-import shutil
 
 import pytest
 import torch
@@ -64,23 +65,6 @@ def penalised_step(
 def test_aot_eager_equals_eager(dynamic: bool) -> None:
     compiled = torch.compile(penalised_step, backend="aot_eager", fullgraph=True, dynamic=dynamic)
     assert_gradients(compiled(*arguments()), penalised_step(*arguments()), 1e-12)
-
-
-@pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a C++ compiler (g++) on a CPU")
-@pytest.mark.usefixtures("trace_autograd")
-def test_inductor_equals_eager() -> None:
-    def one_layer(x: Tensor, w: Tensor, gamma: Tensor, probe: Tensor) -> list[Tensor]:
-        h = ours.tap(ours.batch_norm_act(ours.conv(x, w), None, None, gamma, training=True), probe)
-        loss = h.sin().sum()
-        *gradients, l1 = torch.autograd.grad(loss, [w, gamma, probe], create_graph=True)
-        return list(torch.autograd.grad(loss + ours.l1_norm(gradients).sum() + l1, [x, w, gamma]))
-
-    x, w, gamma, probe = (arguments()[i] for i in (0, 1, 2, 7))
-    compiled = torch.compile(one_layer, backend="inductor", fullgraph=True)
-    # Without its caches on disk, which outlive the schema of an operator.
-    with torch._inductor.config.patch(force_disable_caches=True):
-        found = compiled(x, w, gamma, probe)
-    assert_gradients(found, one_layer(x, w, gamma, probe), 1e-12)
 
 
 @pytest.mark.usefixtures("trace_autograd")

@@ -16,7 +16,7 @@ from gradl1_fast.training.experiment.session import Session
 
 QUICK = named("digits").quick()
 WIDTHS = QUICK.widths
-NAMES = ["plain", "gradl1", "gradl1-unscaled", "gradl1-finite-difference", "sam", "qat-4", "gradl1+kure"]
+NAMES = ["plain", "gradl1", "gradl1-finite-difference", "qat-4", "gradl1+kure"]
 REGIMES = QUICK.regimes
 
 

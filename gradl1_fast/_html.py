@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from html import escape
 from string import Template
 
@@ -15,11 +15,33 @@ def page(title: str, body: str) -> str:
     return Template(_PAGE).substitute(title=escape(title), body=body)
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a table; cells are text, not HTML."""
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
-    body = "".join("<tr>" + "".join(f"<td>{escape(c)}</td>" for c in row) + "</tr>" for row in rows)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+def table(
+    header: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    *,
+    title: str = "",
+    right: Collection[int] | None = None,
+) -> str:
+    """Return a table; cells are text, not HTML.
+
+    Columns whose index is in ``right`` are aligned right and others left. None leaves that to the page;
+    notebooks align everything right.
+    """
+    caption = f"<caption>{escape(title)}</caption>" if title else ""
+    head = _row("th", header, right)
+    body = "".join(_row("td", row, right) for row in rows)
+    return f"<table>{caption}<thead>{head}</thead><tbody>{body}</tbody></table>"
+
+
+def _row(tag: str, cells: Sequence[str], right: Collection[int] | None) -> str:
+    shown = (f"<{tag}{_aligned(i, right)}>{escape(cell)}</{tag}>" for i, cell in enumerate(cells))
+    return f"<tr>{''.join(shown)}</tr>"
+
+
+def _aligned(column: int, right: Collection[int] | None) -> str:
+    if right is None:
+        return ""
+    return f' style="text-align: {"right" if column in right else "left"}"'
 
 
 def items(lines: Iterable[str]) -> str:

@@ -25,7 +25,7 @@ FLOORS = [
         "_progress",
         "_version",
     },
-    {"_environment"},
+    {"_environment", "_shown"},
     {"backends"},
     {"ops"},
     {"functional"},

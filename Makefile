@@ -15,7 +15,7 @@ BUILT := $(VENV)/.built
 BUILD = $(shell nvidia-smi -L >/dev/null 2>&1 || echo GRADL1_CUDA=0)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test full coverage fuzz soak zoo sanitize kernels lint format docs bench mutate gpu gpufull clean
+.PHONY: help demo test full coverage fuzz soak zoo sanitize kernels lint format docs wheel bench mutate gpu gpufull clean
 
 help:  ## this text
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
@@ -90,6 +90,16 @@ format: $(READY)  ## put the code into the form that lint asks for
 # Not --quiet: what it hides is not counted as an error either.
 docs: $(READY)  ## build the documentation into build/site; warnings are errors
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict $(ARGS)
+
+# Each wheel is built from the sdist, outside of build/, which may hold files that are no longer in the package. Without
+# a build tag (1cpu, 1cuda) the two compiled wheels would have the same name.
+WHEEL = $(VENV)/bin/python -m build --no-isolation --outdir dist
+CUDA_WHEEL = $(if $(GRADL1_CUDA),$(filter 1,$(GRADL1_CUDA)), \
+	$(shell PATH="$$PATH:$$CUDA_HOME/bin:$$CUDA_PATH/bin" command -v "$${CUDACXX:-nvcc}"))
+wheel: $(READY)  ## build wheels into dist/: pure Python, with CPU loops, and with CUDA kernels if nvcc is found
+	GRADL1_CUDA=0 GRADL1_HOST=0 $(WHEEL)
+	GRADL1_CUDA=0 GRADL1_HOST=1 $(WHEEL) -C--build-option=--build-number=1cpu
+	$(if $(CUDA_WHEEL),GRADL1_CUDA=1 GRADL1_HOST=1 $(WHEEL) -C--build-option=--build-number=1cuda)
 
 bench: $(BUILT)  ## measure operations and training steps beside their peers; ARGS="step --smoke" for a first look
 	$(VENV)/bin/gradl1 bench $(ARGS)

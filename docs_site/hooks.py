@@ -21,7 +21,11 @@ from mkdocs.structure.files import File, Files  # noqa: E402
 from docs_site import figures, formulas  # noqa: E402
 
 # Files outside docs/ that the site shows, by their address there.
-OUTSIDE = {"CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
+OUTSIDE = {
+    "CHANGELOG.md": "changelog.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "examples/tour.ipynb": "examples/tour.ipynb",
+}
 CHARTS = "bench/results"
 
 _LINK = re.compile(r"(?<=\]\()(?P<path>[^)#:\s]+)(?=[)#])")

@@ -23,7 +23,7 @@ FLOORS = [
         "_progress",
         "_version",
     },
-    {"_environment", "_report", "_safetensors"},
+    {"_environment", "_report", "_safetensors", "_shown"},
     {"backends"},
     {"ops"},
     {"functional"},

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from torch import fx, nn
 
 from gradl1_fast._checks import MAX_BITS
+from gradl1_fast._shown import Grid, Shown
 from gradl1_fast.conversion.by_function import used_by_function
 from gradl1_fast.conversion.graphs import kind_of, layer_of, module_of
 from gradl1_fast.conversion.left import left_in_float
@@ -25,8 +26,8 @@ _OURS = (QuantizedLayer, ActivationQuantizer, WeightQuantizer)
 
 
 @dataclass(repr=False)
-class Report:
-    """Rows of text by section. ``print`` and notebooks show them as tables.
+class Report(Shown):
+    """Rows of text by section; ``print``, or a notebook, shows them as tables.
 
     Attributes:
         layers: name, class, shape of the weight, bits of the weight, ranges of the weight.
@@ -43,21 +44,18 @@ class Report:
     plans: list[tuple[str, int, str]] = field(default_factory=list)
     regions: list[tuple[str, str, int, str]] = field(default_factory=list)
 
-    def __repr__(self) -> str:
-        """Return the tables."""
+    _between = "\n\n"
+
+    def _parts(self) -> Iterator[Grid]:
         plans = [(name or "the model", str(count), reason or "planned") for name, count, reason in self.plans]
         regions = [
             (name or "the model", nodes, str(count), reason) for name, nodes, count, reason in self.regions
         ]
-        return "\n\n".join(
-            (
-                _table("Layers", ("name", "class", "weight", "bits", "ranges"), self.layers),
-                _table("Sites", ("name", "bits", "range", "penalised"), self.sites),
-                _table("Left in float", ("name", "operation"), self.unquantized),
-                _table("Plans", ("container", "layers", "state"), plans),
-                _table("Regions", ("container", "operations", "layers", "why not one region"), regions),
-            )
-        )
+        yield Grid(("name", "class", "weight", "bits", "ranges"), self.layers, "Layers")
+        yield Grid(("name", "bits", "range", "penalised"), self.sites, "Sites")
+        yield Grid(("name", "operation"), self.unquantized, "Left in float")
+        yield Grid(("container", "layers", "state"), plans, "Plans")
+        yield Grid(("container", "operations", "layers", "why not one region"), regions, "Regions")
 
 
 def report(model: nn.Module) -> Report:
@@ -179,13 +177,3 @@ def _site_row(name: str, quantizer: ActivationQuantizer) -> tuple[str, ...]:
 
 def _bits(bits: int | None) -> str:
     return "float" if bits is None else str(bits)
-
-
-def _table(title: str, header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    if not rows:
-        return f"{title}: none"
-    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-    lines = [
-        "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in (header, *rows)
-    ]
-    return "\n".join((title, lines[0], "  ".join("-" * w for w in widths), *lines[1:]))

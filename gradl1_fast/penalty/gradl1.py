@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gradl1_fast import _checks as check
+from gradl1_fast._shown import html
 from gradl1_fast.functional import l1_norm
 from gradl1_fast.nn.arming import Arming, armings_of, requesting
 from gradl1_fast.nn.sites import named_layers
@@ -20,6 +21,7 @@ from gradl1_fast.penalty.checks.custom_functions import gradients
 from gradl1_fast.penalty.checks.distributed import is_distributed, refuse_shards
 from gradl1_fast.penalty.checks.forward_pass import check_forward_pass, require_some
 from gradl1_fast.penalty.checks.settings import check_loss, check_model, refuse_for_finite_difference
+from gradl1_fast.penalty.display import largest_terms, summary
 from gradl1_fast.penalty.finite_difference import add_gradients, autocast_refused, measured_by
 from gradl1_fast.penalty.measured import Site, WeightTerm, sites_of, weight_terms
 from gradl1_fast.penalty.share import Share
@@ -71,6 +73,8 @@ class GradL1:
     Attributes:
         terms: after a call, the norm (times the step, with ``scale="step"``) of each weight and
             activation by name, detached; a call that ``every`` skips does not change it.
+        value: after a call, the penalty, detached, None before; a call that ``every`` skips does not change
+            it. A console shows it with the settings, a notebook with the largest terms.
         enabled: set it to False or True between steps to switch the penalty off or on.
         lambda_w: may be changed between calls.
         lambda_a: may be changed between calls; a change from or to 0 under ``torch.compile`` compiles again.
@@ -114,6 +118,7 @@ class GradL1:
         self.layers = named_layers(model)
         self._sites = sites_of(model)
         self.terms: dict[str, Tensor] = {}
+        self.value: Tensor | None = None
         self._calls = 0
         self._enabled = True
         self._number = next(_numbers)
@@ -121,6 +126,14 @@ class GradL1:
         self._lambda_w, self._lambda_a = _coefficients(self.share, lambda_w, lambda_a, self.sites)
         check_model(self)
         self._start()
+
+    def __repr__(self) -> str:
+        """Return the settings and the last value."""
+        return summary(self)
+
+    def _repr_html_(self) -> str:
+        """Return the settings and the largest terms of the last call, for notebooks."""
+        return html([summary(self), *largest_terms(self)])
 
     @property
     def lambda_w(self) -> float:
@@ -188,6 +201,7 @@ class GradL1:
         functions = check_forward_pass(self, loss, weights, sites)
         grads = self._differentiate(loss, weights, sites, functions)
         penalty = self._combine(loss, weights, grads[: len(weights)], sites, grads[len(weights) :])
+        self.value = penalty.detach()
         self._arm()
         return penalty
 
@@ -222,6 +236,9 @@ class GradL1:
         with autocast_refused(self.layers):
             measured = measured_by(self.layers, self.sites, self.lambda_w, self.lambda_a, self._step_bits)
             loss, self.terms = add_gradients(self.model, measured, closure, self.epsilon, self.every)
+        coefficients = {item.name: item.coefficient for item in measured}
+        parts = [(coefficients[name] * term).to(loss.device) for name, term in self.terms.items()]
+        self.value = self.every * torch.stack(parts).sum()
         return loss
 
     @property

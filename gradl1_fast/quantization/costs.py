@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
+from gradl1_fast._shown import Grid, Shown
 from gradl1_fast.nn.foreign import used_weight
 from gradl1_fast.nn.layers import QEmbedding, QuantizedLayer
 from gradl1_fast.nn.sites import named_layers, named_quantizers
@@ -19,9 +20,9 @@ __all__ = ["Costs", "costs"]
 FLOAT_BITS = 32
 
 
-@dataclass(frozen=True)
-class Costs:
-    """The cost of each layer of a network, by name.
+@dataclass(frozen=True, repr=False)
+class Costs(Shown):
+    """What the layers of a network cost, by name; ``print``, or a notebook, shows it as a table.
 
     Attributes:
         weights: the number of weights; a shared parameter counts only for its first layer.
@@ -33,6 +34,16 @@ class Costs:
     weights: dict[str, int]
     products: dict[str, int]
     inputs: dict[str, str | None]
+
+    def _parts(self) -> Iterator[Grid]:
+        rows = [
+            (name, f"{n:,}", f"{self.products[name]:,}" if name in self.products else "", self._input(name))
+            for name, n in self.weights.items()
+        ]
+        yield Grid(("layer", "weights", "products", "input"), rows, right=(1, 2))
+
+    def _input(self, name: str) -> str:
+        return self.inputs.get(name) or ""
 
     def size(self, w: Mapping[str, int | None]) -> float:
         """Return the bytes of the weights at the given widths, without scales; float counts as 32 bits."""

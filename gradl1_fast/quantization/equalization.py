@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, fx, nn
 
+from gradl1_fast._shown import Shown
 from gradl1_fast.conversion.graphs import module_of, operation_of
 from gradl1_fast.conversion.tracing import parts_of
 from gradl1_fast.nn.copies import copy_converted
@@ -44,8 +45,8 @@ _HOMOGENEOUS_NAMES = (
 )
 
 
-@dataclass
-class Equalization:
+@dataclass(repr=False)
+class Equalization(Shown):
     """The result of :func:`equalize`.
 
     Attributes:
@@ -62,13 +63,12 @@ class Equalization:
     without_range: list[str] = field(default_factory=list)
     without_rounding: list[str] = field(default_factory=list)
 
-    def __str__(self) -> str:
-        """Return one line per pair, and the sites that must be calibrated again."""
+    def _parts(self) -> list[str]:
         lines = [f"{first} and {second}: equalized" for first, second in self.pairs]
         lines += [f"{name}: calibrate again" for name in self.uncalibrated]
         lines += [f"{name}: its stored weight range was dropped" for name in self.without_range]
         lines += [f"{name}: rounded to nearest again" for name in self.without_rounding]
-        return "\n".join(lines) or "no two layers to equalize"
+        return lines or ["no two layers to equalize"]
 
 
 @dataclass

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
+from gradl1_fast._shown import Grid, Shown
 from gradl1_fast.nn.copies import copy_converted
 from gradl1_fast.nn.layers import QuantizedLayer
 from gradl1_fast.nn.references import redirect
@@ -25,9 +27,9 @@ from gradl1_fast.quantization.watching import Watch, tensors_of
 __all__ = ["Folding", "fold_batch_norm"]
 
 
-@dataclass
-class Folding:
-    """The result of :func:`fold_batch_norm`.
+@dataclass(repr=False)
+class Folding(Shown):
+    """The result of :func:`fold_batch_norm`; ``print``, or a notebook, shows its batch norms as a table.
 
     Attributes:
         model: the folded model.
@@ -53,18 +55,19 @@ class Folding:
     difference: float | None = None
     scale: float | None = None
 
-    def __str__(self) -> str:
-        """Return one line per batch norm, and one for the difference."""
-        lines = [f"{bn}: folded into {conv}" for bn, conv in self.folded.items()]
-        lines += [f"{bn}: not folded: {reason}" for bn, reason in self.refused.items()]
-        lines += [f"{name}: its stored weight range was dropped" for name in self.without_range]
-        lines += [f"re-estimated statistics: {self.statistics}"] if self.statistics else []
-        lines += [f"{name}: rounded to nearest again" for name in self.without_rounding]
+    def _parts(self) -> Iterator[Grid | str]:
+        rows = [(bn, f"folded into {conv}") for bn, conv in self.folded.items()]
+        rows += [(bn, f"not folded: {reason}") for bn, reason in self.refused.items()]
+        rows += [(name, "its stored weight range was dropped") for name in self.without_range]
+        rows += [(name, "rounded to nearest again") for name in self.without_rounding]
+        if rows:
+            yield Grid(("name", "result"), rows)
+        elif not self.statistics and self.difference is None:
+            yield "no batch norm"
+        if self.statistics:
+            yield f"re-estimated statistics: {self.statistics}"
         if self.difference is not None:
-            lines.append(
-                f"largest output difference: {self.difference:.3g} (largest output {self.scale:.3g})"
-            )
-        return "\n".join(lines) or "no batch norm"
+            yield f"largest output difference: {self.difference:.3g} (largest output {self.scale:.3g})"
 
 
 def fold_batch_norm(model: nn.Module, inputs: Any = None, *, forward: Forward | None = None) -> Folding:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from gradl1_fast import _checks as check
 from gradl1_fast._progress import track
 from gradl1_fast._report import palette
 from gradl1_fast._report.figures import new_figure, save, tidy
+from gradl1_fast._shown import Grid, Shown
 from gradl1_fast.quantization._modes import Forward
 from gradl1_fast.quantization.bits import INPUT_BITS, bits, check_width, set_bits, widths_of
 from gradl1_fast.quantization.costs import Costs, costs
@@ -49,9 +50,9 @@ class Point:
     uniform: bool
 
 
-@dataclass(frozen=True)
-class Plan:
-    """The result of :func:`search`.
+@dataclass(frozen=True, repr=False)
+class Plan(Shown):
+    """The result of :func:`search`; ``print``, or a notebook, shows its points and the best widths as tables.
 
     Attributes:
         best: the best point within the budget; the cheapest one if several have the same value.
@@ -82,19 +83,21 @@ class Plan:
         """Set the widths of :attr:`best`."""
         set_bits(model, w=self.best.w, a=self.best.a)
 
-    def __str__(self) -> str:
-        """Return the points as a table, and the widths of the best."""
+    def _parts(self) -> Iterator[Grid | str]:
+        yield Grid((self.unit, "value", "widths", ""), self._rows(), right=(0, 1))
+        yield f"float: {self.float_value:.4f}, budget: {self.budget:,.0f} {self.unit}"
+        widths = [("w", name, str(width)) for name, width in self.best.w.items()]
+        widths += [("a", name, str(width)) for name, width in self.best.a.items()]
+        yield Grid(("kind", "name", "bits"), widths, "Best within the budget", right=(2,))
+
+    def _rows(self) -> list[tuple[str, ...]]:
         front = set(map(id, self.pareto()))
-        lines = [f"{self.unit:>16}  {'value':>9}  widths"]
+        rows: list[tuple[str, ...]] = []
         for point in self.points:
             widths = f"all {min(point.w.values())}" if point.uniform else "mixed"
-            marks = f"{' best within the budget' if point is self.best else ''}"
-            marks = f"{' pareto' if id(point) in front else ''}{marks}"
-            lines.append(f"{point.cost:>16,.0f}  {point.value:>9.4f}  {widths}{marks}")
-        lines += [f"float: {self.float_value:.4f}, budget: {self.budget:,.0f} {self.unit}"]
-        lines += [f"w {name}: {width}" for name, width in self.best.w.items()]
-        lines += [f"a {name}: {width}" for name, width in self.best.a.items()]
-        return "\n".join(lines)
+            marks = ["pareto"] * (id(point) in front) + ["best within the budget"] * (point is self.best)
+            rows.append((f"{point.cost:,.0f}", f"{point.value:.4f}", widths, ", ".join(marks)))
+        return rows
 
     def plot(self, path: str | os.PathLike[str], *, title: str = "") -> None:
         """Draw value over cost into an image file; needs matplotlib.

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
 from gradl1_fast import _checks as check
+from gradl1_fast._shown import Grid, Shown
 from gradl1_fast.conversion.convert import convert
 from gradl1_fast.nn.copies import copy_converted
 from gradl1_fast.nn.layers import QEmbedding, QuantizedLayer
@@ -45,9 +46,9 @@ class Step:
     taken: bool = True
 
 
-@dataclass
-class Preparation:
-    """The result of :func:`prepare`.
+@dataclass(repr=False)
+class Preparation(Shown):
+    """The result of :func:`prepare`; ``print``, or a notebook, shows its steps as a table.
 
     Attributes:
         model: the prepared network, at the requested widths.
@@ -59,16 +60,18 @@ class Preparation:
     steps: list[Step] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
 
-    def __str__(self) -> str:
-        """Return a line per step and per remark."""
-        width = max(len(step.name) for step in self.steps)
-        lines = [f"{step.name:<{width}}  {_shown(step)}".rstrip() for step in self.steps]
-        return "\n".join([*lines, *self.remarks, "the model is at the widths asked for"])
+    def _parts(self) -> Iterator[Grid | str]:
+        if any(step.value is not None for step in self.steps):
+            yield Grid(("step", "criterion"), [(step.name, _criterion(step)) for step in self.steps])
+        else:
+            yield Grid(("step",), [(step.name,) for step in self.steps])
+        yield from self.remarks
+        yield "the model is at the widths asked for"
 
 
-def _shown(step: Step) -> str:
+def _criterion(step: Step) -> str:
     value = "" if step.value is None else f"{step.value:.4f}"
-    return value if step.taken else f"{value}  (taken back)"
+    return value if step.taken else f"{value} (taken back)"
 
 
 def prepare(

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from gradl1_fast._shown import Shown
 from gradl1_fast.nn.codes import along
 from gradl1_fast.nn.layers import QuantizedLayer
 from gradl1_fast.nn.sites import named_layers
@@ -33,8 +34,8 @@ from gradl1_fast.quantization.sliced import SlicedWeight
 __all__ = ["Reestimation", "reestimate_batch_norm"]
 
 
-@dataclass
-class Reestimation:
+@dataclass(repr=False)
+class Reestimation(Shown):
     """The result of :func:`reestimate_batch_norm`.
 
     Attributes:
@@ -45,10 +46,9 @@ class Reestimation:
     norms: list[str] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)
 
-    def __str__(self) -> str:
-        """Return a line with the number of batch norms, and one for each that was left unchanged."""
-        lines = [f"statistics re-estimated: {len(self.norms)} batch norm(s)"]
-        return "\n".join([*lines, *(f"{name}: left: {reason}" for name, reason in self.left.items())])
+    def _parts(self) -> Iterator[str]:
+        yield f"statistics re-estimated: {len(self.norms)} batch norm(s)"
+        yield from (f"{name}: left: {reason}" for name, reason in self.left.items())
 
 
 def reestimate_batch_norm(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from gradl1_fast import _checks as check
 from gradl1_fast._progress import track
 from gradl1_fast._report import palette
 from gradl1_fast._report.figures import new_figure, save, tidy
+from gradl1_fast._shown import Grid, Shown
 from gradl1_fast.nn.sites import named_layers, named_quantizers
 from gradl1_fast.quantization.bits import INPUT_BITS, bits, check_width, width_at
 
@@ -37,8 +38,8 @@ class SensitivityRow:
     value: float
 
 
-class Sensitivity:
-    """Results of :func:`sensitivity`.
+class Sensitivity(Shown):
+    """Results of :func:`sensitivity`; ``print``, or a notebook, shows them as a table.
 
     Attributes:
         rows: one row per tensor and width.
@@ -56,14 +57,13 @@ class Sensitivity:
                 return row.value
         raise KeyError(f"no row for (kind, name, bits) = {key}")
 
-    def __str__(self) -> str:
-        """Return the table as text; the last column is the change from float."""
-        width = max([len(row.name) for row in self.rows] + [4])
-        lines = [f"{'name':<{width}}  kind  bits     value    change"]
-        for r in self.rows:
-            change = r.value - self.float_value
-            lines.append(f"{r.name:<{width}}  {r.kind:<4}  {r.bits:>4}  {r.value:>8.4f}  {change:>+8.4f}")
-        return "\n".join([*lines, f"float: {self.float_value:.4f}"])
+    def _parts(self) -> Iterator[Grid | str]:
+        rows = [
+            (row.name, row.kind, str(row.bits), f"{row.value:.4f}", f"{row.value - self.float_value:+.4f}")
+            for row in self.rows
+        ]
+        yield Grid(("name", "kind", "bits", "value", "change"), rows, right=(2, 3, 4))
+        yield f"float: {self.float_value:.4f}"
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Write the columns kind, name, bits, value; the float value is a row with only a value."""

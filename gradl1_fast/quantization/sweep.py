@@ -17,6 +17,7 @@ from gradl1_fast import _checks as check
 from gradl1_fast import _json
 from gradl1_fast._progress import track
 from gradl1_fast._report.figures import heat_map, new_figure, save, width_name
+from gradl1_fast._shown import Grid, Shown
 from gradl1_fast.quantization._modes import lasting, moved
 from gradl1_fast.quantization.bits import INPUT_BITS, bits, check_width
 from gradl1_fast.quantization.freshness import warn_if_stale
@@ -43,8 +44,8 @@ class Row:
     value: float
 
 
-class Table:
-    """Results of a sweep.
+class Table(Shown):
+    """Results of a sweep; ``print``, or a notebook, shows them as a table.
 
     Attributes:
         rows: one :class:`Row` per width, in the requested order.
@@ -57,11 +58,9 @@ class Table:
         """Iterate over the rows."""
         return iter(self.rows)
 
-    def __repr__(self) -> str:
-        """Return the table as text."""
-        lines = [f"{'w':>5}  {'a':>5}  value"]
-        lines += [f"{width_name(row.w):>5}  {width_name(row.a):>5}  {row.value:.4f}" for row in self.rows]
-        return "\n".join(lines)
+    def _parts(self) -> Iterator[Grid]:
+        rows = [(width_name(row.w), width_name(row.a), f"{row.value:.4f}") for row in self.rows]
+        yield Grid(("w", "a", "value"), rows, right=(0, 1))
 
     def __getitem__(self, width: Width) -> float:
         """Return the value at ``(w, a)``; KeyError if it was not evaluated."""

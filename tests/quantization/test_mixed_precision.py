@@ -96,9 +96,9 @@ def test_a_bit_operation_budget_also_chooses_activation_widths() -> None:
 def test_text_and_plot(model: nn.Module, tmp_path: Path) -> None:
     plan = gl.search(model, loss, size=500, choices=CHOICES, higher_is_better=False)
     text = str(plan)
-    assert "pareto best within the budget" in text
+    assert "pareto, best within the budget" in text
     assert "budget: 500 bytes" in text
-    assert f"w 0: {plan.best.w['0']}" in text
+    assert ["w", "0", str(plan.best.w["0"])] in [line.split() for line in text.splitlines()]
     pytest.importorskip("matplotlib", reason="plots need matplotlib")
     plan.plot(tmp_path / "p.png", title="a title")
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+
+from gradl1_fast._shown import Grid, Shown
 
 __all__ = ["Rounding", "RoundingRow"]
 
@@ -24,9 +27,9 @@ class RoundingRow:
     chosen: float
 
 
-@dataclass
-class Rounding:
-    """The result of :func:`gradl1_fast.round_weights`.
+@dataclass(repr=False)
+class Rounding(Shown):
+    """The result of :func:`gradl1_fast.round_weights`; ``print``, or a notebook, shows it as a table.
 
     Attributes:
         rows: one row per weight with codes, in the order in which the model calls its layers.
@@ -43,9 +46,7 @@ class Rounding:
                 return row
         raise KeyError(f"no row for {name!r}; the rows are {[row.name for row in self.rows]}")
 
-    def __str__(self) -> str:
-        """Return a line per weight."""
-        width = max([len(row.name) for row in self.rows] + [5])
-        lines = [f"{'layer':<{width}}  bits  error, nearest   chosen"]
-        lines += [f"{r.name:<{width}}  {r.bits:>4}  {r.nearest:>14.3g}  {r.chosen:>7.3g}" for r in self.rows]
-        return "\n".join([*lines, *(f"{name}: to nearest: {why}" for name, why in self.nearest.items())])
+    def _parts(self) -> Iterator[Grid | str]:
+        rows = [(r.name, str(r.bits), f"{r.nearest:.3g}", f"{r.chosen:.3g}") for r in self.rows]
+        yield Grid(("layer", "bits", "error, nearest", "chosen"), rows, right=(1, 2, 3))
+        yield from (f"{name}: to nearest: {why}" for name, why in self.nearest.items())

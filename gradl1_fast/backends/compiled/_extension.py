@@ -16,7 +16,7 @@ _CHECKOUT = Path(__file__).parents[3]
 
 
 def engine(half: str) -> Any:
-    """Return the sweeps of one half of the extension, ``"host"`` or ``"cuda"``.
+    """Return the passes of one half of the extension, ``"host"`` or ``"cuda"``.
 
     Raises:
         UnavailableError: it is absent; the message says why.

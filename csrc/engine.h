@@ -1,4 +1,4 @@
-// One face for host and device: the passes that the binding calls.
+// The passes of the host or of the GPU, as the binding calls them.
 #pragma once
 
 #include "passes.h"

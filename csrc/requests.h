@@ -1,7 +1,8 @@
-// What the binding hands to host and device alike: checked pointers, sizes and options of each sweep.
+// What a pass works on: its settings and its memory. One struct serves the passes of one operation; passes.h
+// lists what each pass takes and gives.
 //
-// Vectors (weight, bias, mean, rstd and their gradients, scale, zero point, scalars) are in the type
-// of the sums; tensors are in the type of the request. Null stands for absent.
+// Tensors are in the type of the request; vectors (weight, bias, mean, rstd and their gradients, scale, zero
+// point, ends, scalars) are in the type of the sums. Null stands for absent.
 #pragma once
 
 #include <cstdint>
@@ -12,13 +13,13 @@ namespace gradl1 {
 
 enum class DType { float32, float64, float16, bfloat16 };
 
-struct Tap {  // every pass of one tensor
+struct Tap {
     DType dtype;
     Layout layout;
-    const void *dy, *d_dx, *d_l1;
-    void *out, *l1, *scratch;
-    const void *x, *ends, *d_ends;
-    void* out_ends;
+    const void *x, *dy, *d_dx, *d_l1, *d_ends;
+    void *ends, *l1, *d_dy, *total;
+    void* scratch;
+    std::int64_t scratch_bytes;
 };
 
 struct FakeQuantize {
@@ -26,14 +27,16 @@ struct FakeQuantize {
     Layout layout;
     double code_min, code_max;
     const void *x, *scale, *zero_point, *dy, *d_dx, *d_l1;
-    void *out, *l1, *scratch;
+    void *y, *dx, *l1, *d_dy;
+    void* scratch;
+    std::int64_t scratch_bytes;
 };
 
 // Its double backward without d_dx, which is the tap's.
 GRADL1_FN Tap without_d_dx(const FakeQuantize& r) {
     Tap t{};
     t.dtype = r.dtype, t.layout = {1, 1, r.layout.numel()};
-    t.dy = r.dy, t.d_l1 = r.d_l1, t.out = r.out;
+    t.dy = r.dy, t.d_l1 = r.d_l1, t.d_dy = r.d_dy;
     return t;
 }
 
@@ -44,28 +47,36 @@ struct Piece {  // one tensor among many
     void* v;  // d_dx, read by the double backward; dx, written by the backward
 };
 
-struct L1Norm {  // out[i] and dy[i] are float64 if wide, else float32
+struct L1Norm {
     const Piece* pieces;
     std::int64_t count;
-    bool wide;
-    void *out, *scratch;
+    bool wide;  // norms and dy are float64, else float32
     const void* dy;
+    void* norms;
+    void* scratch;
+    std::int64_t scratch_bytes;
 };
 
 struct BatchNormAct {
     DType dtype;
     Layout layout;
-    Activation activation;  // never `quantized`: a scale says that
-    bool training, with_residual;
+    Activation activation;  // never `quantized`: the next line says that
+    bool training, with_residual, quantized, with_ends;
     double eps, code_min, code_max;
-    const void *scale, *zero_point;
-    const void *x, *activated, *weight, *bias, *mean, *rstd, *residual;
-    const void *dy, *d_dx, *d_dweight, *d_dbias, *d_dresidual, *d_l1;
-    void *out, *out2, *out_mean, *out_rstd, *dweight, *dbias, *l1, *scratch;
-    const void *ends, *d_ends;  // of y: its extremes and how often it has each, the gradients of the extremes
-    void* out_ends;
+    const void *x, *weight, *bias, *running_mean, *running_var, *residual, *scale, *zero_point;
+    void *y, *activated, *mean, *rstd;
+    void* ends;  // of y: its extremes and how often it has each
+    const void *dy, *d_ends;
+    void *dx, *dweight, *dbias, *dresidual, *l1;
+    const void *d_dx, *d_dweight, *d_dbias, *d_dresidual, *d_l1;
+    void *d_dy, *d_x, *d_weight;
+    void* scratch;
+    std::int64_t scratch_bytes;
 
-    GRADL1_FN bool masks() const { return activation != Activation::none || scale; }
+    // Whether the output of the activation gives the mask or is what has ends; else both follow from x.
+    GRADL1_FN bool reads_activated() const {
+        return with_residual && (activation != Activation::none || quantized || d_ends);
+    }
 };
 
 }  // namespace gradl1

@@ -1,17 +1,18 @@
-// batch_norm_act: y = q(act(x * scale + shift + residual)) and its two backward sweeps, element by element.
+// batch_norm_act: y = q(act(x * scale + shift + residual)) and its two backward passes, element by element.
 //
-// The derivation stands in backends/reference/batch_norm_act.py. Here d = x - mean replaces
-// xh = d * rstd; the factor is in the coefficients of channels.h. The mask of the activation is
-// recomputed from x by the very operations of the forward pass, or read from the output of the
-// activation where a residual was added. Comparisons treat NaN as the reference does.
+// docs/mathematics.md derives them ("Batch norm, in training"); its names are used here: g = mask * dy,
+// v = d_dx, the sums A, B, P, Q, S, and M pixels of a channel. Here d = x - mean replaces xh = d * r; the
+// factor r is in the coefficients, which channels.h computes. The mask is recomputed from x by the very
+// operations of the forward pass, or read from the output of the activation where a residual was added.
+// Comparisons treat NaN as the reference does.
 #pragma once
 
 #include "fake_quantize.h"
 
 namespace gradl1 {
 
-// `quantized` is any of the other three with fake quantization behind it. Its ends, -inf and inf where
-// the activation has none, are constants like the grid: one set of kernels serves all three.
+// `quantized` is any of the other three followed by fake quantization. The range of the activation, infinite
+// where it has no bound, is then a constant like the scale: one set of kernels serves all three.
 enum class Activation { none, relu, relu6, quantized };
 
 // Constants of quantized bodies; the first four are those of fake_quantize.
@@ -31,12 +32,15 @@ GRADL1_FN A activate(A z, const A* q) {
     return z;
 }
 
-// a: what the activation gave, or was given. At an end of the activation nothing passes, and no NaN if quantized.
+// The mask, from the output of the activation: 0 at its bounds and, if quantized, where the code was clamped
+// and where the output is NaN.
 template <Activation Act, class A>
-GRADL1_FN bool passes(A a, const A* q) {
-    if constexpr (Act == Activation::relu) return !(a <= A(0));
-    if constexpr (Act == Activation::relu6) return (a > A(0)) & (a < A(6));
-    if constexpr (Act == Activation::quantized) return (a > q[kLow]) & (a < q[kHigh]) & inside(code_of(a, q), q);
+GRADL1_FN bool mask_of(A activated, const A* q) {
+    if constexpr (Act == Activation::relu) return !(activated <= A(0));
+    if constexpr (Act == Activation::relu6) return (activated > A(0)) & (activated < A(6));
+    if constexpr (Act == Activation::quantized) {
+        return (activated > q[kLow]) & (activated < q[kHigh]) & mask_of_code(code_of(activated, q), q);
+    }
     return true;
 }
 
@@ -56,26 +60,32 @@ GRADL1_FN A rounded(A value) {
     return static_cast<A>(widen(Narrow<T>::from(value)));
 }
 
-// in: x, residual if any.  k: scale, shift.  out: y, and what was quantized where a residual was added.
+// Coefficients of the forward pass: scale = gamma * r, shift = beta - mean * gamma * r.
+enum ForwardCoefficient { kScaleOfX, kShift, kForwardCoefficients };
+
+// in: x, residual if any.  out: y, and what was quantized where a residual was added.
 // sums: the ends of y, if they are wanted; there is no quantizer then.
 template <Activation Act, bool Residual, bool Ends, class T>
-struct Normalise
-    : Body<1 + Residual, 1 + (Residual && Act == Activation::quantized), 2, Ends * kEndSums, kConstants<Act>, Ends> {
+struct Normalise : Body<1 + Residual, 1 + (Residual && Act == Activation::quantized), kForwardCoefficients,
+                        Ends * kEndSums, kConstants<Act>, Ends> {
     template <class A>
     static GRADL1_FN void apply(const A* in, const A* k, A* out, A* sum) {
-        A z = in[0] * k[0] + k[1];
+        const A* q = k + kForwardCoefficients;
+        // Step 1: normalise, add, activate.
+        A z = in[0] * k[kScaleOfX] + k[kShift];
         if constexpr (Residual) z += in[1];
-        out[0] = activate<Act>(z, k + 2);
+        out[0] = activate<Act>(z, q);
+        // Step 2: measure or quantize what is stored.
         if constexpr (Ends) extend(rounded<T>(out[0]), sum);
         if constexpr (Act == Activation::quantized) {
             const A activated = rounded<T>(out[0]);
             if constexpr (Residual) out[1] = activated;
-            FakeQuantizeForward::apply(&activated, k + 2, out, static_cast<A*>(nullptr));
+            FakeQuantizeForward::apply(&activated, q, out, static_cast<A*>(nullptr));
         }
     }
 };
 
-// Coefficients shared by the backward sweeps: the first three of each.
+// Coefficients with which the backward passes recompute the forward; each pass adds its own behind them.
 enum BackwardCoefficient { kMean, kNormScale, kNormShift, kOwn };
 
 // Where the mask is known from: x, or the output of the activation.
@@ -84,15 +94,16 @@ enum class Mask { open, from_x, from_activated };
 template <Mask From>
 constexpr int kReadsActivated = From == Mask::from_activated;
 
+// g, which is `gradient` where the mask is 1 and 0 elsewhere.
 // T: the type in which the output of the activation is stored, whose rounding decides whether it is 0 or 6.
 // q: the constants, if any.
 template <Activation Act, Mask From, class T, class A>
-GRADL1_FN A masked(A g, A x, A activated, const A* k, const A* q) {
-    if constexpr (From == Mask::from_activated) return passes<Act>(activated, q) ? g : A(0);
+GRADL1_FN A masked(A gradient, A x, A activated, const A* k, const A* q) {
+    if constexpr (From == Mask::from_activated) return mask_of<Act>(activated, q) ? gradient : A(0);
     if constexpr (From == Mask::from_x) {
-        return passes<Act>(rounded<T>(x * k[kNormScale] + k[kNormShift]), q) ? g : A(0);
+        return mask_of<Act>(rounded<T>(x * k[kNormScale] + k[kNormShift]), q) ? gradient : A(0);
     }
-    return g;
+    return gradient;
 }
 
 // dy plus what the ends of y give to it; y as it was stored: read, or recomputed by the operations of the forward pass.
@@ -110,18 +121,23 @@ GRADL1_FN A cotangent(A dy, A x, A activated, const A* k, const A* q) {
 template <Activation Act, bool Ends>
 constexpr int kBackwardConstants = Ends ? int(kEndConstants) : kConstants<Act>;
 
-// in: dy, x, activated if it gives the mask.  out: g, where a residual wants it.  sums: g, g * d, |dy|.
+// Sums of the backward pass: A = sum g, B / r = sum g * d, l1 = sum |dy|.
+enum BackwardSum { kSumG, kSumGd, kSumMagnitude, kBackwardSums };
+
+// in: dy, x, activated if it gives the mask.  out: g, where a residual wants it.
 template <Activation Act, Mask From, bool Ends, class T>
-struct BackwardSums : Body<2 + kReadsActivated<From>, kReadsActivated<From>, 3, 3, kBackwardConstants<Act, Ends>> {
+struct BackwardSums
+    : Body<2 + kReadsActivated<From>, kReadsActivated<From>, kOwn, kBackwardSums, kBackwardConstants<Act, Ends>> {
     template <class A>
     static GRADL1_FN void apply(const A* in, const A* k, A* out, A* sum) {
+        const A* q = k + kOwn;
         const A activated = in[2 * kReadsActivated<From>];
-        const A dy = cotangent<Act, From, Ends, T>(in[0], in[1], activated, k, k + 3);
-        const A g = masked<Act, From, T>(dy, in[1], activated, k, k + 3);
+        const A dy = cotangent<Act, From, Ends, T>(in[0], in[1], activated, k, q);
+        const A g = masked<Act, From, T>(dy, in[1], activated, k, q);
         if constexpr (From == Mask::from_activated) out[0] = g;
-        sum[0] += g;
-        sum[1] += g * (in[1] - k[kMean]);
-        sum[2] += magnitude(dy);
+        sum[kSumG] += g;
+        sum[kSumGd] += g * (in[1] - k[kMean]);
+        sum[kSumMagnitude] += magnitude(dy);
     }
 };
 
@@ -131,35 +147,51 @@ GRADL1_FN A times(A factor, A value) {
     return factor != A(0) ? factor * value : A(0);
 }
 
-// in: dy (or g, with an open mask), x.  k: ..., factor, mean of g, slope.
+// Own coefficients of BackwardApply: gamma * r, A / M, r * B / M.
+enum BackwardApplyCoefficient { kGammaR = kOwn, kMeanOfG, kSlopeOfD, kBackwardApplyCoefficients };
+
+// dx = gamma * r * (g - A / M - xh * B / M).
+// in: dy (or g, with an open mask), x.
 template <Activation Act, Mask From, bool Ends, class T>
-struct BackwardApply : Body<2, 1, 6, 0, kBackwardConstants<Act, Ends>> {
+struct BackwardApply : Body<2, 1, kBackwardApplyCoefficients, 0, kBackwardConstants<Act, Ends>> {
     template <class A>
     static GRADL1_FN void apply(const A* in, const A* k, A* out, A*) {
-        const A dy = cotangent<Act, From, Ends, T>(in[0], in[1], A(0), k, k + 6);
-        const A g = masked<Act, From, T>(dy, in[1], A(0), k, k + 6);
-        out[0] = ((g - k[kOwn + 1]) - times(k[kOwn + 2], in[1] - k[kMean])) * k[kOwn];
+        const A* q = k + kBackwardApplyCoefficients;
+        const A dy = cotangent<Act, From, Ends, T>(in[0], in[1], A(0), k, q);
+        const A g = masked<Act, From, T>(dy, in[1], A(0), k, q);
+        const A d = in[1] - k[kMean];
+        out[0] = ((g - k[kMeanOfG]) - times(k[kSlopeOfD], d)) * k[kGammaR];
     }
 };
 
-// in: dy, x, d_dx, activated if it gives the mask.  sums: g, g * d, v, v * d, g * v.
+// Sums of the double backward pass: A = sum g, B / r = sum g * d, P = sum v, Q / r = sum v * d, S = sum g * v.
+enum DoubleBackwardSum { kSumA, kSumBd, kSumP, kSumQd, kSumS, kDoubleBackwardSums };
+
+// in: dy, x, d_dx, activated if it gives the mask.
 template <Activation Act, Mask From, class T>
-struct DoubleBackwardSums : Body<3 + kReadsActivated<From>, 0, 3, 5, kConstants<Act>> {
+struct DoubleBackwardSums : Body<3 + kReadsActivated<From>, 0, kOwn, kDoubleBackwardSums, kConstants<Act>> {
     template <class A>
     static GRADL1_FN void apply(const A* in, const A* k, A*, A* sum) {
-        const A g = masked<Act, From, T>(in[0], in[1], in[2 + kReadsActivated<From>], k, k + 3);
-        const A d = in[1] - k[kMean];
-        sum[0] += g;
-        sum[1] += g * d;
-        sum[2] += in[2];
-        sum[3] += in[2] * d;
-        sum[4] += g * in[2];
+        const A g = masked<Act, From, T>(in[0], in[1], in[2 + kReadsActivated<From>], k, k + kOwn);
+        const A v = in[2], d = in[1] - k[kMean];
+        sum[kSumA] += g;
+        sum[kSumBd] += g * d;
+        sum[kSumP] += v;
+        sum[kSumQd] += v * d;
+        sum[kSumS] += g * v;
     }
 };
 
-// Own coefficients of DoubleBackwardApply.
-enum DoubleCoefficient { kDl1Term = kOwn, kGv, kGd, kG1, kXd, kX1, kXg, kXv, kDoubleCoefficients };
+// Own coefficients of DoubleBackwardApply: those of sign(dy), v, d and 1 in d_dy, and of d, 1, g and v in d_x.
+enum DoubleCoefficient {
+    kSignInDdy = kOwn, kVInDdy, kDInDdy, kOneInDdy,
+    kDInDx, kOneInDx, kGInDx, kVInDx,
+    kDoubleCoefficients
+};
 
+// d_dy = d_l1 * sign(dy) + mask * (gamma * r * (v - P / M - xh * Q / M) + G_gamma * xh + G_beta + d_dresidual)
+// d_x  = gamma * r^2 / M * (xh * (A P / M - S + 3 B Q / M) + Q * (A / M - g) + B * (P / M - v))
+//        + G_gamma * r * (g - A / M - xh * B / M)
 // in: dy, x, d_dx, activated if it gives the mask, d_dresidual if it arrived.  out: d_dy, d_x.
 template <Activation Act, Mask From, bool Residual, class T>
 struct DoubleBackwardApply : Body<3 + kReadsActivated<From> + Residual, 2, kDoubleCoefficients, 0, kConstants<Act>> {
@@ -167,13 +199,12 @@ struct DoubleBackwardApply : Body<3 + kReadsActivated<From> + Residual, 2, kDoub
     static GRADL1_FN void apply(const A* in, const A* k, A* out, A*) {
         constexpr int last = 2 + kReadsActivated<From>;
         const A* q = k + kDoubleCoefficients;
-        const A v = in[2], d = in[1] - k[kMean];
-        const A g = masked<Act, From, T>(in[0], in[1], in[last], k, q);
-        A d_g = (k[kGv] * v + times(k[kGd], d)) + k[kG1];
+        const A dy = in[0], v = in[2], d = in[1] - k[kMean];
+        const A g = masked<Act, From, T>(dy, in[1], in[last], k, q);
+        A d_g = (k[kVInDdy] * v + times(k[kDInDdy], d)) + k[kOneInDdy];
         if constexpr (Residual) d_g += in[last + Residual];
-        const A kept = masked<Act, From, T>(d_g, in[1], in[last], k, q);
-        out[0] = k[kDl1Term] * sign_of(in[0]) + kept;
-        out[1] = k[kXg] * g + ((times(k[kXd], d) + k[kX1]) + times(k[kXv], v));
+        out[0] = k[kSignInDdy] * sign_of(dy) + masked<Act, From, T>(d_g, in[1], in[last], k, q);
+        out[1] = k[kGInDx] * g + ((times(k[kDInDx], d) + k[kOneInDx]) + times(k[kVInDx], v));
     }
 };
 

@@ -5,9 +5,9 @@
 //
 //     template <class A> void apply(const A* in, const A* k, A* out, A* sum)
 //
-// that reads in[] and k[], writes out[] and adds to sum[]; the constants stand in k[] behind the
-// coefficients. With `ends` its sums are partial results of ends.h instead, combined as they are. The drivers in host/ and cuda/ walk tensors, load, store and add up; nothing else of an
-// operation is written twice.
+// that reads in[] and k[], writes out[] and adds to sum[]; the constants follow the coefficients in k[].
+// With `ends` its sums are partial results of ends.h instead, combined as they are. The drivers in host/ and
+// cuda/ walk tensors, load, store and add up; nothing else of an operation is written twice.
 #pragma once
 
 #include "ends.h"

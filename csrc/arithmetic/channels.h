@@ -1,7 +1,8 @@
 // batch_norm_act, channel by channel: from sums over pixels to coefficients of the elementwise pass.
 //
-// Sums arrive as double, coefficients leave in the accumulation type A. An absent vector is a null
-// pointer and counts as ones (weight) or zeros (the others).
+// Names are those of docs/mathematics.md, "Batch norm, in training": r = 1 / std, gamma = weight, M pixels,
+// the sums A, B, P, Q, S. Sums arrive as double, coefficients leave in the accumulation type A. An absent
+// vector is a null pointer and counts as ones (weight) or zeros (the others).
 #pragma once
 
 #include "batch_norm_act.h"
@@ -13,7 +14,7 @@ GRADL1_FN double value_or(const A* values, std::int64_t c, double absent) {
     return values ? static_cast<double>(values[c]) : absent;
 }
 
-// The affine map of the forward pass. The backward sweeps recompute masks with it, so it is computed
+// The affine map of the forward pass. The backward passes recompute masks with it, so it is computed
 // from the saved statistics in one type and one order.
 template <class A>
 GRADL1_FN void affine(A mean, A rstd, const A* weight, const A* bias, std::int64_t c, A* scale, A* shift) {
@@ -22,6 +23,7 @@ GRADL1_FN void affine(A mean, A rstd, const A* weight, const A* bias, std::int64
     *shift = (bias ? bias[c] : A(0)) - product;
 }
 
+// mean and r from sum (x - k) and sum (x - k)^2: var = E[(x - k)^2] - E[x - k]^2.
 template <class A>
 GRADL1_FN void statistics(const double* sum, double k, double pixels, double eps, A* mean, A* rstd) {
     const double offset = sum[0] / pixels;
@@ -30,7 +32,8 @@ GRADL1_FN void statistics(const double* sum, double k, double pixels, double eps
     *rstd = static_cast<A>(1.0 / sqrt((variance < 0 ? 0.0 : variance) + eps));
 }
 
-// What a body needs of the quantizer behind the activation: its grid, and the ends of the activation.
+// What a body needs of the quantizer behind the activation: its scale, zero point and codes, and the range of
+// the activation.
 template <class A>
 GRADL1_FN void quantized_constants(
     const A* scale, const A* zero_point, double code_min, double code_max, Activation activation, A* q
@@ -55,30 +58,36 @@ struct Channel {
         affine(mean[c], rstd[c], weight, bias, c, k + kNormScale * stride, k + kNormShift * stride);
     }
 
-    // sum: g, g * d.  Writes the own coefficients of BackwardApply.
+    // dx = gamma * r * (g - A / M - d * r * B / M): the own coefficients of BackwardApply from the sums of
+    // BackwardSums.
     GRADL1_FN void backward(std::int64_t c, const double* sum, A* k, std::int64_t stride) const {
-        const double r = rstd[c];
-        k[kOwn * stride] = static_cast<A>(value_or(weight, c, 1) * r);
-        k[(kOwn + 1) * stride] = static_cast<A>(training ? sum[0] / pixels : 0);
-        k[(kOwn + 2) * stride] = static_cast<A>(training ? r * r * sum[1] / pixels : 0);
+        const double r = rstd[c], gamma = value_or(weight, c, 1), m = pixels;
+        k[kGammaR * stride] = static_cast<A>(gamma * r);
+        k[kMeanOfG * stride] = static_cast<A>(training ? sum[kSumG] / m : 0);
+        k[kSlopeOfD * stride] = static_cast<A>(training ? r * r * sum[kSumGd] / m : 0);
     }
 
-    // sum: g, g * d, v, v * d, g * v.  Writes the own coefficients of DoubleBackwardApply but the
-    // first; returns d_weight.
+    // The own coefficients of DoubleBackwardApply but that of sign(dy), from the sums of DoubleBackwardSums.
+    // In evaluation the mean and r are constants, and the terms with M vanish. Returns
+    // d_weight = r * (S - A P / M - B Q / M).
     GRADL1_FN double double_backward(
-        std::int64_t c, const double* sum, const A* d_weight, const A* d_bias, A* k, std::int64_t stride
+        std::int64_t c, const double* sum, const A* d_dweight, const A* d_dbias, A* k, std::int64_t stride
     ) const {
         const double r = rstd[c], gamma = value_or(weight, c, 1), m = pixels;
-        const double a = sum[0], b = r * sum[1], p = sum[2], q = r * sum[3], s = sum[4];
-        const double gg = value_or(d_weight, c, 0), gb = value_or(d_bias, c, 0);
+        const double a = sum[kSumA], b = r * sum[kSumBd], p = sum[kSumP], q = r * sum[kSumQd], s = sum[kSumS];
+        const double g_gamma = value_or(d_dweight, c, 0), g_beta = value_or(d_dbias, c, 0);
         const double f = gamma * r * r / m;
-        k[kGv * stride] = static_cast<A>(gamma * r);
-        k[kGd * stride] = static_cast<A>(r * (gg - (training ? gamma * r * q / m : 0)));
-        k[kG1 * stride] = static_cast<A>(gb - (training ? gamma * r * p / m : 0));
-        k[kXd * stride] = static_cast<A>(training ? r * (f * (a * p / m - s + 3 * b * q / m) - gg * r * b / m) : 0);
-        k[kX1 * stride] = static_cast<A>(training ? f * (q * a + b * p) / m - gg * r * a / m : 0);
-        k[kXg * stride] = static_cast<A>(gg * r - (training ? f * q : 0));
-        k[kXv * stride] = static_cast<A>(training ? -f * b : 0);
+        // d_dy before the mask: gamma r v + r (G_gamma - gamma r Q / M) d + (G_beta - gamma r P / M)
+        k[kVInDdy * stride] = static_cast<A>(gamma * r);
+        k[kDInDdy * stride] = static_cast<A>(r * (g_gamma - (training ? gamma * r * q / m : 0)));
+        k[kOneInDdy * stride] = static_cast<A>(g_beta - (training ? gamma * r * p / m : 0));
+        // d_x, with f = gamma r^2 / M: r (f (A P / M - S + 3 B Q / M) - G_gamma r B / M) d
+        //   + (f (Q A + B P) / M - G_gamma r A / M) + (G_gamma r - f Q) g - f B v
+        k[kDInDx * stride] =
+            static_cast<A>(training ? r * (f * (a * p / m - s + 3 * b * q / m) - g_gamma * r * b / m) : 0);
+        k[kOneInDx * stride] = static_cast<A>(training ? f * (q * a + b * p) / m - g_gamma * r * a / m : 0);
+        k[kGInDx * stride] = static_cast<A>(g_gamma * r - (training ? f * q : 0));
+        k[kVInDx * stride] = static_cast<A>(training ? -f * b : 0);
         return r * (training ? s - a * p / m - b * q / m : s);
     }
 };

@@ -1,4 +1,5 @@
-// fake_quantize: y = s * (clamp(rint(x / s) + z, q_min, q_max) - z), straight-through.
+// fake_quantize: y = s * (clamp(rint(x / s) + z, q_min, q_max) - z), straight-through: dx = mask * dy and
+// d_dy = mask * d_dx + d_l1 * sign(dy), where the mask is 1 where the code was not clamped.
 //
 // Codes must equal the reference's bit for bit: one rounding per operation, no fused multiply-add,
 // half to even, clamped in floating point. Comparisons are written so that NaN stays NaN.
@@ -8,7 +9,7 @@
 
 namespace gradl1 {
 
-// Coefficients of every sweep.
+// Coefficients of every pass.
 enum FakeQuantizeCoefficient { kScale, kZeroPoint, kCodeMin, kCodeMax, kDl1 };
 
 GRADL1_FN float divide(float a, float b) {
@@ -35,8 +36,9 @@ GRADL1_FN A code_of(A x, const A* k) {
     return round_to_even(divide(x, k[kScale])) + k[kZeroPoint];
 }
 
+// The mask: whether a code is not clamped.
 template <class A>
-GRADL1_FN bool inside(A code, const A* k) {
+GRADL1_FN bool mask_of_code(A code, const A* k) {
     return (code >= k[kCodeMin]) & (code <= k[kCodeMax]);
 }
 
@@ -55,7 +57,7 @@ struct FakeQuantizeForward : Body<1, 1, 4, 0> {
 struct FakeQuantizeBackward : Body<2, 1, 4, 1> {
     template <class A>
     static GRADL1_FN void apply(const A* in, const A* k, A* out, A* sum) {
-        out[0] = inside(code_of(in[1], k), k) ? in[0] : A(0);
+        out[0] = mask_of_code(code_of(in[1], k), k) ? in[0] : A(0);
         sum[0] += magnitude(in[0]);
     }
 };
@@ -64,8 +66,8 @@ struct FakeQuantizeBackward : Body<2, 1, 4, 1> {
 struct FakeQuantizeDoubleBackward : Body<3, 1, 5, 0> {
     template <class A>
     static GRADL1_FN void apply(const A* in, const A* k, A* out, A*) {
-        const A passed = inside(code_of(in[1], k), k) ? in[2] : A(0);
-        out[0] = k[kDl1] * sign_of(in[0]) + passed;
+        const A masked_d_dx = mask_of_code(code_of(in[1], k), k) ? in[2] : A(0);
+        out[0] = k[kDl1] * sign_of(in[0]) + masked_d_dx;
     }
 };
 

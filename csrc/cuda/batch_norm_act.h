@@ -1,9 +1,9 @@
-// What the three sweeps of batch_norm_act share on the GPU.
+// What the three passes of batch_norm_act share on the GPU.
 #pragma once
 
 #include "../arithmetic/channels.h"
 #include "finish.h"
-#include "sweeps.h"
+#include "passes.h"
 
 namespace gradl1::cuda {
 
@@ -15,7 +15,7 @@ struct Is {
 // Calls f(Is<activation>()).
 template <class F>
 void with_activation(const BatchNormAct& r, const F& f) {
-    switch (r.scale ? Activation::quantized : r.activation) {
+    switch (r.quantized ? Activation::quantized : r.activation) {
         case Activation::none: return f(Is<Activation::none>());
         case Activation::relu: return f(Is<Activation::relu>());
         case Activation::relu6: return f(Is<Activation::relu6>());
@@ -23,7 +23,7 @@ void with_activation(const BatchNormAct& r, const F& f) {
     }
 }
 
-// The mask of an activation where x gives it.
+// Where the mask comes from if x gives it.
 template <Activation Act>
 constexpr Mask kFromX = Act == Activation::none ? Mask::open : Mask::from_x;
 
@@ -37,7 +37,7 @@ A* coefficients(const BatchNormAct& r) {
 inline double* per_channel(const BatchNormAct& r) { return slots(r) + per_channel_at(r.layout); }
 
 template <class A>
-A* constants(const BatchNormAct& r) {
+A* constants_of(const BatchNormAct& r) {
     return reinterpret_cast<A*>(slots(r) + constants_at(r.layout));
 }
 
@@ -51,18 +51,19 @@ Channel<A> channel(const BatchNormAct& r) {
             r.training};
 }
 
-// What the elementwise passes need of the quantizer, or of the gradient of the ends, written by the kernel before them.
+// The constants of the elementwise passes, which the kernel before them writes: those of the quantizer, or of the
+// gradient of the ends.
 template <class A>
-struct Grid {
+struct Constants {
     const A *scale, *zero_point, *ends, *d_ends;
     double code_min, code_max;
     Activation activation;
     A* q;
 
-    explicit Grid(const BatchNormAct& r)
+    explicit Constants(const BatchNormAct& r)
         : scale(static_cast<const A*>(r.scale)), zero_point(static_cast<const A*>(r.zero_point)),
           ends(static_cast<const A*>(r.ends)), d_ends(static_cast<const A*>(r.d_ends)), code_min(r.code_min),
-          code_max(r.code_max), activation(r.activation), q(constants<A>(r)) {}
+          code_max(r.code_max), activation(r.activation), q(constants_of<A>(r)) {}
 
     // For thread c of the channels: the first one writes.
     __device__ void write(std::int64_t c) const {
@@ -72,18 +73,19 @@ struct Grid {
 };
 
 template <class A>
-__global__ void __launch_bounds__(kThreads) common_kernel(Channel<A> channel, std::int64_t channels, A* k, Grid<A> grid) {
+__global__ void __launch_bounds__(kThreads)
+    common_kernel(Channel<A> channel, std::int64_t channels, A* k, Constants<A> constants) {
     const std::int64_t c = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
     if (c < channels) channel.common(c, k + c, channels);
-    grid.write(c);
+    constants.write(c);
 }
 
-// The coefficients that both passes of a backward sweep need.
+// The coefficients that both walks of a backward pass need.
 template <class A>
 void common_coefficients(const BatchNormAct& r, Where where) {
     const dim3 grid(static_cast<unsigned>((r.layout.channels + kThreads - 1) / kThreads));
     launch("batch_norm_act_coefficients", common_kernel<A>, grid, dim3(kThreads), where, channel<A>(r),
-           r.layout.channels, coefficients<A>(r), Grid<A>(r));
+           r.layout.channels, coefficients<A>(r), Constants<A>(r));
 }
 
 }  // namespace gradl1::cuda

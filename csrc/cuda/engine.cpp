@@ -1,7 +1,7 @@
 // The GPU's engine.
 #include "../engines.h"
+#include "passes.h"
 #include "shape.h"
-#include "sweeps.h"
 
 namespace gradl1 {
 namespace cuda {

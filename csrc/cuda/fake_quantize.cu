@@ -2,14 +2,14 @@
 
 #include "../arithmetic/tap.h"
 #include "finish.h"
-#include "sweeps.h"
+#include "passes.h"
 
 namespace gradl1::cuda {
 namespace {
 
 // Fills the coefficients: [5][channels].
 template <class A>
-__global__ void __launch_bounds__(kThreads) grid_kernel(FakeQuantize r, A* k) {
+__global__ void __launch_bounds__(kThreads) coefficients_kernel(FakeQuantize r, A* k) {
     const std::int64_t channels = r.layout.channels;
     const std::int64_t c = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
     if (c >= channels) return;
@@ -28,7 +28,7 @@ const A* coefficients(const FakeQuantize& r, Where where) {
     const std::int64_t channels = r.layout.channels;
     A* k = reinterpret_cast<A*>(slots(r) + most_chunks(r.layout) * channels);
     const dim3 grid(static_cast<unsigned>((channels + kThreads - 1) / kThreads));
-    launch("fake_quantize_grid", grid_kernel<A>, grid, dim3(kThreads), where, r, k);
+    launch("fake_quantize_coefficients", coefficients_kernel<A>, grid, dim3(kThreads), where, r, k);
     return k;
 }
 
@@ -39,7 +39,7 @@ void fake_quantize_forward(const FakeQuantize& r, Where where) {
     with_type(r.dtype, [&](auto type) {
         using T = decltype(type);
         const auto k = coefficients<accumulator<T>>(r, where);
-        const Operands<FakeQuantizeForward, T> o{{static_cast<const T*>(r.x)}, {static_cast<T*>(r.out)}, k, slots(r)};
+        const Operands<FakeQuantizeForward, T> o{{static_cast<const T*>(r.x)}, {static_cast<T*>(r.y)}, k, slots(r)};
         run("fake_quantize_forward", o, r.layout, where);
     });
 }
@@ -50,7 +50,7 @@ void fake_quantize_backward(const FakeQuantize& r, Where where) {
         using T = decltype(type);
         const auto k = coefficients<accumulator<T>>(r, where);
         const Operands<FakeQuantizeBackward, T> o{
-            {static_cast<const T*>(r.dy), static_cast<const T*>(r.x)}, {static_cast<T*>(r.out)}, k, slots(r)};
+            {static_cast<const T*>(r.dy), static_cast<const T*>(r.x)}, {static_cast<T*>(r.dx)}, k, slots(r)};
         const std::int64_t count = run("fake_quantize_backward", o, r.layout, where) * r.layout.channels;
         if (r.l1) total<accumulator<T>>("fake_quantize_backward_total", slots(r), count, r.l1, where);
     });
@@ -64,7 +64,7 @@ void fake_quantize_double_backward(const FakeQuantize& r, Where where) {
         const auto k = coefficients<accumulator<T>>(r, where);
         const Operands<FakeQuantizeDoubleBackward, T> o{
             {static_cast<const T*>(r.dy), static_cast<const T*>(r.x), static_cast<const T*>(r.d_dx)},
-            {static_cast<T*>(r.out)},
+            {static_cast<T*>(r.d_dy)},
             k,
             slots(r)};
         run("fake_quantize_double_backward", o, r.layout, where);

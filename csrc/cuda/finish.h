@@ -12,11 +12,13 @@ template <int Sums, class Finish>
 __global__ void __launch_bounds__(kThreads)
     finish_kernel(const double* slots, std::int64_t count, std::int64_t channels, Finish finish) {
     const std::int64_t c = static_cast<std::int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
+    // Phase 1: each lane adds every 32nd slot.
     double sum[Sums] = {};
     for (std::int64_t slot = threadIdx.x % 32; c < channels && slot < count; slot += 32) {
 #pragma unroll
         for (int j = 0; j < Sums; ++j) sum[j] += slots[(slot * Sums + j) * channels + c];
     }
+    // Phase 2: the lanes of the warp, in a fixed tree.
 #pragma unroll
     for (int j = 0; j < Sums; ++j) {
         for (int distance = 16; distance; distance /= 2) sum[j] += __shfl_down_sync(0xffffffffu, sum[j], distance);

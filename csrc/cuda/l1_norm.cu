@@ -2,7 +2,7 @@
 #include "../arithmetic/l1_norm.h"
 
 #include "finish.h"
-#include "sweeps.h"
+#include "passes.h"
 
 namespace gradl1::cuda {
 namespace {
@@ -41,7 +41,8 @@ __device__ void chosen(DType dtype, const F& f) {
     }
 }
 
-// Adds the elements of one block: packs where the memory is aligned, single elements at the end.
+// Applies a body to the elements of one block and adds up: packs where the memory is aligned, single elements at
+// the end.
 template <class Body, class T>
 __device__ double item_sum(const Operands<Body, T>& o, std::int64_t first, std::int64_t last, bool wide) {
     using A = accumulator<T>;
@@ -49,9 +50,9 @@ __device__ double item_sum(const Operands<Body, T>& o, std::int64_t first, std::
     if constexpr (Body::coefficients > 0) k[0][0] = o.k[0];
     const std::int64_t whole = wide ? first + (last - first) / kWidest<T> * kWidest<T> : first;
     for (std::int64_t i = first + threadIdx.x * kWidest<T>; i < whole; i += kThreads * kWidest<T>) {
-        step<Body, T, kWidest<T>, 1>(o, i, k, sum);
+        apply_pack<Body, T, kWidest<T>, 1>(o, i, k, sum);
     }
-    for (std::int64_t i = whole + threadIdx.x; i < last; i += kThreads) step<Body, T, 1, 1>(o, i, k, sum);
+    for (std::int64_t i = whole + threadIdx.x; i < last; i += kThreads) apply_pack<Body, T, 1, 1>(o, i, k, sum);
     return sum[0][0];
 }
 
@@ -64,6 +65,7 @@ __global__ void __launch_bounds__(kThreads) l1_norm_kernel(Table table, double* 
     const Entry& e = table.of_block(blockIdx.x);
     const std::int64_t first = (blockIdx.x - e.first) * kItem, end = first + kItem;
     const std::int64_t last = end < e.numel ? end : e.numel;
+    // Phase 1: each thread adds its share of the block's elements.
     double sum = 0;
     chosen(e.dtype, [&](auto type) {
         using T = decltype(type);
@@ -74,6 +76,7 @@ __global__ void __launch_bounds__(kThreads) l1_norm_kernel(Table table, double* 
             sum = item_sum(Operands<SumOfMagnitudes, T>{{x}, {}, nullptr, nullptr}, first, last, wide_loads<T>(e));
         }
     });
+    // Phase 2: the threads of the block, in a fixed tree, to its slot.
     sum = block_sum(sum);
     if (threadIdx.x == 0) slots[blockIdx.x] = sum;
 }
@@ -82,10 +85,11 @@ __global__ void __launch_bounds__(kThreads) l1_norm_backward_kernel(Table table,
     const Entry& e = table.of_block(blockIdx.x);
     const std::int64_t first = (blockIdx.x - e.first) * kItem, end = first + kItem, i = &e - table.entry;
     const std::int64_t last = end < e.numel ? end : e.numel;
-    const double c = wide ? static_cast<const double*>(dy)[i] : static_cast<const float*>(dy)[i];
+    // dx = dy * sign(x): one dy for each tensor.
+    const double dy_i = wide ? static_cast<const double*>(dy)[i] : static_cast<const float*>(dy)[i];
     chosen(e.dtype, [&](auto type) {
         using T = decltype(type);
-        const accumulator<T> k = static_cast<accumulator<T>>(c);
+        const accumulator<T> k = static_cast<accumulator<T>>(dy_i);
         item_sum(Operands<L1Backward, T>{{static_cast<const T*>(e.x)}, {static_cast<T*>(e.v)}, &k, nullptr}, first, last,
                  wide_loads<T>(e));
     });
@@ -93,7 +97,7 @@ __global__ void __launch_bounds__(kThreads) l1_norm_backward_kernel(Table table,
 
 // A block for each tensor adds its slots.
 __global__ void __launch_bounds__(kThreads)
-    l1_norm_finish_kernel(Table table, const double* slots, std::int64_t blocks, void* out, bool wide) {
+    l1_norm_finish_kernel(Table table, const double* slots, std::int64_t blocks, void* norms, bool wide) {
     const int i = blockIdx.x;
     const std::int64_t end = i + 1 < table.count ? table.entry[i + 1].first : blocks;
     double sum = 0;
@@ -101,9 +105,9 @@ __global__ void __launch_bounds__(kThreads)
     sum = block_sum(sum);
     if (threadIdx.x) return;
     if (wide) {
-        static_cast<double*>(out)[i] = sum;
+        static_cast<double*>(norms)[i] = sum;
     } else {
-        static_cast<float*>(out)[i] = static_cast<float>(sum);
+        static_cast<float*>(norms)[i] = static_cast<float>(sum);
     }
 }
 
@@ -135,7 +139,7 @@ void l1_norm(const L1Norm& r, Where where) {
     for_each_table(r, [&](const Table& table, std::int64_t begin, std::int64_t blocks) {
         if (blocks) launch("l1_norm", l1_norm_kernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), where, table, slots);
         launch("l1_norm_finish", l1_norm_finish_kernel, dim3(static_cast<unsigned>(table.count)), dim3(kThreads), where, table,
-               static_cast<const double*>(slots), blocks, from(r.out, begin, r.wide), r.wide);
+               static_cast<const double*>(slots), blocks, from(r.norms, begin, r.wide), r.wide);
         slots += blocks;
     });
 }

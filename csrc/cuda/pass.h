@@ -54,9 +54,9 @@ __device__ void load_coefficients(
     }
 }
 
-// One pack at `offset`. Neighbours have coefficients and sums of their own (rows) or share them (planes).
+// Applies a body to the pack at `offset`. Neighbours have coefficients and sums of their own (rows) or share them (planes).
 template <class Body, class T, int Width, int Lanes>
-__device__ void step(
+__device__ void apply_pack(
     const Operands<Body, T>& o,
     std::int64_t offset,
     const accumulator<T> (&k)[Lanes][Body::values + 1],
@@ -64,8 +64,10 @@ __device__ void step(
 ) {
     using A = accumulator<T>;
     Pack<T, Width> in[Body::inputs], out[Body::outputs + 1];
+    // Phase 1: load.
 #pragma unroll
     for (int j = 0; j < Body::inputs; ++j) in[j] = *reinterpret_cast<const Pack<T, Width>*>(o.in[j] + offset);
+    // Phase 2: compute and add up, element by element.
 #pragma unroll
     for (int e = 0; e < Width; ++e) {
         A x[Body::inputs], y[Body::outputs + 1];
@@ -75,6 +77,7 @@ __device__ void step(
 #pragma unroll
         for (int j = 0; j < Body::outputs; ++j) out[j].value[e] = Narrow<T>::from(y[j]);
     }
+    // Phase 3: store.
 #pragma unroll
     for (int j = 0; j < Body::outputs; ++j) *reinterpret_cast<Pack<T, Width>*>(o.out[j] + offset) = out[j];
 }
@@ -146,8 +149,10 @@ __global__ void __launch_bounds__(kThreads, kResident<Body, T>) planes_kernel(Op
     using A = accumulator<T>;
     const std::int64_t c = blockIdx.x, plane = t.inner / Width;
     A k[1][Body::values + 1], sum[1][Body::sums + 1];
+    // Phase 1: the coefficients of this channel.
     begin_sums<Body>(sum);
     load_coefficients(o, t, c, k[0]);
+    // Phase 2: the packs of this chunk. `outer` counts planes, i the packs inside one.
     const std::int64_t first = blockIdx.y * shape.length;
     const std::int64_t last = first + shape.length < shape.packs ? first + shape.length : shape.packs;
     std::int64_t outer = 0, i = first + threadIdx.x;
@@ -156,7 +161,7 @@ __global__ void __launch_bounds__(kThreads, kResident<Body, T>) planes_kernel(Op
         i -= outer * plane;
     }
     for (std::int64_t pack = first + threadIdx.x; pack < last; pack += kThreads) {
-        step<Body, T, Width, 1>(o, (outer * t.channels + c) * t.inner + i * Width, k, sum);
+        apply_pack<Body, T, Width, 1>(o, (outer * t.channels + c) * t.inner + i * Width, k, sum);
         i += kThreads;
         if (t.outer > 1 && i >= plane) {
             // Short planes take a division; in 32 bits where that is enough.
@@ -167,10 +172,11 @@ __global__ void __launch_bounds__(kThreads, kResident<Body, T>) planes_kernel(Op
             i -= planes * plane;
         }
     }
-    // What a flat tensor has beyond its last whole pack.
+    // Phase 3: what a flat tensor has beyond its last whole pack.
     if (Width > 1 && t.outer == 1 && blockIdx.y == 0 && threadIdx.x < t.inner % Width) {
-        step<Body, T, 1, 1>(o, c * t.inner + plane * Width + threadIdx.x, k, sum);
+        apply_pack<Body, T, 1, 1>(o, c * t.inner + plane * Width + threadIdx.x, k, sum);
     }
+    // Phase 4: the sums of the block, to its slot.
     if constexpr (Body::ends) {
         store_ends(o, sum);
     } else {
@@ -193,12 +199,15 @@ __global__ void __launch_bounds__(kThreads, kResident<Body, T>) rows_kernel(Oper
     A k[Width][Body::values + 1], sum[Width][Body::sums + 1];
     begin_sums<Body>(sum);
     if (c < t.channels) {
+        // Phase 1: the coefficients of this thread's channels.
 #pragma unroll
         for (int e = 0; e < Width; ++e) load_coefficients(o, t, c + e, k[e]);
+        // Phase 2: their pixels in this chunk.
         for (std::int64_t p = first + row; p < last; p += rows) {
-            step<Body, T, Width, Width>(o, p * t.channels + c, k, sum);
+            apply_pack<Body, T, Width, Width>(o, p * t.channels + c, k, sum);
         }
     }
+    // Phase 3: the sums of each channel over the rows of the block, in a fixed tree, to its slot.
     if constexpr (Body::ends) {
         store_ends(o, sum);
     } else if constexpr (Body::sums > 0) {

@@ -16,7 +16,7 @@
 
 namespace gradl1::cuda {
 
-// Kernel: the name of the kernel or sweep that cannot run; call: what failed, if not the launch itself.
+// Kernel: the name of the kernel or pass that cannot run; call: what failed, if not the launch itself.
 inline void check(cudaError_t error, const char* kernel, const char* call = "") {
     if (error != cudaSuccess) throw std::runtime_error(std::string(kernel) + ": " + call + cudaGetErrorString(error));
 }
@@ -24,9 +24,9 @@ inline void check(cudaError_t error, const char* kernel, const char* call = "") 
 // Makes a device the current one for as long as it lives.
 class OnDevice {
   public:
-    OnDevice(const char* sweep, std::int64_t device) : wanted_(static_cast<int>(device)) {
-        check(cudaGetDevice(&before_), sweep, "cudaGetDevice: ");
-        if (before_ != wanted_) check(cudaSetDevice(wanted_), sweep, "cudaSetDevice: ");
+    OnDevice(const char* pass, std::int64_t device) : wanted_(static_cast<int>(device)) {
+        check(cudaGetDevice(&before_), pass, "cudaGetDevice: ");
+        if (before_ != wanted_) check(cudaSetDevice(wanted_), pass, "cudaSetDevice: ");
     }
     ~OnDevice() {
         if (before_ != wanted_) cudaSetDevice(before_);

@@ -49,8 +49,8 @@ inline std::int64_t most_chunks(const Layout& t) {
     return most;
 }
 
-// Scratch of any sweep, in doubles: the slots, the coefficients, one value for each channel, the constants.
-constexpr std::int64_t kMostSums = 5;
+// Scratch of any pass, in doubles: the slots, the coefficients, one value for each channel, the constants.
+constexpr std::int64_t kMostSums = kDoubleBackwardSums;
 
 inline std::int64_t coefficients_at(const Layout& t) { return most_chunks(t) * kMostSums * t.channels; }
 inline std::int64_t per_channel_at(const Layout& t) { return coefficients_at(t) + kDoubleCoefficients * t.channels; }

@@ -1,7 +1,7 @@
 #include "../arithmetic/tap.h"
 
 #include "finish.h"
-#include "sweeps.h"
+#include "passes.h"
 
 namespace gradl1::cuda {
 namespace {
@@ -30,11 +30,12 @@ void tap_double_backward(const Tap& r, Where where) {
         using T = decltype(type);
         const accumulator<T>* k = static_cast<const accumulator<T>*>(r.d_l1);
         const T *dy = static_cast<const T*>(r.dy), *d_dx = static_cast<const T*>(r.d_dx);
-        T* out = static_cast<T*>(r.out);
+        T* d_dy = static_cast<T*>(r.d_dy);
+        const char* name = "tap_double_backward";
         if (d_dx) {
-            run("tap_double_backward", Operands<TapDoubleBackward<true>, T>{{dy, d_dx}, {out}, k, nullptr}, r.layout, where);
+            run(name, Operands<TapDoubleBackward<true>, T>{{dy, d_dx}, {d_dy}, k, nullptr}, r.layout, where);
         } else {
-            run("tap_double_backward", Operands<TapDoubleBackward<false>, T>{{dy}, {out}, k, nullptr}, r.layout, where);
+            run(name, Operands<TapDoubleBackward<false>, T>{{dy}, {d_dy}, k, nullptr}, r.layout, where);
         }
     });
 }
@@ -45,7 +46,7 @@ void tap_ends(const Tap& r, Where where) {
         using T = decltype(type);
         double* slots = static_cast<double*>(r.scratch);
         const Operands<EndsOfTensor, T> o{{static_cast<const T*>(r.x)}, {}, nullptr, slots};
-        ends<accumulator<T>>("tap_ends_total", slots, run("tap_ends", o, r.layout, where), r.out_ends, where);
+        ends<accumulator<T>>("tap_ends_total", slots, run("tap_ends", o, r.layout, where), r.ends, where);
     });
 }
 
@@ -58,12 +59,12 @@ void tap_add_ends_gradient(const Tap& r, Where where) {
         launch("tap_end_constants", end_constants_kernel<A>, dim3(1), dim3(32), where, static_cast<const A*>(r.ends),
                static_cast<const A*>(r.d_ends), q);
         const T *x = static_cast<const T*>(r.x), *dy = static_cast<const T*>(r.dy);
-        T* out = static_cast<T*>(r.out);
+        T* total = static_cast<T*>(r.total);
         const char* name = "tap_add_ends_gradient";
         if (dy) {
-            run(name, Operands<AddEndsGradient<true>, T>{{x, dy}, {out}, nullptr, nullptr, q}, r.layout, where);
+            run(name, Operands<AddEndsGradient<true>, T>{{x, dy}, {total}, nullptr, nullptr, q}, r.layout, where);
         } else {
-            run(name, Operands<AddEndsGradient<false>, T>{{x}, {out}, nullptr, nullptr, q}, r.layout, where);
+            run(name, Operands<AddEndsGradient<false>, T>{{x}, {total}, nullptr, nullptr, q}, r.layout, where);
         }
     });
 }

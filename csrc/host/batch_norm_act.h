@@ -1,13 +1,13 @@
-// What the three sweeps of batch_norm_act share on the CPU.
+// What the three passes of batch_norm_act share on the CPU.
 #pragma once
 
 #include "../arithmetic/channels.h"
-#include "sweeps.h"
+#include "passes.h"
 
 namespace gradl1::host {
 inline namespace GRADL1_ISA {
 
-constexpr int kMostSums = 5;
+constexpr int kMostSums = kDoubleBackwardSums;
 
 template <Activation Act>
 struct Is {
@@ -17,7 +17,7 @@ struct Is {
 // Calls f(Is<activation>()).
 template <class F>
 GRADL1_FN void with_activation(const BatchNormAct& r, const F& f) {
-    switch (r.scale ? Activation::quantized : r.activation) {
+    switch (r.quantized ? Activation::quantized : r.activation) {
         case Activation::none: return f(Is<Activation::none>());
         case Activation::relu: return f(Is<Activation::relu>());
         case Activation::relu6: return f(Is<Activation::relu6>());
@@ -25,7 +25,7 @@ GRADL1_FN void with_activation(const BatchNormAct& r, const F& f) {
     }
 }
 
-// The mask of an activation where x gives it.
+// Where the mask comes from if x gives it.
 template <Activation Act>
 constexpr Mask kFromX = Act == Activation::none ? Mask::open : Mask::from_x;
 
@@ -37,13 +37,14 @@ GRADL1_FN A* coefficients(const BatchNormAct& r) {
     return reinterpret_cast<A*>(slots(r) + Chunks(r.layout).count * kMostSums * r.layout.channels);
 }
 
+// The constants of the elementwise passes: those of the quantizer, or of the gradient of the ends.
 template <class A>
 struct Constants {
     A value[kQuantizedConstants];
 
     GRADL1_FN explicit Constants(const BatchNormAct& r) : value{} {
         if (r.d_ends) end_constants(static_cast<const A*>(r.ends), static_cast<const A*>(r.d_ends), value);
-        if (!r.scale) return;
+        if (!r.quantized) return;
         quantized_constants(static_cast<const A*>(r.scale), static_cast<const A*>(r.zero_point), r.code_min, r.code_max,
                             r.activation, value);
     }
@@ -59,6 +60,7 @@ GRADL1_FN Channel<A> channel(const BatchNormAct& r) {
             r.training};
 }
 
+// The coefficients that both walks of a backward pass need.
 template <class A>
 GRADL1_FN void common_coefficients(const BatchNormAct& r) {
     for (std::int64_t c = 0; c < r.layout.channels; ++c) {

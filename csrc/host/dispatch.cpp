@@ -71,7 +71,7 @@ bool use(const char* name) {
 }
 
 std::int64_t scratch_bytes(const Layout& layout) {
-    constexpr std::int64_t most_sums = 5, most_coefficients = kDoubleCoefficients;
+    constexpr std::int64_t most_sums = kDoubleBackwardSums, most_coefficients = kDoubleCoefficients;
     return (Chunks(layout).count * most_sums + most_coefficients) * layout.channels * 8;
 }
 

@@ -1,4 +1,4 @@
-// The host's engine: each sweep goes to the instruction set in use.
+// The host's engine: each pass goes to the instruction set in use.
 #include "../engines.h"
 
 #include "kernels.h"
@@ -6,9 +6,9 @@
 namespace gradl1 {
 namespace {
 
-template <auto Sweep, class Request>
+template <auto Pass, class Request>
 void run(const Request& request, Where where) {
-    (host::kernels().*Sweep)(request, static_cast<int>(where.first < 1 ? 1 : where.first));
+    (host::kernels().*Pass)(request, static_cast<int>(where.first < 1 ? 1 : where.first));
 }
 
 const Engine kEngine = {

@@ -1,7 +1,7 @@
 #include "../arithmetic/fake_quantize.h"
 
 #include "../arithmetic/tap.h"
-#include "sweeps.h"
+#include "passes.h"
 
 namespace gradl1::host {
 inline namespace GRADL1_ISA {
@@ -31,7 +31,7 @@ void fake_quantize_forward(const FakeQuantize& r, int threads) {
         Pass<FakeQuantizeForward, T, A>{
             r.layout,
             {static_cast<const T*>(r.x)},
-            {static_cast<T*>(r.out)},
+            {static_cast<T*>(r.y)},
             coefficients<A>(r),
             static_cast<double*>(r.scratch)}.run(threads);
     });
@@ -44,7 +44,7 @@ void fake_quantize_backward(const FakeQuantize& r, int threads) {
         Pass<FakeQuantizeBackward, T, A> pass{
             r.layout,
             {static_cast<const T*>(r.dy), static_cast<const T*>(r.x)},
-            {static_cast<T*>(r.out)},
+            {static_cast<T*>(r.dx)},
             coefficients<A>(r),
             static_cast<double*>(r.scratch)};
         pass.run(threads);
@@ -65,7 +65,7 @@ void fake_quantize_double_backward(const FakeQuantize& r, int threads) {
         Pass<FakeQuantizeDoubleBackward, T, A>{
             r.layout,
             {static_cast<const T*>(r.dy), static_cast<const T*>(r.x), static_cast<const T*>(r.d_dx)},
-            {static_cast<T*>(r.out)},
+            {static_cast<T*>(r.d_dy)},
             coefficients<A>(r),
             static_cast<double*>(r.scratch)}.run(threads);
     });

@@ -2,14 +2,14 @@
 #
 # -ffp-contract=off: a fused multiply-add rounds once where the definition rounds twice.
 # -fno-math-errno, -fno-trapping-math: nobody reads errno or floating-point exceptions; values stay the same.
-set(sweeps tap l1_norm fake_quantize batch_norm_act_forward batch_norm_act_backward
+set(passes tap l1_norm fake_quantize batch_norm_act_forward batch_norm_act_backward
     batch_norm_act_double_backward table)
-list(TRANSFORM sweeps PREPEND host/)
-list(TRANSFORM sweeps APPEND .cpp)
+list(TRANSFORM passes PREPEND host/)
+list(TRANSFORM passes APPEND .cpp)
 set(exact -ffp-contract=off -fno-math-errno -fno-trapping-math)
 
 function(add_instruction_set name)
-  add_library(host_${name} OBJECT ${sweeps})
+  add_library(host_${name} OBJECT ${passes})
   target_compile_definitions(host_${name} PRIVATE GRADL1_ISA=${name})
   target_compile_options(host_${name} PRIVATE ${exact} ${counted} ${ARGN})
   target_link_libraries(_gradl1 PRIVATE host_${name})

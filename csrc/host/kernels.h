@@ -1,4 +1,4 @@
-// The sweeps on the CPU, compiled once for each instruction set.
+// The passes on the CPU, compiled once for each instruction set.
 #pragma once
 
 #include "../passes.h"
@@ -13,7 +13,7 @@ struct Kernels {
 #undef GRADL1_PASS
 };
 
-// Bytes of scratch that any sweep over a tensor of this layout needs.
+// Bytes of scratch that any pass over a tensor of this layout needs.
 std::int64_t scratch_bytes(const Layout& layout);
 std::int64_t l1_scratch_bytes(const Piece* pieces, std::int64_t count);
 

@@ -1,7 +1,7 @@
 // Many tensors in one parallel region: the work items of all of them are numbered through.
 #include "../arithmetic/l1_norm.h"
 
-#include "sweeps.h"
+#include "passes.h"
 
 namespace gradl1::host {
 inline namespace GRADL1_ISA {
@@ -83,9 +83,9 @@ void l1_norm(const L1Norm& request, int threads) {
         const std::int64_t end = slot + Chunks(flat(r.pieces[i].numel)).count;
         while (slot < end) sum += static_cast<const double*>(r.scratch)[slot++];
         if (r.wide) {
-            static_cast<double*>(r.out)[i] = sum;
+            static_cast<double*>(r.norms)[i] = sum;
         } else {
-            static_cast<float*>(r.out)[i] = static_cast<float>(sum);
+            static_cast<float*>(r.norms)[i] = static_cast<float>(sum);
         }
     }
 }

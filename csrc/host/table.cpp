@@ -1,5 +1,5 @@
-// The sweeps of one instruction set, as the dispatcher wants them.
-#include "sweeps.h"
+// The passes of one instruction set, as the dispatcher wants them.
+#include "passes.h"
 
 #define GRADL1_JOIN_(a, b) a##b
 #define GRADL1_JOIN(a, b) GRADL1_JOIN_(a, b)

@@ -1,6 +1,6 @@
 #include "../arithmetic/tap.h"
 
-#include "sweeps.h"
+#include "passes.h"
 
 namespace gradl1::host {
 inline namespace GRADL1_ISA {
@@ -24,11 +24,11 @@ void tap_double_backward(const Tap& r, int threads) {
         using A = accumulator<T>;
         const A k[1] = {scalar_or_zero<A>(r.d_l1)};
         const T *dy = static_cast<const T*>(r.dy), *d_dx = static_cast<const T*>(r.d_dx);
-        T* out = static_cast<T*>(r.out);
+        T* d_dy = static_cast<T*>(r.d_dy);
         if (d_dx) {
-            Pass<TapDoubleBackward<true>, T, A>{flat(r.layout.numel()), {dy, d_dx}, {out}, k, nullptr}.run(threads);
+            Pass<TapDoubleBackward<true>, T, A>{flat(r.layout.numel()), {dy, d_dx}, {d_dy}, k, nullptr}.run(threads);
         } else {
-            Pass<TapDoubleBackward<false>, T, A>{flat(r.layout.numel()), {dy}, {out}, k, nullptr}.run(threads);
+            Pass<TapDoubleBackward<false>, T, A>{flat(r.layout.numel()), {dy}, {d_dy}, k, nullptr}.run(threads);
         }
     });
 }
@@ -40,7 +40,7 @@ void tap_ends(const Tap& r, int threads) {
         Pass<EndsOfTensor, T, A> pass{
             flat(r.layout.numel()), {static_cast<const T*>(r.x)}, {}, nullptr, static_cast<double*>(r.scratch)};
         pass.run(threads);
-        pass.ends(static_cast<A*>(r.out_ends));
+        pass.ends(static_cast<A*>(r.ends));
     });
 }
 
@@ -51,12 +51,12 @@ void tap_add_ends_gradient(const Tap& r, int threads) {
         A q[kEndConstants];
         end_constants(static_cast<const A*>(r.ends), static_cast<const A*>(r.d_ends), q);
         const T *x = static_cast<const T*>(r.x), *dy = static_cast<const T*>(r.dy);
-        T* out = static_cast<T*>(r.out);
+        T* total = static_cast<T*>(r.total);
         const Layout layout = flat(r.layout.numel());
         if (dy) {
-            Pass<AddEndsGradient<true>, T, A>{layout, {x, dy}, {out}, nullptr, nullptr, q}.run(threads);
+            Pass<AddEndsGradient<true>, T, A>{layout, {x, dy}, {total}, nullptr, nullptr, q}.run(threads);
         } else {
-            Pass<AddEndsGradient<false>, T, A>{layout, {x}, {out}, nullptr, nullptr, q}.run(threads);
+            Pass<AddEndsGradient<false>, T, A>{layout, {x}, {total}, nullptr, nullptr, q}.run(threads);
         }
     });
 }

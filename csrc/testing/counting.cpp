@@ -1,6 +1,6 @@
 // Counts how often watched memory is read and written, for tests of the passes over tensors.
 //
-// The sweeps are compiled with -fsanitize=thread, which calls one of these functions at every access to
+// The passes are compiled with -fsanitize=thread, which calls one of these functions at every access to
 // memory, and linked without that sanitizer's library. Python reaches the counts through ctypes.
 #include <cstddef>
 #include <cstdint>

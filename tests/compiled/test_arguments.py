@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
@@ -32,93 +33,80 @@ def scalar(name: str, required: bool = True) -> Memory:
     return Memory(name, 4, required)
 
 
-SCRATCH = Memory("scratch", ROOM)
-HEAD = (WHERE, FLOAT32, LAYOUT)
-GRID = (vector("scale"), vector("zero_point"), 0, 7)
-QUANTIZER, NO_QUANTIZER = (scalar("scale", False), scalar("zero_point"), 0, 7), (None, None, 0, 0)
+SCRATCH = Memory("scratch", ROOM, False)  # which the host has of its own
+FLAT = {"dtype": FLOAT32, "layout": (1, 1, COUNT)}
+CHANNELS = {"dtype": FLOAT32, "layout": LAYOUT, "code_min": 0, "code_max": 7}
+QPARAMS = (vector("scale"), vector("zero_point"))
+QUANTIZER = (scalar("scale"), scalar("zero_point"))
 AFFINE = (vector("weight", False), vector("bias", False))
-GIVEN = (vector("mean"), vector("rstd"), *AFFINE)
-RESIDUAL = (True, True, 1, 0.0)
-CALLS: list[tuple[str, tuple[Any, ...]]] = [
-    ("tap_backward", (WHERE, FLOAT32, COUNT, tensor("dy"), scalar("l1"), SCRATCH)),
-    (
-        "tap_double_backward",
-        (WHERE, FLOAT32, COUNT, tensor("d_dx", False), scalar("d_l1"), tensor("dy"), tensor("out")),
-    ),
-    ("fake_quantize_forward", (*HEAD, GRID, tensor("x"), tensor("out"), SCRATCH)),
+STATISTICS = (vector("mean"), vector("rstd"))
+OPTIONS = {"training": True, "eps": 0.0, "activation": 1, "with_residual": True, "with_ends": False}
+QUANTIZED, FLOAT = CHANNELS | OPTIONS | {"quantized": True}, CHANNELS | OPTIONS | {"quantized": False}
+Call = tuple[str, dict[str, Any], tuple[Memory, ...]]
+CALLS: list[Call] = [
+    ("tap_backward", FLAT, (tensor("dy"), scalar("l1"), SCRATCH)),
+    ("tap_double_backward", FLAT, (tensor("d_dx", False), scalar("d_l1"), tensor("dy"), tensor("d_dy"))),
+    ("fake_quantize_forward", CHANNELS, (*QPARAMS, tensor("x"), tensor("y"), SCRATCH)),
     (
         "fake_quantize_backward",
-        (*HEAD, GRID, tensor("dy"), tensor("x"), tensor("out"), scalar("l1", False), SCRATCH),
+        CHANNELS,
+        (*QPARAMS, tensor("dy"), tensor("x"), tensor("dx"), scalar("l1", False), SCRATCH),
     ),
     (
         "fake_quantize_double_backward",
+        CHANNELS,
         (
-            *HEAD, GRID, tensor("d_dx", False), scalar("d_l1", False),
-            tensor("dy"), tensor("x"), tensor("out"), SCRATCH,
-        ),
-    ),
-    ("l1_norm", (WHERE, [(FLOAT32, COUNT, tensor("x"), tensor("v", False))], False, scalar("out"), SCRATCH)),
-    ("l1_norm_backward", (WHERE, [(FLOAT32, COUNT, tensor("x"), tensor("v"))], False, scalar("dy"))),
-    (
-        "batch_norm_act_forward",
-        (
-            *HEAD, (True, False, 1, 1e-5), (None, None, *AFFINE), NO_QUANTIZER,
-            tensor("x"), tensor("residual", False),
-            (tensor("y"), None, vector("mean"), vector("rstd")), SCRATCH,
-        ),
-    ),
-    (
-        "batch_norm_act_forward",
-        (
-            *HEAD, (False, False, 1, 1e-5), GIVEN, QUANTIZER, tensor("x"), tensor("residual", False),
-            (tensor("y"), tensor("activated"), vector("mean"), vector("rstd")), SCRATCH,
-        ),
-    ),
-    (
-        "batch_norm_act_backward",
-        (
-            *HEAD, RESIDUAL, GIVEN, QUANTIZER, tensor("dy"), tensor("x"), tensor("activated"),
-            (tensor("dx"), vector("dweight"), vector("dbias"), tensor("dresidual"), scalar("l1", False)),
+            *QPARAMS, tensor("d_dx", False), scalar("d_l1", False), tensor("dy"), tensor("x"), tensor("d_dy"),
             SCRATCH,
         ),
     ),
     (
-        "batch_norm_act_double_backward",
+        "batch_norm_act_forward",
+        FLOAT | {"with_ends": True},
         (
-            *HEAD, RESIDUAL, GIVEN, QUANTIZER,
-            (
-                tensor("d_dx"), vector("d_dweight", False), vector("d_dbias", False),
-                tensor("d_dresidual", False), scalar("d_l1", False),
-            ),
+            *AFFINE, tensor("x"), tensor("residual"), tensor("y"), *STATISTICS, Memory("ends", 16), SCRATCH,
+        ),
+    ),
+    (
+        "batch_norm_act_forward",
+        QUANTIZED | {"training": False},
+        (
+            *AFFINE, vector("running_mean"), vector("running_var"), *QUANTIZER, tensor("x"),
+            tensor("residual"), tensor("y"), tensor("activated"), *STATISTICS, SCRATCH,
+        ),
+    ),
+    (
+        "batch_norm_act_backward",
+        QUANTIZED,
+        (
+            *AFFINE, *STATISTICS, *QUANTIZER, tensor("dy"), tensor("x"), tensor("activated"),
+            tensor("dx"), vector("dweight"), vector("dbias"), tensor("dresidual"),
+            scalar("l1", False), SCRATCH,
+        ),
+    ),
+    (
+        "batch_norm_act_backward",
+        FLOAT | {"with_residual": False},
+        (
+            *AFFINE, *STATISTICS, Memory("ends", 16), Memory("d_ends", 8, False), tensor("dy"), tensor("x"),
+            tensor("dx"), vector("dweight"), vector("dbias"), SCRATCH,
+        ),
+    ),
+    (
+        "batch_norm_act_double_backward",
+        QUANTIZED,
+        (
+            *AFFINE, *STATISTICS, *QUANTIZER, tensor("d_dx"), vector("d_dweight", False),
+            vector("d_dbias", False), tensor("d_dresidual", False), scalar("d_l1", False),
             tensor("dy"), tensor("x"), tensor("activated"),
-            (tensor("d_dy"), tensor("d_x"), vector("d_weight")), SCRATCH,
+            tensor("d_dy"), tensor("d_x"), vector("d_weight"), SCRATCH,
         ),
     ),
 ]  # fmt: skip
-
-
-def memories(value: Any) -> Iterator[Memory]:
-    if isinstance(value, Memory):
-        yield value
-    elif isinstance(value, tuple | list):
-        for part in value:
-            yield from memories(part)
-
-
-def filled(value: Any, give: Callable[[Memory], Any]) -> Any:
-    """Return the arguments with each piece of memory replaced by what ``give`` returns for it."""
-    if isinstance(value, Memory):
-        return give(value)
-    if isinstance(value, tuple | list):
-        return type(value)(filled(part, give) for part in value)
-    return value
-
-
-def shortened(value: Any) -> Iterator[Any]:
-    """Yield the arguments with one tuple after the other, of settings or of memory, one entry short."""
-    for i, part in enumerate(value):
-        if isinstance(part, tuple) and not isinstance(part, Memory) and part is not WHERE:
-            yield (*value[:i], part[:-1], *value[i + 1 :])
+PIECE_CALLS: list[tuple[str, tuple[Memory, ...], tuple[Memory, ...]]] = [
+    ("l1_norm", (tensor("x"), tensor("v", False)), (scalar("norms"), SCRATCH)),
+    ("l1_norm_backward", (tensor("x"), tensor("v")), (scalar("dy"),)),
+]
 
 
 class Room:
@@ -132,31 +120,61 @@ class Room:
         return ctypes.addressof(self.kept[-1]), memory.bytes
 
 
-ids = [f"{name} {i}" for i, (name, _) in enumerate(CALLS)]
+Give = Callable[[Memory], Any]
 
 
-@pytest.mark.parametrize(("name", "arguments"), CALLS, ids=ids)
-def test_memory_that_is_missing_is_named(name: str, arguments: Any, loops: Any) -> None:
-    room, call = Room(), getattr(loops, name)
-    call(*filled(arguments, room))
-    for memory in memories(arguments):
-        without = filled(arguments, lambda m, memory=memory: None if m is memory else room(m))
+class Prepared(NamedTuple):
+    """A function of the module that only lacks what ``give`` returns for each of its memories."""
+
+    name: str
+    memories: tuple[Memory, ...]
+    call: Callable[[Any, Give], None]
+
+
+def _run(name: str, settings: dict[str, Any], memories: tuple[Memory, ...]) -> Prepared:
+    def call(loops: Any, give: Give) -> None:
+        getattr(loops, name)(WHERE, settings, **{m.name: give(m) for m in memories})
+
+    return Prepared(name, memories, call)
+
+
+def _run_pieces(name: str, piece: tuple[Memory, ...], memories: tuple[Memory, ...]) -> Prepared:
+    def call(loops: Any, give: Give) -> None:
+        settings = {"pieces": [(FLOAT32, COUNT, *map(give, piece))], "wide": False}
+        getattr(loops, name)(WHERE, settings, **{m.name: give(m) for m in memories})
+
+    return Prepared(name, (*piece, *memories), call)
+
+
+ALL = [*itertools.starmap(_run, CALLS), *itertools.starmap(_run_pieces, PIECE_CALLS)]
+each = pytest.mark.parametrize("function", ALL, ids=[f"{f.name} {i}" for i, f in enumerate(ALL)])
+
+
+@each
+def test_memory_that_is_missing_is_named(function: Prepared, loops: Any) -> None:
+    room = Room()
+    function.call(loops, room)
+    for memory in function.memories:
+
+        def without(m: Memory, missing: Memory = memory) -> Any:
+            return None if m is missing else room(m)
+
         if memory.required:
             reason = rf"{memory.name}.* (is|are) missing|nowhere to put its gradient"
             with pytest.raises(ValueError, match=reason):
-                call(*without)
+                function.call(loops, without)
         else:
-            call(*without)
+            function.call(loops, without)
 
 
 def test_one_cotangent_is_needed(loops: Any) -> None:
-    room, name = Room(), "fake_quantize_double_backward"
-    without = filled(dict(CALLS)[name], lambda m: None if m.name in ("d_dx", "d_l1") else room(m))
+    room = Room()
+    function = next(f for f in ALL if f.name == "fake_quantize_double_backward")
     with pytest.raises(ValueError, match="d_l1 is missing"):
-        getattr(loops, name)(*without)
+        function.call(loops, lambda m: None if m.name in ("d_dx", "d_l1") else room(m))
 
 
-@pytest.mark.parametrize(("name", "arguments"), CALLS, ids=ids)
+@each
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -166,51 +184,58 @@ def test_one_cotangent_is_needed(loops: Any) -> None:
         (lambda address, size: (address, size, 0), "{} must be"),
     ],
 )
-def test_memory_that_cannot_be_is_named(
-    spoil: Any, message: str, name: str, arguments: Any, loops: Any
-) -> None:
-    room, call = Room(), getattr(loops, name)
-    for memory in memories(arguments):
-        size = memory.bytes if memory is not SCRATCH else needed(name, loops)
-        bad = filled(
-            arguments, lambda m, memory=memory, size=size: spoil(room(m)[0], size) if m is memory else room(m)
-        )
+def test_memory_that_cannot_be_is_named(spoil: Any, message: str, function: Prepared, loops: Any) -> None:
+    room = Room()
+    for memory in function.memories:
+        size = memory.bytes if memory is not SCRATCH else needed(function.name, loops)
+
+        def spoiled(m: Memory, bad: Memory = memory, size: int = size) -> Any:
+            return spoil(room(m)[0], size) if m is bad else room(m)
+
         with pytest.raises(ValueError, match=message.format(memory.name, size - 1, size)):
-            call(*bad)
+            function.call(loops, spoiled)
 
 
 def needed(name: str, loops: Any) -> int:
     """Return the bytes of scratch that the function asks for."""
     if name.startswith("l1_norm"):
-        return int(loops.l1_norm_scratch_bytes([(FLOAT32, COUNT, (8, 4 * COUNT), None)]))
+        pieces = [(FLOAT32, COUNT, (8, 4 * COUNT), None)]
+        return int(loops.l1_norm_scratch_bytes({"pieces": pieces, "wide": False}))
     return int(loops.scratch_bytes((1, 1, COUNT) if name.startswith("tap") else LAYOUT))
 
 
-@pytest.mark.parametrize(("name", "arguments"), CALLS, ids=ids)
-def test_settings_that_are_too_few_are_refused(name: str, arguments: Any, loops: Any) -> None:
-    room = Room()
-    for short in shortened(arguments):
-        with pytest.raises(ValueError, match=r"must be|5 cotangents, 3 results"):
-            getattr(loops, name)(*filled(short, room))
+@pytest.mark.parametrize(("name", "settings", "memories"), CALLS)
+def test_settings_that_are_too_few_or_too_many_are_refused(
+    name: str, settings: dict[str, Any], memories: tuple[Memory, ...], loops: Any
+) -> None:
+    for setting in settings:
+        fewer = {key: value for key, value in settings.items() if key != setting}
+        with pytest.raises(ValueError, match=f"the setting {setting} is missing"):
+            _run(name, fewer, memories).call(loops, Room())
+    with pytest.raises(ValueError, match="and no others"):
+        _run(name, settings | {"numel": COUNT}, memories).call(loops, Room())
+
+
+def test_a_piece_that_is_too_short_is_refused(loops: Any) -> None:
+    with pytest.raises(ValueError, match="a piece must be"):
+        loops.l1_norm_scratch_bytes({"pieces": [(FLOAT32, COUNT, (8, 32))], "wide": False})
 
 
 @pytest.mark.parametrize("tag", [-1, 4])
 def test_an_unknown_type_is_refused(tag: int, loops: Any) -> None:
-    for name, arguments in CALLS:
-        if not name.startswith("l1_norm"):
-            with pytest.raises(ValueError, match=f"dtype tag {tag} is not one of"):
-                getattr(loops, name)(arguments[0], tag, *filled(arguments[2:], Room()))
+    for name, settings, memories in CALLS:
+        with pytest.raises(ValueError, match=f"dtype tag {tag} is not one of"):
+            _run(name, settings | {"dtype": tag}, memories).call(loops, Room())
     with pytest.raises(ValueError, match=f"dtype tag {tag} is not one of"):
-        loops.l1_norm_scratch_bytes([(tag, COUNT, (8, 8 * COUNT), None)])
+        loops.l1_norm_scratch_bytes({"pieces": [(tag, COUNT, (8, 8 * COUNT), None)], "wide": False})
 
 
 @pytest.mark.parametrize("tag", [-1, 3])
 def test_an_unknown_activation_is_refused(tag: int, loops: Any) -> None:
-    for name, arguments in CALLS:
+    for name, settings, memories in CALLS:
         if name.startswith("batch_norm_act"):
-            options = (*arguments[3][:2], tag, 0.0)
             with pytest.raises(ValueError, match=f"activation tag {tag} is not one of"):
-                getattr(loops, name)(*arguments[:3], options, *filled(arguments[4:], Room()))
+                _run(name, settings | {"activation": tag}, memories).call(loops, Room())
 
 
 @pytest.mark.parametrize(
@@ -228,7 +253,7 @@ def test_sizes_that_cannot_be_are_refused(layout: Any, message: str, loops: Any)
     with pytest.raises(ValueError, match=message):
         loops.scratch_bytes(layout)
     with pytest.raises(ValueError, match="negative"):
-        loops.l1_norm_scratch_bytes([(FLOAT32, -1, (8, 8), None)])
+        loops.l1_norm_scratch_bytes({"pieces": [(FLOAT32, -1, (8, 8), None)], "wide": False})
 
 
 def test_scratch_is_bounded_however_many_channels_and_pixels(loops: Any) -> None:

@@ -13,6 +13,11 @@ import torch
 from tests.compiled.linkage import assert_runs_anywhere
 
 HERE = (1, 0)
+FLAT = {"dtype": 0, "layout": (1, 1, 8)}
+NORM = {
+    "dtype": 0, "layout": (4, 2, 1), "training": True, "eps": 1e-5, "activation": 1, "with_residual": False,
+    "quantized": False, "code_min": 0, "code_max": 0, "with_ends": False,
+}  # fmt: skip
 
 
 def spans(*sizes: int) -> list[Any]:
@@ -23,46 +28,69 @@ def spans(*sizes: int) -> list[Any]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"dtype": 7}, "dtype tag 7"),
-        ({"numel": -1}, "negative"),
-        ({"numel": 2**62}, "too large"),
-        ({"numel": 0}, "no elements"),
-        ({"numel": 9}, "dy has 32 bytes, needs 36"),
-        ({"dtype": 1}, "dy has 32 bytes, needs 64"),
         ({"dy": None}, "dy is missing"),
         ({"dy": (0, 32)}, "dy has no memory"),
         ({"dy": (4098, 32)}, "dy is not aligned"),
+        ({"dy": (4096, 31)}, "dy has 31 bytes, needs 32"),
         ({"dy": (4096,)}, "must be \\(address, bytes\\)"),
         ({"scratch": (4096, 8)}, "scratch has 8 bytes"),
     ],
 )
 def test_bad_memory_is_refused(change: dict[str, Any], message: str, loops: Any) -> None:
     keep, dy, l1, scratch = spans(8, 1, 1000)
-    good = {"where": HERE, "dtype": 0, "numel": 8, "dy": dy, "l1": l1, "scratch": scratch}
-    loops.tap_backward(*good.values())
+    good = {"dy": dy, "l1": l1, "scratch": scratch}
+    loops.tap_backward(HERE, FLAT, **good)
     with pytest.raises(ValueError, match=message):
-        loops.tap_backward(*(good | change).values())
+        loops.tap_backward(HERE, FLAT, **(good | change))
+    assert keep
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dtype": 7}, "dtype tag 7"),
+        ({"dtype": 1}, "dy has 32 bytes, needs 64"),
+        ({"layout": (1, 1, -1)}, "negative"),
+        ({"layout": (1, 1, 2**62)}, "too large"),
+        ({"layout": (1, 1, 0)}, "no elements"),
+        ({"layout": (1, 1, 9)}, "dy has 32 bytes, needs 36"),
+        ({"numel": 8}, "the settings are dtype layout, and no others"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(change: dict[str, Any], message: str, loops: Any) -> None:
+    keep, dy, l1 = spans(8, 1)
+    with pytest.raises(ValueError, match=message):
+        loops.tap_backward(HERE, FLAT | change, dy=dy, l1=l1)
     assert keep
 
 
 def test_bad_options_are_refused(loops: Any) -> None:
-    _, x, out, vector, scratch = spans(8, 8, 2, 1000)
-    vectors, grid, results = (vector, vector, None, None), (None, None, 0, 0), (out, None, vector, vector)
+    keep, x, y, vector = spans(8, 8, 2)
 
-    def call(options: tuple[Any, ...], layout: tuple[int, ...] = (4, 2, 1), v: Any = vectors) -> None:
-        loops.batch_norm_act_forward(HERE, 0, layout, options, v, grid, x, None, results, scratch)
+    def call(change: dict[str, Any], **memory: Any) -> None:
+        given = {"x": x, "y": y, "mean": vector, "rstd": vector} | memory
+        loops.batch_norm_act_forward(HERE, NORM | change, **given)
 
-    call((True, False, 1, 1e-5))
-    for arguments, message in (
-        (((True, False, 3, 1e-5),), "activation tag 3"),
-        (((True, False),), "options must be"),
-        (((True, False, 1, 1e-5), (4, 2)), "layout must be"),
-        (((True, False, 1, 1e-5), (2, 4, 1)), "mean has 8 bytes, needs 16"),
-        (((True, False, 1, 1e-5), (2**40, 2**40, 1)), "too large"),
-        (((False, False, 1, 1e-5), (4, 2, 1), (None, vector, None, None)), "mean and rstd are missing"),
+    call({})
+    for change, message in (
+        ({"activation": 3}, "activation tag 3"),
+        ({"layout": (4, 2)}, "layout must be"),
+        ({"layout": (2, 4, 1)}, "mean has 8 bytes, needs 16"),
+        ({"layout": (2**40, 2**40, 1)}, "too large"),
+        ({"training": False}, "running_mean is missing"),
+        ({"quantized": True, "with_ends": True}, "exclude each other"),
     ):
         with pytest.raises(ValueError, match=message):
-            call(*arguments)
+            call(change)
+    with pytest.raises(ValueError, match="the setting eps is missing"):
+        loops.batch_norm_act_forward(HERE, {n: v for n, v in NORM.items() if n != "eps"}, x=x, y=y)
+    for error, change, memory, message in (
+        (TypeError, {"eps": "small"}, {}, "the setting eps cannot be 'small'"),
+        (TypeError, {}, {"dx": x}, "batch_norm_act_forward has no field dx"),
+    ):
+        with pytest.raises(error, match=message):
+            call(change, **memory)
+    assert keep
 
 
 def test_unknown_instruction_set_is_refused(module: Any) -> None:
@@ -82,9 +110,9 @@ def test_module_runs_without_torch(module: Any) -> None:
         f"s = u.spec_from_file_location('_gradl1', {module.__file__!r})\n"
         "m = u.module_from_spec(s); s.loader.exec_module(m)\n"
         "x = array.array('f', [-2.0] * 100_000); out = array.array('f', [0.0])\n"
-        "room = array.array('d', [0] * 9999)\n"
         "span = lambda a: (a.buffer_info()[0], len(a) * a.itemsize)\n"
-        "m.host.tap_backward((8, 0), 0, len(x), span(x), span(out), span(room))\n"
+        "settings = {'dtype': 0, 'layout': (1, 1, len(x))}\n"
+        "m.host.tap_backward((8, 0), settings, dy=span(x), l1=span(out))\n"
         "assert out[0] == 200_000 and not m.has_team() and 'torch' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-I", "-c", code], check=True)

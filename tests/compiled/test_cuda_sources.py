@@ -67,7 +67,8 @@ def test_without_a_driver_a_launch_names_its_kernel(built: tuple[Path, str, list
         "m = u.module_from_spec(s); s.loader.exec_module(m)\n"
         "x, room = array.array('f', [1] * 8), array.array('d', [0] * 99)\n"
         "span = lambda a: (a.buffer_info()[0], len(a) * a.itemsize)\n"
-        "try: m.cuda.tap_backward((0, 0), 0, 8, span(x), span(x), span(room))\n"
+        "settings = {'dtype': 0, 'layout': (1, 1, 8)}\n"
+        "try: m.cuda.tap_backward((0, 0), settings, dy=span(x), l1=span(x), scratch=span(room))\n"
         "except RuntimeError as error: print(error)\n"
     )
     done = subprocess.run(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gradl1_fast.backends import compiled, contract, reference
+from gradl1_fast.backends.compiled import _tensors
 from tests.compiled.calls import NO_GRID, OPERATIONS, l1_norm
 from tests.compiled.emulated_matrix import load
 from tests.compiled.prepared import assert_same, true_ends
@@ -86,14 +87,15 @@ def test_kernels_run_on_the_device_of_their_tensors(emulated_half: Half) -> None
     path, half = emulated_half
     if half == "host":
         pytest.skip("the CPU is one device")
-    sweep, current = load(str(path)).cuda.tap_backward, ctypes.CDLL(str(path)).gradl1_current_device
+    run, current = load(str(path)).cuda.tap_backward, ctypes.CDLL(str(path)).gradl1_current_device
     tensors = torch.ones(8), torch.zeros(1), torch.zeros(99, dtype=torch.float64)
-    spans = [(t.data_ptr(), t.numel() * t.element_size()) for t in tensors]
-    sweep((1, 0), 0, 8, *spans)
+    settings, fields = {"dtype": 0, "layout": (1, 1, 8)}, ("dy", "l1", "scratch")
+    memory = {name: _tensors.span(t) for name, t in zip(fields, tensors, strict=True)}
+    run((1, 0), settings, **memory)
     assert tensors[1].item() == 8
     assert current() == 0
     with pytest.raises(RuntimeError, match=r"^tap_backward: cudaSetDevice: "):
-        sweep((2, 0), 0, 8, *spans)
+        run((2, 0), settings, **memory)
 
 
 @pytest.mark.usefixtures("emulated_half")

@@ -252,68 +252,124 @@ def test_two_threads_may_call_one_object(host: ModuleType) -> None:
     assert not wrong
 
 
-ADDRESSES: dict[tuple[str, str], tuple[str, ...]] = {
-    # Of everything that a call needs, in order; "" is what it may go without, "0" what is refused here.
-    ("tap", "ends"): ("x", "ends"),
-    ("tap", "backward"): ("dy", "l1"),
-    ("tap", "double_backward"): ("", "d_l1", "dy", "d_dy"),
-    ("tap", "add_ends_gradient"): ("", "x", "ends", "d_ends", "total"),
-    ("fake_quantize", "forward"): ("x", "scale", "zero_point", "y"),
-    ("fake_quantize", "backward"): ("dy", "x", "scale", "zero_point", "dx", ""),
-    ("fake_quantize", "double_backward"): ("", "", "dy", "x", "scale", "zero_point", "d_dy"),
-    ("batch_norm_act", "forward"): (
-        "x", "", "", "mean", "var", "residual", "scale", "zero_point", "y", "activated", "out_mean",
-        "out_rstd", "",
-    ),
-    ("batch_norm_act", "backward"): (
-        "dy", "x", "activated", "", "", "mean", "rstd", "scale", "zero_point", "0", "0", "dx", "dweight",
-        "dbias", "dresidual", "",
-    ),
-    ("batch_norm_act", "double_backward"): (
-        "d_dx", "", "", "", "", "dy", "x", "activated", "", "", "mean", "rstd", "scale", "zero_point", "d_dy",
-        "d_x", "d_weight",
-    ),
+FLAT = {"dtype": 0, "layout": (1, 1, 8)}
+QUANTIZED = {"quantized": True, "code_min": 0, "code_max": 15}
+NORM = {
+    "dtype": 0, "layout": (4, 2, 1), "training": False, "eps": 1e-5, "activation": 1, "with_residual": True,
+    "with_ends": False, **QUANTIZED,
 }  # fmt: skip
+SETTINGS = {
+    "tap": FLAT,
+    "fake_quantize": FLAT | {"code_min": 0, "code_max": 15},
+    "batch_norm_act": NORM,
+}
+# Everything that a pass takes: what it needs, what it may go without, what these settings refuse.
+FIELDS: dict[str, tuple[str, str, str]] = {
+    "tap_ends": ("x ends", "scratch", ""),
+    "tap_backward": ("dy l1", "scratch", ""),
+    "tap_double_backward": ("d_l1 dy d_dy", "d_dx", ""),
+    "tap_add_ends_gradient": ("x ends d_ends total", "dy scratch", ""),
+    "fake_quantize_forward": ("x scale zero_point y", "scratch", ""),
+    "fake_quantize_backward": ("dy x scale zero_point dx", "l1 scratch", ""),
+    "fake_quantize_double_backward": ("dy x scale zero_point d_dy", "d_dx d_l1 scratch", ""),
+    "batch_norm_act_forward": (
+        "x running_mean running_var residual scale zero_point y activated mean rstd",
+        "weight bias ends scratch",
+        "",
+    ),
+    "batch_norm_act_backward": (
+        "dy x activated mean rstd scale zero_point dx dweight dbias dresidual",
+        "weight bias l1 ends scratch",
+        "d_ends",
+    ),
+    "batch_norm_act_double_backward": (
+        "d_dx dy x activated mean rstd scale zero_point d_dy d_x d_weight",
+        "d_dweight d_dbias d_dresidual d_l1 weight bias scratch",
+        "",
+    ),
+}
+UNUSED = {"ends"}  # of batch norm with these settings
 
 
-@pytest.mark.parametrize(("operation", "call"), ADDRESSES, ids=map("-".join, ADDRESSES))
-def test_what_is_missing_or_not_aligned_is_named(operation: str, call: str, loops: Any) -> None:
-    prepared = {
-        "tap": lambda: loops.prepare_tap(0, 8),
-        "fake_quantize": lambda: loops.prepare_fake_quantize(0, 8, 0, 15),
-        "batch_norm_act": lambda: loops.prepare_batch_norm_act(
-            0, (4, 2, 1), False, 1e-5, 1, True, (0, 15), False
-        ),
-    }[operation]()
-    names = ADDRESSES[operation, call]
-    room = [torch.zeros(8) for _ in names]
-    good = [0 if name == "0" else t.data_ptr() for t, name in zip(room, names, strict=True)]
-    head = (1, 0) if (operation, call) == ("tap", "double_backward") else (1, 0, 0)
-    getattr(prepared, call)(*head, *good)
-    for i, name in enumerate(names):
-        for change, problem in ((0, "missing"), (good[i] + 2, "not aligned")):
-            if name == "0":
-                continue
-            if name:
-                with pytest.raises(ValueError, match=f"^{name} is {problem}"):
-                    getattr(prepared, call)(*head, *good[:i], change, *good[i + 1 :])
-            elif change == 0:
-                getattr(prepared, call)(*head, *good[:i], change, *good[i + 1 :])
+def prepared(name: str, loops: Any, **change: Any) -> Any:
+    operation = next(o for o in SETTINGS if name.startswith(o))
+    return getattr(loops, f"prepare_{name}")(SETTINGS[operation] | change)
+
+
+def addresses(name: str, kept: list[Tensor]) -> dict[str, int]:
+    """Return memory of its own, kept in a list, for each field that is not refused."""
+    needed, spare, _ = FIELDS[name]
+    fields = [*needed.split(), *spare.split()]
+    kept.extend(torch.zeros(512) for _ in fields)
+    return {field: t.data_ptr() for field, t in zip(fields, kept, strict=True)}
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_what_is_missing_or_not_aligned_is_named(name: str, loops: Any) -> None:
+    kept: list[Tensor] = []
+    call, good = prepared(name, loops), addresses(name, kept)
+    call((1, 0), **good)
+    for field, address in good.items():
+        absent = {other: a for other, a in good.items() if other != field}
+        if field in FIELDS[name][0].split():
+            for given in (absent, good | {field: 0}):
+                with pytest.raises(ValueError, match=f"^{field} is missing"):
+                    call((1, 0), **given)
+        else:
+            call((1, 0), **absent)
+        if not (name.startswith("batch") and field in UNUSED):
+            with pytest.raises(ValueError, match=f"^{field} is not aligned"):
+                call((1, 0), **(good | {field: address + 2}))
+    for field in FIELDS[name][2].split():
+        with pytest.raises(ValueError, match=f"^{field} must be absent"):
+            call((1, 0), **good, **{field: good["x"]})
+
+
+def test_a_cotangent_behind_no_mask_is_refused(loops: Any) -> None:
+    kept: list[Tensor] = []
+    good = addresses("batch_norm_act_double_backward", kept)
+    call = prepared("batch_norm_act_double_backward", loops, activation=0, quantized=False)
+    with pytest.raises(ValueError, match=r"^d_dresidual must be absent"):
+        call((1, 0), **good)
+
+
+def test_names_may_come_in_any_order_and_unknown_ones_are_refused(loops: Any) -> None:
+    dy, one, two = torch.tensor([1.0, -2.0] * 4), torch.zeros(1), torch.zeros(1)
+    call = prepared("tap_backward", loops)
+    call((1, 0), dy=dy.data_ptr(), l1=one.data_ptr())
+    built = "".join(["l", "1"])  # a name that is another object than the interned one
+    call((1, 0), **{built: two.data_ptr(), "dy": dy.data_ptr()})
+    assert one.item() == two.item() == 12
+    good = {"dy": dy.data_ptr(), "l1": one.data_ptr()}
+    for where, arguments, message in (
+        ((1, 0), good | {"dx": 0}, "tap_backward has no field dx"),
+        (1, good, "where must be"),
+        ((1,), good, "where must be"),
+        ((1, 0), good | {"dy": dy}, "integer"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            call(where, **arguments)
+    with pytest.raises(TypeError, match="takes where, and every field by name"):
+        call((1, 0), *good.values())
+    with pytest.raises(OverflowError):
+        call((1, 0), **(good | {"dy": -8}))
 
 
 @pytest.mark.parametrize(
-    ("prepare", "arguments", "message"),
+    ("name", "change", "message"),
     [
-        ("prepare_tap", (4, 8), "dtype tag 4"),
-        ("prepare_tap", (0, 0), "no elements"),
-        ("prepare_tap", (0, -1), "negative"),
-        ("prepare_fake_quantize", (0, 2**62, 0, 1), "too large"),
-        ("prepare_batch_norm_act", (0, (4, 2), True, 0.0, 1, True, None, True), "layout must be"),
-        ("prepare_batch_norm_act", (0, (4, 2, 1), True, 0.0, 3, True, None, True), "activation tag 3"),
-        ("prepare_batch_norm_act", (0, (4, 2, 1), True, 0.0, 1, True, (0,), False), "codes must be"),
-        ("prepare_batch_norm_act", (0, (4, 2, 1), True, 0.0, 1, True, (0, 7), True), "without a grid"),
+        ("tap_backward", {"dtype": 4}, "dtype tag 4"),
+        ("tap_backward", {"layout": (1, 1, 0)}, "no elements"),
+        ("tap_backward", {"layout": (1, 1, -1)}, "negative"),
+        ("tap_backward", {"numel": 8}, "and no others"),
+        ("fake_quantize_forward", {"layout": (1, 1, 2**62)}, "too large"),
+        ("batch_norm_act_forward", {"layout": (4, 2)}, "layout must be"),
+        ("batch_norm_act_forward", {"activation": 3}, "activation tag 3"),
+        ("batch_norm_act_forward", {"with_ends": True}, "exclude each other"),
     ],
 )
-def test_what_cannot_be_prepared_is_refused(prepare: str, arguments: Any, message: str, loops: Any) -> None:
+def test_what_cannot_be_prepared_is_refused(
+    name: str, change: dict[str, Any], message: str, loops: Any
+) -> None:
     with pytest.raises(ValueError, match=message):
-        getattr(loops, prepare)(*arguments)
+        prepared(name, loops, **change)

@@ -119,9 +119,11 @@ def test_a_device_that_is_not_the_current_one(cuda: ModuleType) -> None:
 
 def test_a_launch_that_fails_names_its_kernel(cuda: ModuleType) -> None:
     from gradl1_fast.backends.compiled._extension import engine
+    from gradl1_fast.backends.compiled._tensors import span
 
     x, out = torch.zeros(8, device="cuda"), torch.zeros(1, device="cuda")
     room = torch.zeros(1000, dtype=torch.float64, device="cuda")
-    spans = [(t.data_ptr(), t.numel() * t.element_size()) for t in (x, out, room)]
+    settings = {"dtype": 0, "layout": (1, 1, 8)}
+    memory = {"dy": span(x), "l1": span(out), "scratch": span(room)}
     with pytest.raises(RuntimeError, match="tap_backward: cudaSetDevice"):
-        engine("cuda").tap_backward((99, 0), 0, 8, *spans)
+        engine("cuda").tap_backward((99, 0), settings, **memory)

@@ -1,7 +1,7 @@
 """The compiled extension: CUDA kernels for CUDA tensors, loops for CPU tensors.
 
-Each pass selects the CPU or the CUDA half by the device of its tensors. Convolution and the linear layer
-are computed by cuDNN and oneDNN through the reference.
+Both halves have the same passes (``csrc/passes.h``); the device of the tensors selects the half. Convolution
+and the linear layer are not here: cuDNN and oneDNN compute them, through the reference.
 """
 
 from __future__ import annotations

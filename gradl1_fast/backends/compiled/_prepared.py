@@ -1,18 +1,21 @@
 """The tap and fake quantization prepared by the extension, and the base class of prepared operations.
 
-The extension checks type, sizes and options when an object is created. A call allocates its results and
-passes addresses, 0 for an absent tensor. The layout of gradients and the type of vectors are not under the
-library's control, so each call checks them and makes a copy if they differ from those of preparation.
+The extension checks type, sizes and options when an object is made. A call allocates its results and passes
+the address of each field by name, 0 where there is nothing; names in the order of ``csrc/passes.h`` are found
+at once. It looks at the layout of gradients and at the type of vectors, since both come from outside, and
+copies where they differ from what was prepared.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from gradl1_fast._dtypes import sum_dtype
 from gradl1_fast.backends.compiled import tap
-from gradl1_fast.backends.compiled._tensors import DTYPES, dense, engine_for, new_vector, where
+from gradl1_fast.backends.compiled._tensors import Settings, dense, engine_for, new_vector, settings_of, where
 
 __all__ = ["FakeQuantize", "Prepared", "Tap", "prepare_fake_quantize", "prepare_tap"]
 
@@ -20,10 +23,18 @@ __all__ = ["FakeQuantize", "Prepared", "Tap", "prepare_fake_quantize", "prepare_
 class Prepared:
     """Base class: the layout and the types of all calls."""
 
-    def __init__(self, x: Tensor) -> None:
+    def __init__(self, x: Tensor, settings: Settings) -> None:
         self._strides, self._dtype, self._sums = x.stride(), x.dtype, sum_dtype(x.dtype)
-        self._scalar, self._ends = new_vector(x), new_vector(x, 4)  # templates of results
-        self._scratch_size = 0
+        self._scalar, self._four = new_vector(x), new_vector(x, 4)  # what results are made like
+        self._engine, self._settings = engine_for(x), settings
+        # The CPU loops have scratch memory of their own.
+        on_host = self._engine.in_host_memory
+        self._scratch_size = 0 if on_host else self._engine.scratch_bytes(settings["layout"]) // 8
+
+    def _prepare(self, name: str) -> Callable[..., None]:
+        """Return a pass of the extension with the settings of all calls."""
+        prepared: Callable[..., None] = getattr(self._engine, f"prepare_{name}")(self._settings)
+        return prepared
 
     def _tensor(self, t: Tensor, x: Tensor) -> Tensor:
         """Return ``t`` in the type and layout of ``x``, which are fixed by preparation."""
@@ -43,10 +54,6 @@ class Prepared:
             kept.append(t)
         return t.data_ptr()
 
-    def _set_scratch_size(self, raw: object) -> None:
-        """Store the size of the scratch memory of ``raw``; the CPU loops allocate their own."""
-        self._scratch_size = int(raw.scratch_bytes) // 8  # type: ignore[attr-defined]
-
     def _scratch(self, x: Tensor, kept: list[Tensor]) -> int:
         """Return the address of scratch memory, which is appended to ``kept``; 0 on the host."""
         if not self._scratch_size:
@@ -59,15 +66,16 @@ class Tap(Prepared):
     """The identity, which measures the norm of its gradient and the ends of its input."""
 
     def __init__(self, x: Tensor) -> None:
-        super().__init__(x)
-        self._raw = engine_for(x).prepare_tap(DTYPES[x.dtype], x.numel())
-        self._set_scratch_size(self._raw)
+        super().__init__(x, settings_of(x, None))
+        self._ends, self._backward = self._prepare("tap_ends"), self._prepare("tap_backward")
+        self._double_backward = self._prepare("tap_double_backward")
+        self._add_ends_gradient = self._prepare("tap_add_ends_gradient")
 
     def ends(self, x: Tensor) -> Tensor:
-        """Return the smallest and the largest value of ``x`` and the number of values equal to each."""
-        x, ends = x.resolve_neg() if x.is_neg() else x, torch.empty_like(self._ends)
+        """Return the smallest and the largest value of ``x`` and how many values are equal to each."""
+        x, ends = x.resolve_neg() if x.is_neg() else x, torch.empty_like(self._four)
         kept: list[Tensor] = []
-        self._raw.ends(*where(x), self._scratch(x, kept), x.data_ptr(), ends.data_ptr())
+        self._ends(where(x), x=x.data_ptr(), ends=ends.data_ptr(), scratch=self._scratch(x, kept))
         return ends
 
     def backward(self, dy: Tensor) -> Tensor:
@@ -76,7 +84,7 @@ class Tap(Prepared):
             return tap.tap_backward(dy)
         l1 = torch.empty_like(self._scalar)
         kept: list[Tensor] = []
-        self._raw.backward(*where(dy), self._scratch(dy, kept), dy.data_ptr(), l1.data_ptr())
+        self._backward(where(dy), dy=dy.data_ptr(), l1=l1.data_ptr(), scratch=self._scratch(dy, kept))
         return l1
 
     def double_backward(self, d_dx: Tensor | None, d_l1: Tensor | None, dy: Tensor) -> Tensor:
@@ -85,12 +93,12 @@ class Tap(Prepared):
             return tap.tap_double_backward(d_dx, d_l1, dy)
         v, d_dy = None if d_dx is None else self._tensor(d_dx, dy), torch.empty_like(dy)
         kept: list[Tensor] = []
-        self._raw.double_backward(
-            *where(dy),
-            0 if v is None else v.data_ptr(),
-            self._vector(d_l1, kept),
-            dy.data_ptr(),
-            d_dy.data_ptr(),
+        self._double_backward(
+            where(dy),
+            d_dx=0 if v is None else v.data_ptr(),
+            d_l1=self._vector(d_l1, kept),
+            dy=dy.data_ptr(),
+            d_dy=d_dy.data_ptr(),
         )
         return d_dy
 
@@ -99,38 +107,39 @@ class Tap(Prepared):
         x = x.resolve_neg() if x.is_neg() else x
         kept: list[Tensor] = []
         g, total = None if dy is None else self._tensor(dy, x), torch.empty_like(x)
-        self._raw.add_ends_gradient(
-            *where(x),
-            self._scratch(x, kept),
-            0 if g is None else g.data_ptr(),
-            x.data_ptr(),
-            ends.data_ptr(),
-            self._vector(d_ends, kept),
-            total.data_ptr(),
+        self._add_ends_gradient(
+            where(x),
+            dy=0 if g is None else g.data_ptr(),
+            x=x.data_ptr(),
+            ends=ends.data_ptr(),
+            d_ends=self._vector(d_ends, kept),
+            total=total.data_ptr(),
+            scratch=self._scratch(x, kept),
         )
         return total
 
 
 class FakeQuantize(Prepared):
-    """Per-tensor fake quantization."""
+    """Fake quantization with one scale and zero point for the tensor."""
 
     def __init__(self, x: Tensor, codes: tuple[int, int]) -> None:
-        super().__init__(x)
-        self._raw = engine_for(x).prepare_fake_quantize(DTYPES[x.dtype], x.numel(), *codes)
-        self._set_scratch_size(self._raw)
+        super().__init__(x, settings_of(x, None, code_min=codes[0], code_max=codes[1]))
+        self._forward = self._prepare("fake_quantize_forward")
+        self._backward = self._prepare("fake_quantize_backward")
+        self._double_backward = self._prepare("fake_quantize_double_backward")
 
     def forward(self, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-        """Return ``x`` rounded to the grid."""
+        """Return ``x`` quantized and dequantized."""
         x = x.resolve_neg() if x.is_neg() else x
         kept: list[Tensor] = []
         y = torch.empty_like(x)
-        self._raw.forward(
-            *where(x),
-            self._scratch(x, kept),
-            x.data_ptr(),
-            self._vector(scale, kept),
-            self._vector(zero_point, kept),
-            y.data_ptr(),
+        self._forward(
+            where(x),
+            x=x.data_ptr(),
+            scale=self._vector(scale, kept),
+            zero_point=self._vector(zero_point, kept),
+            y=y.data_ptr(),
+            scratch=self._scratch(x, kept),
         )
         return y
 
@@ -143,15 +152,15 @@ class FakeQuantize(Prepared):
         g, dx, l1 = self._tensor(dy, x), torch.empty_like(x), None
         if with_l1:
             l1 = torch.empty_like(self._scalar)
-        self._raw.backward(
-            *where(x),
-            self._scratch(x, kept),
-            g.data_ptr(),
-            x.data_ptr(),
-            self._vector(scale, kept),
-            self._vector(zero_point, kept),
-            dx.data_ptr(),
-            0 if l1 is None else l1.data_ptr(),
+        self._backward(
+            where(x),
+            dy=g.data_ptr(),
+            x=x.data_ptr(),
+            scale=self._vector(scale, kept),
+            zero_point=self._vector(zero_point, kept),
+            dx=dx.data_ptr(),
+            l1=0 if l1 is None else l1.data_ptr(),
+            scratch=self._scratch(x, kept),
         )
         return dx, l1
 
@@ -170,16 +179,16 @@ class FakeQuantize(Prepared):
         x = x.resolve_neg() if x.is_neg() else x
         kept: list[Tensor] = []
         v, g, d_dy = None if d_dx is None else self._tensor(d_dx, x), self._tensor(dy, x), torch.empty_like(x)
-        self._raw.double_backward(
-            *where(x),
-            self._scratch(x, kept),
-            0 if v is None else v.data_ptr(),
-            self._vector(d_l1, kept),
-            g.data_ptr(),
-            x.data_ptr(),
-            self._vector(scale, kept),
-            self._vector(zero_point, kept),
-            d_dy.data_ptr(),
+        self._double_backward(
+            where(x),
+            d_dx=0 if v is None else v.data_ptr(),
+            d_l1=self._vector(d_l1, kept),
+            dy=g.data_ptr(),
+            x=x.data_ptr(),
+            scale=self._vector(scale, kept),
+            zero_point=self._vector(zero_point, kept),
+            d_dy=d_dy.data_ptr(),
+            scratch=self._scratch(x, kept),
         )
         return d_dy
 

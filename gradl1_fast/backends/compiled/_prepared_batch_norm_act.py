@@ -7,7 +7,7 @@ from torch import Tensor
 
 from gradl1_fast.backends.compiled import batch_norm_act
 from gradl1_fast.backends.compiled._prepared import Prepared
-from gradl1_fast.backends.compiled._tensors import DTYPES, dense, engine_for, layout, new_vector, where
+from gradl1_fast.backends.compiled._tensors import dense, new_vector, where
 
 __all__ = ["BatchNormAct", "prepare_batch_norm_act"]
 
@@ -28,17 +28,20 @@ class BatchNormAct(Prepared):
         codes: tuple[int, int] | None,
         with_ends: bool,
     ) -> None:
-        super().__init__(x)
+        super().__init__(
+            x,
+            batch_norm_act.settings_of_batch_norm_act(
+                x, training, eps, activation, with_residual, codes, with_ends
+            ),
+        )
         self._training, self._activation, self._codes = training, activation, codes or (0, 0)
         self._with_residual, self._with_ends = with_residual, with_ends
         self._masks = activation != "none" or codes is not None
         self._keeps_activated = with_residual and codes is not None
-        self._channels = new_vector(x, x.shape[1])  # template of results
-        self._raw = engine_for(x).prepare_batch_norm_act(
-            DTYPES[x.dtype], layout(x, 1), training, eps, batch_norm_act.ACTIVATIONS[activation],
-            with_residual, codes, with_ends,
-        )  # fmt: skip
-        self._set_scratch_size(self._raw)
+        self._channels = new_vector(x, x.shape[1])  # what results are made like
+        self._forward = self._prepare("batch_norm_act_forward")
+        self._backward = self._prepare("batch_norm_act_backward")
+        self._double_backward = self._prepare("batch_norm_act_double_backward")
 
     def forward(
         self,
@@ -57,23 +60,23 @@ class BatchNormAct(Prepared):
         y, mean, rstd = new(x), new(self._channels), new(self._channels)
         added = None if residual is None else self._tensor(residual, x)
         activated = new(x) if self._keeps_activated else None
-        ends = new(self._ends) if self._with_ends else None
-        self._raw.forward(
-            *where(x),
-            self._scratch(x, kept),
-            x.data_ptr(),
-            vector(weight, kept),
-            vector(bias, kept),
-            0 if self._training else vector(running_mean, kept),
-            0 if self._training else vector(running_var, kept),
-            0 if added is None else added.data_ptr(),
-            vector(scale, kept),
-            vector(zero_point, kept),
-            y.data_ptr(),
-            0 if activated is None else activated.data_ptr(),
-            mean.data_ptr(),
-            rstd.data_ptr(),
-            0 if ends is None else ends.data_ptr(),
+        ends = new(self._four) if self._with_ends else None
+        self._forward(
+            where(x),
+            x=x.data_ptr(),
+            weight=vector(weight, kept),
+            bias=vector(bias, kept),
+            running_mean=0 if self._training else vector(running_mean, kept),
+            running_var=0 if self._training else vector(running_var, kept),
+            residual=0 if added is None else added.data_ptr(),
+            scale=vector(scale, kept),
+            zero_point=vector(zero_point, kept),
+            y=y.data_ptr(),
+            activated=0 if activated is None else activated.data_ptr(),
+            mean=mean.data_ptr(),
+            rstd=rstd.data_ptr(),
+            ends=0 if ends is None else ends.data_ptr(),
+            scratch=self._scratch(x, kept),
         )
         return y, activated, mean, rstd, ends
 
@@ -98,25 +101,25 @@ class BatchNormAct(Prepared):
         g, a = self._tensor(dy, x), self._mask_source(activated, x, d_ends is not None)
         dx, dweight, dbias = new(x), new(mean), new(mean)
         dresidual, l1 = None if a is None else new(x), new(self._scalar) if with_l1 else None
-        self._raw.backward(
-            *where(x),
-            self._scratch(x, kept),
-            g.data_ptr(),
-            x.data_ptr(),
-            0 if a is None else a.data_ptr(),
-            vector(weight, kept),
-            vector(bias, kept),
-            mean.data_ptr(),
-            rstd.data_ptr(),
-            vector(scale, kept),
-            vector(zero_point, kept),
-            0 if ends is None else ends.data_ptr(),
-            vector(d_ends, kept),
-            dx.data_ptr(),
-            dweight.data_ptr(),
-            dbias.data_ptr(),
-            0 if dresidual is None else dresidual.data_ptr(),
-            0 if l1 is None else l1.data_ptr(),
+        self._backward(
+            where(x),
+            d_ends=vector(d_ends, kept),
+            ends=0 if ends is None else ends.data_ptr(),
+            dy=g.data_ptr(),
+            x=x.data_ptr(),
+            activated=0 if a is None else a.data_ptr(),
+            weight=vector(weight, kept),
+            bias=vector(bias, kept),
+            mean=mean.data_ptr(),
+            rstd=rstd.data_ptr(),
+            scale=vector(scale, kept),
+            zero_point=vector(zero_point, kept),
+            dx=dx.data_ptr(),
+            dweight=dweight.data_ptr(),
+            dbias=dbias.data_ptr(),
+            dresidual=0 if dresidual is None else dresidual.data_ptr(),
+            l1=0 if l1 is None else l1.data_ptr(),
+            scratch=self._scratch(x, kept),
         )
         return dx, dweight, dbias, dresidual, l1
 
@@ -149,26 +152,26 @@ class BatchNormAct(Prepared):
         v = torch.zeros_like(x) if d_dx is None else self._tensor(d_dx, x)
         u = None if d_dresidual is None else self._tensor(d_dresidual, x)
         d_dy, d_x, d_weight = new(x), new(x), new(mean)
-        self._raw.double_backward(
-            *where(x),
-            self._scratch(x, kept),
-            v.data_ptr(),
-            vector(d_dweight, kept),
-            vector(d_dbias, kept),
-            0 if u is None else u.data_ptr(),
-            vector(d_l1, kept),
-            g.data_ptr(),
-            x.data_ptr(),
-            0 if a is None else a.data_ptr(),
-            vector(weight, kept),
-            vector(bias, kept),
-            mean.data_ptr(),
-            rstd.data_ptr(),
-            vector(scale, kept),
-            vector(zero_point, kept),
-            d_dy.data_ptr(),
-            d_x.data_ptr(),
-            d_weight.data_ptr(),
+        self._double_backward(
+            where(x),
+            d_dx=v.data_ptr(),
+            d_dweight=vector(d_dweight, kept),
+            d_dbias=vector(d_dbias, kept),
+            d_dresidual=0 if u is None else u.data_ptr(),
+            d_l1=vector(d_l1, kept),
+            dy=g.data_ptr(),
+            x=x.data_ptr(),
+            activated=0 if a is None else a.data_ptr(),
+            weight=vector(weight, kept),
+            bias=vector(bias, kept),
+            mean=mean.data_ptr(),
+            rstd=rstd.data_ptr(),
+            scale=vector(scale, kept),
+            zero_point=vector(zero_point, kept),
+            d_dy=d_dy.data_ptr(),
+            d_x=d_x.data_ptr(),
+            d_weight=d_weight.data_ptr(),
+            scratch=self._scratch(x, kept),
         )
         return d_dy, d_x, d_weight
 

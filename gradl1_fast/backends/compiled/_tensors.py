@@ -14,6 +14,7 @@ DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 
 
 Span = tuple[int, int]
 Layout = tuple[int, int, int]
+Settings = dict[str, Any]
 
 
 def engine_for(x: Tensor) -> Any:
@@ -71,7 +72,30 @@ def layout(x: Tensor, axis: int | None) -> Layout:
     return x.numel() // (channels * inner), channels, inner
 
 
-def scratch(x: Tensor, sizes: Layout) -> Tensor:
-    """Return memory for the partial sums of a pass over ``x``."""
-    count = engine_for(x).scratch_bytes(sizes) // 8
-    return torch.empty((count,), dtype=torch.float64, device=x.device)
+def settings_of(x: Tensor, axis: int | None, **options: object) -> Settings:
+    """Return the settings of a pass over the dense ``x``: its type, its layout from ``axis``, its options."""
+    return {"dtype": DTYPES[x.dtype], "layout": layout(x, axis), **options}
+
+
+def scratch(x: Tensor, settings: Settings) -> Tensor | None:
+    """Return memory for the partial sums of a pass over ``x``; None on the host, which has its own."""
+    engine = engine_for(x)
+    if engine.in_host_memory:
+        return None
+    return torch.empty((engine.scratch_bytes(settings["layout"]) // 8,), dtype=torch.float64, device=x.device)
+
+
+def run(name: str, like: Tensor, settings: Settings, /, **memory: Tensor | None) -> None:
+    """Run a pass of ``csrc/passes.h`` where ``like`` is.
+
+    Args:
+        name: of the pass.
+        like: a tensor on the device that computes.
+        settings: of the pass, by name.
+        memory: the fields of the pass, by name; dense, and None where absent.
+
+    Raises:
+        ValueError: a setting or a field is missing, too small, not aligned or not accepted.
+    """
+    spans = {field: span(t) for field, t in memory.items()}
+    getattr(engine_for(like), name)(where(like), settings, **spans)

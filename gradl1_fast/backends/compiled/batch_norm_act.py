@@ -5,25 +5,20 @@ The mask is recomputed from ``x``; ``activated`` is read only if a residual was 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 
 from gradl1_fast._masks import is_masked
 from gradl1_fast.backends import reference
 from gradl1_fast.backends.compiled._tensors import (
-    DTYPES,
-    Span,
+    Settings,
     beside,
     dense,
-    engine_for,
-    layout,
     new_vector,
+    run,
     scratch,
-    span,
+    settings_of,
     vector,
-    where,
 )
 from gradl1_fast.backends.reference._tensors import absent, in_layout_of
 
@@ -53,15 +48,17 @@ def batch_norm_act_forward(
         )  # fmt: skip
     x = dense(x)
     added = None if residual is None else beside(residual.expand_as(x), x)
-    vectors = _vectors(x, *(None, None) if training else (running_mean, running_var), weight, bias)
-    (scale, zero_point), y = _vectors(x, scale, zero_point), torch.empty_like(x)
+    settings = settings_of_batch_norm_act(
+        x, training, eps, activation, added is not None, None if scale is None else (q_min, q_max)
+    )
+    y, mean, rstd = torch.empty_like(x), new_vector(x, x.shape[1]), new_vector(x, x.shape[1])
     activated = None if added is None or scale is None else torch.empty_like(x)
-    mean, rstd = new_vector(x, x.shape[1]), new_vector(x, x.shape[1])
-    room, sizes = scratch(x, layout(x, 1)), layout(x, 1)
-    engine_for(x).batch_norm_act_forward(
-        where(x), DTYPES[x.dtype], sizes, _options(training, False, activation, eps), _spans(vectors),
-        (span(scale), span(zero_point), q_min, q_max), span(x), span(added),
-        _spans((y, activated, mean, rstd)), span(room),
+    statistics = {} if training else {"running_mean": running_mean, "running_var": running_var}
+    channels = {"weight": weight, "bias": bias, **statistics}
+    run(
+        "batch_norm_act_forward", x, settings,
+        x=x, **_vectors(x, **channels, scale=scale, zero_point=zero_point), residual=added,
+        y=y, activated=activated, mean=mean, rstd=rstd, scratch=scratch(x, settings),
     )  # fmt: skip
     return y, absent(x) if activated is None else activated, mean, rstd
 
@@ -90,16 +87,17 @@ def batch_norm_act_backward(
             training, activation, with_residual, with_l1,
         )  # fmt: skip
     x = dense(x)
-    masked_residual = with_residual and is_masked(activation, scale)
-    g, mask = beside(dy, x), _mask_source(activated, x, masked_residual)
-    vectors, (scale, zero_point) = _vectors(x, mean, rstd, weight, bias), _vectors(x, scale, zero_point)
+    settings = settings_of_batch_norm_act(
+        x, training, 0.0, activation, with_residual, None if scale is None else (q_min, q_max)
+    )
+    mask = _mask_source(activated, x, with_residual and is_masked(activation, scale))
     dx, dweight, dbias = torch.empty_like(x), torch.empty_like(mean), torch.empty_like(mean)
     dresidual, l1 = None if mask is None else torch.empty_like(x), new_vector(x) if with_l1 else None
-    results = _spans((dx, dweight, dbias, dresidual, l1))
-    room, sizes = scratch(x, layout(x, 1)), layout(x, 1)
-    engine_for(x).batch_norm_act_backward(
-        where(x), DTYPES[x.dtype], sizes, _options(training, with_residual, activation), _spans(vectors),
-        (span(scale), span(zero_point), q_min, q_max), span(g), span(x), span(mask), results, span(room),
+    channels = {"weight": weight, "bias": bias, "mean": mean, "rstd": rstd}
+    run(
+        "batch_norm_act_backward", x, settings,
+        dy=beside(dy, x), x=x, activated=mask, **_vectors(x, **channels, scale=scale, zero_point=zero_point),
+        dx=dx, dweight=dweight, dbias=dbias, dresidual=dresidual, l1=l1, scratch=scratch(x, settings),
     )  # fmt: skip
     return (
         dx,
@@ -139,17 +137,19 @@ def batch_norm_act_double_backward(
             scale, zero_point, q_min, q_max, training, activation, with_residual,
         )  # fmt: skip
     x = dense(x)
-    g, mask = beside(dy, x), _mask_source(activated, x, masked_residual)
+    settings = settings_of_batch_norm_act(
+        x, training, 0.0, activation, with_residual, None if scale is None else (q_min, q_max)
+    )
     v = torch.zeros_like(x) if d_dx is None else beside(d_dx, x)
     u = None if d_dresidual is None else beside(d_dresidual, x)
-    cotangents = (v, vector(d_dweight, x), vector(d_dbias, x), u, vector(d_l1, x))
-    vectors, (scale, zero_point) = _vectors(x, mean, rstd, weight, bias), _vectors(x, scale, zero_point)
     d_dy, d_x, d_weight = torch.empty_like(x), torch.empty_like(x), torch.empty_like(mean)
-    room, sizes = scratch(x, layout(x, 1)), layout(x, 1)
-    engine_for(x).batch_norm_act_double_backward(
-        where(x), DTYPES[x.dtype], sizes, _options(training, with_residual, activation), _spans(vectors),
-        (span(scale), span(zero_point), q_min, q_max), _spans(cotangents), span(g), span(x), span(mask),
-        _spans((d_dy, d_x, d_weight)), span(room),
+    cotangents = {"d_dweight": d_dweight, "d_dbias": d_dbias, "d_l1": d_l1}
+    channels = {"weight": weight, "bias": bias, "mean": mean, "rstd": rstd}
+    run(
+        "batch_norm_act_double_backward", x, settings,
+        d_dx=v, d_dresidual=u, **_vectors(x, **cotangents, **channels, scale=scale, zero_point=zero_point),
+        dy=beside(dy, x), x=x, activated=_mask_source(activated, x, masked_residual),
+        d_dy=d_dy, d_x=d_x, d_weight=d_weight, scratch=scratch(x, settings),
     )  # fmt: skip
     return in_layout_of(d_dy, dy), d_x, d_weight
 
@@ -159,13 +159,23 @@ def _mask_source(activated: Tensor | None, x: Tensor, masked_residual: bool) -> 
     return beside(activated, x) if activated is not None and masked_residual else None
 
 
-def _options(training: bool, with_residual: bool, activation: str, eps: float = 0.0) -> tuple[object, ...]:
-    return training, with_residual, ACTIVATIONS[activation], eps
+def settings_of_batch_norm_act(
+    x: Tensor,
+    training: bool,
+    eps: float,
+    activation: str,
+    with_residual: bool,
+    codes: tuple[int, int] | None,
+    with_ends: bool = False,
+) -> Settings:
+    """Return the settings of every pass; ``codes`` are those of the quantizer, None without one."""
+    code_min, code_max = codes or (0, 0)
+    return settings_of(
+        x, 1, training=training, eps=eps, activation=ACTIVATIONS[activation], with_residual=with_residual,
+        quantized=codes is not None, code_min=code_min, code_max=code_max, with_ends=with_ends,
+    )  # fmt: skip
 
 
-def _vectors(x: Tensor, *vectors: Tensor | None) -> list[Tensor | None]:
-    return [vector(v, x) for v in vectors]
-
-
-def _spans(tensors: Iterable[Tensor | None]) -> tuple[Span | None, ...]:
-    return tuple(map(span, tensors))
+def _vectors(x: Tensor, **vectors: Tensor | None) -> dict[str, Tensor | None]:
+    """Return per-channel values and scalars in the type of the sums."""
+    return {name: vector(v, x) for name, v in vectors.items()}

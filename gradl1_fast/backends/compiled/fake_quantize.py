@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from gradl1_fast.backends import reference
 from gradl1_fast.backends.compiled._tensors import (
-    DTYPES,
+    Settings,
     beside,
     dense,
-    engine_for,
-    layout,
     new_vector,
+    run,
     scratch,
-    span,
+    settings_of,
     vector,
-    where,
 )
 from gradl1_fast.backends.reference._tensors import absent, in_layout_of
 
@@ -29,11 +25,10 @@ def fake_quantize_forward(
     """Return ``s * (clamp(rint(x / s) + z, q_min, q_max) - z)``."""
     if not x.numel():
         return torch.empty_like(x)
-    x, out = dense(x), torch.empty_like(x)
-    scale, zero_point = _along(scale, x), _along(zero_point, x)
-    call = _Call(x, scale, zero_point, q_min, q_max, axis)
-    call.engine.fake_quantize_forward(*call.head, span(x), span(out), span(call.scratch))
-    return out
+    x, y = dense(x), torch.empty_like(x)
+    settings, qparams = _settings(x, q_min, q_max, axis), _qparams(x, scale, zero_point)
+    run("fake_quantize_forward", x, settings, x=x, y=y, **qparams, scratch=scratch(x, settings))
+    return y
 
 
 def fake_quantize_backward(
@@ -46,16 +41,17 @@ def fake_quantize_backward(
     axis: int | None,
     with_l1: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Return ``dx = dy`` where the code was not clamped and 0 elsewhere, and ``l1 = sum |dy|``."""
+    """Return ``dx = mask * dy``, the mask being 1 where the code was not clamped, and ``l1 = sum |dy|``."""
     if not x.numel():
         return reference.fake_quantize_backward(dy, x, scale, zero_point, q_min, q_max, axis, with_l1)
     x = dense(x)
-    l1 = new_vector(x) if with_l1 else None
-    out, g = torch.empty_like(x), beside(dy, x)
-    scale, zero_point = _along(scale, x), _along(zero_point, x)
-    call = _Call(x, scale, zero_point, q_min, q_max, axis)
-    call.engine.fake_quantize_backward(*call.head, span(g), span(x), span(out), span(l1), span(call.scratch))
-    return out, absent(dy) if l1 is None else l1
+    dx, l1 = torch.empty_like(x), new_vector(x) if with_l1 else None
+    settings, qparams = _settings(x, q_min, q_max, axis), _qparams(x, scale, zero_point)
+    run(
+        "fake_quantize_backward", x, settings,
+        dy=beside(dy, x), x=x, **qparams, dx=dx, l1=l1, scratch=scratch(x, settings),
+    )  # fmt: skip
+    return dx, absent(dy) if l1 is None else l1
 
 
 def fake_quantize_double_backward(
@@ -75,31 +71,20 @@ def fake_quantize_double_backward(
             d_dx, d_l1, dy, x, scale, zero_point, q_min, q_max, axis
         )
     x = dense(x)
-    g, v, c = beside(dy, x), None if d_dx is None else beside(d_dx, x), vector(d_l1, x)
-    out = torch.empty_like(x)
-    scale, zero_point = _along(scale, x), _along(zero_point, x)
-    call = _Call(x, scale, zero_point, q_min, q_max, axis)
-    call.engine.fake_quantize_double_backward(
-        *call.head, span(v), span(c), span(g), span(x), span(out), span(call.scratch)
-    )
-    return in_layout_of(out, dy)
+    v, d_dy = None if d_dx is None else beside(d_dx, x), torch.empty_like(x)
+    settings, qparams = _settings(x, q_min, q_max, axis), _qparams(x, scale, zero_point)
+    run(
+        "fake_quantize_double_backward", x, settings,
+        d_dx=v, d_l1=vector(d_l1, x), dy=beside(dy, x), x=x, **qparams, d_dy=d_dy,
+        scratch=scratch(x, settings),
+    )  # fmt: skip
+    return in_layout_of(d_dy, dy)
 
 
-class _Call:
-    """Arguments common to the passes. Keeps the scratch memory alive, but not the tensors."""
-
-    def __init__(
-        self, x: Tensor, scale: Tensor, zero_point: Tensor, q_min: int, q_max: int, axis: int | None
-    ) -> None:
-        sizes = layout(x, axis)
-        grid = (span(scale), span(zero_point), q_min, q_max)
-        self.engine: Any = engine_for(x)
-        self.head = (where(x), DTYPES[x.dtype], sizes, grid)
-        self.scratch = scratch(x, sizes)
+def _settings(x: Tensor, q_min: int, q_max: int, axis: int | None) -> Settings:
+    return settings_of(x, axis, code_min=q_min, code_max=q_max)
 
 
-def _along(values: Tensor, x: Tensor) -> Tensor:
-    """Return one value per channel, in the type of sums."""
-    along = vector(values, x)
-    assert along is not None
-    return along
+def _qparams(x: Tensor, scale: Tensor, zero_point: Tensor) -> dict[str, Tensor | None]:
+    """Return one value for each channel in the type of the sums."""
+    return {"scale": vector(scale, x), "zero_point": vector(zero_point, x)}

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from gradl1_fast.backends.compiled._tensors import DTYPES, beside, dense, engine_for, span, where
+from gradl1_fast.backends.compiled._tensors import DTYPES, Settings, beside, dense, engine_for, run, span
 
 
 def l1_norm_forward(tensors: list[Tensor]) -> Tensor:
@@ -22,7 +21,7 @@ def l1_norm_backward(dy: Tensor, tensors: list[Tensor]) -> list[Tensor]:
     out = [torch.empty_like(t) for t in whole]
     wide = dy.dtype == torch.float64
     dy = dy.to(torch.float64 if wide else torch.float32).contiguous()
-    engine_for(dy).l1_norm_backward(where(dy), _pieces(whole, out), wide, span(dy))
+    run("l1_norm_backward", dy, _settings(whole, out, wide), dy=dy)
     return out
 
 
@@ -32,15 +31,23 @@ def l1_norm_double_backward(d_dx: list[Tensor], tensors: list[Tensor]) -> Tensor
     return _norms(whole, [beside(v, t) for v, t in zip(d_dx, whole, strict=True)])
 
 
-def _norms(tensors: list[Tensor], paired: Any) -> Tensor:
-    wide = any(t.dtype == torch.float64 for t in tensors)
-    first, engine = tensors[0], engine_for(tensors[0])
-    out = torch.empty((len(tensors),), dtype=torch.float64 if wide else torch.float32, device=first.device)
-    pieces = _pieces(tensors, paired)
-    room = torch.empty((engine.l1_norm_scratch_bytes(pieces) // 8,), dtype=torch.float64, device=first.device)
-    engine.l1_norm(where(first), pieces, wide, span(out), span(room))
-    return out
+def _norms(tensors: list[Tensor], paired: Sequence[Tensor | None]) -> Tensor:
+    wide, first = any(t.dtype == torch.float64 for t in tensors), tensors[0]
+    norms = torch.empty((len(tensors),), dtype=torch.float64 if wide else torch.float32, device=first.device)
+    settings = _settings(tensors, paired, wide)
+    run("l1_norm", first, settings, norms=norms, scratch=_scratch(first, settings))
+    return norms
 
 
-def _pieces(tensors: list[Tensor], paired: Sequence[Tensor | None]) -> list[tuple[Any, ...]]:
-    return [(DTYPES[t.dtype], t.numel(), span(t), span(v)) for t, v in zip(tensors, paired, strict=True)]
+def _settings(tensors: list[Tensor], paired: Sequence[Tensor | None], wide: bool) -> Settings:
+    pieces = [(DTYPES[t.dtype], t.numel(), span(t), span(v)) for t, v in zip(tensors, paired, strict=True)]
+    return {"pieces": pieces, "wide": wide}
+
+
+def _scratch(like: Tensor, settings: Settings) -> Tensor | None:
+    """Return memory for the partial sums of all tensors; None on the host, which has its own."""
+    engine = engine_for(like)
+    if engine.in_host_memory:
+        return None
+    count = engine.l1_norm_scratch_bytes(settings) // 8
+    return torch.empty((count,), dtype=torch.float64, device=like.device)

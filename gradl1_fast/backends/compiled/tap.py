@@ -7,16 +7,13 @@ from torch import Tensor
 
 from gradl1_fast.backends import reference
 from gradl1_fast.backends.compiled._tensors import (
-    DTYPES,
     beside,
     dense,
-    engine_for,
-    layout,
     new_vector,
+    run,
     scratch,
-    span,
+    settings_of,
     vector,
-    where,
 )
 
 
@@ -25,8 +22,8 @@ def tap_backward(dy: Tensor) -> Tensor:
     if not dy.numel():
         return reference.tap_backward(dy)
     dy, l1 = dense(dy), new_vector(dy)
-    room = scratch(dy, layout(dy, None))
-    engine_for(dy).tap_backward(where(dy), DTYPES[dy.dtype], dy.numel(), span(dy), span(l1), span(room))
+    settings = settings_of(dy, None)
+    run("tap_backward", dy, settings, dy=dy, l1=l1, scratch=scratch(dy, settings))
     return l1
 
 
@@ -34,9 +31,7 @@ def tap_double_backward(d_dx: Tensor | None, d_l1: Tensor | None, dy: Tensor) ->
     """Return ``d_dy = d_dx + d_l1 * sign(dy)``."""
     if not dy.numel() or d_l1 is None:
         return reference.tap_double_backward(d_dx, d_l1, dy)
-    dy, out = dense(dy), torch.empty_like(dy)
+    dy, d_dy = dense(dy), torch.empty_like(dy)
     d_dx, d_l1 = None if d_dx is None else beside(d_dx, dy), vector(d_l1, dy)
-    engine_for(dy).tap_double_backward(
-        where(dy), DTYPES[dy.dtype], dy.numel(), span(d_dx), span(d_l1), span(dy), span(out)
-    )
-    return out
+    run("tap_double_backward", dy, settings_of(dy, None), d_dx=d_dx, d_l1=d_l1, dy=dy, d_dy=d_dy)
+    return d_dy

@@ -1,7 +1,7 @@
-"""Triton kernels of every sweep except convolution and linear, which cuDNN and cuBLAS compute best.
+"""Triton kernels of every pass except convolution and linear, which cuDNN and cuBLAS compute best.
 
 Sums are bitwise repeatable: each program writes its partial into a slot of its own, and a second
-kernel adds the slots up in one fixed order. No sweep synchronises with the host, so a step can be
+kernel adds the slots up in one fixed order. No pass synchronises with the host, so a step can be
 captured in a CUDA graph once it has run outside of one, which compiles its kernels.
 """
 

@@ -63,7 +63,7 @@ class Launches:
 
     @cached_property
     def backward(self) -> tuple[Launch, Launch]:
-        """Of a gradient that has been masked already, and of one that has not."""
+        """Of a gradient that is masked already, and of one that is not."""
         kernel, sizes = kernels._batch_norm_act_backward_kernel, {"count": self.cut.size_of_channel}
         options = [{"ACTIVATION": a, "TRAINING": self._training, **sizes} for a in ("none", self._activation)]
         one, other = (self._on_tiles(kernel, **option) for option in options)

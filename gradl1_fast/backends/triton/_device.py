@@ -74,6 +74,6 @@ def finish_kernel(partials, outs, rows, columns, ACC: tl.constexpr, ROWS: tl.con
         for start in range(0, rows, ROWS):
             row = start + tl.arange(0, ROWS).to(tl.int64)
             at = (k * rows + row)[:, None] * columns + column[None, :]
-            inside = (row < rows)[:, None] & (column < columns)[None, :]
-            total += tl.load(partials + at, mask=inside, other=0)
+            in_bounds = (row < rows)[:, None] & (column < columns)[None, :]
+            total += tl.load(partials + at, mask=in_bounds, other=0)
         tl.store(outs[k] + column, tl.sum(total, axis=0), mask=column < columns)

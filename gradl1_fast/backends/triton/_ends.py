@@ -17,10 +17,10 @@ PARTIALS = 5  # low, its count, high, its count, the number of NaNs
 
 
 @triton.jit
-def extended(value, inside, low, low_count, high, high_count, nans):
+def extended(value, in_bounds, low, low_count, high, high_count, nans):
     """Return the ends of each lane with one more value, where there is one."""
-    one = inside.to(nans.dtype)
-    lower, higher = inside & (value < low), inside & (value > high)
+    one = in_bounds.to(nans.dtype)
+    lower, higher = in_bounds & (value < low), in_bounds & (value > high)
     low_count = tl.where(lower, 1, low_count + tl.where(value == low, one, 0))
     high_count = tl.where(higher, 1, high_count + tl.where(value == high, one, 0))
     low = tl.where(lower, value, low)
@@ -54,16 +54,16 @@ def _ends_finish_kernel(partials, ends, programs, BLOCK: tl.constexpr):
     nans = tl.zeros((BLOCK,), T)
     for start in range(0, programs, BLOCK):
         at = start + tl.arange(0, BLOCK).to(tl.int64)
-        inside = at < programs
-        value = tl.load(partials + at, mask=inside, other=float("inf"))
-        count = tl.load(partials + programs + at, mask=inside, other=0).to(tl.float64)
+        in_bounds = at < programs
+        value = tl.load(partials + at, mask=in_bounds, other=float("inf"))
+        count = tl.load(partials + programs + at, mask=in_bounds, other=0).to(tl.float64)
         low_count = tl.where(value < low, count, low_count + tl.where(value == low, count, 0))
         low = tl.where(value < low, value, low)
-        value = tl.load(partials + 2 * programs + at, mask=inside, other=float("-inf"))
-        count = tl.load(partials + 3 * programs + at, mask=inside, other=0).to(tl.float64)
+        value = tl.load(partials + 2 * programs + at, mask=in_bounds, other=float("-inf"))
+        count = tl.load(partials + 3 * programs + at, mask=in_bounds, other=0).to(tl.float64)
         high_count = tl.where(value > high, count, high_count + tl.where(value == high, count, 0))
         high = tl.where(value > high, value, high)
-        nans += tl.load(partials + 4 * programs + at, mask=inside, other=0)
+        nans += tl.load(partials + 4 * programs + at, mask=in_bounds, other=0)
     lowest, highest, nan = tl.min(low), tl.max(high), tl.sum(nans) > 0
     one = tl.full((), 1, tl.int64)
     tl.store(ends, tl.where(nan, float("nan"), lowest))

@@ -1,7 +1,8 @@
 """What operations prepared for a shape share, and the tap and fake quantization prepared.
 
-Sizes, constants and grids are settled when an object is made. A call allocates its results and launches; it
-looks at the layout of gradients, which come from outside, and copies where it is not that of preparation.
+Sizes, constants and numbers of programs are settled when an object is made. A call allocates its results and
+launches; it looks at the layout of gradients, which come from outside, and copies where it is not that of
+preparation.
 """
 
 from __future__ import annotations
@@ -113,21 +114,21 @@ class Tap(_Elementwise):
 
 
 class FakeQuantize(_Elementwise):
-    """Fake quantization to one grid for the tensor, for dense tensors."""
+    """Fake quantization with one scale and zero point for the tensor, for dense tensors."""
 
     def __init__(self, x: Tensor, codes: tuple[int, int]) -> None:
         super().__init__(x)
-        self._grid = {
+        self._sizes = {
             "q_min": codes[0], "q_max": codes[1], "inner": 1, "channels": 1, "period": 1,
             "PER_CHANNEL": False, "INDEX": tl.int32,
         }  # fmt: skip
-        self._round = self._launch(fake_quantize._fake_quantize_forward_kernel, **self._grid)
-        self._mask = self._launch(fake_quantize._fake_quantize_backward_kernel, **self._grid)
-        self._mask_and_sum = self._launch(fake_quantize._fake_quantize_backward_kernel, **self._grid)
-        self._add = self._launch(fake_quantize._fake_quantize_double_backward_kernel, **self._grid)
+        self._round = self._launch(fake_quantize._fake_quantize_forward_kernel, **self._sizes)
+        self._mask = self._launch(fake_quantize._fake_quantize_backward_kernel, **self._sizes)
+        self._mask_and_sum = self._launch(fake_quantize._fake_quantize_backward_kernel, **self._sizes)
+        self._add = self._launch(fake_quantize._fake_quantize_double_backward_kernel, **self._sizes)
 
     def forward(self, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-        """Return ``x`` on the grid."""
+        """Return ``x`` quantized and dequantized."""
         with _launch.on_device_of(x):
             x = x.resolve_neg()
             y = torch.empty_like(x)

@@ -13,16 +13,16 @@ def codes(x, s, z):
 
 
 @triton.jit
-def within(x, s, z, q_min, q_max):
-    """Return where the code of ``x`` is not clamped."""
-    found = codes(x, s, z)
-    return (found >= q_min) & (found <= q_max)
+def mask_of_codes(x, s, z, q_min, q_max):
+    """Return the mask: where the code of ``x`` is not clamped."""
+    code = codes(x, s, z)
+    return (code >= q_min) & (code <= q_max)
 
 
 @triton.jit
 def quantized(x, s, z, q_min, q_max):
-    """Return ``x`` on the grid; NaN stays NaN, as comparisons keep it where minimum and maximum might not."""
-    found = codes(x, s, z)
-    found = tl.where(found < q_min, q_min, found)
-    found = tl.where(found > q_max, q_max, found)
-    return (found - z) * s
+    """Return ``s * (clamp(code) - z)``; comparisons keep NaN where minimum and maximum might not."""
+    code = codes(x, s, z)
+    code = tl.where(code < q_min, q_min, code)
+    code = tl.where(code > q_max, q_max, code)
+    return (code - z) * s

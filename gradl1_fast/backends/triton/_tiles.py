@@ -104,9 +104,9 @@ def tile(strip, k, rows, width, pitch, LAST: tl.constexpr, ROWS: tl.constexpr, C
 
 
 @triton.jit
-def load(values, at, inside, ACC: tl.constexpr):
+def load(values, at, in_bounds, ACC: tl.constexpr):
     """Return a tile of ``values`` in the type of its sums, 0 where there is nothing."""
-    return widen(tl.load(values + at, mask=inside, other=0), ACC)
+    return widen(tl.load(values + at, mask=in_bounds, other=0), ACC)
 
 
 @triton.jit

@@ -1,9 +1,9 @@
-"""Batch norm's sweeps; the derivation stands in the reference.
+"""Batch norm's passes; docs/mathematics.md has the derivation.
 
-Reads and writes of tensors as large as x, in training (a pass each):
+Reads and writes of tensors as large as x, in training, launch by launch:
 
 =====================  ======================================  =============================
-sweep                  without a residual                      with a residual
+pass                   without a residual                      with a residual
 =====================  ======================================  =============================
 forward                x; x -> y (2R 1W)                       x; x, residual -> y (3R 1W)
 backward               dy, x; dy, x -> dx (4R 1W)              dy, x, a -> dresidual;
@@ -12,11 +12,11 @@ double backward        dy, x, d_dx;                            the same, a in ei
                        dy, x, d_dx -> d_dy, d_x (6R 2W)        d_dresidual in the second (9R 2W)
 =====================  ======================================  =============================
 
-In evaluation the forward is one pass, the rest is the same. The mask of activation and quantizer is
+In evaluation the forward is one launch, the rest is the same. The mask of activation and quantizer is
 recomputed from x by the forward's own formula, so no output is read; only a residual, which is not kept,
 makes ``activated`` (a above) the source of the mask: y itself, or beside a quantizer one write more in
 the forward. Where nothing is masked it is not read either. The quantizer and the l1 term of dy cost no
-pass of their own. In layouts other than NCHW and channels_last without gaps, and where layouts differ,
+reads of their own. In layouts other than NCHW and channels_last without gaps, and where layouts differ,
 each tensor concerned is copied first.
 """
 

@@ -1,4 +1,4 @@
-"""Fake quantization's sweeps, bit for bit those of the reference.
+"""Fake quantization's passes, bit for bit those of the reference.
 
 Forward reads x and writes y. Backward reads dy and x, writes dx and sums |dy| in the same pass. Double
 backward reads d_dx, dy and x and writes d_dy. The channel of an element follows from its place in
@@ -17,17 +17,18 @@ from torch import Tensor
 from gradl1_fast.backends.reference._tensors import absent
 from gradl1_fast.backends.triton import _launch
 from gradl1_fast.backends.triton._device import narrow, sign, widen
-from gradl1_fast.backends.triton._quantizer import quantized, within
+from gradl1_fast.backends.triton._quantizer import mask_of_codes, quantized
 from gradl1_fast.backends.triton.tap import tap_double_backward
 
 _ANY_NUMBER = ["q_min", "q_max"]  # no kernel of its own for every bit-width
 
 
 @triton.jit
-def _grid_of(
+def _qparams_of(
     scale, zero_point, block, inner, channels, period,
     PER_CHANNEL: tl.constexpr, INDEX: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """Return the scale and the zero point of each element of a block."""
     channel = 0
     if PER_CHANNEL:
         # One 64-bit remainder for the whole block; INDEX is as narrow as the rest allows.
@@ -43,7 +44,7 @@ def _fake_quantize_forward_kernel(
 ):  # fmt: skip
     block = tl.program_id(0).to(tl.int64)
     at = block * BLOCK + tl.arange(0, BLOCK)
-    s, z = _grid_of(scale, zero_point, block, inner, channels, period, PER_CHANNEL, INDEX, ACC, BLOCK)
+    s, z = _qparams_of(scale, zero_point, block, inner, channels, period, PER_CHANNEL, INDEX, ACC, BLOCK)
     levels = quantized(widen(tl.load(x + at, mask=at < n, other=0), ACC), s, z, q_min, q_max)
     tl.store(y + at, narrow(levels, y.dtype.element_ty), mask=at < n)
 
@@ -55,12 +56,13 @@ def _fake_quantize_backward_kernel(
 ):  # fmt: skip
     block = tl.program_id(0).to(tl.int64)
     at = block * BLOCK + tl.arange(0, BLOCK)
-    s, z = _grid_of(scale, zero_point, block, inner, channels, period, PER_CHANNEL, INDEX, ACC, BLOCK)
-    inside = within(widen(tl.load(x + at, mask=at < n, other=0), ACC), s, z, q_min, q_max)
-    value = widen(tl.load(dy + at, mask=at < n, other=0), ACC)
-    tl.store(dx + at, narrow(tl.where(inside, value, 0), dx.dtype.element_ty), mask=at < n)
-    if partials is not None:
-        tl.store(partials + block, tl.sum(tl.abs(value)))
+    s, z = _qparams_of(scale, zero_point, block, inner, channels, period, PER_CHANNEL, INDEX, ACC, BLOCK)
+    mask = mask_of_codes(widen(tl.load(x + at, mask=at < n, other=0), ACC), s, z, q_min, q_max)
+    gradient = widen(tl.load(dy + at, mask=at < n, other=0), ACC)
+    # dx = mask * dy
+    tl.store(dx + at, narrow(tl.where(mask, gradient, 0), dx.dtype.element_ty), mask=at < n)
+    if partials is not None:  # l1 = sum |dy|, before the mask
+        tl.store(partials + block, tl.sum(tl.abs(gradient)))
 
 
 @triton.jit(do_not_specialize=_ANY_NUMBER)
@@ -70,9 +72,10 @@ def _fake_quantize_double_backward_kernel(
 ):  # fmt: skip
     block = tl.program_id(0).to(tl.int64)
     at = block * BLOCK + tl.arange(0, BLOCK)
-    s, z = _grid_of(scale, zero_point, block, inner, channels, period, PER_CHANNEL, INDEX, ACC, BLOCK)
-    inside = within(widen(tl.load(x + at, mask=at < n, other=0), ACC), s, z, q_min, q_max)
-    out = tl.where(inside, widen(tl.load(d_dx + at, mask=at < n, other=0), ACC), 0)
+    s, z = _qparams_of(scale, zero_point, block, inner, channels, period, PER_CHANNEL, INDEX, ACC, BLOCK)
+    mask = mask_of_codes(widen(tl.load(x + at, mask=at < n, other=0), ACC), s, z, q_min, q_max)
+    # d_dy = mask * d_dx + d_l1 * sign(dy)
+    out = tl.where(mask, widen(tl.load(d_dx + at, mask=at < n, other=0), ACC), 0)
     if d_l1 is not None:
         out += sign(widen(tl.load(dy + at, mask=at < n, other=0), ACC)) * tl.load(d_l1).to(ACC)
     tl.store(d_dy + at, narrow(out, d_dy.dtype.element_ty), mask=at < n)
@@ -85,7 +88,7 @@ def fake_quantize_forward(
     y = torch.empty_like(x)
     if n := x.numel():
         with _launch.on_device_of(x):
-            scale, zero_point, shape = _grid(y, scale, zero_point, axis)
+            scale, zero_point, shape = _qparams(y, scale, zero_point, axis)
             x = _launch.in_layout_of(x, y)
             _fake_quantize_forward_kernel[(_launch.blocks(n),)](
                 x, scale, zero_point, y, n, q_min, q_max, **shape
@@ -108,7 +111,7 @@ def fake_quantize_backward(
     if n == 0:
         return dx, _launch.partials(dy).zero_() if with_l1 else absent(dy)
     with _launch.on_device_of(x):
-        scale, zero_point, shape = _grid(dx, scale, zero_point, axis)
+        scale, zero_point, shape = _qparams(dx, scale, zero_point, axis)
         dy, x = _launch.in_layout_of(dy, dx), _launch.in_layout_of(x, dx)
         sums = _launch.partials(dy, _launch.blocks(n)) if with_l1 else None
         _fake_quantize_backward_kernel[(_launch.blocks(n),)](
@@ -128,13 +131,13 @@ def fake_quantize_double_backward(
     q_max: int,
     axis: int | None,
 ) -> Tensor:
-    """Return ``d_dy = [inside] * d_dx + d_l1 * sign(dy)``."""
+    """Return ``d_dy = mask * d_dx + d_l1 * sign(dy)``."""
     if d_dx is None:
         return tap_double_backward(None, d_l1, dy)
     d_dy = torch.empty_like(dy)
     if n := dy.numel():
         with _launch.on_device_of(dy):
-            scale, zero_point, shape = _grid(d_dy, scale, zero_point, axis)
+            scale, zero_point, shape = _qparams(d_dy, scale, zero_point, axis)
             d_dx, dy, x = (_launch.in_layout_of(t, d_dy) for t in (d_dx, dy, x))
             _fake_quantize_double_backward_kernel[(_launch.blocks(n),)](
                 d_dx, d_l1, dy, x, scale, zero_point, d_dy, n, q_min, q_max, **shape
@@ -142,10 +145,10 @@ def fake_quantize_double_backward(
     return d_dy
 
 
-def _grid(
+def _qparams(
     like: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None
 ) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """Return the grid's values, dense, and what tells a kernel the channel of an element of ``like``."""
+    """Return scale and zero point, dense, and what tells a kernel the channel of an element of ``like``."""
     channels, inner = (1, 1) if axis is None else (like.shape[axis], like.stride(axis))
     period = channels * inner
     shape = {

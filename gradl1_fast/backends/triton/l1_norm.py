@@ -128,10 +128,10 @@ def _l1_norm_backward_kernel(
     index, first = _locate(tl.program_id(0).to(tl.int64), sizes, BLOCK * BLOCKS)
     size, t = _pick(sizes, index), _pointer(tensors, index, T, ALIGNED)
     out = _pointer(dx, index, T, ALIGNED)
-    c = tl.load(dy + _pick(slots, index)).to(ACC)
+    dy_i = tl.load(dy + _pick(slots, index)).to(ACC)  # one for each tensor
     for i in range(BLOCKS):
         at = first + i * BLOCK + tl.arange(0, BLOCK)
-        tl.store(out + at, narrow(c * sign(_load(t, at, size, False, ACC)), T), mask=at < size)
+        tl.store(out + at, narrow(dy_i * sign(_load(t, at, size, False, ACC)), T), mask=at < size)
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""The tap's sweeps: backward reads dy once; double backward reads d_dx and dy once and writes d_dy.
+"""The tap's passes: backward reads dy once; double backward reads d_dx and dy once and writes d_dy.
 
 The ends of x take one read; their gradient takes one read of x and dy and one write.
 """
@@ -26,6 +26,7 @@ def _tap_backward_kernel(dy, partials, n, ACC: tl.constexpr, BLOCK: tl.constexpr
 @triton.jit
 def _tap_double_backward_kernel(d_dx, d_l1, dy, d_dy, n, ACC: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    # d_dy = d_dx + d_l1 * sign(dy)
     out = sign(widen(tl.load(dy + at, mask=at < n, other=0), ACC)) * tl.load(d_l1).to(ACC)
     if d_dx is not None:
         out += widen(tl.load(d_dx + at, mask=at < n, other=0), ACC)

@@ -1,4 +1,4 @@
-// The sweeps of one instruction set, named so that the others' can stand beside them.
+// The passes of one instruction set, in a namespace of its own.
 #pragma once
 
 #include "driver.h"

@@ -1,4 +1,4 @@
-// The sweeps on the GPU.
+// The passes on the GPU.
 #pragma once
 
 #include "../engine.h"

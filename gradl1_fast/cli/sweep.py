@@ -52,7 +52,7 @@ def sweep(
         typer.Option(
             "--prepare/--no-prepare",
             help="Do what costs no training: a range for each channel of a weight, ranges of least squared "
-            "error, batch-norm statistics at each pair of widths.",
+            "error, GPTQ rounding of narrow weights, batch-norm statistics at each pair of widths.",
         ),
     ] = True,
     fold: Annotated[bool, typer.Option("--fold", help="First fold batch norms into convolutions.")] = False,

@@ -31,6 +31,10 @@ __all__ = ["Preparation", "Step", "prepare"]
 Criterion = Callable[[nn.Module], float]
 
 
+AUTO = "auto"
+NARROW = 4  # bits up to which rounding beyond nearest pays: docs/before-training.md
+
+
 @dataclass(frozen=True)
 class Step:
     """A step of :func:`prepare`.
@@ -84,7 +88,7 @@ def prepare(
     higher_is_better: bool = True,
     ranges: str | Range = "mse",
     weight_ranges: str | Range = "mse",
-    rounding: str | RoundingMethod | None = None,
+    rounding: str | RoundingMethod | None = AUTO,
     bias_correction: bool | None = None,
     ends: int | None = None,
     input_bits: int | None = INPUT_BITS,
@@ -93,7 +97,7 @@ def prepare(
     """Make a network accurate at a width without training.
 
     The steps, in order: one weight range per output channel; activation and weight ranges with a small
-    squared error, outside of which values are clamped; GPTQ or AdaRound rounding, if requested; batch-norm
+    squared error, outside of which values are clamped; GPTQ rounding of narrow weights; batch-norm
     statistics for the width; and corrected biases, if there is no batch norm. Each step is also a separate
     function, see the sources below. ``docs/before-training.md`` has measurements of each step.
 
@@ -114,7 +118,7 @@ def prepare(
         ranges: of activations, a name or an object, see :func:`gradl1_fast.calibrate`.
         weight_ranges: of weights, a name or an object, see :func:`gradl1_fast.calibrate_weights`.
         rounding: ``"gptq"``, ``"adaround"`` or an object, see :func:`gradl1_fast.round_weights`; None rounds
-            to nearest.
+            to nearest. ``"auto"`` is ``"gptq"`` if a weight has 4 bits or fewer, and nearest otherwise.
         bias_correction: whether to correct biases, see :func:`gradl1_fast.correct_bias`; they then fit only
             this width. None corrects them if the model has no batch norm.
         ends: minimum bits of the weights and inputs of the first and the last layer; 8 is customary. None
@@ -143,6 +147,7 @@ def prepare(
         one range for each output channel of a weight
         ranges of activations: mse
         ranges of weights: mse
+        rounding: gptq
         batch-norm statistics at the width
 
     Source: the steps are those of Nagel et al. 2021, arXiv 2106.08295 (a white paper on quantization), and
@@ -158,8 +163,9 @@ def prepare(
     plan.widths = _widths(plan.model, batches, forward, w, a, ends, input_bits)
     plan.note("float", at_width=False)
     plan.find_ranges(a, ranges, weight_ranges)
-    if rounding is not None and w is not None:
-        plan.round(rounding)
+    chosen = _rounding(rounding, plan.widths["w"])
+    if chosen is not None:
+        plan.round(chosen)
     plan.reestimate()
     plan.correct(bias_correction)
     set_bits(plan.model, **plan.widths)
@@ -172,6 +178,14 @@ def _copy(model: nn.Module) -> nn.Module:
     refuse_sliced(copy, "prepare")
     set_bits(copy.eval(), w=None, a=None)
     return copy
+
+
+def _rounding(rounding: str | RoundingMethod | None, w: Widths) -> str | RoundingMethod | None:
+    """Return how weights at these widths are rounded; None for nearest."""
+    widths = [width for width in (w.values() if isinstance(w, Mapping) else [w]) if width is not None]
+    if rounding != AUTO:
+        return rounding if widths else None
+    return "gptq" if widths and min(widths) <= NARROW else None
 
 
 def _widths(

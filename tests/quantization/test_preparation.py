@@ -35,7 +35,9 @@ def by_hand(network: Network, w: int, a: int | None, *, rounding: bool = False) 
     return model
 
 
-@pytest.mark.parametrize(("w", "a", "rounding"), [(3, 4, None), (2, None, None), (3, 4, "gptq")])
+@pytest.mark.parametrize(
+    ("w", "a", "rounding"), [(3, 4, None), (2, None, None), (5, 4, "gptq"), (3, 4, "auto"), (5, 4, "auto")]
+)
 @pytest.mark.parametrize("converted", [False, True])
 def test_it_equals_its_separate_steps(w: int, a: int | None, rounding: str | None, converted: bool) -> None:
     model, x = trained(MOBILENET), MOBILENET.batch()[0]
@@ -43,7 +45,8 @@ def test_it_equals_its_separate_steps(w: int, a: int | None, rounding: str | Non
     before = model(x)
     given = gl.convert(model) if converted else model  # with one range for a tensor
     prepared = gl.prepare(given, batches(MOBILENET), w=w, a=a, rounding=rounding)
-    assert torch.equal(prepared.model(x), by_hand(MOBILENET, w, a, rounding=rounding is not None)(x))
+    rounded = rounding == "gptq" or (rounding == "auto" and w <= 4)
+    assert torch.equal(prepared.model(x), by_hand(MOBILENET, w, a, rounding=rounded)(x))
     with gl.bits(prepared.model, w=None, a=None):
         assert torch.equal(prepared.model(x), before)
     assert torch.equal(given(x), before)
@@ -53,7 +56,7 @@ def test_it_equals_its_separate_steps(w: int, a: int | None, rounding: str | Non
     assert names[0] == "float"
     assert names[-1] == "batch-norm statistics at the width"
     assert ("ranges of activations: mse" in names) == (a is not None)
-    assert ("rounding: gptq" in names) == (rounding is not None)
+    assert ("rounding: gptq" in names) == rounded
 
 
 def test_another_width_keeps_both() -> None:
@@ -62,16 +65,16 @@ def test_another_width_keeps_both() -> None:
     x = VGG.batch()[0]
     for w, a in ((2, 4), (3, 3)):
         with gl.bits(second.model, w=w, a=a):
-            assert torch.equal(second.model(x), by_hand(VGG, w, a)(x))
+            assert torch.equal(second.model(x), by_hand(VGG, w, a, rounding=True)(x))
 
 
 def test_the_same_width_again_starts_over() -> None:
     model, options = trained(VGG), {"w": 3, "a": 4, "criterion": distance, "higher_is_better": False}
-    first = gl.prepare(model, batches(VGG), rounding="gptq", **options)
-    second = gl.prepare(first.model, batches(VGG), rounding="gptq", **options)
-    nearest = gl.prepare(first.model, batches(VGG), **options)
+    first = gl.prepare(model, batches(VGG), **options)
+    second = gl.prepare(first.model, batches(VGG), **options)
+    nearest = gl.prepare(first.model, batches(VGG), rounding=None, **options)
     assert second.steps == first.steps
-    assert nearest.steps == gl.prepare(model, batches(VGG), **options).steps
+    assert nearest.steps == gl.prepare(model, batches(VGG), rounding=None, **options).steps
 
 
 def distance(model: nn.Module) -> float:

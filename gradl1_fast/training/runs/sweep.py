@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from gradl1_fast import _checks as check
 from gradl1_fast import functional
+from gradl1_fast._progress import track
 from gradl1_fast.nn.copies import copy_converted
 from gradl1_fast.nn.sites import named_layers, named_quantizers
 from gradl1_fast.quantization import (
@@ -20,13 +21,17 @@ from gradl1_fast.quantization import (
     Table,
     calibrate,
     calibrate_weights,
+    clear_rounding,
     fold_batch_norm,
     ranges,
+    round_weights,
     search,
     sensitivity,
     sweep,
 )
 from gradl1_fast.quantization.calibration import set_per_channel
+from gradl1_fast.quantization.preparation import NARROW
+from gradl1_fast.quantization.sweep import Row
 from gradl1_fast.training.data import Batch, Dataset
 from gradl1_fast.training.loop.norms import step_norms
 
@@ -48,8 +53,8 @@ class Settings:
         ranges: how to recompute the activation ranges, by name; None keeps those of the run.
         weight_ranges: how to find ranges of weights, by name; None keeps those of the run.
         fold: fold batch norms first.
-        prepare: do what costs no training: one range for each output channel of a weight, ranges of least
-            squared error unless others are named, and batch-norm statistics at each pair of widths.
+        prepare: do what :func:`gradl1_fast.prepare` does at each pair of widths; ranges of least squared
+            error unless others are named.
         size: budget for the bytes of the weights of a mixed-precision search, or None.
     """
 
@@ -120,7 +125,7 @@ def run(model: nn.Module, data: Dataset, settings: Settings, *, progress: bool =
     # First, since it may be refused.
     plan = None if settings.size is None else _search(model, batches, settings.size, progress)
     reestimate = train[0].split(_BATCH) if settings.prepare else None
-    table = sweep(model, _right, widths, batches=batches, reestimate=reestimate, progress=progress)
+    table = _table(model, batches, widths, reestimate, progress)
     bits = (settings.alone,)
     return Results(
         settings,
@@ -132,6 +137,25 @@ def run(model: nn.Module, data: Dataset, settings: Settings, *, progress: bool =
         folding,
         plan,
     )
+
+
+def _table(
+    model: nn.Module,
+    batches: list[Batch],
+    widths: list[tuple[int | None, int | None]],
+    images: Sequence[Tensor] | None,
+    progress: bool,
+) -> Table:
+    """Return the accuracy at each pair of widths; with images, after ``prepare`` at that pair."""
+    if images is None:
+        return sweep(model, _right, widths, batches=batches, progress=progress)
+    rows: list[Row] = []
+    for w, a in track(widths, "sweep", show=progress):
+        if w is not None and w <= NARROW:
+            round_weights(model, images, w=w, a=a)
+        rows += sweep(model, _right, [(w, a)], batches=batches, reestimate=images, progress=False).rows
+    clear_rounding(model)
+    return Table(rows)
 
 
 def _calibrate(model: nn.Module, images: Tensor, name: str) -> None:

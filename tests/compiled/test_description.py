@@ -59,7 +59,7 @@ def test_a_module_that_is_not_there_says_how_to_get_it(monkeypatch: pytest.Monke
     module, reason = _extension._load.__wrapped__()
     assert module is None
     assert reason.startswith(
-        "the compiled extension is not installed; install gradl1-fast where a C++ compiler"
+        "the compiled extension is not installed; install gradl1-fast with a C++ compiler"
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import setuptools
+import setuptools.command.build_ext  # now: later, other tests may have replaced distutils
 from setuptools import Distribution
 
 from tests.compiled.builds import ROOT

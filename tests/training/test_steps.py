@@ -237,8 +237,10 @@ METHODS = {
 @pytest.mark.parametrize("method", METHODS)
 def test_the_trainer_recomputes(method):
     one, other = (trainer(config(method, METHODS[method], checkpointing=again)) for again in (False, True))
-    for made in (one, other):
-        made.run_epoch()
+    # Fused loops add parts of a gradient in another order where a region ends.
+    with gl.backend("reference"):
+        for made in (one, other):
+            made.run_epoch()
     assert all(
         torch.equal(a, b)
         for a, b in zip(one.model.state_dict().values(), other.model.state_dict().values(), strict=True)

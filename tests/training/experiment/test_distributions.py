@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 import gradl1_fast as gl
-from gradl1_fast.training.experiment import Results, named, report, run
+from gradl1_fast.training.experiment import Results, named, run
 from gradl1_fast.training.experiment.distributions import channel_precision, distributions
 from gradl1_fast.training.experiment.methods import at, check_methods, initialiser_of, settings_of, text_of
+from gradl1_fast.training.reports import experiment_details, experiment_tables
 
 QUICK = replace(
     named("digits", regimes=["per tensor"]).quick(), widths=((None, None), (8, 8)), images=100, calibration=50
@@ -64,9 +65,10 @@ def test_methods_of_one_initialiser_share_their_first_epochs(results):
 def test_distributions_come_back_and_are_reported(results, tmp_path):
     results.write_runs(tmp_path / "runs.json")
     assert Results.read_runs(tmp_path / "runs.json").runs == results.runs
-    page = report._weights(results)
-    assert page.count("plain@uniform-0.2") == len(results.runs[2].weights)
-    assert report.own_table(results)[1] == [("qat-4@he-normal", "(4, 4)", str(own(results)))]
+    (section,) = experiment_details.weights(results)
+    rows = section.tables[0].rows
+    assert sum(row[0] == "plain@uniform-0.2" for row in rows) == len(results.runs[2].weights)
+    assert list(experiment_tables.own_table(results)[1]) == [("qat-4@he-normal", "(4, 4)", str(own(results)))]
 
 
 def own(results):

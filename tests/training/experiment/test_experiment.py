@@ -118,7 +118,7 @@ HEAD = (
         ("[" * 100000, "not valid JSON"),
         (
             f'[{{{HEAD}, "rows": [{{"method": 1}}]}}]',
-            r"not a result of .*\[rows\]: method must be a string, got 1",
+            r"not a result of .*\[rows\]: method: Expected `str`, got `int`",
         ),
         (f'[{{{HEAD}, "rows": [3]}}]', "not a result of .*: its entries must be objects"),
         (f'[{{{HEAD}, "rows": [{{"method": "a"}}]}}]', "not a result of .*missing"),

@@ -58,7 +58,8 @@ def convert(model: nn.Module, *, per_channel: bool = False) -> nn.Module:
 
     Args:
         model: the model, in any mode and on any device.
-        per_channel: quantize each weight with one range per output channel.
+        per_channel: quantize each newly converted weight with one range per output channel. A warning says
+            so if there is none and a weight has one range per tensor.
 
     Returns:
         The converted model. :func:`gradl1_fast.report` lists the parts that stay in float. A warning names
@@ -66,8 +67,8 @@ def convert(model: nn.Module, *, per_channel: bool = False) -> nn.Module:
 
     Raises:
         TypeError: ``model`` is not a module.
-        ValueError: the model has no layer to convert, has a lazy layer without a weight, or is wrapped for
-            distributed training (convert first, then wrap).
+        ValueError: the model has no layer to convert, has a lazy layer without a weight, or is, or contains,
+            a module that is wrapped for distributed training (convert first, then wrap).
 
     Examples:
         >>> import torch, gradl1_fast as gl
@@ -87,6 +88,7 @@ def convert(model: nn.Module, *, per_channel: bool = False) -> nn.Module:
     _refuse_lazy(model)
     if not any(map(_is_convertible, _own_modules(model))):
         if any(isinstance(m, QuantizedLayer) for m in model.modules()):
+            _warn_if_per_tensor(model, per_channel)
             return model
         raise ValueError(
             "gradl1_fast.convert: the model has no layer to convert (convolution, linear layer or embedding)"
@@ -103,11 +105,12 @@ def convert(model: nn.Module, *, per_channel: bool = False) -> nn.Module:
 
 
 def _refuse_wrapped(model: nn.Module) -> None:
-    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-        raise ValueError(
-            f"gradl1_fast.convert: the model is wrapped in {type(model).__name__}; convert the model first, "
-            "then wrap what convert returns"
-        )
+    for name, module in model.named_modules():
+        if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            raise ValueError(
+                f"gradl1_fast.convert: {name or 'the model'} is wrapped in {type(module).__name__}; convert "
+                "the model first, then wrap what convert returns"
+            )
 
 
 def _refuse_lazy(model: nn.Module) -> None:
@@ -157,6 +160,16 @@ def _twin(module: nn.Module, per_channel: bool, arming: Arming) -> nn.Module | N
     if layer is not None:
         return layer.from_float(module, per_channel=per_channel, arming=arming)
     return foreign_twin(module, per_channel=per_channel, arming=arming)
+
+
+def _warn_if_per_tensor(model: nn.Module, per_channel: bool) -> None:
+    layers = [module for module in model.modules() if isinstance(module, QuantizedLayer)]
+    if per_channel and any(layer.weight_quantizer.axis is None for layer in layers):
+        warnings.warn(
+            "gradl1_fast.convert: the model was converted with one range per tensor, and per_channel=True "
+            "applies only to new layers, of which it has none; convert the original model instead",
+            stacklevel=3,
+        )
 
 
 def _warn_if_left_in_float(model: nn.Module) -> None:

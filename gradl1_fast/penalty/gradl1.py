@@ -20,6 +20,7 @@ from gradl1_fast.ops import second_derivatives
 from gradl1_fast.penalty.checks.custom_functions import gradients
 from gradl1_fast.penalty.checks.distributed import is_distributed, refuse_shards
 from gradl1_fast.penalty.checks.forward_pass import check_forward_pass, require_some
+from gradl1_fast.penalty.checks.graph import freed_graph_explained
 from gradl1_fast.penalty.checks.settings import check_loss, check_model, refuse_for_finite_difference
 from gradl1_fast.penalty.display import largest_terms, summary
 from gradl1_fast.penalty.finite_difference import add_gradients, autocast_refused, measured_by
@@ -179,10 +180,10 @@ class GradL1:
                 gives a NaN or infinite penalty without an error, to avoid synchronizing with the device.
 
         Raises:
-            RuntimeError: the loss has no graph, gradients are disabled, no measured tensor got a gradient,
-                the penalty would not depend on the parameters, a custom function in the graph would lose
-                the penalty's gradient, a penalised weight was quantized to 1 bit or in a stored range
-                (which clamps), or activations were measured for a penalty with a different scale.
+            RuntimeError: the loss has no graph or a freed one, gradients are disabled, no measured tensor got
+                a gradient, the penalty would not depend on the parameters, a custom function in the graph
+                would lose the penalty's gradient, a penalised weight was quantized to 1 bit or in a stored
+                range (which clamps), or activations were measured for a penalty with a different scale.
             TypeError: the loss is not a tensor.
             ValueError: the loss has more than one value, or the method is the finite difference, which
                 needs a closure, see :meth:`backward`.
@@ -290,7 +291,7 @@ class GradL1:
         if not inputs:
             raise RuntimeError("GradL1: every weight is frozen and no activation is penalised")
         requested = "weights" if weights else "activations"
-        with _no_autocast(loss.device.type), requesting(self._armings, requested):
+        with freed_graph_explained(), _no_autocast(loss.device.type), requesting(self._armings, requested):
             grads = list(gradients(loss, inputs, functions))
         if not torch.compiler.is_compiling():
             if is_distributed():

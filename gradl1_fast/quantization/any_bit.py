@@ -31,6 +31,7 @@ from gradl1_fast.nn.sites import named_layers
 from gradl1_fast.nn.state_dicts import load_entries
 from gradl1_fast.quantization import bit_planes
 from gradl1_fast.quantization._sites import Stored, by_quantizer, every_site, same_range
+from gradl1_fast.quantization.freshness import warn_if_stale
 from gradl1_fast.quantization.sliced import SlicedWeight, has_own_weight, refuse_sliced, slice_weight
 
 __all__ = ["load_any_bit", "save_any_bit"]
@@ -86,6 +87,8 @@ def save_any_bit(model: nn.Module, path: str | os.PathLike[str]) -> dict[int, in
             entries |= {f"low.{name}": quantizer.low, f"high.{name}": quantizer.high}
     for name, layer in layers.items():
         entries |= _encoded(name, layer)
+    if any(key.startswith("low.") for key in entries):
+        warn_if_stale(model)
     for key, value in entries.items():
         if value.is_floating_point() and not value.isfinite().all():
             raise ValueError(f"save_any_bit: {key!r} holds NaN or infinity")

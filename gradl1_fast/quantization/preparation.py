@@ -174,7 +174,7 @@ def prepare(
 
 def _copy(model: nn.Module) -> nn.Module:
     """Return a converted copy in evaluation mode and in float."""
-    copy = copy_converted(convert(model, per_channel=True))
+    copy = copy_converted(convert(model))
     refuse_sliced(copy, "prepare")
     set_bits(copy.eval(), w=None, a=None)
     return copy

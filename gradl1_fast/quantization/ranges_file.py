@@ -19,7 +19,7 @@ from gradl1_fast.nn.rounded import MadeFor
 from gradl1_fast.nn.sites import named_layers
 from gradl1_fast.quantization._sites import Stored, by_quantizer, every_site, same_range
 from gradl1_fast.quantization.calibration import quantizers_of
-from gradl1_fast.quantization.freshness import remember_weights
+from gradl1_fast.quantization.freshness import remember_weights, warn_if_stale
 from gradl1_fast.quantization.rounding.entries import checked_codes, codes_entries, take_codes
 from gradl1_fast.quantization.rounding.kept import drop_rounding
 from gradl1_fast.quantization.sliced import refuse_sliced
@@ -62,6 +62,7 @@ def save_ranges(model: nn.Module, path: str | os.PathLike[str]) -> None:
             entries |= {f"{name}.low": quantizer.low, f"{name}.high": quantizer.high}
     if not any(key.endswith(".low") for key in entries):
         raise RuntimeError("save_ranges: no activation has a range: call gradl1_fast.calibrate first")
+    warn_if_stale(model)
     for name, weights in _weight_quantizers(model).items():
         if weights.clip is not None:
             entries[f"{name}.clip"] = weights.clip

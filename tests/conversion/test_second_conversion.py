@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -80,6 +81,17 @@ def test_a_new_layer_may_be_per_channel() -> None:
     again = gl.convert(model, per_channel=True)
     assert again[0].weight_quantizer.axis is None
     assert again[-1].weight_quantizer.axis == 0
+
+
+def test_per_channel_without_a_new_layer_is_not_ignored_in_silence() -> None:
+    model = gl.convert(VGG.make())
+    with pytest.warns(UserWarning, match="converted with one range per tensor, and per_channel=True applies"):
+        assert gl.convert(model, per_channel=True) is model
+    per_channel = gl.convert(VGG.make(), per_channel=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gl.convert(per_channel, per_channel=True)
+        gl.convert(model)
 
 
 def test_separately_converted_parts_become_one_model() -> None:

@@ -249,6 +249,11 @@ REFUSED: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         "convert the model first, then wrap",
     ),
     "distributed": (distributed, ValueError, "convert the model first, then wrap"),
+    "a distributed part": (
+        lambda: nn.Sequential(nn.Linear(3, 3), distributed()),
+        ValueError,
+        "1 is wrapped in DistributedDataParallel; convert the model first, then wrap",
+    ),
     "a class": (lambda: nn.Linear, TypeError, r"the model must be a torch\.nn\.Module, got "),
     "a state dict": (
         lambda: {"weight": torch.ones(1)},

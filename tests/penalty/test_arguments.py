@@ -175,3 +175,12 @@ def test_a_model_without_layers_is_refused() -> None:
         ValueError, match="lambda_a needs activations that feed a layer, and the model has none"
     ):
         gl.GradL1(gl.convert(nn.Linear(3, 3)), 0.0, 1.0)
+
+
+def test_a_loss_whose_graph_was_freed_raises_an_error_that_says_what_to_do() -> None:
+    model = gl.convert(nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 1)))
+    penalty = gl.GradL1(model, 0.1, 0.1)
+    loss = model(torch.randn(4, 3)).square().mean()
+    loss.backward()
+    with pytest.raises(RuntimeError, match=r"has freed the graph .* once, on loss \+ penalty\(loss\)"):
+        penalty(loss)

@@ -121,6 +121,32 @@ def test_loaded_ranges_belong_to_the_current_weights(tmp_path: Path) -> None:
     assert_silent(model)
 
 
+def exported_at_current_widths(model: nn.Module, _: Path) -> None:
+    from gradl1_fast.quantization.export import simulate
+
+    simulate(model, VGG.batch(torch.float32)[0])
+
+
+STORES: dict[str, Callable[[nn.Module, Path], object]] = {
+    "file of ranges": gl.save_ranges,
+    "any-bit file": gl.save_any_bit,
+    "export at the current widths": exported_at_current_widths,
+}
+
+
+@pytest.mark.parametrize("case", STORES)
+def test_a_file_with_stale_ranges_gives_a_warning(case: str, tmp_path: Path) -> None:
+    pytest.importorskip("safetensors", reason="files of ranges are safetensors")
+    model = calibrated()
+    gl.set_bits(model, w=8, a=8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        STORES[case](model, tmp_path / "file")
+    train(model.train())
+    with pytest.warns(UserWarning, match=MESSAGE):
+        STORES[case](model.eval(), tmp_path / "file")
+
+
 def test_training_with_tracked_ranges_does_not_warn() -> None:
     model = calibrated().train()
     with warnings.catch_warnings(), gl.track_ranges(model):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ __all__ = [
     "OTHER_SCALE",
     "WHY_NOT_REACHED",
     "Graph",
+    "freed_graph_explained",
     "look",
     "nodes_of",
     "refuse_clamped",
@@ -37,6 +39,10 @@ _COMPILED = (
     "torch._dynamo.config.trace_autograd_ops = True"
 )
 _SCALED = "_ScaleProbeBackward"
+_FREED = (
+    "GradL1: a backward pass has freed the graph of this loss, or of a tensor in it from an earlier step; "
+    "call .backward() once, on loss + penalty(loss), and detach what is carried from step to step"
+)
 
 
 @dataclass(frozen=True)
@@ -78,6 +84,21 @@ def look(loss: Tensor, tensors: Mapping[str, Tensor]) -> Graph:
             if name is not None:
                 graph.users[name].append(node)
     return graph
+
+
+@contextlib.contextmanager
+def freed_graph_explained() -> Iterator[None]:
+    """Replace PyTorch's error about a freed graph, whose advice (``retain_graph``) does not apply here.
+
+    Raises:
+        RuntimeError: the graph of the loss was freed by an earlier backward pass.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "backward through the graph a second time" not in str(error):
+            raise
+        raise RuntimeError(_FREED) from error
 
 
 def refuse_clamped(graph: Graph, layers: Iterable[str]) -> None:

@@ -29,10 +29,10 @@ def to_onnx(program: Program) -> Any:
     """
     if wrong := _mistranslated(program.exported):
         raise NotExportableError(f"torch.onnx.export drops divisor_override of {'; '.join(wrong)}")
-    exported = copy.deepcopy(program.exported)  # the exporter changes its argument
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")  # deprecations between packages
+            exported = copy.deepcopy(program.exported)  # the exporter changes its argument
             result = torch.onnx.export(
                 exported,
                 dynamo=True,

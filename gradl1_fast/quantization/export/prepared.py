@@ -18,6 +18,7 @@ from gradl1_fast.quantization.calibration import observed
 from gradl1_fast.quantization.export.arguments import Arguments
 from gradl1_fast.quantization.export.integers import prevent_overflow
 from gradl1_fast.quantization.folding import Folding, fold_batch_norm
+from gradl1_fast.quantization.freshness import warn_if_stale
 from gradl1_fast.quantization.kept import kept_values
 from gradl1_fast.quantization.sliced import SlicedWeight
 
@@ -114,6 +115,8 @@ def _set_widths(model: nn.Module, w: Widths, a: Widths, input_bits: int | None) 
             if not isinstance(width, Mapping):
                 check_width(name, width)
         set_bits(model, w=w, a=a, input_bits=input_bits)
+    elif any(width is not None for width in widths_of(model)[1].values()):
+        warn_if_stale(model)
     for kind, widths in zip("wa", widths_of(model), strict=True):
         for name, width in widths.items():
             if width is not None and 8 < width < 16:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections import Counter
 from typing import Any
 
@@ -35,6 +36,14 @@ from tests.quantization.export.models import (
 onnx = pytest.importorskip("onnx", reason="export needs onnx")
 onnxruntime = pytest.importorskip("onnxruntime", reason="export needs onnxruntime")
 pytest.importorskip("onnxscript", reason="export needs onnxscript")
+
+
+def test_an_export_shows_no_warnings_of_other_packages() -> None:
+    x = inputs(4, 3)
+    model = calibrated(nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2)), x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        export_onnx(model, x, w=8, a=8)
 
 
 def initializers(data: bytes, ending: str) -> dict[str, Any]:

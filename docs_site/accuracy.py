@@ -20,7 +20,7 @@ from gradl1_fast._report.figures import width_name
 from gradl1_fast.training.experiment import Results
 from gradl1_fast.training.experiment.results import Spread
 
-__all__ = ["DOCS", "PAGES", "cell", "cost", "keep", "read", "rewritten", "section"]
+__all__ = ["DOCS", "PAGES", "cell", "cost", "keep", "read", "rewritten", "section", "seeds"]
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGES = (DOCS / "before-training.md", DOCS / "results" / "fashion-mnist.md")
@@ -85,15 +85,30 @@ def section(name: str, methods: list[str] | None = None) -> str:
     kept = read(name)
     rows = [row for row in kept["rows"] if methods is None or row["method"] in methods]
     widths = list(dict.fromkeys((row["w"], row["a"]) for row in rows))
-    methods = sorted(dict.fromkeys(row["method"] for row in rows), key=lambda method: method != PLAIN)
+    methods = _methods(rows)
     header = ["regime", "training", *map(_name, widths), "time"]
     lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
     for regime in dict.fromkeys(row["regime"] for row in rows):
         for method in methods:
             cells = [cell(rows, method, regime, width) for width in widths]
-            lines.append("| " + " | ".join([regime, method, *cells, cost(kept, method)]) + " |")
-    seeds = len({row["seed"] for row in rows})
-    return "\n".join([*lines, "", f"{seeds} seed(s), mean ± standard deviation of the sample."])
+            if any(cells):
+                lines.append("| " + " | ".join([regime, method, *cells, cost(kept, method)]) + " |")
+    return "\n".join([*lines, "", seeds(rows)])
+
+
+def _methods(rows: list[Row]) -> list[str]:
+    """Return the methods, plain training first."""
+    return sorted(dict.fromkeys(row["method"] for row in rows), key=lambda method: method != PLAIN)
+
+
+def seeds(rows: list[Row]) -> str:
+    """Return a sentence on the number of networks of each method."""
+    count = {method: len({r["seed"] for r in rows if r["method"] == method}) for method in _methods(rows)}
+    low, high = min(count.values()), max(count.values())
+    if high == 1:
+        return "One seed: read nothing into tenths of a point."
+    number = f"{high}" if low == high else f"{low} to {high}"
+    return f"Mean ± standard deviation of the sample over {number} seeds."
 
 
 def _name(width: tuple[int | None, int | None]) -> str:
@@ -102,13 +117,13 @@ def _name(width: tuple[int | None, int | None]) -> str:
 
 
 def cell(rows: list[Row], method: str, regime: str, width: tuple[int | None, int | None]) -> str:
-    """Return mean and deviation of the accuracy of a method in a regime at a width."""
+    """Return mean and deviation of the accuracy of a method in a regime at a width, if it was measured."""
     values = [
         row["top1"]
         for row in rows
         if (row["method"], row["regime"], (row["w"], row["a"])) == (method, regime, width)
     ]
-    return str(Spread(tuple(values)))
+    return str(Spread(tuple(values))) if values else ""
 
 
 def cost(kept: dict[str, Any], method: str) -> str:

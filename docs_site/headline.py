@@ -14,9 +14,9 @@ PICTURE = accuracy.DOCS / "results" / "accuracy.svg"
 NETWORK = "fashion-mnist-depthwise"
 WIDTHS = ((None, None), (4, 4), (3, 3), (2, 4))
 REGIMES = {
-    "per channel": "without data",
-    "calibrated": "with the free steps",
-    "calibrated, gptq": "with the free steps, GPTQ",
+    "per channel": "no data: ranges alone",
+    "calibrated": "free steps, rounded to nearest",
+    "calibrated, gptq": "free steps, rounded by GPTQ",
 }
 TRAINED = {"plain": "plainly", "gradl1": "with the penalty"}
 MARKS = "<!-- accuracy: written by python -m docs_site.accuracy -->", "<!-- end of accuracy -->"
@@ -37,12 +37,11 @@ def section() -> str:
     """Return the picture, and accuracy, loss in float and cost, without data and after the free steps."""
     kept = accuracy.read(NETWORK)
     rows = kept["rows"]
-    seeds = len({row["seed"] for row in rows})
     lines = [
         f"![Test accuracy over bit width]({_relative(PICTURE)})",
         "",
         "*Fashion-MNIST, a network of depthwise-separable convolutions: test accuracy in percent at "
-        f"(weight bits, activation bits), {seeds} seed(s).*",
+        f"(weight bits, activation bits). {accuracy.seeds(rows)}*",
         "",
         "| quantized | trained | float | (4, 4) | (3, 3) | (2, 4) | training time |",
         "|---|---|---|---|---|---|---|",

@@ -43,7 +43,7 @@ def test_a_table_has_means_deviations_and_what_training_cost(
         "| calibrated | plain | 81.0 ± 1.4 | 81.0 ± 1.4 | 81.0 ± 1.4 | 1.00 |",
         "| calibrated | gradl1 | 91.0 ± 1.4 | 91.0 ± 1.4 | 91.0 ± 1.4 | 1.50 |",
         "",
-        "2 seed(s), mean ± standard deviation of the sample.",
+        "Mean ± standard deviation of the sample over 2 seeds.",
     ]
     for subject, methods in (("accuracy", None), ("free steps", ["plain"])):
         begin, end = accuracy._marks(subject, "fashion-mnist-resnet")

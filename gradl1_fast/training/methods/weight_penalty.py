@@ -15,7 +15,7 @@ __all__ = ["WeightPenalty"]
 class WeightPenalty(Method):
     """Adds a function of the weights to the loss.
 
-    Subclasses implement :meth:`part`, and :meth:`penalty` if the parts are not simply added.
+    Subclasses implement :meth:`part` and :meth:`penalty`.
 
     Args:
         model: a converted model.

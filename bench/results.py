@@ -76,12 +76,18 @@ def device_of(environment: dict[str, Any], rows: Sequence[Row]) -> str:
 def _measured() -> dict[str, str]:
     """Return the day, and the revision where git knows it; ``-dirty`` if changes were not committed."""
     found = {"date": datetime.now(timezone.utc).date().isoformat()}
-    git = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
-        revision = subprocess.run(git, check=True, capture_output=True, text=True).stdout.strip()
+        revision = _git("rev-parse", "--short=12", "HEAD")
+        # The results themselves change while they are written.
+        changed = _git("status", "--porcelain", "--untracked-files=no", ":!bench/results")
     except (OSError, subprocess.CalledProcessError):  # no git, or a copy without history
         return found
-    return {**found, "revision": revision}
+    return {**found, "revision": f"{revision}-dirty" if changed else revision}
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(HERE), *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
 def _lines(rows: Sequence[Row]) -> Iterable[list[Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -16,6 +17,7 @@ from gradl1_fast.nn.sharing import pass_through
 from gradl1_fast.nn.twins import retype
 
 __all__ = [
+    "RANGES_MARK",
     "QConv1d",
     "QConv2d",
     "QConv3d",
@@ -26,6 +28,9 @@ __all__ = [
     "QLinear",
     "QuantizedLayer",
 ]
+
+# Attribute of a weight quantizer, set by calibration: the weights that the ranges were found with.
+RANGES_MARK = "ranges_found_with"
 
 
 class QuantizedLayer(nn.Module):
@@ -113,7 +118,22 @@ class QuantizedLayer(nn.Module):
                 self.was_called = True
             if self.arming.armed:
                 self._record_weight(weight, self.arming.note_run())
+            if not self.training and RANGES_MARK in vars(self.weight_quantizer):
+                self._warn_if_stale()
         return weight if self.weight_quantizer.bits is None else self.weight_quantizer(weight)
+
+    def _warn_if_stale(self) -> None:
+        """Warn once if the site has a width and its range is older than a change of the weight in place."""
+        site = self.input_quantizer
+        if site is None or site.bits is None or site.observer is not None:
+            return
+        if any(mark.has_changed() for mark in vars(self.weight_quantizer)[RANGES_MARK]):
+            del vars(self.weight_quantizer)[RANGES_MARK]
+            warnings.warn(
+                "the weights have changed since the activation ranges were calibrated: "
+                "call gradl1_fast.calibrate(model, batches) again",
+                stacklevel=4,
+            )
 
     def weights_in_use(self) -> list[Tensor]:
         """Return the weights used by the last armed forward pass, if its graph is still alive."""

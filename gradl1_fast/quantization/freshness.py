@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from gradl1_fast._checks import some
-from gradl1_fast.nn.layers import QuantizedLayer
+from gradl1_fast.nn.layers import RANGES_MARK, QuantizedLayer
 from gradl1_fast.nn.sites import named_layers
 
 __all__ = ["forget_weights", "is_fresh", "is_rounded", "remember_weights", "warn_if_stale"]
 
-_MARK = "ranges_found_with"  # attribute of a weight quantizer, so that it is copied and pickled
+_MARK = RANGES_MARK  # an attribute of the weight quantizer, so that it is copied and pickled
 _SAMPLES = 64
 _TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -48,6 +48,13 @@ class _Mark:
             return False
         self.reference, self.version = weakref.ref(weight), _version(weight)
         return True
+
+    def has_changed(self) -> bool:
+        """Return whether the very weight that was marked has changed in place; False if it is not known."""
+        weight = None if self.reference is None else self.reference()
+        if weight is None or self.version is None or self.version == _version(weight):
+            return False
+        return not self.holds(weight)
 
 
 def is_rounded(current: Tensor, before: Tensor) -> bool:

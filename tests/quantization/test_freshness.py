@@ -174,3 +174,22 @@ def test_embeddings_and_computed_weights_count() -> None:
             parameter.mul_(1.5)
         with pytest.warns(UserWarning, match=MESSAGE):
             gl.set_bits(model, w=4, a=4)
+
+
+@pytest.mark.parametrize("change", [train, load_others], ids=lambda change: change.__name__)
+def test_widths_that_were_set_before_the_weights_changed_give_a_warning(
+    change: Callable[[nn.Module], nn.Module],
+) -> None:
+    model, x = calibrated(), VGG.batch(torch.float32)[0]
+    gl.set_bits(model, w=4, a=4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(x)
+        change(model.train()).eval()
+    with pytest.warns(UserWarning, match="weights have changed since the activation ranges were calibrated"):
+        model(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(x)
+        gl.calibrate(model, [x])
+        model(x)

@@ -31,10 +31,13 @@ Row = dict[str, Any]
 
 
 def keep(folder: Path, name: str) -> None:
-    """Write the accuracies of finished runs, what training cost, and where they were made."""
-    results = Results(
-        run for path in sorted(folder.glob("*-seed-*.json")) for run in Results.read_runs(path).runs
-    )
+    """Write the accuracies of finished runs, what training cost, and where they were made.
+
+    Seeds that a method lacks are left out, so that all means are over the same seeds.
+    """
+    runs = [run for path in sorted(folder.glob("*-seed-*.json")) for run in Results.read_runs(path).runs]
+    of_method = [{run.seed for run in runs if run.method == method} for method in {r.method for r in runs}]
+    results = Results(run for run in runs if run.seed in set.intersection(*of_method))
     seconds = {
         f"{run.method} {run.seed}": round(sum(epoch.cpu_seconds for epoch in run.epochs), 1)
         for run in results.runs
@@ -102,13 +105,11 @@ def _methods(rows: list[Row]) -> list[str]:
 
 
 def seeds(rows: list[Row]) -> str:
-    """Return a sentence on the number of networks of each method."""
-    count = {method: len({r["seed"] for r in rows if r["method"] == method}) for method in _methods(rows)}
-    low, high = min(count.values()), max(count.values())
-    if high == 1:
+    """Return a sentence on the number of networks of each method, which is the same for all."""
+    count = len({row["seed"] for row in rows})
+    if count == 1:
         return "One seed: read nothing into tenths of a point."
-    number = f"{high}" if low == high else f"{low} to {high}"
-    return f"Mean ± standard deviation of the sample over {number} seeds."
+    return f"Mean ± standard deviation of the sample over {count} seeds."
 
 
 def _name(width: tuple[int | None, int | None]) -> str:

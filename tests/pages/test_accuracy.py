@@ -36,6 +36,7 @@ def test_a_table_has_means_deviations_and_what_training_cost(
     for method, top1, seconds in (("plain", 80.0, 10.0), ("gradl1", 90.0, 15.0)):
         for seed in (0, 2):
             Results([run(method, seed, top1, seconds)]).write_runs(tmp_path / f"{method}-seed-{seed}.json")
+    Results([run("plain", 1, 50.0, 10.0)]).write_runs(tmp_path / "plain-seed-1.json")  # has no counterpart
     accuracy.keep(tmp_path, "fashion-mnist-resnet")
     assert accuracy.section("fashion-mnist-resnet").splitlines() == [
         "| regime | training | float | (3, 4) | (2, float) | time |",

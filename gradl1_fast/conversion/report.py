@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dis
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -118,9 +119,17 @@ def _unquantized(model: nn.Module, parts: list[Part]) -> Iterator[tuple[str, ...
 def _from_source(part: Part) -> Iterator[tuple[str, ...]]:
     """Yield the operations named in the source of a container that cannot be traced."""
     code = getattr(type(part.container).forward, "__code__", None)
-    for name in sorted(_NAMES_OF_PRODUCTS & set(code.co_names if code else ())):
+    names = _NAMES_OF_PRODUCTS & set(code.co_names) if code else set()
+    if code and any(map(_is_product, dis.get_instructions(code))):
+        names.add("matmul")
+    for name in sorted(names):
         yield part.name or "the model", name
     yield part.name or "the model", f"unknown operations: {part.reason}"
+
+
+def _is_product(instruction: dis.Instruction) -> bool:
+    """Return whether an instruction is the operator ``@``; Python 3.10 has an opcode of its own for it."""
+    return instruction.opname.endswith("MATRIX_MULTIPLY") or instruction.argrepr in ("@", "@=")
 
 
 def _computes_in_float(root: nn.Module, node: fx.Node) -> bool:

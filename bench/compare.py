@@ -67,7 +67,8 @@ def _compare(
     ready = {}
     for (name, side), process in track(list(pairs.items()), f"{workload.title()}: gradients"):
         ready[name, side] = step.prepare(process, workload, truths, settings)
-    rounding = max(ready[PLAIN, side].get("gradient_error") or 0.0 for side in ("base", "tree"))
+    plain = [row for (name, _), row in ready.items() if name == PLAIN]
+    rounding = max((row.get("gradient_error") or 0.0 for row in plain), default=0.0)
     for (name, _), row in ready.items():
         row |= _gate(name, row, settings.tolerance, rounding)
     good = {key: process for key, process in named.items() if not _problem(ready, key)}

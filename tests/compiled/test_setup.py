@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import runpy
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import setuptools
-import setuptools.command.build_ext  # now: later, other tests may have replaced distutils
+import setuptools.command.build_ext
 from setuptools import Distribution
 
 from tests.compiled.builds import ROOT
+
+# Other packages import distutils anew, and setuptools then refuses its own classes.
+DISTUTILS = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "distutils"}
 
 
 def setup_script() -> dict[str, Any]:
@@ -25,6 +29,8 @@ def setup_script() -> dict[str, Any]:
 def script(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     for name in ("GRADL1_CUDA", "GRADL1_HOST", "GRADL1_CUDA_ARCHS", "CUDACXX", "CUDA_HOME", "CUDA_PATH"):
         monkeypatch.delenv(name, raising=False)
+    for name, module in DISTUTILS.items():
+        monkeypatch.setitem(sys.modules, name, module)
     return setup_script()
 
 

@@ -99,10 +99,16 @@ def test_what_costs_no_training_is_done_at_every_width():
     places = torch.linspace(0, len(labels) - 1, 150).round().long()
     train = DIGITS.train[0]
     batches = train[torch.linspace(0, len(train) - 1, min(1000, len(train))).round().long()].split(200)
+    one = gl.prepare(model, batches, w=3, a=3, rounding=None).model
+    gl.round_weights(one, batches, w=3)
     for w, a in ((3, 3), (3, None)):
-        prepared = gl.prepare(model, batches, w=w, a=a).model
-        expected = accuracy(prepared, (images[places], labels[places]))
+        with gl.bits(one, w=w, a=a):
+            gl.reestimate_batch_norm(one, batches)
+            expected = accuracy(one, (images[places], labels[places]))
         assert found.table[w, a] == pytest.approx(expected)
+    assert found.table[None, 3] == pytest.approx(
+        accuracy(gl.prepare(model, batches, w=None, a=3).model, (images[places], labels[places]))
+    )
     assert next(m for m in model.modules() if isinstance(m, gl.nn.WeightQuantizer)).axis is None
 
 

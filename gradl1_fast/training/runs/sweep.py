@@ -31,7 +31,6 @@ from gradl1_fast.quantization import (
 )
 from gradl1_fast.quantization.calibration import set_per_channel
 from gradl1_fast.quantization.preparation import NARROW
-from gradl1_fast.quantization.sweep import Row
 from gradl1_fast.training.data import Batch, Dataset
 from gradl1_fast.training.loop.norms import step_norms
 
@@ -53,8 +52,8 @@ class Settings:
         ranges: how to recompute the activation ranges, by name; None keeps those of the run.
         weight_ranges: how to find ranges of weights, by name; None keeps those of the run.
         fold: fold batch norms first.
-        prepare: do what :func:`gradl1_fast.prepare` does at each pair of widths; ranges of least squared
-            error unless others are named.
+        prepare: do what :func:`gradl1_fast.prepare` does, with ranges of least squared error unless others
+            are named. Narrow weights are rounded by GPTQ once for each width, for activations in float.
         size: budget for the bytes of the weights of a mixed-precision search, or None.
     """
 
@@ -146,16 +145,14 @@ def _table(
     images: Sequence[Tensor] | None,
     progress: bool,
 ) -> Table:
-    """Return the accuracy at each pair of widths; with images, after ``prepare`` at that pair."""
-    if images is None:
-        return sweep(model, _right, widths, batches=batches, progress=progress)
-    rows: list[Row] = []
-    for w, a in track(widths, "sweep", show=progress):
-        if w is not None and w <= NARROW:
-            round_weights(model, images, w=w, a=a)
-        rows += sweep(model, _right, [(w, a)], batches=batches, reestimate=images, progress=False).rows
+    """Return the accuracy at each pair of widths, with images after rounding and re-estimation for them."""
+    if images is not None:
+        narrow = {w for w, _ in widths if w is not None and w <= NARROW}
+        for w in track(narrow, "rounding", show=progress):
+            round_weights(model, images, w=w)
+    table = sweep(model, _right, widths, batches=batches, reestimate=images, progress=progress)
     clear_rounding(model)
-    return Table(rows)
+    return table
 
 
 def _calibrate(model: nn.Module, images: Tensor, name: str) -> None:

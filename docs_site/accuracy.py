@@ -16,9 +16,9 @@ from typing import Any
 
 from bench.pages import between
 from gradl1_fast import _json
-from gradl1_fast._report.figures import width_name
 from gradl1_fast.training.experiment import Results
 from gradl1_fast.training.experiment.results import Spread
+from gradl1_fast.training.reports.common import pair_name
 
 __all__ = ["DOCS", "PAGES", "cell", "cost", "keep", "read", "rewritten", "section", "seeds"]
 
@@ -89,7 +89,7 @@ def section(name: str, methods: list[str] | None = None) -> str:
     rows = [row for row in kept["rows"] if methods is None or row["method"] in methods]
     widths = list(dict.fromkeys((row["w"], row["a"]) for row in rows))
     methods = _methods(rows)
-    header = ["regime", "training", *map(_name, widths), "time"]
+    header = ["regime", "training", *(pair_name(w, a) for w, a in widths), "time"]
     lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
     for regime in dict.fromkeys(row["regime"] for row in rows):
         for method in methods:
@@ -110,11 +110,6 @@ def seeds(rows: list[Row]) -> str:
     if count == 1:
         return "One seed: read nothing into tenths of a point."
     return f"Mean ± standard deviation of the sample over {count} seeds."
-
-
-def _name(width: tuple[int | None, int | None]) -> str:
-    w, a = map(width_name, width)
-    return "float" if w == a == "float" else f"({w}, {a})"
 
 
 def cell(rows: list[Row], method: str, regime: str, width: tuple[int | None, int | None]) -> str:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -17,6 +16,7 @@ from gradl1_fast.quantization import Table, calibrate, sweep
 from gradl1_fast.training.data import Dataset, digits
 from gradl1_fast.training.demo.speed import Speed, measure
 from gradl1_fast.training.loop.simple import Recipe, accuracy, train
+from gradl1_fast.training.loop.threads import one_thread
 from gradl1_fast.training.models import digits_net, resnet18
 
 __all__ = ["PENALISED", "PLAIN", "Results", "Settings", "Spread", "run"]
@@ -153,25 +153,14 @@ def run(settings: Settings, stage: Stage = lambda what, total: lambda: None) -> 
         data = digits(seed)
         for kind in tables:
             start = time.perf_counter()
-            with _one_thread():
+            with one_thread():
                 tables[kind].append(_one_network(kind, settings, data, seed, stage))
             seconds[f"{kind}, seed {seed}"] = time.perf_counter() - start
     start = time.perf_counter()
-    with _one_thread():
+    with one_thread():
         speeds = _speeds(settings, stage)
     seconds["step times"] = time.perf_counter() - start
     return Results(settings, tables, speeds, seconds, _environment.describe())
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Compute with one thread: small networks gain little by more, and lose much on a busy computer."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _one_network(kind: str, settings: Settings, data: Dataset, seed: int, stage: Stage) -> Table:

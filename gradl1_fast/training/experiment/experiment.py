@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from gradl1_fast import _environment
@@ -23,6 +21,7 @@ from gradl1_fast.training.experiment.regimes import OWN, REGIMES, Width, evaluat
 from gradl1_fast.training.experiment.results import ResultError, Results, Row, Run
 from gradl1_fast.training.experiment.session import Session
 from gradl1_fast.training.loop.simple import accuracy
+from gradl1_fast.training.loop.threads import one_thread
 
 __all__ = ["EXPERIMENTS", "Experiment", "run"]
 
@@ -173,7 +172,7 @@ def run(
         if not missing:
             continue
         data = data or _data(experiment)
-        with backend("reference"), _one_thread():
+        with backend("reference"), one_thread():
             for finished in _runs_of(experiment, missing, seed, data, stage):
                 Results([finished]).write_runs(_path(folder, finished.method, seed))
                 found[finished.method, seed] = finished
@@ -291,13 +290,3 @@ def _rows(
         values = evaluate(REGIMES[name], model, images, widths, top1, EVALUATION_BATCH)
         rows += [Row(method, seed, name, w, a, v) for (w, a), v in zip(widths, values, strict=True)]
     return rows
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

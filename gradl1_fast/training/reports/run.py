@@ -15,7 +15,7 @@ from gradl1_fast.training.config import Config
 from gradl1_fast.training.reports.common import TILES, flat, pair_name, settings_and_versions
 from gradl1_fast.training.runs.recorder import NORM
 
-__all__ = ["report", "series", "tiles"]
+__all__ = ["over_widths", "report", "series", "tiles"]
 
 Rows = list[dict[str, float]]
 _NAMED = 3  # tensors that the chart of norms names
@@ -68,17 +68,21 @@ def series(name: str, colour: str, widths: Widths, bits: Sequence[int | None]) -
     return charts.Series(name, Style(colour), values, gains)
 
 
+def over_widths(line: charts.Series, bits: Sequence[int | None], caption: str) -> Chart:
+    """Return the chart of one network's accuracies at equal bits."""
+    drawn = charts.lines([line], list(map(width_name, bits)), "float")
+    return Chart(drawn, "Accuracy over bit widths", caption, charts.keys([line]))
+
+
 def _lines(config: Config, widths: Widths) -> Chart:
     bits = [row.w for row in widths.rows]
     name = _method(config)
-    line = series(name, _colour(config), widths, bits)
-    return Chart(
-        charts.lines([line], list(map(width_name, bits)), "float"),
-        "Accuracy over bit widths",
+    return over_widths(
+        series(name, _colour(config), widths, bits),
+        bits,
         "Weights and activations at the same width, on the test images. Below: difference from the same "
         "network in float. Ranges of activations come from training images; nothing was trained after "
         "quantization.",
-        charts.keys([line]),
     )
 
 

@@ -12,7 +12,7 @@ from gradl1_fast._report.page import Chart, Key, Report, Section, Table
 from gradl1_fast._report.palette import Style
 from gradl1_fast.quantization import Plan
 from gradl1_fast.training.reports.common import settings_and_versions
-from gradl1_fast.training.reports.run import series, tiles
+from gradl1_fast.training.reports.run import over_widths, series, tiles
 from gradl1_fast.training.runs.sweep import Results
 
 __all__ = ["found", "report"]
@@ -84,14 +84,12 @@ def _float(results: Results) -> float | None:
 def _lines(results: Results) -> Chart:
     bits, free = results.settings.bits, results.settings.prepare
     name, colour = ("with free steps", palette.FREE) if free else ("as trained", palette.PLAIN)
-    line = series(name, colour, results.table, bits)
-    return Chart(
-        charts.lines([line], list(map(width_name, bits)), "float"),
-        "Accuracy over bit widths",
+    return over_widths(
+        series(name, colour, results.table, bits),
+        bits,
         "Weights and activations at the same width. Below: difference from the same network in float. "
         "Quantization is simulated in floating point: it shows the accuracy at a width, and is slower than "
         "float, not faster.",
-        charts.keys([line]),
     )
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from bench.pages import between
 from gradl1_fast import _json
-from gradl1_fast.training.experiment import Results
+from gradl1_fast.training.experiment import Results, Run
 from gradl1_fast.training.experiment.results import Spread
 from gradl1_fast.training.reports.common import pair_name
 
@@ -28,29 +28,77 @@ PLAIN = "plain"
 NAMES = ("fashion-mnist", "fashion-mnist-depthwise", "fashion-mnist-resnet")
 
 Row = dict[str, Any]
+Kept = dict[str, Any]
 
 
 def keep(folder: Path, name: str) -> None:
     """Write the accuracies of finished runs, what training cost, and where they were made.
 
-    Seeds that a method lacks are left out, so that all means are over the same seeds.
+    Runs that are kept already stay. Seeds that a method lacks are left out, so that all means are over the
+    same seeds.
+
+    Raises:
+        ValueError: the runs that are kept had other settings or another environment.
     """
     runs = [run for path in sorted(folder.glob("*-seed-*.json")) for run in Results.read_runs(path).runs]
-    of_method = [{run.seed for run in runs if run.method == method} for method in {r.method for r in runs}]
-    results = Results(run for run in runs if run.seed in set.intersection(*of_method))
-    seconds = {
-        f"{run.method} {run.seed}": round(sum(epoch.cpu_seconds for epoch in run.epochs), 1)
-        for run in results.runs
-    }
-    first = results.runs[0]
-    kept = {
+    _file(name).write_text(_written(_common(_joined(_kept(runs), name))))
+
+
+def _kept(runs: list[Run]) -> Kept:
+    """Return what is kept of runs."""
+    first = runs[0]
+    seconds = {_key(run.method, run.seed): sum(epoch.cpu_seconds for epoch in run.epochs) for run in runs}
+    return {
         "settings": {key: first.settings[key] for key in ("model", "training", "images", "calibration")},
-        "penalty": {run.method: run.settings["penalty"] for run in results.runs},
+        "penalty": {run.method: run.settings["penalty"] for run in runs},
         "environment": first.environment,
-        "cpu_seconds": seconds,
-        "rows": [vars(row) for row in results.rows],
+        "cpu_seconds": {key: round(value, 1) for key, value in seconds.items()},
+        "rows": [vars(row) for run in runs for row in run.rows],
     }
-    _file(name).write_text(_json.dumps(kept).replace('{"method": ', '\n{"method": ') + "\n")
+
+
+def _joined(new: Kept, name: str) -> Kept:
+    """Return new runs together with those that are kept."""
+    if not _file(name).exists():
+        return new
+    old = read(name)
+    for key in ("model", "images", "calibration"):
+        if old["settings"][key] != new["settings"][key]:
+            raise ValueError(f"{_file(name)}: was made with another {key}")
+    if _machine(old) != _machine(new):
+        raise ValueError(f"{_file(name)}: was made on {_machine(old)}, not on {_machine(new)}")
+    rows = [row for row in old["rows"] if _key(row["method"], row["seed"]) not in new["cpu_seconds"]]
+    joined = {key: old[key] | new[key] for key in ("penalty", "cpu_seconds")}
+    return {**new, **joined, "rows": rows + new["rows"]}
+
+
+def _common(kept: Kept) -> Kept:
+    """Return the runs of the seeds that all methods have."""
+    of_method: dict[str, set[int]] = {}
+    for row in kept["rows"]:
+        of_method.setdefault(row["method"], set()).add(row["seed"])
+    seeds = set.intersection(*of_method.values())
+    rows = sorted((row for row in kept["rows"] if row["seed"] in seeds), key=_order)
+    present = {_key(row["method"], row["seed"]) for row in rows}
+    seconds = {key: value for key, value in sorted(kept["cpu_seconds"].items()) if key in present}
+    return {**kept, "cpu_seconds": seconds, "rows": rows}
+
+
+def _order(row: Row) -> tuple[str, int]:
+    return row["method"], row["seed"]
+
+
+def _key(method: str, seed: int) -> str:
+    return f"{method} {seed}"
+
+
+def _machine(kept: Kept) -> tuple[str, str]:
+    environment = kept["environment"]
+    return environment["devices"]["cpu"], environment["versions"]["torch"]
+
+
+def _written(kept: Kept) -> str:
+    return _json.dumps(kept).replace('{"method": ', '\n{"method": ') + "\n"
 
 
 def rewritten(text: str) -> str:

@@ -139,13 +139,15 @@ def test_without_its_packages_the_command_says_what_to_install(missing):
 def test_the_experiment_prints_its_table_and_writes_its_rows(tmp_path):
     rows = tmp_path / "deep" / "rows.json"
     arguments = ["digits", "--quick", "--methods", "plain, gradl1", "--seeds", "1", "--json", str(rows)]
+    arguments += ["--widths", "float; 3,4; 2,float"]
     result = gradl1("experiment", *arguments, "--out", str(tmp_path / "runs"))
     assert result.exit_code == 0, result.output
     assert "gradl1, quantized" in result.output
     assert "float, one seed: plain" in result.output
     found = json.loads(rows.read_text())
     assert {row["method"] for row in found} == {"plain", "gradl1"}
-    assert len(found) == 2 * 3 * 4
+    assert len(found) == 2 * 3 * 3
+    assert {(row["w"], row["a"]) for row in found} == {(None, None), (3, 4), (2, None)}
     assert "<html" in (tmp_path / "runs" / "report.html").read_text()
 
 
@@ -155,6 +157,9 @@ def test_the_experiment_prints_its_table_and_writes_its_rows(tmp_path):
         (["imagenet"], "experiment must be one of fashion-mnist, fashion-mnist-depthwise"),
         (["digits", "--methods", "plain,magic"], "methods must be among plain, asam, gradl1"),
         (["digits", "--methods", ","], "got none"),
+        (["digits", "--widths", "4"], "--widths: give pairs of weight and activation bits"),
+        (["digits", "--widths", "4,17"], "--widths: widths are float or numbers from 1 to 16, got '17'"),
+        (["digits", "--widths", ";"], "widths must hold at least one pair"),
         (["digits", "--regimes", "magic"], "regimes must be among per tensor; per channel"),
         (["fashion-mnist", "--data", "/nowhere"], "dataset-fashion-mnist"),
     ],

@@ -12,8 +12,9 @@ from gradl1_fast._report.page import prepare, write
 from gradl1_fast.cli._console import fail, table
 from gradl1_fast.cli._stages import stages
 from gradl1_fast.cli.app import app
+from gradl1_fast.cli.widths import bits_of
 from gradl1_fast.training import experiment as experiments
-from gradl1_fast.training.experiment.experiment import DEFAULT_REGIMES
+from gradl1_fast.training.experiment.experiment import DEFAULT_REGIMES, WIDTHS
 from gradl1_fast.training.experiment.methods import at, text_of
 from gradl1_fast.training.loop.trainer import TrainingError
 from gradl1_fast.training.models import INITIALISERS
@@ -64,6 +65,13 @@ def experiment(
     regimes: Annotated[
         str, typer.Option(help="Semicolon-separated regimes from the list above, or all.")
     ] = "; ".join(DEFAULT_REGIMES),
+    widths: Annotated[
+        str | None,
+        typer.Option(
+            help="Semicolon-separated pairs of bits of weights and activations, such as "
+            '"float; 8,8; 4,4; 2,float". Default: eleven pairs, down to 2 bits.'
+        ),
+    ] = None,
     initialisers: Annotated[
         str | None,
         typer.Option(
@@ -83,7 +91,8 @@ def experiment(
     rows = json or out / "results.json"
     try:
         among = list(experiments.REGIMES) if regimes == "all" else _split(regimes, ";")
-        full = experiments.named(name, None if data is None else str(data), among)
+        at_widths = WIDTHS if widths is None else [_pair(part) for part in _split(widths, ";")]
+        full = experiments.named(name, None if data is None else str(data), among, at_widths)
         prepare(out)
         prepare(rows.parent)
         with stages() as stage:
@@ -117,3 +126,14 @@ def experiment(
 
 def _split(text: str, mark: str = ",") -> list[str]:
     return list(dict.fromkeys(part.strip() for part in text.split(mark) if part.strip()))
+
+
+def _pair(text: str) -> tuple[int | None, int | None]:
+    """Return a pair of widths, ``float`` for both in float."""
+    words = ["float", "float"] if text == "float" else text.split(",")
+    if len(words) != 2:
+        raise ValueError(
+            f"--widths: give pairs of weight and activation bits, such as 4,4 or 2,float, got {text!r}"
+        )
+    w, a = (bits_of(word, "--widths") for word in words)
+    return w, a

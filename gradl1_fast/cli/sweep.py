@@ -12,6 +12,7 @@ from gradl1_fast._report.figures import width_name
 from gradl1_fast._report.page import check_packages, write
 from gradl1_fast.cli._console import fail, table
 from gradl1_fast.cli.app import app
+from gradl1_fast.cli.widths import bits_of
 from gradl1_fast.quantization.ranges.choice import NAMES
 from gradl1_fast.training.reports import sweep as sweep_report
 from gradl1_fast.training.runs import folder as runs
@@ -102,12 +103,7 @@ def sweep(
 
 def _bits(text: str) -> tuple[int | None, ...]:
     """Return the requested widths in order."""
-    widths: list[int | None] = []
-    for part in text.split(","):
-        word = part.strip()
-        if word != "float" and not (word.isdecimal() and 1 <= int(word) <= 16):
-            raise ValueError(f"--bits: widths are float or numbers from 1 to 16, with commas, got {part!r}")
-        widths.append(None if word == "float" else int(word))
+    widths = [bits_of(part, "--bits") for part in text.split(",")]
     return tuple(dict.fromkeys(widths))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,11 @@ def run(method: str, seed: int, top1: float, seconds: float) -> Run:
     settings = {"model": {}, "training": {}, "images": 1, "calibration": 2, "penalty": {"epochs": 1}}
     rows = [Row(method, seed, "calibrated", w, a, top1 + seed) for w, a in ((None, None), (3, 4), (2, None))]
     epochs = [Epoch(1, 1.0, 0.0, 9.0, seconds), Epoch(2, 1.0, 0.0, 9.0, seconds)]
-    return Run(method, seed, settings, rows, epochs, [], [], [], {"devices": {}})
+    return Run(method, seed, settings, rows, epochs, [], [], [], environment())
+
+
+def environment(processor: str = "a") -> dict[str, dict[str, str]]:
+    return {"devices": {"cpu": processor}, "versions": {"torch": "2"}}
 
 
 def test_a_table_has_means_deviations_and_what_training_cost(
@@ -53,3 +58,33 @@ def test_a_table_has_means_deviations_and_what_training_cost(
         assert ("gradl1" in page) == (methods is None)
     kept = json.loads((tmp_path / "results" / "accuracy-fashion-mnist-resnet.json").read_text())
     assert kept["cpu_seconds"] == {"gradl1 0": 30.0, "gradl1 2": 30.0, "plain 0": 20.0, "plain 2": 20.0}
+
+
+def test_runs_join_those_that_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "results").mkdir()
+    monkeypatch.setattr(accuracy, "DOCS", tmp_path)
+    for seed, place in ((0, "first"), (1, "second")):
+        (tmp_path / place).mkdir()
+        for method in ("plain", "gradl1"):
+            written = run(method, seed, 80.0, 10.0)
+            Results([written]).write_runs(tmp_path / place / f"{method}-seed-{seed}.json")
+        accuracy.keep(tmp_path / place, "fashion-mnist-resnet")
+    kept = accuracy.read("fashion-mnist-resnet")
+    assert {(row["method"], row["seed"]) for row in kept["rows"]} == {
+        (method, seed) for method in ("plain", "gradl1") for seed in (0, 1)
+    }
+    assert len(kept["rows"]) == 12
+    assert list(kept["cpu_seconds"]) == [
+        "gradl1 0",
+        "gradl1 1",
+        "plain 0",
+        "plain 1",
+    ]
+    accuracy.keep(tmp_path / "second", "fashion-mnist-resnet")
+    assert accuracy.read("fashion-mnist-resnet") == kept  # kept again, nothing is doubled
+    elsewhere = replace(run("plain", 2, 80.0, 10.0), environment=environment("b"))
+    Results([elsewhere]).write_runs(tmp_path / "second" / "plain-seed-2.json")
+    for name in ("plain-seed-1", "gradl1-seed-1"):
+        (tmp_path / "second" / f"{name}.json").unlink()
+    with pytest.raises(ValueError, match="was made on"):
+        accuracy.keep(tmp_path / "second", "fashion-mnist-resnet")

@@ -31,6 +31,7 @@ WIDTHS: tuple[Width, ...] = (
     *((None, None), (8, 8), (6, 6), (4, 4), (3, 3), (2, 2), (3, 4), (2, 4)),
     *((4, None), (3, None), (2, None)),
 )
+QUICK_WIDTHS: tuple[Width, ...] = (None, None), (8, 8), (3, 3), (3, None)
 DEFAULT_REGIMES = ("per tensor", "per channel", "calibrated")
 EVALUATION_BATCH = 200
 
@@ -98,7 +99,7 @@ class Experiment:
             penalty=replace(self.config.penalty, epochs=1, warmup_epochs=0),
             optimizer=replace(self.config.optimizer, warmup_epochs=0),
         )
-        widths = ((None, None), (8, 8), (3, 3), (3, None))
+        widths = QUICK_WIDTHS if self.widths == WIDTHS else self.widths
         return replace(self, config=config, widths=widths, calibration=100, probed=50, marks=1, images=200)
 
 
@@ -111,25 +112,33 @@ EXPERIMENTS: dict[str, int | None] = {
 }
 
 
-def named(name: str, folder: str | None = None, regimes: Sequence[str] = DEFAULT_REGIMES) -> Experiment:
+def named(
+    name: str,
+    folder: str | None = None,
+    regimes: Sequence[str] = DEFAULT_REGIMES,
+    widths: Sequence[Width] = WIDTHS,
+) -> Experiment:
     """Return an experiment, made of the recipe of the same name.
 
     Args:
         name: a key of :data:`EXPERIMENTS`.
         folder: of the data; None for where they are usually found.
         regimes: keys of :data:`gradl1_fast.training.experiment.REGIMES`.
+        widths: pairs ``(w, a)`` to evaluate at, None for float.
 
     Raises:
-        ValueError: there is no such experiment, or no such regime.
+        ValueError: there is no such experiment, no such regime, or no width.
     """
     if name not in EXPERIMENTS:
         raise ValueError(f"experiment must be one of {', '.join(EXPERIMENTS)}, got {name!r}")
     unknown = [regime for regime in regimes if regime not in REGIMES]
     if unknown or not regimes:
         raise ValueError(f"regimes must be among {'; '.join(REGIMES)}; got {'; '.join(unknown) or 'none'}")
+    if not widths:
+        raise ValueError("widths must hold at least one pair of bits")
     config = Config.read(recipe(name))
     config = replace(config, data=replace(config.data, folder=folder))
-    return Experiment(config, regimes=tuple(regimes), images=EXPERIMENTS[name])
+    return Experiment(config, tuple(widths), tuple(regimes), images=EXPERIMENTS[name])
 
 
 def run(

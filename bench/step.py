@@ -31,7 +31,7 @@ _GPU = [("vgg_like", 64, 256), ("resnet18", 64, 256), ("resnet50", 64, 128), ("m
 # The deep ones larger: with a handful of values for a batch norm no gradient in float32 is right.
 SMOKE = [
     Workload("vgg_like", 4, 4, 16),
-    Workload("resnet18", 4, 4, 16),
+    Workload("resnet18", 8, 4, 16),
     Workload("resnet50", 4, 8, 32),
     Workload("mobilenet_v2", 4, 8, 32),
 ]

@@ -71,7 +71,7 @@ def _print_note(line: str) -> None:
 
 def _quick(seeds: int) -> demos.Settings:
     recipe = demos.Recipe(epochs=2, penalty_epochs=1)
-    return demos.Settings(seeds=seeds, bits=(None, 8, 4, 3), width=4, recipe=recipe, rounds=2, speed_width=4)
+    return demos.Settings(seeds=seeds, bits=(None, 8, 4, 3), width=4, recipe=recipe, rounds=2, speed_width=8)
 
 
 def _print_results(console: Console, results: demos.Results) -> None:

@@ -32,8 +32,7 @@ GRADL1_FN void extend(A lowest, A lowest_count, A highest, A highest_count, A na
 // Adds one value.
 template <class A>
 GRADL1_FN void extend(A value, A* e) {
-    const bool nan = value != value;
-    extend(value, A(1), value, A(1), static_cast<A>(nan), e, 1);
+    extend(value, A(1), value, A(1), value != value ? A(1) : A(0), e, 1);
 }
 
 // Adds partial results in another type.

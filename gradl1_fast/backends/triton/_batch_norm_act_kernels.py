@@ -3,9 +3,9 @@
 The names are those of the derivation, "Batch norm, in training": ``r = 1 / std``, ``xh = (x - mu) * r``,
 ``g = mask * dy``, ``v = d_dx``, M values of each channel, and the sums A, B, P, Q, S.
 
-``quantizer`` is None or ``(scale, zero_point, q_min, q_max)``; the codes are floating, so that there is
-no kernel of its own for every bit-width. ``ends`` are None or, in the forward, room for the extremes of y
-and, in the backward, those extremes with ``d_ends``, their gradients.
+``quantizer`` is None or ``(scale, zero_point, q_min, q_max)``; the codes are floating-point, so one kernel
+serves every bit width. ``ends`` is None or, in the forward kernel, memory for the extremes of y and, in the
+backward kernels, those extremes with their gradients ``d_ends``.
 """
 
 import triton
@@ -29,7 +29,7 @@ from gradl1_fast.backends.triton._tiles import (
 
 @triton.jit
 def _normalised(x, mu, gamma_r, beta):
-    """Return ``(x - mu) * gamma_r + beta``: the one formula of the forward and of every mask."""
+    """Return ``(x - mu) * gamma_r + beta``: the formula of the forward pass and of every mask."""
     return (x - mu) * gamma_r + beta
 
 
@@ -45,7 +45,7 @@ def _activated(z, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def _qparams_of(quantizer, ACC: tl.constexpr):
-    """Return the quantizer's scale and zero point, loaded once for all tiles; without one, anything."""
+    """Return the quantizer's scale and zero point, loaded once for all tiles, if there is one."""
     if quantizer is None:
         s, z = tl.full((), 1, ACC), tl.full((), 0, ACC)
     else:
@@ -58,7 +58,7 @@ def _stored(
     x, mu, gamma_r, beta, activated, at, in_bounds,
     T: tl.constexpr, ACTIVATION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Return the output of the activation as it was stored, rounded to its type: read, or recomputed."""
+    """Return the output of the activation as stored, rounded to its type: loaded or recomputed."""
     if activated is None:
         out = widen(narrow(_activated(_normalised(x, mu, gamma_r, beta), ACTIVATION), T), ACC)
     else:
@@ -68,7 +68,7 @@ def _stored(
 
 @triton.jit
 def _mask_of(out, quantizer, s, z, in_bounds, ACTIVATION: tl.constexpr):
-    """Return the mask, from the activation's output: where its slope is 1 and the code is not clamped."""
+    """Return the mask from the output of the activation: slope 1, and a code that is not clamped."""
     mask = in_bounds
     if ACTIVATION == "relu":
         mask = (out <= 0) == 0  # as PyTorch's threshold does: NaN passes
@@ -84,7 +84,7 @@ def _mask(
     x, mu, gamma_r, beta, activated, quantizer, s, z, at, in_bounds,
     T: tl.constexpr, ACTIVATION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Return the mask: where the activation has slope 1 and the code, if there is one, is not clamped.
+    """Return the mask: the activation has slope 1, and the code, if any, is not clamped.
 
     It follows from ``activated`` if given, else from the forward's own arithmetic: the output of the
     activation is recomputed as it was stored, rounded to its type, so that both ways agree.
@@ -98,7 +98,7 @@ def _mask(
 
 @triton.jit
 def _origin(x, at, in_bounds, ACC: tl.constexpr):
-    """Return what deviations are measured from: the first value of each channel, or 0 if not finite.
+    """Return the shift of deviations: the first value of each channel, or 0 if it is not finite.
 
     It takes a large common mean away before anything is rounded.
     """
@@ -111,7 +111,7 @@ def _batch_norm_act_statistics_kernel(
     x, partials, rows, width, pitch, channels, strips, splits, tiles,
     LAST: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Write count, mean and sum of squared deviations of each share: Welford's update in every lane."""
+    """Write count, mean and sum of squared deviations per share, by Welford's update in each lane."""
     # Phase 1: deviations are measured from the first value of each channel.
     strip, share = place(strips)
     channel = channel_of(strip, LAST, COLS)
@@ -141,7 +141,7 @@ def _batch_norm_act_statistics_finish_kernel(
     x, partials, mean, rstd, between, splits, channels,
     EPS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """Combine the shares in one fixed order: the mean first, then the deviations from it.
+    """Combine the shares in a fixed order: first the mean, then the deviations from it.
 
     ``between`` is the distance from one channel's first value to the next one's.
     """
@@ -225,7 +225,7 @@ def _batch_norm_act_backward_sums_kernel(
     ACTIVATION: tl.constexpr, WITH_L1: tl.constexpr,
     LAST: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Write the shares of A = sum g, B = sum g*xh and l1 = sum |dy|, and g where a residual wants it."""
+    """Write the shares of A = sum g, B = sum g*xh and l1 = sum |dy|, and g if a residual needs it."""
     # Phase 1: what belongs to the channels of this program, and the quantizer.
     strip, share = place(strips)
     mu = of_channel(mean, strip, channels, 0, LAST, COLS, ACC)

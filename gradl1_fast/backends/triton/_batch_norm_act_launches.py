@@ -19,7 +19,7 @@ __all__ = ["Launches"]
 
 
 class Launches:
-    """The launches of every pass, each made when it is first asked for."""
+    """The launches of every pass, each created on first use."""
 
     def __init__(self, x: Tensor, training: bool, eps: float, activation: str) -> None:
         self.cut, self._training, self._eps, self._activation = plan(x), training, eps, activation
@@ -31,12 +31,12 @@ class Launches:
 
     @cached_property
     def statistics(self) -> Launch:
-        """Of the partials of mean and variance."""
+        """Launch for the partials of mean and variance."""
         return self._on_tiles(kernels._batch_norm_act_statistics_kernel)
 
     @cached_property
     def statistics_finish(self) -> Launch:
-        """Of mean and 1/std from those."""
+        """Launch for mean and 1/std from the partials."""
         cut, width = self.cut, min(triton.next_power_of_2(self.cut.channels), 32)
         between = 1 if cut.arguments["LAST"] else cut.arguments["width"]
         sizes = {"between": between, "splits": cut.splits, "channels": cut.channels}
@@ -46,24 +46,24 @@ class Launches:
 
     @cached_property
     def forward(self) -> Launch:
-        """Of y."""
+        """Launch for y."""
         return self._on_tiles(kernels._batch_norm_act_forward_kernel, ACTIVATION=self._activation)
 
     @cached_property
     def ends_finish(self) -> Launch:
-        """Of the ends of y from those of the programs."""
+        """Launch for the ends of y from those of the programs."""
         return ends_finisher(self.cut.grid[0])
 
     @cached_property
     def backward_sums(self) -> tuple[Launch, Launch]:
-        """Without the norm of dy, and with it."""
+        """Launches without and with the norm of dy."""
         kernel, activation = kernels._batch_norm_act_backward_sums_kernel, self._activation
         one, other = (self._on_tiles(kernel, ACTIVATION=activation, WITH_L1=w) for w in (False, True))
         return one, other
 
     @cached_property
     def backward(self) -> tuple[Launch, Launch]:
-        """Of a gradient that is masked already, and of one that is not."""
+        """Launches for a gradient that is already masked, and for one that is not."""
         kernel, sizes = kernels._batch_norm_act_backward_kernel, {"count": self.cut.size_of_channel}
         options = [{"ACTIVATION": a, "TRAINING": self._training, **sizes} for a in ("none", self._activation)]
         one, other = (self._on_tiles(kernel, **option) for option in options)
@@ -71,13 +71,13 @@ class Launches:
 
     @cached_property
     def double_backward_sums(self) -> Launch:
-        """Of the partials of five sums."""
+        """Launch for the partials of five sums."""
         kernel = kernels._batch_norm_act_double_backward_sums_kernel
         return self._on_tiles(kernel, ACTIVATION=self._activation)
 
     @cached_property
     def double_backward(self) -> Launch:
-        """Of the cotangents."""
+        """Launch for the cotangents."""
         options = {"ACTIVATION": self._activation, "TRAINING": self._training}
         kernel = kernels._batch_norm_act_double_backward_kernel
         return self._on_tiles(kernel, count=self.cut.size_of_channel, **options)
@@ -92,5 +92,5 @@ class Launches:
 
     @cached_property
     def total(self) -> Launch:
-        """Of values of all channels."""
+        """Return a vector with a value for each channel."""
         return _launch.finisher(self._dtype, self.cut.channels, 1)

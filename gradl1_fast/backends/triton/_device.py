@@ -1,4 +1,4 @@
-"""Device functions that all kernels share: conversions, rounding, sign, and the fixed-order sum.
+"""Device functions shared by all kernels: conversions, rounding, sign, and the fixed-order sum.
 
 Every kernel is compiled with ``enable_fp_fusion=False`` (see `_launch.OPTIONS`): a product and a sum
 are never fused, so the interpreter, the compiled kernel and two kernels that repeat one formula agree
@@ -67,7 +67,7 @@ def sign(x):
 
 @triton.jit
 def finish_kernel(partials, outs, rows, columns, ACC: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Sum ``partials`` of ``(len(outs), rows, columns)`` over its rows, in one fixed order."""
+    """Sum ``partials`` of ``(len(outs), rows, columns)`` over its rows, in a fixed order."""
     column = tl.program_id(0).to(tl.int64) * COLS + tl.arange(0, COLS)
     for k in tl.static_range(len(outs)):
         total = tl.zeros((ROWS, COLS), ACC)

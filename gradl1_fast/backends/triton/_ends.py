@@ -18,7 +18,7 @@ PARTIALS = 5  # low, its count, high, its count, the number of NaNs
 
 @triton.jit
 def extended(value, in_bounds, low, low_count, high, high_count, nans):
-    """Return the ends of each lane with one more value, where there is one."""
+    """Return the ends of each lane, extended by one value where it is present."""
     one = in_bounds.to(nans.dtype)
     lower, higher = in_bounds & (value < low), in_bounds & (value > high)
     low_count = tl.where(lower, 1, low_count + tl.where(value == low, one, 0))
@@ -44,7 +44,7 @@ def store_ends(partials, program, programs, low, low_count, high, high_count, na
 
 @triton.jit
 def _ends_finish_kernel(partials, ends, programs, BLOCK: tl.constexpr):
-    """Combine the slots of all programs; counts in float64, where all are exact."""
+    """Combine the slots of all programs; counts are in float64, in which they are exact."""
     T: tl.constexpr = partials.dtype.element_ty
     programs = programs.to(tl.int64)
     low = tl.full((BLOCK,), float("inf"), T)
@@ -74,7 +74,7 @@ def _ends_finish_kernel(partials, ends, programs, BLOCK: tl.constexpr):
 
 @triton.jit
 def shares_of(ends, d_ends, ACC: tl.constexpr):
-    """Return both extremes and what each value equal to one of them gets; without ``d_ends``, anything."""
+    """Return both extremes and the gradient per value equal to each; arbitrary without ``d_ends``."""
     if d_ends is None:
         low, high = tl.full((), 0, ACC), tl.full((), 0, ACC)
         low_share, high_share = low, high
@@ -88,7 +88,7 @@ def shares_of(ends, d_ends, ACC: tl.constexpr):
 
 @triton.jit
 def with_share(dy, value, low, high, low_share, high_share):
-    """Return ``dy`` plus what the ends give to ``value``; an infinite share spoils all, as in PyTorch."""
+    """Return ``dy`` plus the gradient through the ends; an infinite share gives NaN, as in PyTorch."""
     dy += (value == low).to(dy.dtype) * low_share
     return dy + (value == high).to(dy.dtype) * high_share
 

@@ -71,7 +71,7 @@ def in_layout_of(x: Tensor | None, like: Tensor) -> Tensor | None:
 
 
 def partials(x: Tensor, *shape: int) -> Tensor:
-    """Return room for partial sums of values like those of ``x``."""
+    """Return a tensor for partial sums of values like those of ``x``."""
     return torch.empty(shape, dtype=sum_dtype(x.dtype), device=x.device)
 
 

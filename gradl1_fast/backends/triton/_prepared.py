@@ -1,4 +1,4 @@
-"""What operations prepared for a shape share, and the tap and fake quantization prepared.
+"""Operations prepared for a shape: the base class, the tap and fake quantization.
 
 Sizes, constants and numbers of programs are settled when an object is made. A call allocates its results and
 launches; it looks at the layout of gradients, which come from outside, and copies where it is not that of
@@ -30,7 +30,7 @@ class Prepared:
         self._ends = torch.empty((4,), dtype=self._sums, device=x.device)
 
     def _in_layout(self, t: Tensor | None, x: Tensor) -> Tensor | None:
-        """Return ``t`` in the layout of ``x``, which is that of preparation."""
+        """Return ``t`` in the layout of ``x``, which is fixed by preparation."""
         if t is None or (t.stride() == self._strides and not t.is_neg()):
             return t
         return _launch.in_layout_of(t, x)
@@ -64,7 +64,7 @@ class _Elementwise(Prepared):
 
 
 class Tap(_Elementwise):
-    """The identity whose gradient is measured, and the ends of what passes, for dense tensors."""
+    """The identity, which measures the norm of its gradient and the ends of its input, for dense tensors."""
 
     def __init__(self, x: Tensor) -> None:
         super().__init__(x)
@@ -105,7 +105,7 @@ class Tap(_Elementwise):
             return ends
 
     def add_ends_gradient(self, dy: Tensor | None, x: Tensor, ends: Tensor, d_ends: Tensor) -> Tensor:
-        """Return ``dy`` plus what ``d_ends`` gives to ``x``."""
+        """Return ``dy`` plus the gradient that ``d_ends`` gives ``x``."""
         with _launch.on_device_of(x):
             x, d_ends, out = x.resolve_neg(), d_ends.contiguous(), torch.empty_like(x)
             dy = self._in_layout(dy, out)

@@ -1,4 +1,4 @@
-"""batch_norm_act prepared for a shape: the cut of the tensor into tiles is made once, calls launch.
+"""``batch_norm_act`` prepared for a shape: tiles are chosen once; calls only launch kernels.
 
 The ends of y come out of the pass that writes it, and their gradient enters the passes that read dy: no
 tensor is read once more for them.
@@ -88,7 +88,7 @@ class BatchNormAct(Prepared):
         ends: Tensor | None,
         d_ends: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Return ``dx, dweight, dbias, dresidual, l1`` of ``dy`` plus what ``d_ends`` gives to ``y``."""
+        """Return ``dx, dweight, dbias, dresidual, l1`` for ``dy`` plus the gradient through ``d_ends``."""
         x, do, new = x.resolve_neg(), self._launches, torch.empty_like
         with _launch.on_device_of(x):
             weight, bias, quantizer = _dense(weight), _dense(bias), self._quantizer(scale, zero_point)
@@ -182,7 +182,7 @@ def prepare_batch_norm_act(
 
 
 def _dense(t: Tensor | None) -> Tensor | None:
-    """Return values that lie one after the other in memory, as they are."""
+    """Return the values in their order in memory, without a copy."""
     if t is None or (t.is_contiguous() and not t.is_neg()):
         return t
     return t.resolve_neg().contiguous()

@@ -11,7 +11,7 @@ NCHW           N                  H * W      C * H * W  pixels of the one channe
 channels_last  N * H * W          C          C          channels of the strip
 =============  =================  =========  =========  ==========================
 
-The cut depends on the shape alone, never on the device: sums come out the same everywhere.
+Tiles depend only on the shape, not on the device, so sums are the same everywhere.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ CHANNELS_IN_A_STRIP = 32
 
 
 class Plan(NamedTuple):
-    """The cut of one tensor; `arguments` are those of every kernel here."""
+    """The tiles of a tensor; `arguments` are those of every kernel here."""
 
     grid: tuple[int]
     splits: int
@@ -47,7 +47,7 @@ def walkable(x: Tensor) -> Tensor:
 
 
 def plan(x: Tensor) -> Plan:
-    """Cut the walkable tensor ``x``, which is not empty."""
+    """Divide the walkable, non-empty tensor ``x`` into tiles."""
     batch, channels = x.shape[:2]
     pixels = x.numel() // (batch * channels)
     last = pixels == 1 or not x.is_contiguous()
@@ -81,14 +81,14 @@ def _channels_last(x: Tensor) -> bool:
 
 @triton.jit
 def place(strips):
-    """Return the strip and the share of it that this program works on."""
+    """Return the strip and the share that this program processes."""
     program = tl.program_id(0).to(tl.int64)
     return program % strips, program // strips
 
 
 @triton.jit
 def tile(strip, k, rows, width, pitch, LAST: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Return the places of the elements of tile ``k`` of a strip, and which of them exist."""
+    """Return the offsets of the elements of tile ``k`` of a strip, and a mask of those that exist."""
     if LAST:
         row = k * ROWS
         col = strip * COLS
@@ -105,7 +105,7 @@ def tile(strip, k, rows, width, pitch, LAST: tl.constexpr, ROWS: tl.constexpr, C
 
 @triton.jit
 def load(values, at, in_bounds, ACC: tl.constexpr):
-    """Return a tile of ``values`` in the type of its sums, 0 where there is nothing."""
+    """Return a tile of ``values`` in the type of its sums, 0 outside the mask."""
     return widen(tl.load(values + at, mask=in_bounds, other=0), ACC)
 
 
@@ -130,7 +130,7 @@ def of_channel(
 
 @triton.jit
 def sum_of_channel(values, LAST: tl.constexpr):
-    """Return the sum of a tile over all that belongs to one channel, in the shape of `channel_of`."""
+    """Return the sum of a tile over the elements of each channel, in the shape of `channel_of`."""
     # At once where the whole tile is one channel: Triton 3.6 fails on the sum of a sum.
     return tl.sum(values, axis=0)[None, :] if LAST else tl.sum(values) + tl.zeros((1, 1), values.dtype)
 
@@ -144,7 +144,7 @@ def store_of_channel(values, entry, strip, channels, LAST: tl.constexpr, COLS: t
 
 @triton.jit
 def store_partial(partials, k, entry, strip, share, channels, splits, LAST: tl.constexpr, COLS: tl.constexpr):
-    """Store each channel's partial number ``k`` in the slot that is this program's own."""
+    """Store each channel's partial number ``k`` in the slot of this program."""
     slot = partials + (k * splits + share) * channels
     store_of_channel(slot, entry, strip, channels, LAST, COLS)
 

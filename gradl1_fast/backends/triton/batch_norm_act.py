@@ -125,7 +125,7 @@ def batch_norm_act_double_backward(
     activation: str,
     with_residual: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ``d_dy, d_x, d_weight`` for the cotangents of the five results of the backward."""
+    """Return ``d_dy, d_x, d_weight`` for the cotangents of the five results of the backward pass."""
     if not x.numel():
         return reference.batch_norm_act_double_backward(
             d_dx, d_dweight, d_dbias, d_dresidual, d_l1, dy, x, activated, weight, bias, mean, rstd,

@@ -20,7 +20,7 @@ from gradl1_fast.backends.triton._device import narrow, sign, widen
 from gradl1_fast.backends.triton._quantizer import mask_of_codes, quantized
 from gradl1_fast.backends.triton.tap import tap_double_backward
 
-_ANY_NUMBER = ["q_min", "q_max"]  # no kernel of its own for every bit-width
+_ANY_NUMBER = ["q_min", "q_max"]  # one kernel serves every bit width
 
 
 @triton.jit
@@ -148,7 +148,7 @@ def fake_quantize_double_backward(
 def _qparams(
     like: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None
 ) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """Return scale and zero point, dense, and what tells a kernel the channel of an element of ``like``."""
+    """Return dense scale and zero point, and arguments that give the channel of each element."""
     channels, inner = (1, 1) if axis is None else (like.shape[axis], like.stride(axis))
     period = channels * inner
     shape = {

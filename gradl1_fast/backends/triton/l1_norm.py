@@ -29,9 +29,9 @@ _TYPES = {
 
 
 def _argument(value: int) -> int:
-    """Return ``value`` as an odd number above 2^32, which `_value` turns back.
+    """Return ``value`` encoded as an odd number above 2^32; `_value` decodes it.
 
-    Triton compiles a kernel anew for arguments that are 1, multiples of 16, or wider than 32 bits.
+    Triton compiles a kernel again for arguments that are 1, multiples of 16, or wider than 32 bits.
     Addresses and sizes would give another combination in every call; these are all of one kind.
     """
     return 2 * value + _MARK + 1
@@ -44,7 +44,7 @@ def _value(argument):
 
 @triton.jit
 def _pick(arguments, index):
-    """Return the value of the argument with a number known only at run time."""
+    """Return the value of an argument whose index is known only at run time."""
     value = tl.full((), 0, tl.int64)
     for i in tl.static_range(len(arguments)):
         value = tl.where(index == i, _value(arguments[i]), value)
@@ -82,7 +82,7 @@ def _pointer(addresses, index, T: tl.constexpr, ALIGNED: tl.constexpr):
 
 @triton.jit
 def _load(pointer, at, size, WHOLE: tl.constexpr, ACC: tl.constexpr):
-    """Return a block; one known to be whole is read without a mask, in wide words."""
+    """Return a block; a block that is known to be whole is loaded without a mask, in wide words."""
     return widen(tl.load(pointer + at) if WHOLE else tl.load(pointer + at, mask=at < size, other=0), ACC)
 
 
@@ -138,7 +138,7 @@ def _l1_norm_backward_kernel(
 def _l1_norm_finish_kernel(
     partials, out, sizes, slots, ACC: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Sum the partials of tensor ``program_id`` in one fixed order."""
+    """Sum the partials of tensor ``program_id`` in a fixed order."""
     index = tl.program_id(0)
     first = _chunks_before(sizes, index, CHUNK)
     chunks = (_pick(sizes, index) + CHUNK - 1) // CHUNK

@@ -20,7 +20,19 @@ from gradl1_fast.training.experiment import Results, Run
 from gradl1_fast.training.experiment.results import Spread
 from gradl1_fast.training.reports.common import pair_name
 
-__all__ = ["DOCS", "PAGES", "cell", "cost", "keep", "read", "rewritten", "section", "seeds"]
+__all__ = [
+    "DOCS",
+    "PAGES",
+    "cell",
+    "cost",
+    "exists",
+    "keep",
+    "marks",
+    "read",
+    "rewritten",
+    "section",
+    "seeds",
+]
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGES = (DOCS / "before-training.md", DOCS / "results" / "fashion-mnist.md")
@@ -38,7 +50,7 @@ def keep(folder: Path, name: str) -> None:
     same seeds.
 
     Raises:
-        ValueError: the runs that are kept had other settings or another environment.
+        ValueError: the runs that are kept had other settings or another version of torch.
     """
     runs = [run for path in sorted(folder.glob("*-seed-*.json")) for run in Results.read_runs(path).runs]
     _file(name).write_text(_written(_common(_joined(_kept(runs), name))))
@@ -51,7 +63,7 @@ def _kept(runs: list[Run]) -> Kept:
     return {
         "settings": {key: first.settings[key] for key in ("model", "training", "images", "calibration")},
         "penalty": {run.method: run.settings["penalty"] for run in runs},
-        "environment": first.environment,
+        "environments": [first.environment],
         "cpu_seconds": {key: round(value, 1) for key, value in seconds.items()},
         "rows": [vars(row) for run in runs for row in run.rows],
     }
@@ -59,17 +71,19 @@ def _kept(runs: list[Run]) -> Kept:
 
 def _joined(new: Kept, name: str) -> Kept:
     """Return new runs together with those that are kept."""
-    if not _file(name).exists():
+    if not exists(name):
         return new
     old = read(name)
     for key in ("model", "images", "calibration"):
         if old["settings"][key] != new["settings"][key]:
             raise ValueError(f"{_file(name)}: was made with another {key}")
-    if _machine(old) != _machine(new):
-        raise ValueError(f"{_file(name)}: was made on {_machine(old)}, not on {_machine(new)}")
+    versions = [env["versions"]["torch"] for kept in (old, new) for env in kept["environments"]]
+    if len(set(versions)) > 1:
+        raise ValueError(f"{_file(name)}: was made with torch {versions[0]}, not {versions[-1]}")
+    environments = old["environments"] + [e for e in new["environments"] if e not in old["environments"]]
     rows = [row for row in old["rows"] if _key(row["method"], row["seed"]) not in new["cpu_seconds"]]
     joined = {key: old[key] | new[key] for key in ("penalty", "cpu_seconds")}
-    return {**new, **joined, "rows": rows + new["rows"]}
+    return {**new, **joined, "environments": environments, "rows": rows + new["rows"]}
 
 
 def _common(kept: Kept) -> Kept:
@@ -92,28 +106,27 @@ def _key(method: str, seed: int) -> str:
     return f"{method} {seed}"
 
 
-def _machine(kept: Kept) -> tuple[str, str]:
-    environment = kept["environment"]
-    return environment["devices"]["cpu"], environment["versions"]["torch"]
-
-
 def _written(kept: Kept) -> str:
     return _json.dumps(kept).replace('{"method": ', '\n{"method": ') + "\n"
 
 
 def rewritten(text: str) -> str:
     """Return a page with its tables made anew: of all methods, or of plain training alone."""
-    for name in NAMES:
-        if _file(name).exists():
-            for subject, methods in (("accuracy", None), ("free steps", [PLAIN])):
-                marks = _marks(subject, name)
-                if marks[0] in text:
-                    text = between(text, marks, section(name, methods), "the page")
+    for name in filter(exists, NAMES):
+        for subject, methods in (("accuracy", None), ("free steps", [PLAIN])):
+            around = marks(subject, name)
+            if around[0] in text:
+                text = between(text, around, section(name, methods), "the page")
     return text
 
 
 def _file(name: str) -> Path:
     return DOCS / "results" / f"accuracy-{name}.json"
+
+
+def exists(name: str) -> bool:
+    """Return whether results of a network are kept."""
+    return _file(name).exists()
 
 
 def read(name: str) -> dict[str, Any]:
@@ -122,7 +135,8 @@ def read(name: str) -> dict[str, Any]:
     return kept
 
 
-def _marks(subject: str, name: str) -> tuple[str, str]:
+def marks(subject: str, name: str) -> tuple[str, str]:
+    """Return the comments around what is written into a page."""
     return f"<!-- {subject} of {name}: written by python -m docs_site.accuracy -->", f"<!-- end of {name} -->"
 
 

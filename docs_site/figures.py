@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from gradl1_fast._report import palette
 
-__all__ = ["FIGURES", "RESULTS", "standalone", "widths"]
+__all__ = ["RESULTS", "standalone", "widths"]
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results" / "accuracy-fashion-mnist-depthwise.json"
 WIDTHS = (None, 8, 6, 4, 3, 2)
@@ -110,6 +110,3 @@ def _label(index: int, words: str, kind: str) -> str:
         f'<line class="{kind}" x1="{_LEFT + 16}" x2="{_LEFT + 40}" y1="{y:.1f}" y2="{y:.1f}"/>'
         f'<text x="{_LEFT + 48}" y="{y + 4:.1f}">{words}</text>'
     )
-
-
-FIGURES: dict[str, Callable[[], str]] = {"widths": widths}

@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))  # MkDocs loads this file by its path
 
 from mkdocs.structure.files import File, Files  # noqa: E402
 
-from docs_site import figures, formulas  # noqa: E402
+from docs_site import figures, formulas, method_figures  # noqa: E402
 
 # Files outside docs/ that the site shows, by their address there.
 OUTSIDE = {
@@ -27,6 +27,12 @@ OUTSIDE = {
     "examples/tour.ipynb": "examples/tour.ipynb",
 }
 CHARTS = "bench/results"
+
+FIGURES = {
+    "widths": figures.widths,
+    "method-gains": method_figures.gains,
+    "method-costs": method_figures.costs,
+}
 
 _LINK = re.compile(r"(?<=\]\()(?P<path>[^)#:\s]+)(?=[)#])")
 _LOADED = re.compile(r"<(?:script|link|img|iframe)\b[^>]*(?:src|href)=\"(?:https?:)?//[^>]*>")
@@ -49,7 +55,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     folder = (ROOT / outside[source] if source in outside else ROOT / "docs" / source).parent
     up = "../" * source.count("/")
     moved = _LINK.sub(lambda link: _moved(link["path"], folder, up), markdown)
-    return _FIGURE.sub(lambda found: figures.FIGURES[found["name"]](), moved)
+    return _FIGURE.sub(lambda found: FIGURES[found["name"]](), moved)
 
 
 def on_page_content(html: str, **_: Any) -> str:

@@ -62,4 +62,7 @@ def _processor() -> str:
             names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
     except OSError:  # not Linux
         names = []
-    return names[0] if names else platform.processor() or platform.machine()
+    name = names[0] if names else platform.processor() or platform.machine()
+    # What decides the speed of convolutions; processors of one name differ.
+    capability = torch.backends.cpu.get_cpu_capability()
+    return name if capability in ("DEFAULT", "NO AVX") else f"{name} with {capability}"

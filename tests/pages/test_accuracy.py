@@ -29,8 +29,8 @@ def run(method: str, seed: int, top1: float, seconds: float) -> Run:
     return Run(method, seed, settings, rows, epochs, [], [], [], environment())
 
 
-def environment(processor: str = "a") -> dict[str, dict[str, str]]:
-    return {"devices": {"cpu": processor}, "versions": {"torch": "2"}}
+def environment(processor: str = "a", version: str = "2") -> dict[str, dict[str, str]]:
+    return {"devices": {"cpu": processor}, "versions": {"torch": version}}
 
 
 def test_a_table_has_means_deviations_and_what_training_cost(
@@ -52,7 +52,7 @@ def test_a_table_has_means_deviations_and_what_training_cost(
         "Mean ± standard deviation of the sample over 2 seeds.",
     ]
     for subject, methods in (("accuracy", None), ("free steps", ["plain"])):
-        begin, end = accuracy._marks(subject, "fashion-mnist-resnet")
+        begin, end = accuracy.marks(subject, "fashion-mnist-resnet")
         page = accuracy.rewritten(f"a\n{begin}\nold\n{end}\nb")
         assert page == f"a\n{begin}\n{accuracy.section('fashion-mnist-resnet', methods)}\n{end}\nb"
         assert ("gradl1" in page) == (methods is None)
@@ -82,9 +82,11 @@ def test_runs_join_those_that_are_kept(tmp_path: Path, monkeypatch: pytest.Monke
     ]
     accuracy.keep(tmp_path / "second", "fashion-mnist-resnet")
     assert accuracy.read("fashion-mnist-resnet") == kept  # kept again, nothing is doubled
-    elsewhere = replace(run("plain", 2, 80.0, 10.0), environment=environment("b"))
-    Results([elsewhere]).write_runs(tmp_path / "second" / "plain-seed-2.json")
-    for name in ("plain-seed-1", "gradl1-seed-1"):
-        (tmp_path / "second" / f"{name}.json").unlink()
-    with pytest.raises(ValueError, match="was made on"):
-        accuracy.keep(tmp_path / "second", "fashion-mnist-resnet")
+    for place, changed in (("third", environment("b")), ("fourth", environment(version="3"))):
+        (tmp_path / place).mkdir()
+        elsewhere = replace(run("plain", 1, 80.0, 10.0), environment=changed)
+        Results([elsewhere]).write_runs(tmp_path / place / "plain-seed-1.json")
+    accuracy.keep(tmp_path / "third", "fashion-mnist-resnet")
+    assert accuracy.read("fashion-mnist-resnet")["environments"] == [environment(), environment("b")]
+    with pytest.raises(ValueError, match="was made with torch 2, not 3"):
+        accuracy.keep(tmp_path / "fourth", "fashion-mnist-resnet")

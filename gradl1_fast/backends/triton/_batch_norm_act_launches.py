@@ -92,5 +92,5 @@ class Launches:
 
     @cached_property
     def total(self) -> Launch:
-        """Return a vector with a value for each channel."""
+        """Launch for the sum over the channels."""
         return _launch.finisher(self._dtype, self.cut.channels, 1)

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from gradl1_fast.training.config import Config
 from gradl1_fast.training.data import Batch
-from gradl1_fast.training.data.augmentation import augment, generator_of
+from gradl1_fast.training.loop.batches import Batches
 from gradl1_fast.training.loop.cuda_graph import GraphedStep
 from gradl1_fast.training.loop.epoch import Epoch, TrainingError, check_finite
 from gradl1_fast.training.loop.optimization import Average, add_parameters, optimizer_for, schedule_for
 from gradl1_fast.training.loop.ranks import ALONE, Ranks
 from gradl1_fast.training.loop.recompute import recomputing
 from gradl1_fast.training.loop.steps import CompiledGradients, EagerGradients, Gradients, check_supported
+from gradl1_fast.training.loop.values import on_device, values_kept
 from gradl1_fast.training.methods import Method, Terms, make
 
 __all__ = ["CHECK_EVERY", "Epoch", "Trainer", "TrainingError"]
@@ -65,9 +66,7 @@ class Trainer:
         self.schedule = schedule_for(self.optimizer, config.optimizer, settings.epochs, self.steps)
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=settings.precision == "float16")
         self.average = Average(model, settings.ema) if settings.ema else None
-        self._order_source = torch.Generator().manual_seed(settings.seed)
-        self._order: Tensor | None = None
-        self._order_state = self._order_source.get_state()
+        self._batches = Batches(data, config, ranks)
         self._graph: GraphedStep | None = None
         self.objective = self._new_objective()
         self.gradients = self._gradients()
@@ -115,9 +114,8 @@ class Trainer:
     def next_epoch(self) -> None:
         """Begin the next epoch; where the penalty begins with it, change the objective."""
         before = self.penalised
-        self._epoch_order()  # moves the source of orders on, even if no step was taken since a resume
-        self.epoch, self.step, self.seen, self._order = self.epoch + 1, 0, Epoch(), None
-        self._order_state = self._order_source.get_state()
+        self._batches.next_epoch()
+        self.epoch, self.step, self.seen = self.epoch + 1, 0, Epoch()
         if self.penalised and not before and not self.done:
             self._replace_objective()
 
@@ -145,15 +143,7 @@ class Trainer:
 
     def batch(self, step: int) -> Batch:
         """Return this rank's images and labels of a step of the present epoch, augmented, on its device."""
-        settings, (images, labels) = self.config.training, self.data
-        start = step * settings.batch_size
-        chosen = self._epoch_order()[start : start + settings.batch_size]
-        x, y = images[chosen], labels[chosen]
-        if self.config.data.flip or self.config.data.crop:
-            source = generator_of(settings.seed, self.epoch, step)
-            x = augment(x, source, flip=self.config.data.flip, crop=self.config.data.crop)
-        device = self.ranks.device
-        return self.ranks.share(x).to(device), self.ranks.share(y).to(device)
+        return self._batches.batch(self.epoch, step)
 
     def _take_step(self) -> Terms:
         self.objective.strength = self._strength()
@@ -184,12 +174,6 @@ class Trainer:
         rise = self.config.penalty.warmup_epochs * self.steps
         begin = (self.config.training.epochs - self.config.penalty.epochs) * self.steps
         return min(1.0, (self.steps_done - begin + 1) / (rise + 1)) if self.penalised else 1.0
-
-    def _epoch_order(self) -> Tensor:
-        if self._order is None:
-            self._order_state = self._order_source.get_state()
-            self._order = torch.randperm(len(self.data[1]), generator=self._order_source)
-        return self._order
 
     def _replace_objective(self) -> None:
         self.objective.close()
@@ -226,7 +210,7 @@ class Trainer:
         """Refuse a penalty that cannot be made before the first step, rather than when its turn comes."""
         method = self.config.penalty.method if self.config.penalty.epochs else "plain"
         settings = self.config.penalty.settings if self.config.penalty.epochs else {}
-        with _values_kept(self.model):
+        with values_kept(self.model):
             trial = make(method, self.model, **settings)
             try:
                 check_supported(self.config, trial, self.ranks.count, self.ranks.device)
@@ -280,7 +264,7 @@ class Trainer:
             "schedule": self.schedule.state_dict(),
             "scaler": self.scaler.state_dict(),
             "average": {} if self.average is None else self.average.state_dict(),
-            "order": self._order_state,
+            "order": self._batches.state,
             "random": self.ranks.gather(random),
             "objective": {"name": self.objective.name, "state": dict(self.objective.state_dict())},
             "seen": self.ranks.gather(self.seen.state_dict()),
@@ -304,41 +288,18 @@ class Trainer:
         if state["objective"]["name"] != self.objective.name:
             raise ValueError(f"the checkpoint belongs to the objective {state['objective']['name']!r}")
         device = self.ranks.device
-        self.objective.load_state_dict(_on(device, state["objective"]["state"]))
-        groups = _on(device, state["optimizer"]["param_groups"])  # a CUDA graph reads the rate on the device
+        self.objective.load_state_dict(on_device(device, state["objective"]["state"]))
+        groups = on_device(
+            device, state["optimizer"]["param_groups"]
+        )  # a CUDA graph reads the rate on the device
         self.optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
-        self.schedule.load_state_dict(_on(device, state["schedule"]))
+        self.schedule.load_state_dict(on_device(device, state["schedule"]))
         self.scaler.load_state_dict(state["scaler"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
-        self._order_source.set_state(state["order"])
-        self._order = None
-        self.seen = Epoch.from_state(_on(device, state["seen"][self.ranks.rank]))
+        self._batches.load_state(state["order"])
+        self.seen = Epoch.from_state(on_device(device, state["seen"][self.ranks.rank]))
         mine = state["random"][self.ranks.rank]
         torch.set_rng_state(mine["cpu"])
         if device.type == "cuda":
             torch.cuda.set_rng_state(mine["cuda"], device)
-
-
-def _on(device: torch.device, value: Any) -> Any:
-    """Return a value with the tensors in its dictionaries and lists moved to a device."""
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, Mapping):
-        return {key: _on(device, inner) for key, inner in value.items()}
-    return [_on(device, inner) for inner in value] if isinstance(value, list) else value
-
-
-@contextlib.contextmanager
-def _values_kept(model: nn.Module) -> Iterator[None]:
-    """Give parameters and buffers back the values, memory and strides that they had before the block."""
-    before = {key: (value.detach(), value.detach().clone()) for key, value in model.state_dict().items()}
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for key, value in model.state_dict(keep_vars=True).items():
-                memory, kept = before[key]
-                if not torch.equal(memory, kept):
-                    memory.copy_(kept)
-                value.data = memory

@@ -9,7 +9,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from gradl1_fast.backends import resolve
 from gradl1_fast.training.data import digits
 from gradl1_fast.training.experiment import ResultError, Results, named, run
 from gradl1_fast.training.experiment.session import Session
@@ -171,17 +170,14 @@ def test_a_run_whose_numbers_are_not_finite_comes_back_with_nan(results, tmp_pat
     assert (back.changes[1:], back.rows) == (run.changes[1:], run.rows)
 
 
-def test_it_computes_with_one_thread_and_the_reference_and_gives_both_back(tmp_path, monkeypatch):
+def test_it_computes_with_one_thread_and_names_the_backend(tmp_path, monkeypatch):
     before, inside = torch.get_num_threads(), []
     torch.set_num_threads(2)
-    monkeypatch.setenv("GRADL1_BACKEND", "host")
-
-    def look(_):
-        inside.append((torch.get_num_threads(), resolve("tap", torch.empty(0)).__name__))
-
+    monkeypatch.setenv("GRADL1_BACKEND", "reference")
     try:
-        ran(tmp_path, ["plain"], on_run=look)
-        assert inside == [(1, "gradl1_fast.backends.reference")]
+        results = ran(tmp_path, ["plain"], on_run=lambda _: inside.append(torch.get_num_threads()))
+        assert inside == [1]
+        assert results.runs[0].environment["backends"] == {"batch_norm_act": "reference"}
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)

@@ -1,7 +1,8 @@
 """Accuracy in the pages and in README, made from the committed results of ``gradl1 experiment``.
 
-    python -m docs_site.accuracy FOLDER NAME    # keep the runs of a folder first
-    python -m docs_site.accuracy                # rewrite the tables, README's figures and its picture
+    python -m docs_site.accuracy FOLDER NAME         # keep the runs of a folder first
+    python -m docs_site.accuracy time FOLDER NAME    # keep what the trainings of a folder cost, no more
+    python -m docs_site.accuracy                     # rewrite the tables, README's figures and its picture
 
 Nothing is measured.
 """
@@ -27,6 +28,7 @@ __all__ = [
     "cost",
     "exists",
     "keep",
+    "keep_time",
     "marks",
     "read",
     "rewritten",
@@ -52,8 +54,18 @@ def keep(folder: Path, name: str) -> None:
     Raises:
         ValueError: the runs that are kept had other settings or another version of torch.
     """
-    runs = [run for path in sorted(folder.glob("*-seed-*.json")) for run in Results.read_runs(path).runs]
-    _file(name).write_text(_written(_common(_joined(_kept(runs), name))))
+    _file(name).write_text(_written(_common(_joined(_kept(_runs(folder)), name))))
+
+
+def keep_time(folder: Path, name: str) -> None:
+    """Replace the computing time that is kept by that of other runs, such as those of another backend."""
+    timed = _kept(_runs(folder))
+    kept = {**read(name), "cpu_seconds": timed["cpu_seconds"], "timed": timed["environments"]}
+    _file(name).write_text(_written(kept))
+
+
+def _runs(folder: Path) -> list[Run]:
+    return [run for path in sorted(folder.glob("*-seed-*.json")) for run in Results.read_runs(path).runs]
 
 
 def _kept(runs: list[Run]) -> Kept:
@@ -83,6 +95,8 @@ def _joined(new: Kept, name: str) -> Kept:
     environments = old["environments"] + [e for e in new["environments"] if e not in old["environments"]]
     rows = [row for row in old["rows"] if _key(row["method"], row["seed"]) not in new["cpu_seconds"]]
     joined = {key: old[key] | new[key] for key in ("penalty", "cpu_seconds")}
+    if "timed" in old:  # by other runs, whose time is not comparable
+        joined |= {"timed": old["timed"], "cpu_seconds": old["cpu_seconds"]}
     return {**new, **joined, "environments": environments, "rows": rows + new["rows"]}
 
 
@@ -94,7 +108,7 @@ def _common(kept: Kept) -> Kept:
     seeds = set.intersection(*of_method.values())
     rows = sorted((row for row in kept["rows"] if row["seed"] in seeds), key=_order)
     present = {_key(row["method"], row["seed"]) for row in rows}
-    seconds = {key: value for key, value in sorted(kept["cpu_seconds"].items()) if key in present}
+    seconds = {k: v for k, v in sorted(kept["cpu_seconds"].items()) if k in present or "timed" in kept}
     return {**kept, "cpu_seconds": seconds, "rows": rows}
 
 
@@ -197,8 +211,11 @@ def main() -> None:
     """Do what the arguments ask for."""
     from docs_site import headline
 
-    if len(sys.argv) == 3:
-        keep(Path(sys.argv[1]), sys.argv[2])
+    match sys.argv[1:]:
+        case ["time", folder, name]:
+            keep_time(Path(folder), name)
+        case [folder, name]:
+            keep(Path(folder), name)
     for page in PAGES:
         page.write_text(rewritten(page.read_text()))
     headline.write()

@@ -88,5 +88,13 @@ def test_runs_join_those_that_are_kept(tmp_path: Path, monkeypatch: pytest.Monke
         Results([elsewhere]).write_runs(tmp_path / place / "plain-seed-1.json")
     accuracy.keep(tmp_path / "third", "fashion-mnist-resnet")
     assert accuracy.read("fashion-mnist-resnet")["environments"] == [environment(), environment("b")]
+    before = accuracy.read("fashion-mnist-resnet")["rows"]
+    (tmp_path / "time").mkdir()
+    for method, seconds in (("plain", 10.0), ("gradl1", 13.0)):
+        Results([run(method, 0, 1.0, seconds)]).write_runs(tmp_path / "time" / f"{method}-seed-0.json")
+    accuracy.keep_time(tmp_path / "time", "fashion-mnist-resnet")
+    accuracy.keep(tmp_path / "third", "fashion-mnist-resnet")  # a later seed leaves the time alone
+    now = accuracy.read("fashion-mnist-resnet")
+    assert (now["rows"], accuracy.cost(now, "gradl1")) == (before, "1.30")
     with pytest.raises(ValueError, match="was made with torch 2, not 3"):
         accuracy.keep(tmp_path / "fourth", "fashion-mnist-resnet")

@@ -52,6 +52,10 @@ class Site(Operation):
         self._quantize: contract.FakeQuantize | None = None
 
     @override
+    def reads(self) -> Sequence[int]:
+        return (self.x,)
+
+    @override
     def forward(self, run: Forward) -> None:
         x, measurement = run.values[self.x], self.measurement
         if self._tap is None:
@@ -148,6 +152,10 @@ class BatchNorm(Operation):
         self.measurement: Measurement | None = None
         self.training = norm.training or norm.running_mean is None
         self._raw: contract.BatchNormAct | None = None
+
+    @override
+    def reads(self) -> Sequence[int]:
+        return (self.x,) if self.residual is None else (self.x, self.residual)
 
     @override
     def forward(self, run: Forward) -> None:

@@ -33,6 +33,10 @@ class Operation(ABC):
     ends_slot: int | None = None
 
     @abstractmethod
+    def reads(self) -> Sequence[int]:
+        """Return the slots of the tensors from which the result is computed."""
+
+    @abstractmethod
     def forward(self, run: Forward) -> None:
         """Compute the result."""
 
@@ -70,6 +74,10 @@ class _Product(Operation):
         self.x, self.weight, self.bias, self.dtype = x, weight, bias, dtype
         self.needs_x, self.needs_weight, self.needs_bias = needs
         self.x_dtype: torch.dtype | None = None
+
+    @override
+    def reads(self) -> Sequence[int]:
+        return (self.x,)
 
     @override
     def forward(self, run: Forward) -> None:
@@ -211,6 +219,10 @@ class _Unary(Operation):
 
     def __init__(self, x: int) -> None:
         self.x = x
+
+    @override
+    def reads(self) -> Sequence[int]:
+        return (self.x,)
 
     @override
     def backward(self, run: Backward, dy: Tensor) -> None:
@@ -364,6 +376,10 @@ class Add(Operation):
         self.one, self.other = one, other
 
     @override
+    def reads(self) -> Sequence[int]:
+        return self.one, self.other
+
+    @override
     def forward(self, run: Forward) -> None:
         one, other = run.values[self.one], run.values[self.other]
         if one.dtype != other.dtype:
@@ -393,6 +409,10 @@ class Cat(Operation):
 
     def __init__(self, slots: Sequence[int], axis: int) -> None:
         self.slots, self.axis = slots, axis
+
+    @override
+    def reads(self) -> Sequence[int]:
+        return self.slots
 
     @override
     def forward(self, run: Forward) -> None:

@@ -56,6 +56,7 @@ class Program:
         self.operations, self.slots, self.inputs, self.outputs = operations, slots, inputs, outputs
         self.measured, self.requires_grad = measured, requires_grad
         self._active, self._reversed = active, active[::-1]
+        self._last_read = _last_read(active, keep=outputs)
         self.step_bits = _step_bits(measured)
         needed = {slot for operation in operations for slot in operation.keeps()}
         self.is_needed = [slot in needed for slot in range(inputs)] + [True] * (len(requires_grad) - inputs)
@@ -122,11 +123,12 @@ class Program:
         run.d_args = list(d_args)
         self._set_cotangents(run, d_terms, saved, record)
         free = not keeps_graph()
-        for operation in self._active:
-            dy = record.by_operation[operation.index]
-            operation.double_backward(run, dy)
+        for operation, last in zip(self._active, self._last_read, strict=True):
+            operation.double_backward(run, record.by_operation[operation.index])
             if free:
                 record.by_operation[operation.index] = None
+            for slot in last:
+                run.tangents[slot] = None
         of_inputs, run.deferred.of_slots[: self.inputs] = (
             run.deferred.of_slots[: self.inputs],
             [None] * self.inputs,
@@ -175,6 +177,15 @@ class Program:
         run.deferred.of_ends = {
             measurement.slot: row for measurement, row in zip(self.measured, d_ends.unbind(), strict=True)
         }
+
+
+def _last_read(operations: Sequence[Operation], keep: Sequence[int]) -> list[list[int]]:
+    """Return, for each operation, the slots that no later one reads, without those to keep."""
+    seen, last = set(keep), []
+    for operation in reversed(operations):
+        last.append([slot for slot in operation.reads() if slot not in seen])
+        seen.update(operation.reads())
+    return last[::-1]
 
 
 def _step_bits(measured: Sequence[Measurement]) -> int | None:

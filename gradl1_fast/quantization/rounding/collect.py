@@ -38,6 +38,16 @@ class Data:
         self._batches = list(batches) if isinstance(batches, Iterator) else batches
         self._widths = w, a
 
+    def reached(self, layers: Mapping[str, QuantizedLayer]) -> list[str]:
+        """Return the names of the layers that a value reaches, in the order of first calls."""
+        names: dict[str, None] = {}
+
+        def collect(_model: nn.Module, batch: Any) -> None:
+            names.update(dict.fromkeys(self._products(layers, batch, None, None)))
+
+        self._run(collect)
+        return list(names)
+
     def in_float(self, layers: Mapping[str, QuantizedLayer]) -> dict[str, SecondMoments]:
         """Return the float moments of each layer that a value reaches, in the order of first calls."""
         moments: dict[str, SecondMoments] = {}

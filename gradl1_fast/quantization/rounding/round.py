@@ -135,9 +135,10 @@ class _Rounder:
         for name, layer in self._layers.items():
             layer.weight_quantizer.set_rounded(self._widths[name], None)
         groups = tied(self._layers, self._widths)
-        in_float = data.in_float(self._layers)
+        in_float = data.in_float(self._layers) if self._method.inputs == "float" else {}
+        order = in_float or data.reached(self._layers)
         rows = []
-        for names in track(dict.fromkeys(groups[name] for name in in_float), "round_weights"):
+        for names in track(dict.fromkeys(groups[name] for name in order), "round_weights"):
             if self._method.inputs != "float":
                 shared = {name: self._layers[name] for name in names}
                 moments = data.as_rounded(shared, renormalise=self._method.inputs == "renormalised")

@@ -75,6 +75,8 @@ def columns(product: Product) -> Tensor:
     x = x if x.dim() == n + 2 else x[None]
     stride, dilation = (_tuple(product.options.get(name, 1), n) for name in ("stride", "dilation"))
     x = torch.nn.functional.pad(x, _padding(product.options.get("padding", 0), kernel, dilation))
+    if torch.Size(kernel).numel() > 1:
+        x = x.contiguous()  # patches are copied in this order, several times faster from it
     for i in range(n):
         x = x.unfold(2 + i, dilation[i] * (kernel[i] - 1) + 1, stride[i])[..., :: dilation[i]]
     x = x.unflatten(1, (groups, -1))  # (N, groups, C / groups, *out, *kernel)

@@ -8,7 +8,7 @@ from torch import nn
 
 import gradl1_fast as gl
 from gradl1_fast.training.config import Optimizer
-from gradl1_fast.training.loop.optimization import Average, optimizer_for, schedule_for
+from gradl1_fast.training.loop.optimization import Average, add_parameters, optimizer_for, schedule_for
 
 
 def model():
@@ -37,6 +37,23 @@ def test_the_rate_rises_along_a_line_and_falls_along_a_cosine():
 
 def test_without_a_rise_it_begins_at_its_highest():
     assert rates(Optimizer("adam", 0.2), epochs=2, steps=3)[0] == 0.2
+
+
+@pytest.mark.parametrize("added_at", [0, 2, 4, 7])
+@pytest.mark.parametrize("warmup", [0, 1])
+def test_parameters_that_are_added_have_the_rate_of_the_others(warmup, added_at):
+    network = model()
+    optimizer = optimizer_for(network, settings := Optimizer("sgd", 0.1, warmup_epochs=warmup))
+    schedule = schedule_for(optimizer, settings, epochs=3, steps=4)
+    for step in range(12):
+        if step == added_at:
+            network.register_parameter("alpha", nn.Parameter(torch.ones(1)))
+            add_parameters(optimizer, schedule, network)
+        assert len({group["lr"] for group in optimizer.param_groups}) == 1, step
+        optimizer.step()
+        schedule.step()
+    assert len(optimizer.param_groups) == 2
+    assert optimizer.param_groups[1]["weight_decay"] == 0
 
 
 @pytest.mark.parametrize(

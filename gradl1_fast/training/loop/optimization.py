@@ -80,8 +80,9 @@ def add_parameters(
     rates = {"lr": first["lr"], "initial_lr": first["initial_lr"]}
     optimizer.add_param_group({"params": new, "weight_decay": 0.0, **rates})
     for part in [schedule, *getattr(schedule, "_schedulers", [])]:
-        part.base_lrs.append(part.base_lrs[0])
-        part._last_lr.append(part._last_lr[0])
+        for rates_of_groups in (getattr(part, "base_lrs", None), part._last_lr):
+            if rates_of_groups is not None:  # a sequence of schedules has no base rates of its own
+                rates_of_groups.append(rates_of_groups[0])
 
 
 class Average:

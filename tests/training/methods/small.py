@@ -36,7 +36,9 @@ def config(name: str, **training: object) -> Config:
     """Return the configuration of the small training by a method of an experiment."""
     penalty = Penalty(method_of(name), 1, 0, settings_of(name, RECIPE))
     whole = Training(**{"epochs": 2, "batch_size": 20, **training})  # type: ignore[arg-type]
-    return Config(Data(), Model(), Optimizer("adamw", 0.01, weight_decay=1e-3), whole, penalty)
+    return Config(
+        Data(), Model(), Optimizer("adamw", 0.01, weight_decay=1e-3, warmup_epochs=1), whole, penalty
+    )
 
 
 def trainer(name: str, **training: object) -> Trainer:

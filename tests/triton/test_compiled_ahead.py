@@ -145,7 +145,8 @@ def test_every_kernel_compiles_exactly_and_without_spills(
         assert not (hot and spilled), (
             f"{name} stores {spilled} registers in local memory, using {used} registers"
         )
-        assert not re.search(r"\bfma\.|\.ftz|\bdiv\.(approx|full)|\bsqrt\.approx", ptx), f"{name}: not IEEE"
+        fused = re.search(r"\bfma\.|\.ftz|\bdiv\.(approx|full)|\bsqrt\.approx", _without_products(ptx))
+        assert not fused, f"{name}: not IEEE"
         narrow = re.findall(r"tt\.addptr .*: \S+ptr<.*>, (?:tensor<.*x)?i32\b", kernel.asm["ttir"])
         looked_up = 2 if name.startswith("_fake_quantize") else 0  # scale and zero point of a channel
         assert len(narrow) <= looked_up, f"{name}: offsets of 32 bits end at 2^31 elements: {narrow}"
@@ -153,6 +154,14 @@ def test_every_kernel_compiles_exactly_and_without_spills(
     print(
         "\n".join(f"sm_{arch} {dtype} {name}: {used} registers" for name, used in sorted(registers.items()))
     )
+
+
+def _without_products(ptx: str) -> str:
+    """Return the code without products of bfloat16 values, which sm_80 computes as ``a * b + -0``."""
+    zeros = re.findall(r"mov\.b(?:16|32) \t(%\w+), -(?:32768|2147450880);", ptx)
+    for zero in zeros:
+        ptx = re.sub(rf"\bfma\.rn\.bf16(x2)? [^;]*, {zero};", "", ptx)
+    return ptx
 
 
 def _resources(kernel: Any, folder: Path) -> tuple[int, int]:

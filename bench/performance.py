@@ -43,12 +43,12 @@ HEAD = """# Speed
 
 <!-- Written by `python -m bench.performance` from bench/results; edit that instead. -->
 
-What a training step with the penalty costs, beside a plain step and beside every other way to compute the
-same gradient that could be measured. Each time is taken only after the gradient, on the very batch that is
-timed, was compared with float64 double backprop; [how it is measured](benchmarks.md) has the rules.
+This page compares a training step with the penalty to a plain step, and to other ways to compute the same
+gradient. An exact provider is timed only if its gradient on the same batch agrees with float64 double
+backprop; see [How speed is measured](benchmarks.md).
 """
 CPU_ONLY = """!!! warning "CPU only"
-    All figures are of CPUs: no results of a GPU are among them, and nothing here says how fast it is there.
+    All measurements are from CPUs. There are no GPU results.
 """
 
 
@@ -124,7 +124,7 @@ def _step(rows: Sequence[Row], place: str) -> str:
     parts = []
     first = _first(rows)
     for title, words, cell in tables:
-        parts += [f"\n### {title}\n", words, "A dash was not measured.\n"]
+        parts += [f"\n### {title}\n", words, "A dash means not measured.\n"]
         parts += _table(rows, cell, [name for name in PROVIDERS if name in first])
         folded = _table(rows, cell, [name for name in PROVIDERS if name not in first])
         if "Time" in title:

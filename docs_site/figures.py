@@ -105,7 +105,7 @@ def _dot(at: int, value: float, kind: str) -> str:
 
 
 def _label(index: int, words: str, kind: str) -> str:
-    y = _y(50) + 18 * index
+    y = _y(55 - 10 * index)  # between two lines of the grid
     return (
         f'<line class="{kind}" x1="{_LEFT + 16}" x2="{_LEFT + 40}" y1="{y:.1f}" y2="{y:.1f}"/>'
         f'<text x="{_LEFT + 48}" y="{y + 4:.1f}">{words}</text>'

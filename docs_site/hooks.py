@@ -36,6 +36,7 @@ FIGURES = {
 
 _LINK = re.compile(r"(?<=\]\()(?P<path>[^)#:\s]+)(?=[)#])")
 _LOADED = re.compile(r"<(?:script|link|img|iframe)\b[^>]*(?:src|href)=\"(?:https?:)?//[^>]*>")
+_DEVIATION = re.compile(r"(?<=\d ±) (?=\d)")
 _FIGURE = re.compile(r"<!-- figure: (?P<name>[a-z-]+) -->")
 
 
@@ -55,7 +56,8 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     folder = (ROOT / outside[source] if source in outside else ROOT / "docs" / source).parent
     up = "../" * source.count("/")
     moved = _LINK.sub(lambda link: _moved(link["path"], folder, up), markdown)
-    return _FIGURE.sub(lambda found: FIGURES[found["name"]](), moved)
+    joined = _DEVIATION.sub("\N{NO-BREAK SPACE}", moved)  # in narrow columns, lines break before the sign
+    return _FIGURE.sub(lambda found: FIGURES[found["name"]](), joined)
 
 
 def on_page_content(html: str, **_: Any) -> str:

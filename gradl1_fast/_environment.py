@@ -33,7 +33,8 @@ def versions() -> dict[str, str]:
 def devices() -> dict[str, str]:
     """Return the devices that torch can use here, with a description of each."""
     threads = torch.get_num_threads()
-    found = {"cpu": f"{_processor()}, {os.cpu_count()} cores, torch uses {threads} threads"}
+    words = "1 thread" if threads == 1 else f"{threads} threads"
+    found = {"cpu": f"{_processor()}, {os.cpu_count()} cores, torch uses {words}"}
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             found[f"cuda:{index}"] = torch.cuda.get_device_name(index)

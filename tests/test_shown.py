@@ -15,6 +15,7 @@ from torch import nn
 import gradl1_fast as gl
 from gradl1_fast._shown import Grid, html
 from gradl1_fast.penalty import display
+from gradl1_fast.quantization.export import Agreement
 
 NAME = "<b>&'"  # of a layer: markup, unless it is escaped
 
@@ -62,6 +63,7 @@ RESULTS: dict[str, Callable[[], Any]] = {
     "Rounding": lambda: gl.round_weights(network(), [images()], w=3),
     "Reestimation": lambda: gl.reestimate_batch_norm(network(), [images()]),
     "Equalization": lambda: gl.equalize(network()),
+    "Agreement": lambda: Agreement(597, 1, NAME, 2e-7, 1.4e-7, 1.0, 1.4e-3, 97.5, 97.8),
 }
 NAMELESS = {"Table", "Preparation", "Reestimation", "Equalization"}  # these show no layer
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from gradl1_fast._report.figures import width_name
 from gradl1_fast.cli._console import fail, pairs, table
 from gradl1_fast.cli.app import app
-from gradl1_fast.quantization.export import FORMATS, Agreement, Format, agreement
+from gradl1_fast.quantization.export import FORMATS, Agreement, Format
 from gradl1_fast.quantization.export.formats import File
 from gradl1_fast.training.data.batches import Batch
 from gradl1_fast.training.loop.simple import accuracy
@@ -149,17 +149,7 @@ def _print_network(file: File, result: Agreement, before: float) -> None:
 
 
 def _print_agreement(result: Agreement, size: int) -> None:
-    rows = [("file size", "", f"{size:,} bytes")]
-    if result.where:  # there are codes
-        rows += [
-            ("largest code difference", str(agreement.CODES), str(result.codes)),
-            ("codes that differ", "", f"{100 * result.differing:.4f} %"),
-        ]
-    rows += [
-        ("largest error, relative to the largest output", f"{agreement.OUTPUTS:g}", f"{result.outputs:.1e}"),
-        ("the same end to end", "", f"{result.end_to_end:.1e}"),
-        ("top-1 agreement", f"{100 * agreement.TOP_1:g} %", f"{100 * result.top_1:.2f} %"),
-    ]
+    rows = [("file size", "", f"{size:,} bytes"), *result.rows()]
     Console().print(
         table(f"File against simulation, {result.inputs} test images", ("", "bound", "file"), rows)
     )

@@ -173,7 +173,7 @@ class Config:
         if self.penalty.epochs > self.training.epochs:
             raise ValueError(
                 f"penalty.epochs must be at most training.epochs, {self.training.epochs}, "
-                f"got {self.penalty.epochs} (flags: --penalty-epochs, --epochs); lower both"
+                f"got {self.penalty.epochs}; set --penalty-epochs as well as --epochs"
             )
         if self.optimizer.warmup_epochs >= self.training.epochs:
             raise ValueError(

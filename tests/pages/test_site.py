@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +13,7 @@ from tests.pages.blocks import ROOT
 pytest.importorskip("mkdocs", reason="mkdocs is not installed: pip install '.[docs]'")
 pytest.importorskip("ziamath")
 
+import markdown
 from mkdocs.config import load_config
 
 from docs_site import figures, formulas, hooks
@@ -35,6 +37,20 @@ class Page:
 )
 def test_links_in_the_repository_are_mapped_to_the_site(place: str, link: str, wanted: str) -> None:
     assert hooks.on_page_markdown(f"[here]({link})", Page(place)) == f"[here]({wanted})"
+
+
+PAGES = [*(ROOT / "docs").rglob("*.md"), *(ROOT / path for path in hooks.OUTSIDE if path.endswith(".md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_items_after_a_block_of_code_stay_in_their_list(page: Path) -> None:
+    html = markdown.markdown(page.read_text(), extensions=["tables", "pymdownx.superfences"])
+    assert not re.search(r"(?<!<li>)(?<!<li><p>)\b\d\. <strong>", html)
+
+
+def test_a_deviation_stays_with_its_sign() -> None:
+    row = hooks.on_page_markdown("| 91.4 ± 0.2 | mean ± deviation |", Page("index.md"))
+    assert row == "| 91.4 ±\N{NO-BREAK SPACE}0.2 | mean ± deviation |"
 
 
 def test_files_outside_docs_that_pages_need_are_there() -> None:

@@ -23,7 +23,15 @@ from gradl1_fast.training.demo.speed import PLAIN as PLAIN_STEP
 from gradl1_fast.training.experiment import Results, Row, Run
 from gradl1_fast.training.experiment.measurements import Alone, Change, Norms
 from gradl1_fast.training.experiment.session import Epoch
-from gradl1_fast.training.reports import demo, experiment, experiment_tables, run, sweep
+from gradl1_fast.training.reports import (
+    demo,
+    experiment,
+    experiment_details,
+    experiment_tables,
+    experiment_text,
+    run,
+    sweep,
+)
 from gradl1_fast.training.runs.recorder import NORM
 from gradl1_fast.training.runs.sweep import Results as SweepResults
 from gradl1_fast.training.runs.sweep import Settings as SweepSettings
@@ -251,6 +259,27 @@ def test_differences_pair_equal_seeds() -> None:
 
 def test_times_are_those_of_the_epochs_in_which_the_method_is_at_work() -> None:
     assert experiment_tables.times(experiment_results(80.0)) == {"plain": 21.0}
+
+
+def test_quick_runs_have_times_and_losses_that_are_not_zero() -> None:
+    runs = [experiment_run("plain", 0, 80.0)]
+    epochs = [Epoch(1, 2.0, 0.0, 10.0, 0.04), Epoch(2, 1.0, 0.1, 30.0, 0.16)]
+    quick = replace(runs[0], method="l2", epochs=epochs)
+    page = render(experiment.report(Results([*runs, quick])))
+    assert "20 s, 1.0×" in page
+    assert "0.16 s, 0.0×" in page
+    small = replace(runs[0], alone=[Alone("0.weight", 3, -1e-5, 80.0)])
+    assert experiment_details.alone(Results([small])).tables[0].rows == [("0.weight", "+0.000")]
+
+
+def test_the_procedure_is_that_of_the_data_set_and_names_no_warmup_of_zero_epochs() -> None:
+    text = " ".join(experiment_text.procedure(SETTINGS))
+    assert "rises linearly" not in text
+    assert "5,000 training images" in text
+    penalty = {"epochs": 3, "warmup_epochs": 2}
+    text = " ".join(experiment_text.procedure({**SETTINGS, "penalty": penalty, "data": {"name": "digits"}}))
+    assert "rises linearly over the first 2 of these. QAT" in text
+    assert "5,000" not in text
 
 
 def test_widths_that_some_runs_lack_are_not_shown() -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from gradl1_fast import _shown
 from gradl1_fast.quantization.export.arguments import Arguments
 from gradl1_fast.quantization.export.filling import occurrence
 from gradl1_fast.quantization.export.integers import session
@@ -39,8 +40,8 @@ TOP_1 = 0.99
 ACCURACY = 1.0  # points below the simulation
 
 
-@dataclass(frozen=True)
-class Agreement:
+@dataclass(frozen=True, repr=False)
+class Agreement(_shown.Shown):
     """The difference between a file and the simulation.
 
     Codes and outputs are compared step by step: the simulation computes each quantized activation from the
@@ -67,6 +68,28 @@ class Agreement:
     end_to_end: float
     accuracy: float | None = None
     expected: float | None = None
+
+    def rows(self) -> list[tuple[str, str, str]]:
+        """Return each measurement with its bound."""
+        rows = []
+        if self.where:  # there are codes
+            rows += [
+                ("largest code difference", str(CODES), f"{self.codes} ({self.where})"),
+                ("codes that differ", "", f"{100 * self.differing:.2g} %"),
+            ]
+        rows += [
+            ("largest error, relative to the largest output", f"{OUTPUTS:g}", f"{self.outputs:.1e}"),
+            ("the same end to end", "", f"{self.end_to_end:.1e}"),
+            ("top-1 agreement", f"{100 * TOP_1:g} %", f"{100 * self.top_1:.2f} %"),
+        ]
+        if self.accuracy is not None and self.expected is not None:
+            bound = f"{self.expected - ACCURACY:.2f} %"
+            rows.append(("accuracy of the file", bound, f"{self.accuracy:.2f} %"))
+        return rows
+
+    def _parts(self) -> Iterator[_shown.Grid]:
+        title = f"File against simulation, {self.inputs} inputs"
+        yield _shown.Grid(("measured", "bound", "file"), self.rows(), title, right=(1, 2))
 
     def faults(self) -> list[str]:
         """Return a sentence for each violated bound."""

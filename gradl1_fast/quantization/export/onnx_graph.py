@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import logging
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -30,8 +32,7 @@ def to_onnx(program: Program) -> Any:
     if wrong := _mistranslated(program.exported):
         raise NotExportableError(f"torch.onnx.export drops divisor_override of {'; '.join(wrong)}")
     try:
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")  # deprecations between packages
+        with _quiet(), torch.no_grad():
             exported = copy.deepcopy(program.exported)  # the exporter changes its argument
             result = torch.onnx.export(
                 exported,
@@ -47,6 +48,20 @@ def to_onnx(program: Program) -> Any:
     if result is None:
         raise NotExportableError("torch.onnx.export returned nothing")
     return result.model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hide deprecations between packages, and that the operators of torchvision are missing."""
+    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def _translation() -> Callable[..., Any]:
@@ -117,7 +132,8 @@ def _untranslated(exported: torch.export.ExportedProgram) -> list[str]:
     try:
         from torch.onnx._internal.exporter import _fx_passes, _registration
 
-        registry = _registration.ONNXRegistry.from_torchlib(opset_version=OPSET)
+        with _quiet():
+            registry = _registration.ONNXRegistry.from_torchlib(opset_version=OPSET)
         nodes = _fx_passes.decompose_with_registry(copy.deepcopy(exported), registry).graph.nodes
         modules: dict[str, str] = {}
         for node in nodes:

@@ -166,7 +166,8 @@ def _cost(speeds: list[Speed]) -> Section:
         figures.append(Chart(charts.bars(medians, _STEP_COLOURS, texts=texts), speed.network))
     tables = [Table((speed.network, "median", "to plain"), speed_rows(speed)) for speed in speeds]
     disagreement = max(speed.disagreement for speed in speeds)
-    text = f"{_COST} The relative difference between the two penalties is {disagreement:.0e}."
+    same = f"The relative difference between the two penalties is {disagreement:.0e}."
+    text = f"{_COST} {same if disagreement else 'The two penalties are equal.'}"
     return Section("Cost of a training step", text=[text], charts=figures, tables=tables)
 
 
@@ -174,8 +175,8 @@ def _procedure(settings: Settings) -> list[str]:
     recipe = settings.recipe
     return [
         _FIRST_ORDER,
-        "Each pair starts from the same weights and sees the same batches for the same number of epochs, "
-        f"{recipe.epochs}. In the last {recipe.penalty_epochs}, the penalised twin adds {recipe.coefficient} "
+        f"Each pair starts from the same weights and sees the same batches for {recipe.epochs} epochs. In "
+        f"the last {recipe.penalty_epochs} of these, the penalised twin adds {recipe.coefficient} "
         "times the l1 norms, each multiplied by the step of its tensor at 4 bits, to the loss. Nothing was "
         "trained after quantization; each network uses a single set of weights for all widths.",
     ]
@@ -195,7 +196,10 @@ def _settings_rows(settings: Settings) -> list[tuple[str, str]]:
         ),
         ("training", f"{recipe.epochs} epochs in batches of {recipe.batch_size}"),
         ("optimizer", f"Adam, learning rate {recipe.learning_rate} with a cosine schedule to 0"),
-        ("penalty", f"in the last {recipe.penalty_epochs} epochs, on weights and on activations"),
+        (
+            "penalty",
+            f"in the last {recipe.penalty_epochs} of {recipe.epochs} epochs, on weights and on activations",
+        ),
         ("coefficient", f"{recipe.coefficient}, scale={recipe.scale!r}"),
         ("weights' range", "symmetric, one for each tensor, from the largest absolute value"),
         ("activations' range", "affine, one for each tensor, from the extremes on the training images"),

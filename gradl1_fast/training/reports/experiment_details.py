@@ -94,7 +94,7 @@ def alone(results: Results) -> Section:
     rows = []
     for place, entry in enumerate(results.runs[0].alone):
         rises = [statistics.fmean(run.alone[place].rise for run in results.of(m)) for m in results.methods]
-        rows.append((entry.tensor, *(f"{rise:+.3f}" for rise in rises)))
+        rows.append((entry.tensor, *(f"{round(rise, 3) + 0.0:+.3f}" for rise in rises)))  # not -0.000
     paragraph = text.ALONE.format_map(results.runs[0].settings)
     table = Table(("tensor", *results.methods), rows)
     return Section("Sensitivity of single tensors", text=[paragraph], tables=[table])
@@ -121,6 +121,8 @@ def cost(results: Results) -> Section:
     seconds = times(results)
     colours = {method: style.colour for method, style in palette.styles(results.methods).items()}
     plain = seconds.get("plain")
-    texts = {m: f"{s:.0f} s" + (f", {s / plain:.1f}×" if plain else "") for m, s in seconds.items()}
+    texts = {m: f"{s:.{0 if s >= 10 else 2}f} s" for m, s in seconds.items()}
+    if plain:
+        texts = {m: f"{texts[m]}, {s / plain:.1f}×" for m, s in seconds.items()}
     figures = [Chart(charts.bars(seconds, colours, texts=texts), "Time of an epoch")] if seconds else []
     return Section("Cost", text=[text.COST], charts=figures)

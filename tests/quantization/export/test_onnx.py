@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import warnings
 from collections import Counter
 from typing import Any
@@ -44,6 +45,24 @@ def test_an_export_shows_no_warnings_of_other_packages() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         export_onnx(model, x, w=8, a=8)
+
+
+def test_an_export_does_not_log_that_torchvision_is_missing(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
+    level, original = logger.level, torch.onnx.export
+
+    def export(*args: Any, **kwargs: Any) -> Any:
+        logger.warning("torchvision is not installed")  # as the first export of a process does
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(torch.onnx, "export", export)
+    monkeypatch.setattr(logger, "handlers", [caplog.handler])
+    x = inputs(4, 3)
+    export_onnx(calibrated(nn.Sequential(nn.Linear(3, 2)), x), x, w=8, a=8)
+    assert logger.name not in {record.name for record in caplog.records}
+    assert logger.level == level
 
 
 def initializers(data: bytes, ending: str) -> dict[str, Any]:

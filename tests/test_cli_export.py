@@ -17,6 +17,7 @@ from typer.testing import CliRunner, Result
 
 from gradl1_fast.cli import app
 from gradl1_fast.cli import export as command
+from gradl1_fast.quantization.export import agreement
 from gradl1_fast.training import data
 from gradl1_fast.training.config import Config, Model
 from gradl1_fast.training.runs import folder as runs
@@ -71,7 +72,7 @@ def test_another_format(run: Path) -> None:
 def test_a_mismatch_fails_and_nothing_is_written(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(command.agreement, "TOP_1", 1.5)
+    monkeypatch.setattr(agreement, "TOP_1", 1.5)
     result = gradl1(run, "--out", tmp_path / "file", "--format", "any-bit")
     assert result.exit_code == 1
     assert "no file was written: top-1 agreement is 100.00 %, required is 150 %" in result.output

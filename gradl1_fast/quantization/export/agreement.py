@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -57,6 +57,7 @@ class Agreement(_shown.Shown):
         end_to_end: largest difference of two outputs end to end, relative to the largest output.
         accuracy: accuracy of the file in percent, if labels were given.
         expected: accuracy of the simulation in percent.
+        overflows: whether a session without ``session.x64quantprecision`` computes other outputs here.
     """
 
     inputs: int
@@ -68,6 +69,7 @@ class Agreement(_shown.Shown):
     end_to_end: float
     accuracy: float | None = None
     expected: float | None = None
+    overflows: bool = False
 
     def rows(self) -> list[tuple[str, str, str]]:
         """Return each measurement with its bound."""
@@ -85,6 +87,8 @@ class Agreement(_shown.Shown):
         if self.accuracy is not None and self.expected is not None:
             bound = f"{self.expected - ACCURACY:.2f} %"
             rows.append(("accuracy of the file", bound, f"{self.accuracy:.2f} %"))
+        if self.overflows:
+            rows.append(("a default session overflows here", "", "set session.x64quantprecision to 1"))
         return rows
 
     def _parts(self) -> Iterator[_shown.Grid]:
@@ -120,7 +124,8 @@ def compare(
         inputs: real inputs of the model.
         labels: labels of the inputs, for accuracies.
         fused: use a default session, in which onnxruntime replaces quantized operations by its own operations
-            in integer arithmetic. Otherwise each node is computed separately (session option
+            in integer arithmetic, and ``session.x64quantprecision=1``, without which x86 processors that
+            lack VNNI overflow. Otherwise each node is computed separately (session option
             ``session.disable_quant_qdq=1``).
         batch_size: the number of inputs per run.
 
@@ -137,7 +142,16 @@ def compare(
     with torch.no_grad():
         for part, wanted in _batches(arguments, labels, batch_size):
             _compare_batch(exported, file, watched, part, wanted, tally)
-    return tally.result()
+        first = next(iter(arguments.split(batch_size)))
+        overflows = fused and _overflows(exported, file, feed_of(exported, first))
+    return replace(tally.result(), overflows=overflows)
+
+
+def _overflows(exported: Exported, file: Any, feed: dict[str, Any]) -> bool:
+    """Return whether a default session computes other outputs than one with exact sums."""
+    default = session(exported.data, exact=False)
+    pairs = zip(default.run(exported.outputs, feed), file.run(exported.outputs, feed), strict=True)
+    return any(one.tobytes() != other.tobytes() for one, other in pairs)
 
 
 def compare_torch(

@@ -170,18 +170,28 @@ def _codes_kept(layer: QuantizedLayer, changed: Tensor) -> Iterator[None]:
     quantizer.set_rounded(bits, kept, MadeFor.of(weight, quantizer.clip, made_for.name))
 
 
-def session(model: bytes, *, fused: bool = True) -> Any:
+def session(model: bytes, *, fused: bool = True, exact: bool = True) -> Any:
     """Return an onnxruntime session of a model on the CPU.
 
     Args:
         model: the content of a file.
         fused: use the default of onnxruntime, with quantized operations in integer arithmetic; otherwise each
             node is computed separately in float.
+        exact: do not let sums of products overflow on x86 processors without VNNI (session option
+            ``session.x64quantprecision``), as a default session does with weights outside of -64 to 63.
+            onnxruntime cannot apply it to a weight that two nodes share; such a file gets a default session.
     """
+    if exact:
+        with contextlib.suppress(Exception):  # the runtime's errors have no common class
+            return _session(model, fused, {"session.x64quantprecision": "1"})
+    return _session(model, fused, {})
+
+
+def _session(model: bytes, fused: bool, entries: dict[str, str]) -> Any:
     options = onnxruntime().SessionOptions()
     options.log_severity_level = 4  # fatal messages only; errors are raised as exceptions
-    if not fused:
-        options.add_session_config_entry("session.disable_quant_qdq", "1")
+    for key, value in (entries if fused else {**entries, "session.disable_quant_qdq": "1"}).items():
+        options.add_session_config_entry(key, value)
     return onnxruntime().InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 

@@ -175,7 +175,7 @@ def _widened(wide: Sequence[str], reason: str) -> str:
 
 def _why_not_loaded(data: bytes) -> str | None:
     try:
-        session(data)
+        session(data, exact=False)
     except Exception as error:  # the runtime's errors have no common class
         return f"{str(error).strip().splitlines()[0]:.160}"
     return None

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import logging
+import platform
 import warnings
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -37,6 +39,8 @@ from tests.quantization.export.models import (
 onnx = pytest.importorskip("onnx", reason="export needs onnx")
 onnxruntime = pytest.importorskip("onnxruntime", reason="export needs onnxruntime")
 pytest.importorskip("onnxscript", reason="export needs onnxscript")
+
+CPUINFO = Path("/proc/cpuinfo")
 
 
 def test_an_export_shows_no_warnings_of_other_packages() -> None:
@@ -98,9 +102,10 @@ def test_a_default_session_agrees_with_the_simulation(which: Network, widths: tu
 def test_a_session_with_fewer_optimisations_agrees_too(
     level: str, widths: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def session(model: bytes, *, fused: bool) -> Any:
+    def session(model: bytes, *, fused: bool = True, exact: bool = True) -> Any:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4
+        options.add_session_config_entry("session.x64quantprecision", "1")
         options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, level)
         return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
@@ -193,7 +198,7 @@ def test_unsupported_narrow_types_give_a_remark(monkeypatch: pytest.MonkeyPatch)
 def test_a_file_that_the_runtime_cannot_load_is_widened(monkeypatch: pytest.MonkeyPatch) -> None:
     real, calls = types.session, []
 
-    def failing(data: bytes) -> Any:
+    def failing(data: bytes, **options: Any) -> Any:
         calls.append(data)
         if len(calls) == 1:
             raise RuntimeError("uint4 is not here")
@@ -246,6 +251,25 @@ def test_codes_of_a_narrow_weight_are_packed_and_widened_when_the_file_is_loaded
     assert kinds(file.data)["Mul"] == len(named_layers(file.prepared.model))
 
 
+@pytest.mark.skipif(
+    platform.machine() != "x86_64" or not CPUINFO.exists(), reason="asks Linux what the processor has"
+)
+@pytest.mark.parametrize(("w", "can_overflow"), [(8, True), (4, False)])
+def test_a_default_session_that_overflows_is_told(w: int, can_overflow: bool) -> None:
+    """Large sums of products: inputs near their end, and weights near theirs."""
+    layer = nn.Linear(64, 4)
+    with torch.no_grad():
+        layer.weight.copy_(torch.linspace(0.9, 1, 256).reshape(4, 64))
+    x = 1 - 0.1 * torch.rand(50, 64)
+    model = gl.convert(nn.Sequential(layer).eval())
+    gl.calibrate(model, [x])
+    found = compare(export_onnx(model, x, w=w, a=8), x)
+    assert not found.faults()
+    assert found.overflows == (can_overflow and "vnni" not in CPUINFO.read_text())
+    assert ("set session.x64quantprecision to 1" in str(found)) == found.overflows
+    assert not compare(export_onnx(model, x, w=w, a=8), x, fused=False).overflows
+
+
 def test_a_dead_channel_keeps_its_bias_in_a_plain_session() -> None:
     x = inputs(60, 3, 8, 8)
     model = calibrated(with_dead_channels(1.0), x, per_channel=True)
@@ -255,7 +279,7 @@ def test_a_dead_channel_keeps_its_bias_in_a_plain_session() -> None:
     assert file.prepared.raised == {"0": 4}
     assert any("4 weight scale(s) raised" in remark for remark in file.remarks)
     assert not compare(file, x).faults()
-    (y,) = onnxruntime.InferenceSession(file.data).run(None, {"input": x.numpy()})
+    (y,) = types.session(file.data).run(None, {"input": x.numpy()})
     assert float((torch.from_numpy(y).argmax(1) == before.argmax(1)).float().mean()) > 0.95
 
 

@@ -64,8 +64,13 @@ def read_environment(folder: Path) -> dict[str, Any]:
 
 
 def newest(folders: Iterable[Path]) -> Path:
-    """Return the folder whose results are the latest; those of before dates were kept come first."""
-    return max(folders, key=lambda folder: read_environment(folder).get("measured", {}).get("date", ""))
+    """Return the folder whose results are the latest; those without a date, then a time, come first."""
+    return max(folders, key=_when)
+
+
+def _when(folder: Path) -> tuple[str, str]:
+    measured = read_environment(folder).get("measured", {})
+    return measured.get("date", ""), measured.get("time", "")
 
 
 def device_of(environment: dict[str, Any], rows: Sequence[Row]) -> str:
@@ -74,8 +79,9 @@ def device_of(environment: dict[str, Any], rows: Sequence[Row]) -> str:
 
 
 def _measured() -> dict[str, str]:
-    """Return the day, and the revision where git knows it; ``-dirty`` if changes were not committed."""
-    found = {"date": datetime.now(timezone.utc).date().isoformat()}
+    """Return day and time, and the revision where git knows it; ``-dirty`` if changes were not committed."""
+    now = datetime.now(timezone.utc)
+    found = {"date": now.date().isoformat(), "time": f"{now:%H:%M} UTC"}
     try:
         revision = _git("rev-parse", "--short=12", "HEAD")
         # The results themselves change while they are written.

@@ -10,6 +10,7 @@ __all__ = ["costs", "gains"]
 
 NETWORK = "methods-fashion-mnist"
 WIDTH = 3, 3
+_WORDS = {WITHOUT_DATA: "no data", FREE_STEPS: "free steps"}
 CLASSES = {WITHOUT_DATA: "ours", FREE_STEPS: "free"}
 COLOURS = f"--plain: {palette.PLAIN}; --free: {palette.FREE}; --ours: {palette.PENALISED}"
 
@@ -34,7 +35,7 @@ def gains() -> str:
         y = _TOP + _ROW * (index + 0.5)
         parts.append(f'<text x="{_LABELS - 10}" y="{y + 4:.1f}" text-anchor="end">{method}</text>')
         parts += [_dot(x(gain), y, regime, f"{method}: {gain:+.1f} points") for regime, gain in row.items()]
-    parts += [_key(0, "no data", WITHOUT_DATA), _key(1, "free steps", FREE_STEPS)]
+    parts += [_key(i, _WORDS[regime], kind) for i, (regime, kind) in enumerate(CLASSES.items())]
     summary = "Points over plain training at (3, 3), for each method, without data and after the free steps"
     return _svg(parts, _LABELS + _PLOT + 24, bottom + 26, summary)
 
@@ -55,7 +56,7 @@ def costs() -> str:
     parts += [
         _point(x(t), _y(v), m, f"{m}: {v:.1f} %, {t:.2f} times the time") for m, (t, v) in points.items()
     ]
-    parts += [_key(0, "gradl1", WITHOUT_DATA), _key(1, "other methods", FREE_STEPS)]
+    parts += [_key(0, "gradl1", "ours"), _key(1, "other methods", "free"), _key(2, "plain training", "plain")]
     parts.append(_text(_LEFT + _ACROSS / 2, bottom + 38, "training time over plain"))
     summary = "Accuracy in percent at (3, 3) without data over training time, for each method"
     return _svg(parts, _LEFT + _ACROSS + 16, bottom + 46, summary)
@@ -106,9 +107,9 @@ def _dot(x: float, y: float, regime: str, title: str) -> str:
     return f"{circle}<title>{title}</title></circle>"
 
 
-def _key(index: int, words: str, regime: str) -> str:
+def _key(index: int, words: str, kind: str) -> str:
     x = 20 + 130 * index
-    circle = f'<circle class="{CLASSES[regime]}" cx="{x}" cy="16" r="4.5"/>'
+    circle = f'<circle class="{kind}" cx="{x}" cy="16" r="4.5"/>'
     return f'{circle}<text x="{x + 12}" y="20">{words}</text>'
 
 

@@ -90,7 +90,7 @@ def _origin(method: str) -> str:
     text = re.sub(r"\s+", " ", (cls.__doc__ or "").split("Args:")[0])
     told = re.search(r"Reconstruction: (.*)$", text.strip())
     if told is None:
-        return f"{cls.source}; the formulas are those of the paper." if cls.source else ""
+        return f"{cls.source}; its formulas are published." if cls.source else ""
     return f"{cls.source}. Reconstruction: {told[1].replace('``', '`')}"
 
 
@@ -108,13 +108,13 @@ def _seen(kept: Kept, method: str, name: str) -> str:
 
 def _beside(kept: Kept, method: str, regime: str, width: Width) -> str:
     own, plain = (value(kept, each, regime, width) for each in (method, PLAIN))
-    return "not measured" if own is None or plain is None else f"{own - plain:+.1f}"
+    return "not measured" if own is None or plain is None else f"{round(own - plain, 1) + 0.0:+.1f}"
 
 
 def rewritten(text: str) -> str:
     """Return the page with its tables and paragraphs made again."""
     for name in NETWORKS:
-        if accuracy.exists(name):
+        if accuracy.exists(name) and accuracy.marks("accuracy", name)[0] in text:
             text = between(text, accuracy.marks("accuracy", name), table(name), PAGE.name)
     marks = (
         "<!-- paragraphs: written by python -m docs_site.methods_results -->",

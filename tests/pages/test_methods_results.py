@@ -47,7 +47,7 @@ def test_the_table_has_a_line_for_each_method() -> None:
 @pytest.mark.usefixtures("small")
 def test_a_paragraph_tells_source_reconstruction_and_difference() -> None:
     kure, cpq = methods_results.paragraphs().split("\n\n")
-    assert "arXiv 2002.07686; the formulas are those of the paper." in kure
+    assert "arXiv 2002.07686; its formulas are published." in kure
     assert "On `net`, in points over plain training: float +2.0, no data (4, 4) +2.0" in kure
     assert "Reconstruction: " in cpq
     assert "free steps (2, 4) -4.5" in cpq

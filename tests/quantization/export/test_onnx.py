@@ -209,7 +209,7 @@ def test_a_file_that_the_runtime_cannot_load_is_widened(monkeypatch: pytest.Monk
         "codes of activations are stored in 8 bits: "
         "with narrower types, onnxruntime reports: uint4 is not here"
     ]
-    monkeypatch.setattr("gradl1_fast.quantization.export.onnx_file.session", lambda data: 1 / 0)
+    monkeypatch.setattr("gradl1_fast.quantization.export.onnx_file.session", lambda data, **_: 1 / 0)
     with pytest.raises(NotExportableError, match="onnxruntime cannot load the model: division by zero"):
         exported(NO_NORM, 4, 4)
 

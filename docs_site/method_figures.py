@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from docs_site import accuracy
-from docs_site.methods_results import FREE_STEPS, PLAIN, WITHOUT_DATA, Kept, names, value
+from docs_site.methods_results import FREE_STEPS, PLAIN, WITHOUT_DATA, WORDS, Kept, names, value
 from gradl1_fast._report import palette
 
 __all__ = ["costs", "gains"]
 
 NETWORK = "methods-fashion-mnist"
 WIDTH = 3, 3
-_WORDS = {WITHOUT_DATA: "no data", FREE_STEPS: "free steps"}
 CLASSES = {WITHOUT_DATA: "ours", FREE_STEPS: "free"}
 COLOURS = f"--plain: {palette.PLAIN}; --free: {palette.FREE}; --ours: {palette.PENALISED}"
 
@@ -35,7 +34,7 @@ def gains() -> str:
         y = _TOP + _ROW * (index + 0.5)
         parts.append(f'<text x="{_LABELS - 10}" y="{y + 4:.1f}" text-anchor="end">{method}</text>')
         parts += [_dot(x(gain), y, regime, f"{method}: {gain:+.1f} points") for regime, gain in row.items()]
-    parts += [_key(i, _WORDS[regime], kind) for i, (regime, kind) in enumerate(CLASSES.items())]
+    parts += [_key(i, WORDS[regime], kind) for i, (regime, kind) in enumerate(CLASSES.items())]
     summary = "Points over plain training at (3, 3), for each method, without data and after the free steps"
     return _svg(parts, _LABELS + _PLOT + 24, bottom + 26, summary)
 

@@ -19,7 +19,7 @@ from gradl1_fast.training.experiment.methods import method_of
 from gradl1_fast.training.experiment.regimes import OWN
 from gradl1_fast.training.reports.common import pair_name
 
-__all__ = ["NETWORKS", "PAGE", "paragraphs", "rewritten", "table", "value"]
+__all__ = ["NETWORKS", "PAGE", "WORDS", "paragraphs", "rewritten", "table", "value"]
 
 PAGE = accuracy.DOCS / "results" / "methods.md"
 NETWORKS = ("methods-fashion-mnist", "methods-fashion-mnist-depthwise")
@@ -28,7 +28,7 @@ FLOAT = None, None
 SHOWN = [(WITHOUT_DATA, width) for width in (FLOAT, (8, 8), (4, 4), (3, 3))] + [
     (FREE_STEPS, width) for width in ((8, 8), (4, 4), (3, 3), (2, 4))
 ]
-_WORDS = {WITHOUT_DATA: "no data", FREE_STEPS: "free steps"}
+WORDS = {WITHOUT_DATA: "no data", FREE_STEPS: "free steps"}
 
 Kept = dict[str, Any]
 Width = tuple[int | None, int | None]
@@ -61,7 +61,7 @@ def table(name: str) -> str:
 
 
 def _head(regime: str, width: Width) -> str:
-    return "float" if width == FLOAT else f"{_WORDS[regime]} {pair_name(*width)}"
+    return "float" if width == FLOAT else f"{WORDS[regime]} {pair_name(*width)}"
 
 
 def _own(kept: Kept, method: str) -> str:
@@ -98,7 +98,7 @@ def _seen(kept: Kept, method: str, name: str) -> str:
     """Return the accuracies beside those of plain training, as a sentence."""
     pairs = [(WITHOUT_DATA, (4, 4)), (FREE_STEPS, (3, 3)), (FREE_STEPS, (2, 4))]
     words = [
-        f"{_WORDS[regime]} {pair_name(*width)} {_beside(kept, method, regime, width)}"
+        f"{WORDS[regime]} {pair_name(*width)} {_beside(kept, method, regime, width)}"
         for regime, width in pairs
     ]
     lost = _beside(kept, method, WITHOUT_DATA, FLOAT)

@@ -181,16 +181,17 @@ def session(model: bytes, *, fused: bool = True, exact: bool = True) -> Any:
             ``session.x64quantprecision``), as a default session does with weights outside of -64 to 63.
             onnxruntime cannot apply it to a weight that two nodes share; such a file gets a default session.
     """
+    entries = {} if fused else {"session.disable_quant_qdq": "1"}
     if exact:
         with contextlib.suppress(Exception):  # the runtime's errors have no common class
-            return _session(model, fused, {"session.x64quantprecision": "1"})
-    return _session(model, fused, {})
+            return _session(model, {**entries, "session.x64quantprecision": "1"})
+    return _session(model, entries)
 
 
-def _session(model: bytes, fused: bool, entries: dict[str, str]) -> Any:
+def _session(model: bytes, entries: dict[str, str]) -> Any:
     options = onnxruntime().SessionOptions()
     options.log_severity_level = 4  # fatal messages only; errors are raised as exceptions
-    for key, value in (entries if fused else {**entries, "session.disable_quant_qdq": "1"}).items():
+    for key, value in entries.items():
         options.add_session_config_entry(key, value)
     return onnxruntime().InferenceSession(model, options, providers=["CPUExecutionProvider"])
 

@@ -61,7 +61,7 @@ fake_quantize_backward = Operator(
 fake_quantize_double_backward = Operator(
     "fake_quantize",
     f"fake_quantize_double_backward(Tensor? d_dx, Tensor? d_l1, Tensor dy, Tensor x, {_GRID}) -> Tensor",
-    lambda d_dx, d_l1, dy, *_: torch.empty_like(dy),
+    lambda d_dx, d_l1, dy, x, *_: torch.empty_like(x),
 )
 fake_quantize_forward.differentiate(_save, _backward)
 fake_quantize_backward.differentiate(_save_backward, _double_backward)

@@ -20,7 +20,7 @@ from gradl1_fast.backends.compiled._tensors import (
     settings_of,
     vector,
 )
-from gradl1_fast.backends.reference._tensors import absent, in_layout_of
+from gradl1_fast.backends.reference._tensors import absent
 
 ACTIVATIONS = {"none": 0, "relu": 1, "relu6": 2}
 
@@ -151,7 +151,7 @@ def batch_norm_act_double_backward(
         dy=beside(dy, x), x=x, activated=_mask_source(activated, x, masked_residual),
         d_dy=d_dy, d_x=d_x, d_weight=d_weight, scratch=scratch(x, settings),
     )  # fmt: skip
-    return in_layout_of(d_dy, dy), d_x, d_weight
+    return d_dy, d_x, d_weight
 
 
 def _mask_source(activated: Tensor | None, x: Tensor, masked_residual: bool) -> Tensor | None:

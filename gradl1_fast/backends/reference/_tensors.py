@@ -32,9 +32,9 @@ def l1(x: Tensor) -> Tensor:
     return x.abs().sum(dtype=sum_dtype(x.dtype))
 
 
-def add_l1_gradient(d_dy: Tensor | None, d_l1: Tensor | None, dy: Tensor) -> Tensor:
-    """Return ``d_dy + d_l1 * sign(dy)`` in the type and layout of ``dy``; a missing term counts as zero."""
+def add_l1_gradient(d_dy: Tensor | None, d_l1: Tensor | None, dy: Tensor, like: Tensor) -> Tensor:
+    """Return ``d_dy + d_l1 * sign(dy)`` in the type and layout of ``like``; a missing term counts as zero."""
     if d_l1 is None:
-        return torch.zeros_like(dy) if d_dy is None else in_layout_of(d_dy, dy)
+        return torch.zeros_like(like) if d_dy is None else in_layout_of(d_dy, like)
     term = widen(dy).sign().mul_(d_l1)
-    return in_layout_of(term if d_dy is None else term.add_(d_dy), dy)
+    return in_layout_of(term if d_dy is None else term.add_(d_dy), like)

@@ -158,7 +158,7 @@ def batch_norm_act_double_backward(
     for term in (None if d_dbias is None else column(d_dbias, x), d_dresidual):
         if term is not None:
             d_g.add_(term)
-    d_dy = add_l1_gradient(_masked(d_g, activated, within, activation, into=d_g), d_l1, dy)
+    d_dy = add_l1_gradient(_masked(d_g, activated, within, activation, into=d_g), d_l1, dy, x)
     return d_dy, in_layout_of(d_x, x), d_weight
 
 

@@ -53,7 +53,7 @@ def fake_quantize_double_backward(
     d_dy = None
     if d_dx is not None:
         d_dy = torch.where(unclamped(x, scale, zero_point, q_min, q_max, axis), d_dx, 0)
-    return add_l1_gradient(d_dy, d_l1, dy)
+    return add_l1_gradient(d_dy, d_l1, dy, x)
 
 
 def _along(values: Tensor, x: Tensor, axis: int | None) -> Tensor:

@@ -14,5 +14,5 @@ def tap_backward(dy: Tensor) -> Tensor:
 
 def tap_double_backward(d_dx: Tensor | None, d_l1: Tensor | None, dy: Tensor) -> Tensor:
     """Return ``d_dy = d_dx + d_l1 * sign(dy)``, where ``sign(0) = 0``."""
-    out = add_l1_gradient(d_dx, d_l1, dy)
+    out = add_l1_gradient(d_dx, d_l1, dy, dy)
     return out.clone() if out is d_dx else out

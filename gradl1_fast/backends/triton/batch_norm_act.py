@@ -137,4 +137,4 @@ def batch_norm_act_double_backward(
         d_dx, d_dweight, d_dbias, d_dresidual, d_l1, dy, work, activated, weight, bias, mean, rstd, scale,
         zero_point,
     )  # fmt: skip
-    return in_layout_of(d_dy, dy), in_layout_of(d_x, x), d_weight
+    return in_layout_of(d_dy, x), in_layout_of(d_x, x), d_weight

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gradl1_fast.backends.reference._tensors import absent
+from gradl1_fast.backends.reference._tensors import absent, in_layout_of
 from gradl1_fast.backends.triton import _launch
 from gradl1_fast.backends.triton._device import narrow, sign, widen
 from gradl1_fast.backends.triton._quantizer import mask_of_codes, quantized
@@ -133,8 +133,8 @@ def fake_quantize_double_backward(
 ) -> Tensor:
     """Return ``d_dy = mask * d_dx + d_l1 * sign(dy)``."""
     if d_dx is None:
-        return tap_double_backward(None, d_l1, dy)
-    d_dy = torch.empty_like(dy)
+        return in_layout_of(tap_double_backward(None, d_l1, dy), x)
+    d_dy = torch.empty_like(x)
     if n := dy.numel():
         with _launch.on_device_of(dy):
             scale, zero_point, shape = _qparams(d_dy, scale, zero_point, axis)

@@ -124,7 +124,7 @@ def test_a_title_stands_above_and_says_that_there_is_nothing() -> None:
 def test_a_penalty_shows_its_settings_and_last_value() -> None:
     result = gl.GradL1(network(), 0.25, 0.5, every=2)
     settings = "lambda_w=0.25, lambda_a=0.5, scale='step', step_bits=4, every=2"
-    assert repr(result) == f"GradL1({settings}): 2 layers and 1 activations of Sequential, not called yet"
+    assert repr(result) == f"GradL1({settings}): 2 layers and 1 activation of Sequential, not called yet"
     assert "<table>" not in result._repr_html_()
     values = [result(result.model(images()).square().mean()).item() for _ in range(2)]
     assert values[0] == 0

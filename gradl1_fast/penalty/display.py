@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from typing import TYPE_CHECKING
 
 from gradl1_fast._shown import Grid
@@ -19,10 +19,12 @@ def summary(penalty: GradL1) -> str:
     """Return the settings, what is penalised, and the last value; waits for the device."""
     settings = ", ".join(f"{name}={value}" for name, value in _settings(penalty))
     last = "not called yet" if penalty.value is None else f"last value {float(penalty.value):.4g}"
-    return (
-        f"GradL1({settings}): {len(penalty.layers)} layers and {len(penalty.sites)} activations "
-        f"of {type(penalty.model).__name__}, {last}"
-    )
+    layers, sites = _counted(penalty.layers, "layer"), _counted(penalty.sites, "activation")
+    return f"GradL1({settings}): {layers} and {sites} of {type(penalty.model).__name__}, {last}"
+
+
+def _counted(values: Sized, noun: str) -> str:
+    return f"{len(values)} {noun}{'' if len(values) == 1 else 's'}"
 
 
 def _settings(penalty: GradL1) -> Iterator[tuple[str, str]]:

@@ -63,8 +63,12 @@ class LevelCodes(WeightGrid):
     ``W = sum_k y_k v_k``, where y is one-hot at the largest score and has the gradient of the softmax of the
     scores. The gradient of a level is the sum of the gradients of its weights.
 
+    Both parameters are stored in units for which the learning rate of a float weight is right: a step of SGD
+    moves a level by about the mean of the steps that its weights would take, and scores by about as much as
+    they would change if the weight took its step.
+
     Args:
-        bits: the width; there are 2^bits levels.
+        bits: the width; there are ``K = 2^bits`` levels.
     """
 
     def __init__(self, bits: int) -> None:
@@ -75,19 +79,23 @@ class LevelCodes(WeightGrid):
         """Return the weight, of shape S.
 
         Args:
-            scores: of shape ``(*S, K)``.
-            levels: of shape ``(K,)``.
+            scores: of shape ``(*S, K)``, in units of half the spacing of the levels.
+            levels: of shape ``(K,)``, in units of ``sqrt(K / N)`` for N weights.
         """
+        levels = self.unit(scores[..., 0]) * levels
+        scores = scores * (2 / _spacing(levels.detach()))
         chosen = nn.functional.one_hot(scores.argmax(-1), self.count).to(levels.dtype)
         return straight_through(chosen, torch.softmax(scores, -1)) @ levels
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Return scores and levels: evenly spaced levels, and scores that fall with the squared distance."""
-        low, high = weight.aminmax()
-        levels = torch.linspace(0, 1, self.count, dtype=weight.dtype, device=weight.device)
-        levels = low + (high - low) * levels
-        spacing = ((high - low) / (self.count - 1)).clamp(min=1e-8)
-        return -(((weight.unsqueeze(-1) - levels) / spacing) ** 2), levels
+        levels, spacing = _between(weight, weight.new_empty(self.count)), _spacing(weight, self.count)
+        scores = -(((weight.unsqueeze(-1) - levels) / spacing) ** 2)
+        return scores * (spacing / 2), levels / self.unit(weight)
+
+    def unit(self, weight: Tensor) -> float:
+        """Return the unit of the levels of a weight."""
+        return float((self.count / weight.numel()) ** 0.5)
 
 
 class LevelSite(SiteGrid):
@@ -131,6 +139,12 @@ def _inverse_variance(rows: Tensor) -> Tensor:
     """Return 1 / variance of each row, 0 of a row that is constant."""
     variance = rows.var(1, correction=0)
     return torch.where(variance > 1e-12, 1 / variance.clamp(min=1e-12), torch.zeros_like(variance))
+
+
+def _spacing(x: Tensor, count: int | None = None) -> Tensor:
+    """Return the distance of ``count`` levels (default: ``len(x)``) spaced evenly over the range of ``x``."""
+    low, high = x.aminmax()
+    return ((high - low) / ((count or len(x)) - 1)).clamp(min=1e-8)
 
 
 def _between(x: Tensor, like: Tensor) -> Tensor:

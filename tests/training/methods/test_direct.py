@@ -18,20 +18,40 @@ START = torch.linspace(-2, 2, 4, dtype=torch.float64)
 
 def test_it_begins_with_every_weight_at_its_nearest_level():
     codes = LevelCodes(3)
-    scores, levels = codes.right_inverse(W)
-    assert torch.equal(codes(scores, levels), levels[nearest(W, levels)])
-    assert float((codes(scores, levels) - W).abs().max()) <= float(W.max() - W.min()) / 14 * (1 + 1e-9)
+    scores, stored = codes.right_inverse(W)
+    levels = stored * codes.unit(W)
+    assert torch.equal(codes(scores, stored), levels[nearest(W, levels)])
+    assert float((codes(scores, stored) - W).abs().max()) <= float(W.max() - W.min()) / 14 * (1 + 1e-9)
 
 
 def test_the_gradient_of_a_level_is_the_sum_over_its_weights():
     codes, g = LevelCodes(2), torch.randn_like(W)
-    scores, levels = (t.requires_grad_() for t in codes.right_inverse(W))
-    of_scores, of_levels = torch.autograd.grad((codes(scores, levels) * g).sum(), (scores, levels))
-    chosen = scores.argmax(-1)
-    assert_gradient(of_levels, torch.stack([g[chosen == k].sum() for k in range(4)]), 1e-10)
-    p = torch.softmax(scores.detach(), -1)
-    soft = (p * levels.detach()).sum(-1, keepdim=True)
-    assert_gradient(of_scores, g.unsqueeze(-1) * p * (levels.detach() - soft), 1e-10)
+    scores, stored = (t.requires_grad_() for t in codes.right_inverse(W))
+    of_scores, of_levels = torch.autograd.grad((codes(scores, stored) * g).sum(), (scores, stored))
+    chosen, levels = scores.argmax(-1), stored.detach() * codes.unit(W)
+    sums = torch.stack([g[chosen == k].sum() for k in range(4)])
+    assert_gradient(of_levels, sums * codes.unit(W), 1e-10)
+    factor = 6 / (levels[-1] - levels[0])  # 2 over the spacing
+    p = torch.softmax(factor * scores.detach(), -1)
+    soft = (p * levels).sum(-1, keepdim=True)
+    assert_gradient(of_scores, factor * g.unsqueeze(-1) * p * (levels - soft), 1e-10)
+
+
+def test_a_step_moves_levels_and_codes_about_as_far_as_it_moves_float_weights():
+    weight = torch.rand(400, 50, generator=GENERATOR, dtype=torch.float64)  # the same number at each level
+    codes, rate, steps = LevelCodes(3), 0.002, 20
+    scores, stored = (t.requires_grad_() for t in codes.right_inverse(weight))
+    before = codes(scores, stored).detach()
+    for _ in range(steps):
+        of_scores, of_levels = torch.autograd.grad(codes(scores, stored).sum(), (scores, stored))
+        with torch.no_grad():
+            scores -= rate * of_scores
+            stored -= rate * of_levels
+    by_codes = (scores.argmax(-1) != nearest(weight, torch.linspace(0, 1, 8).double())).double().mean()
+    assert 0.5 < float(by_codes) * (1 / 7) / (rate * steps) < 2
+    by_levels = (stored * codes.unit(weight)).detach() - torch.linspace(0, 1, 8).double()
+    assert 0.5 < float(-by_levels[1:-1].mean()) / (rate * steps) < 2
+    assert bool((codes(scores, stored) <= before).all())
 
 
 def test_the_levels_are_weighted_means_of_their_values():

@@ -9,15 +9,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from gradl1_fast import _files
+from gradl1_fast.nn.sites import named_layers
 from gradl1_fast.quantization.any_bit import load_any_bit, save_any_bit
 from gradl1_fast.quantization.bits import Widths, set_bits, widths_of
 from gradl1_fast.quantization.export.agreement import Agreement, compare_model
 from gradl1_fast.quantization.export.formats import Details, Format, register
 from gradl1_fast.quantization.export.prepared import Prepared
 from gradl1_fast.quantization.folding import Folding
+from gradl1_fast.quantization.sliced import has_own_weight
 
 __all__ = ["AnyBitFile"]
 
@@ -55,7 +58,15 @@ def _write(model: nn.Module, inputs: Any, *, w: Widths = None, a: Widths = None)
         data = path.read_bytes()
     simulation = copy.deepcopy(model).eval()
     set_bits(simulation, w=8, a=None)
+    _round_in_place(simulation)
     return AnyBitFile(data, Prepared(simulation, Folding(simulation), *widths_of(simulation)), sizes)
+
+
+@torch.no_grad()
+def _round_in_place(model: nn.Module) -> None:
+    """Round the weights to their grids, since code that does not call a layer also reads rounded values."""
+    for layer in filter(has_own_weight, named_layers(model).values()):
+        layer.weight.copy_(layer.weight_quantizer(layer.weight))
 
 
 def _compare(file: AnyBitFile, inputs: Any, labels: Tensor | None = None) -> Agreement:

@@ -33,11 +33,13 @@ class Program:
     Attributes:
         exported: the program, with marks.
         marks: the marks, by number.
+        batch_is_free: whether the batch size is dynamic.
         remarks: one sentence for each deviation from the request.
     """
 
     exported: torch.export.ExportedProgram
     marks: list[Mark]
+    batch_is_free: bool
     remarks: list[str] = field(default_factory=list)
 
     def run(self, arguments: Arguments, at: At) -> Any:
@@ -144,10 +146,10 @@ def trace(prepared: Prepared, inputs: Any, *, batch: bool, sizes: bool, joints: 
     except NotExportableError as error:
         if not batch or sizes:
             raise
-        exported = export_program(model, arguments, False, False)
+        batch, exported = False, export_program(model, arguments, False, False)
         reason = str(error).partition(": ")[2].splitlines()[0]
         remarks.append(f"the batch is fixed at {arguments.size}: {reason:.200}")
-    program = Program(exported, marks, remarks)
+    program = Program(exported, marks, batch, remarks)
     if uncalled := program.left_in_float():
         remarks.append(f"in float, because they are not called as layers: {', '.join(uncalled)}")
     if joints:

@@ -45,12 +45,16 @@ def export_torch(
         NotExportableError: ``torch.export`` refuses the model; the message has its reason.
     """
     program = trace(prepared, inputs, batch=dynamic_batch, sizes=dynamic_size, joints=False)
-    free = dynamic_batch and not program.remarks
+    return _content(program, prepared, inputs, dynamic_size)
+
+
+def _content(program: Program, prepared: Prepared, inputs: Any, dynamic_size: bool) -> bytes:
+    """Return the content of the file of a traced model."""
     arguments = Arguments.of(inputs)
-    arguments = arguments.example() if free else arguments
+    arguments = arguments.example() if program.batch_is_free else arguments
     module = _without_marks(program, prepared)
     file = io.BytesIO()
-    torch.export.save(export_program(module, arguments, free, dynamic_size), file)
+    torch.export.save(export_program(module, arguments, program.batch_is_free, dynamic_size), file)
     return file.getvalue()
 
 
@@ -141,10 +145,11 @@ class TorchFile:
 
 def _write(model: nn.Module, inputs: Any, *, w: Widths = None, a: Widths = None) -> TorchFile:
     prepared = simulate(model, inputs, w=w, a=a)
-    remarks = prepared.remarks()
+    program = trace(prepared, inputs, batch=True, sizes=False, joints=False)
+    remarks = [*prepared.remarks(), *program.remarks]
     if any(width is not None and width < 8 for width in prepared.w.values()):
         remarks.append("codes of fewer than 8 bits take one byte each: PyTorch has no narrower integer type")
-    return TorchFile(export_torch(prepared, inputs), prepared, remarks)
+    return TorchFile(_content(program, prepared, inputs, False), prepared, remarks)
 
 
 def _compare(file: TorchFile, inputs: Any, labels: Tensor | None = None) -> Agreement:

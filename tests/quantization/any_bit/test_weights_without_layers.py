@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import gradl1_fast as gl
+from gradl1_fast.quantization.export import FORMATS
+from tests.quantization.export.models import OfDict, calibrated, inputs
 
 pytest.importorskip("safetensors", reason="any-bit files need safetensors")
 
@@ -162,3 +164,11 @@ def test_memory_read_without_pytorch_is_nan(tmp_path: Path) -> None:
         assert weight.isnan().all()
     assert {weight: "key"}[weight] == "key"
     assert "tensor(" in repr(weight)
+
+
+def test_the_export_format_agrees_where_a_weight_is_used_without_its_layer() -> None:
+    x = ({"a": inputs(6, 4), "b": inputs(6, 4)},)
+    file = FORMATS["any-bit"].write(calibrated(OfDict(), x), x)
+    found = FORMATS["any-bit"].compare(file, x)
+    assert found.outputs < 1e-6
+    assert not found.faults()

@@ -113,6 +113,17 @@ class TwoInTwoOut(nn.Module):
         return self.last(F.avg_pool2d(z, 2).mean((2, 3))), z
 
 
+class FixedBatch(nn.Module):
+    """A reshape that allows batches of three alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x.view(3, 4))
+
+
 class OfDict(nn.Module):
     """One argument, a dictionary, and a layer whose weight is used without calling it."""
 

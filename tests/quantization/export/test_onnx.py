@@ -25,6 +25,7 @@ from tests.quantization.export.models import (
     Attention,
     AttentionOfOtherSizes,
     Branching,
+    FixedBatch,
     OfDict,
     Pools,
     Special,
@@ -355,16 +356,8 @@ def test_the_batch_is_dynamic_and_so_are_height_and_width_on_request() -> None:
 
 
 def test_a_batch_that_a_model_fixes_is_fixed_with_a_remark() -> None:
-    class Fixed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.linear = nn.Linear(4, 2)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.linear(x.view(3, 4))
-
     x = inputs(3, 4)
-    file = export_onnx(calibrated(Fixed(), x), x, w=8, a=8)
+    file = export_onnx(calibrated(FixedBatch(), x), x, w=8, a=8)
     assert file.remarks[0].startswith("the batch is fixed at 3: ")
     assert not compare(file, x).faults()
 

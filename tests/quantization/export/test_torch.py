@@ -12,7 +12,15 @@ import torch
 
 from gradl1_fast.quantization.export import FORMATS, NotExportableError, compare_torch, export_torch, simulate
 from tests.networks import NO_NORM
-from tests.quantization.export.models import RESIDUAL, Branching, OfDict, calibrated, inputs, network
+from tests.quantization.export.models import (
+    RESIDUAL,
+    Branching,
+    FixedBatch,
+    OfDict,
+    calibrated,
+    inputs,
+    network,
+)
 
 
 def test_the_program_agrees_with_the_simulation_without_this_library(tmp_path: Path) -> None:
@@ -50,6 +58,18 @@ def test_weights_are_integers() -> None:
 def test_a_dictionary_goes_in() -> None:
     x = ({"a": inputs(6, 4), "b": inputs(6, 4)},)
     file = FORMATS["torch-export"].write(calibrated(OfDict(), x), x, w=8, a=8)
+    assert not FORMATS["torch-export"].compare(file, x).faults()
+    assert file.remarks == ["in float, because they are not called as layers: by_function"]
+    few = {name: tensor[:2] for name, tensor in x[0].items()}
+    with torch.no_grad():
+        y = torch.export.load(io.BytesIO(file.data)).module()(few)
+        torch.testing.assert_close(y, file.prepared.model(few), rtol=0, atol=1e-5)
+
+
+def test_a_batch_that_a_model_fixes_is_fixed_with_a_remark() -> None:
+    x = inputs(3, 4)
+    file = FORMATS["torch-export"].write(calibrated(FixedBatch(), x), x, w=8, a=8)
+    assert file.remarks[0].startswith("the batch is fixed at 3: ")
     assert not FORMATS["torch-export"].compare(file, x).faults()
 
 

@@ -32,7 +32,7 @@ def test_a_class_declares_the_interface(cls):
     assert cls.__doc__
     if cls.source:
         assert "arXiv" in cls.__doc__, "the docstring names its source"
-    assert ("econstruction" in cls.__doc__) == cls.reconstruction
+    assert ("econstruction" in cls.__doc__) == cls.reconstruction, "docstring and reconstruction disagree"
 
 
 def test_every_file_with_a_method_holds_one_and_no_other_file_names_it():

@@ -77,12 +77,16 @@ def test_the_gradient_passes_where_the_weight_is_at_most_1(axis):
     torch.testing.assert_close(scales, rows_of(W, axis).abs().mean(1), rtol=1e-12, atol=0)
 
 
-def test_the_objective_draws_the_weight_to_its_binary_form():
+@pytest.mark.parametrize("count", [1, 3])
+def test_the_objective_draws_the_weight_to_its_binary_form(count):
     model = gl.convert(nn.Sequential(nn.Linear(6, 4, bias=False).double()))
     model[0].weight.data.copy_(W)
-    terms, grads = small.step("bitat", model, lambda: 0 * model(X).sum(), a=None, gamma=0.5, groups=1)
-    error = W - W.abs().mean(1, keepdim=True) * W.sign()
+    terms, grads = small.step("bitat", model, lambda: 0 * model(X).sum(), a=None, gamma=0.5, groups=count)
     matrix = X.T @ X / 50
+    groups = groups_of(matrix.diagonal(), count)
+    assert len(groups.unique()) == count
+    scales = torch.stack([W[:, groups == group].abs().mean(1) for group in groups], 1)
+    error = W - scales * W.sign()
     assert_gradient(grads["0.parametrizations.weight.original"], error @ matrix, 1e-9)
     assert float(terms.penalty) == pytest.approx(0.5 * float((X @ error.T).square().sum() / 50))
 

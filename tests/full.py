@@ -15,7 +15,7 @@ FULL = os.environ.get("GRADL1_TEST_FULL") == "1"
 EVERY = {
     "tests/triton/interpreted/": 6,
     "tests/ops/test_layouts.py": 3,
-    "tests/ops/test_bad_input.py::test_not_finite_input": 3,
+    "tests/ops/test_bad_input.py::test_non_finite_input": 3,
     "tests/ops/test_bad_input.py::test_odd_sizes": 2,
     "tests/penalty/test_compile.py::test_a_compiled_step": 2,
     "tests/penalty/test_compile.py::test_without_tracing": 2,

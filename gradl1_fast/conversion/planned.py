@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from gradl1_fast.conversion.execution import batch_norm_act
 from gradl1_fast.conversion.regions.region import Region, executable
-from gradl1_fast.conversion.snapshot import Snapshot
+from gradl1_fast.conversion.snapshot import Snapshot, layers_in
 from gradl1_fast.conversion.trace import is_leaf, trace
 from gradl1_fast.conversion.unchanged import NotTraceableError
 from gradl1_fast.conversion.verification import difference
@@ -113,6 +113,9 @@ class Planned:
         if self.reason:
             return None
         plan = self._plans.get(module.training)
+        if _is_observed(module, plan):
+            self.reason = "was called while a tensor at a site is observed or replaced"
+            return None
         # Hooks may have been removed since; other reasons are permanent.
         if plan is None or plan == _HOOKS or (isinstance(plan, _Plan) and not plan.snapshot.holds(module)):
             plan = self._plans[module.training] = _plan_of(module, self._arming)
@@ -145,6 +148,18 @@ class _Plan:
         if kind not in self._verified:
             self._verified[kind] = difference(module, module._call_impl, self.run, args)
         return self._verified[kind]
+
+
+def _is_observed(module: nn.Module, plan: _Plan | str | None) -> bool:
+    """Return whether an observer or a replacement needs the tensors at a site, which a region does not show.
+
+    A plan that is verified would show them twice.
+    """
+    if isinstance(plan, str) and plan != _HOOKS:
+        return False  # the modules run anyway
+    layers = plan.snapshot.layers if isinstance(plan, _Plan) else layers_in(module.modules())
+    sites: Any = [layer._modules.get("input_quantizer") for layer in layers]
+    return any(q is not None and (q.observer is not None or q.move is not None) for q in sites)
 
 
 def _plan_of(module: nn.Module, arming: Arming) -> _Plan | str:

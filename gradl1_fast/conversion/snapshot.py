@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 
 from gradl1_fast.conversion.trace import is_leaf
 from gradl1_fast.nn.hooks import has_hooks, has_own_forward
+from gradl1_fast.nn.layers import QuantizedLayer
 
-__all__ = ["Snapshot"]
+__all__ = ["Snapshot", "layers_in"]
 
 _SIMPLE = (bool, int, float, str, type(None))
 # Attributes of every module, which do not affect its result or are compared separately.
@@ -24,11 +26,13 @@ class Snapshot:
 
     Attributes:
         has_hooks: whether a module has hooks, or a ``forward`` that was replaced on the instance.
+        layers: the layers of this library.
     """
 
     def __init__(self, container: nn.Module) -> None:
         modules = list(container.modules())
         self.has_hooks = any(has_hooks(m) or has_own_forward(m) for m in modules)
+        self.layers = layers_in(modules)
         self._entries = [
             (m, type(m), type(m).forward, m.training, tuple(m._modules.values()), _attributes(m))
             for m in modules
@@ -48,6 +52,11 @@ class Snapshot:
             if attributes is not None and _attributes(module) != attributes:
                 return False
         return True
+
+
+def layers_in(modules: Iterable[nn.Module]) -> list[QuantizedLayer]:
+    """Return those modules that are layers of this library."""
+    return [module for module in modules if isinstance(module, QuantizedLayer)]
 
 
 def _attributes(module: nn.Module) -> tuple[Any, ...] | None:

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 import gradl1_fast as gl
 from gradl1_fast.conversion import planned
 from gradl1_fast.conversion.planned import Planned
+from gradl1_fast.nn.sites import named_quantizers, replaced_at
+from gradl1_fast.quantization.calibration import observed
 from tests.conversion.models import NOT_PLANNED, PLANNED, Base, functional_relu, model
 from tests.conversion.runs import assert_equal_steps, assert_same, built, images, loss_of, penalised, truth
 from tests.networks import NETWORKS, RESNET, VGG, Network
@@ -236,6 +238,50 @@ def test_unsupported_calls_run_the_modules(call: str) -> None:
     assert wanted in converted._compiled_call_impl.reason
     assert bool(wanted) == bool(converted._compiled_call_impl.reason)
     del penalty
+
+
+class Noted:
+    """An observer that notes the largest value of each tensor."""
+
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    def update(self, x: Tensor) -> None:
+        self.seen.append(float(x.max()))
+
+
+@pytest.mark.parametrize("is_verified", [False, True])
+def test_observed_and_replaced_tensors_are_seen_once_in_an_armed_pass(is_verified: bool) -> None:
+    """By the modules: a region shows no tensor, and a plan that is verified would show each twice."""
+    found = []
+    for is_armed in (False, True):
+        converted, x = gl.convert(RESNET.make().eval()), RESNET.batch()[0]
+        penalty = gl.GradL1(converted, 0.1, 0.1)
+        if is_verified:
+            penalty(loss_of(x)(converted))
+        penalty.enabled = is_armed
+        sites = named_quantizers(converted)
+        del sites["stem.0.input"]  # images, which are not replaced where they are known as such
+        replaced: list[str] = []
+
+        def doubled(name: str, tensor: Tensor, names: list[str] = replaced) -> Tensor:
+            names.append(name)
+            return 2 * tensor
+
+        with replaced_at(sites, doubled):
+            changed = converted(x)
+        noted = {name: Noted() for name in sites}
+        with observed(sites, noted):
+            converted(x)
+        if is_armed:
+            assert "observed" in converted._compiled_call_impl.reason
+        found.append((replaced, {name: each.seen for name, each in noted.items()}, changed))
+    (expected_names, expected_values, expected), (names, values, changed) = found
+    assert names == expected_names
+    for name, seen in values.items():
+        assert seen == pytest.approx(expected_values[name], rel=1e-12)
+    assert len(names) > 5
+    torch.testing.assert_close(changed, expected)
 
 
 def test_another_dtype_or_shape_is_compared_again() -> None:

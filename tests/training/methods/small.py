@@ -16,7 +16,15 @@ from gradl1_fast.training.methods import Terms, make
 
 IMAGES = tuple(part[:60] for part in digits(0).train)
 RECIPE = {"lambda_w": 0.01, "lambda_a": 0.01, "scale": "step"}
-COMPOSED = ["gradl1+kure", "sam+kure+defensive", "symreg+satnl+asam", "gradl1+satnl", "sam+qat-4"]
+COMPOSED = [
+    "gradl1+kure",
+    "gradl1+qat-4",
+    "gradl1+defensive",
+    "sam+kure+defensive",
+    "symreg+satnl+asam",
+    "gradl1+satnl",
+    "sam+qat-4",
+]
 NAMES = [*VARIANTS, *COMPOSED]
 STEPS = 6  # of the whole training: three in each of two epochs, of which the second has the method
 

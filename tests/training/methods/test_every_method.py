@@ -174,6 +174,40 @@ def test_a_combination_minimises_the_sum():
     torch.testing.assert_close(grads["gradl1+kure"], expected, rtol=1e-10, atol=1e-12)
 
 
+class Recorded(Method):
+    """A part of a combination that writes down its calls."""
+
+    family = Family.LOSS
+
+    def __init__(self, model, name, calls):
+        super().__init__(model)
+        self.name, self.calls = name, calls
+
+    def added(self, loss):
+        self.calls.append(f"{self.name} added at {self.strength}")
+        return loss.new_zeros(())
+
+    def after_step(self):
+        self.calls.append(f"{self.name} after the step")
+
+    def close(self):
+        self.calls.append(f"{self.name} closed")
+
+
+def test_a_combination_hands_everything_to_its_parts_and_closes_the_last_one_first():
+    model, calls = torch.nn.Linear(1, 1), []
+    both = Composed(model, [Recorded(model, "a", calls), Recorded(model, "b", calls)])
+    both.strength = 0.5
+    both.backward(lambda: model(torch.ones(1, 1)).sum())
+    both.after_step()
+    both.close()
+    assert calls == [
+        *("a added at 0.5", "b added at 0.5"),
+        *("a after the step", "b after the step"),
+        *("b closed", "a closed"),
+    ]
+
+
 @pytest.mark.parametrize(
     ("name", "settings", "error", "message"),
     [

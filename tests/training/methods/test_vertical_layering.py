@@ -127,6 +127,17 @@ def test_each_width_has_statistics_of_its_own():
     assert torch.equal(norm.running_mean, own)
 
 
+def test_a_width_is_trained_and_evaluated_with_its_own_statistics():
+    model, (x, y) = small.network(), small.IMAGES
+    method = make("vertical", model, widths="8 2")
+    method.backward(lambda: nn.functional.cross_entropy(model(x), y))
+    own = model[1].running_mean.clone()
+    for w, same in ((8, True), (2, False)):
+        with method.quantized(w, w):
+            assert torch.equal(model[1].running_mean, own) == same
+    assert torch.equal(model[1].running_mean, own)
+
+
 def test_widths_are_read_and_checked():
     assert widths_in("widths", "2 8 4 4") == widths_in("widths", [4, 2, 8]) == [8, 4, 2]
     for wrong in ("", "9", "0 4", "four", []):

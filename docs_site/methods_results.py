@@ -19,10 +19,11 @@ from gradl1_fast.training.experiment.methods import method_of
 from gradl1_fast.training.experiment.regimes import OWN
 from gradl1_fast.training.reports.common import pair_name
 
-__all__ = ["NETWORKS", "PAGE", "WORDS", "paragraphs", "rewritten", "table", "value"]
+__all__ = ["NETWORKS", "PAGE", "SEVERAL_SEEDS", "WORDS", "paragraphs", "rewritten", "table", "value"]
 
 PAGE = accuracy.DOCS / "results" / "methods.md"
 NETWORKS = ("methods-fashion-mnist", "methods-fashion-mnist-depthwise")
+SEVERAL_SEEDS = "methods-fashion-mnist-seeds"  # some of the methods
 PLAIN, WITHOUT_DATA, FREE_STEPS = "plain", "per tensor", "calibrated"
 FLOAT = None, None
 SHOWN = [(WITHOUT_DATA, width) for width in (FLOAT, (8, 8), (4, 4), (3, 3))] + [
@@ -113,7 +114,7 @@ def _beside(kept: Kept, method: str, regime: str, width: Width) -> str:
 
 def rewritten(text: str) -> str:
     """Return the page with its tables and paragraphs made again."""
-    for name in NETWORKS:
+    for name in (*NETWORKS, SEVERAL_SEEDS):
         if accuracy.exists(name) and accuracy.marks("accuracy", name)[0] in text:
             text = between(text, accuracy.marks("accuracy", name), table(name), PAGE.name)
     marks = (

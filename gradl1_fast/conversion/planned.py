@@ -31,6 +31,8 @@ from gradl1_fast.nn.sharing import mark_input
 __all__ = ["containers", "install"]
 
 _HOOKS = "has hooks inside"
+_CHANGING = "what its code reads changed in each of several passes"
+_MOST_CHANGES = 20  # in a row, each of which needs a new trace
 
 
 def install(model: nn.Module) -> None:
@@ -75,7 +77,8 @@ class Planned:
         self.is_root = False
         self.has_run = False
         self.reason = ""
-        self._plans: dict[bool, _Plan | str] = {}
+        self._plans: dict[bool, _Plan | str | None] = {}
+        self._changes = 0
 
     @property
     def module(self) -> nn.Module | None:
@@ -116,8 +119,13 @@ class Planned:
         if _is_observed(module, plan):
             self.reason = "was called while a tensor at a site is observed or replaced"
             return None
-        # Hooks may have been removed since; other reasons are permanent.
-        if plan is None or plan == _HOOKS or (isinstance(plan, _Plan) and not plan.snapshot.holds(module)):
+        if isinstance(plan, _Plan):
+            if plan.snapshot.holds(module):
+                self._changes = 0
+            else:
+                self._changes += 1
+                plan = self._plans[module.training] = None if self._changes < _MOST_CHANGES else _CHANGING
+        if plan is None or plan == _HOOKS:  # hooks may have been removed since; other reasons are permanent
             plan = self._plans[module.training] = _plan_of(module, self._arming)
         if isinstance(plan, str):
             self.reason = plan

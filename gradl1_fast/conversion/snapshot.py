@@ -1,19 +1,19 @@
-"""The state of a container that a plan depends on: modules, attributes, hooks and modes."""
+"""The state of a container that a plan depends on: modules, attributes, hooks, modes and values outside."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import nn
 
+from gradl1_fast.conversion.outside import Values, form
 from gradl1_fast.conversion.trace import is_leaf
 from gradl1_fast.nn.hooks import has_hooks, has_own_forward
 from gradl1_fast.nn.layers import QuantizedLayer
 
 __all__ = ["Snapshot", "layers_in"]
 
-_SIMPLE = (bool, int, float, str, type(None))
 # Attributes of every module, which do not affect its result or are compared separately.
 _EXCLUDED = {*vars(nn.Module()), "_compiled_call_impl"} - {"_parameters", "_buffers"}
 
@@ -37,6 +37,8 @@ class Snapshot:
             (m, type(m), type(m).forward, m.training, tuple(m._modules.values()), _attributes(m))
             for m in modules
         ]
+        traced = [m for m in modules if not is_leaf(m)]
+        self._values = Values(traced, (value for m in traced for _, value in _of_its_own(m)))
 
     def holds(self, container: nn.Module) -> bool:
         """Return whether the state is unchanged; called in every armed forward pass."""
@@ -51,7 +53,7 @@ class Snapshot:
                 return False
             if attributes is not None and _attributes(module) != attributes:
                 return False
-        return True
+        return self._values.hold()
 
 
 def layers_in(modules: Iterable[nn.Module]) -> list[QuantizedLayer]:
@@ -63,19 +65,8 @@ def _attributes(module: nn.Module) -> tuple[Any, ...] | None:
     """Return a comparable form of a container's attributes; None for a leaf."""
     if is_leaf(module):
         return None
-    return tuple([(name, _value(value)) for name, value in vars(module).items() if name not in _EXCLUDED])
+    return tuple([(name, form(value)) for name, value in _of_its_own(module)])
 
 
-def _value(value: Any) -> Any:
-    """Return a simple value itself, a container's items as a tuple, or the identity of another object."""
-    if isinstance(value, _SIMPLE):
-        return value
-    if isinstance(value, dict):
-        return tuple([(k if isinstance(k, _SIMPLE) else id(k), _entry(v)) for k, v in value.items()])
-    if isinstance(value, list | tuple):
-        return tuple(map(_entry, value))
-    return id(value)
-
-
-def _entry(value: Any) -> Any:
-    return value if isinstance(value, _SIMPLE) else id(value)
+def _of_its_own(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    return ((name, value) for name, value in vars(module).items() if name not in _EXCLUDED)

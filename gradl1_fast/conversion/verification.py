@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -51,8 +52,21 @@ def _results(
 
 
 def _is_same(a: Any, b: Any) -> bool:
-    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
-        return isinstance(a, Tensor) == isinstance(b, Tensor) and (a is b or bool(a == b))
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return _is_close(a, b)
+    if type(a) is not type(b) or isinstance(a, Tensor):
+        return False
+    if dataclasses.is_dataclass(a):
+        pairs = [(getattr(a, f.name), getattr(b, f.name)) for f in dataclasses.fields(a)]
+        (first, first_spec), (second, second_spec) = map(tree_flatten, zip(*pairs, strict=True))
+        return first_spec == second_spec and all(map(_is_same, first, second))
+    try:
+        return a is b or bool(a == b)
+    except (RuntimeError, TypeError, ValueError):  # such as the truth of an array
+        return False
+
+
+def _is_close(a: Tensor, b: Tensor) -> bool:
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     if not a.is_floating_point():

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+import types
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -133,16 +136,28 @@ def test_an_untraceable_module_does_not_prevent_the_plan_of_its_parent() -> None
     assert_equal_steps(built(make), gl.convert(built(make)), loss_of(images()), steps=4)
 
 
+SETTINGS = {"gain": [1.5]}
+
+
+def gain() -> float:
+    return SETTINGS["gain"][0]
+
+
 class Switched(Base):
-    """Its forward pass reads attributes of its own, of a block inside and of a list."""
+    """Its forward pass reads attributes of its own, of a block inside, of objects, and what is outside."""
+
+    power = 1.5
 
     def __init__(self) -> None:
         super().__init__()
+        self.hidden = types.SimpleNamespace(scale=1.5, more={"deep": [1.5]})
+        self.array = np.array([1.5])
         self.factor, self.mode, self.steps, self.options = 2.0, "sum", [1, 2], {"relu": True}
         self.block = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU())
 
     def features(self, x: Tensor) -> Tensor:
-        y = self.block(self.conv1(x)) * self.factor
+        y = self.block(self.conv1(x)) * self.factor * self.power * gain() * float(self.array[0])
+        y = y * self.hidden.scale * self.hidden.more["deep"][0]
         y = y + x if self.mode == "sum" else y - x
         for step in self.steps:
             y = y * step
@@ -176,7 +191,18 @@ CHANGES: dict[str, Callable[[nn.Module], object]] = {
     "class": lambda m: setattr(m.block[2], "__class__", nn.Tanh),
     "norm without statistics": lambda m: setattr(m.block[1], "track_running_stats", False),
     "frozen": lambda m: m.block.requires_grad_(False),
+    "an attribute of an object": lambda m: setattr(m.hidden, "scale", 3.0),
+    "an item inside of an object": lambda m: m.hidden.more["deep"].__setitem__(0, 3.0),
+    "an item of an array": lambda m: m.array.fill(3.0),
+    "a class attribute": lambda m: setattr(Switched, "power", 3.0),
+    "a global that a function reads": lambda m: SETTINGS["gain"].__setitem__(0, 3.0),
 }
+
+
+@pytest.fixture(autouse=True)
+def _outside() -> Iterator[None]:
+    yield
+    Switched.power, SETTINGS["gain"][0] = 1.5, 1.5
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -289,6 +315,54 @@ def test_another_dtype_or_shape_is_compared_again() -> None:
     for size in (5, 7, 5):
         x = torch.randn(2, 4, size, size).double()
         assert_same(penalised(converted, loss_of(x), "none"), _fresh(converted, x))
+
+
+@dataclasses.dataclass
+class Output:
+    features: Tensor
+    parts: list[Tensor]
+
+
+class Opaque:
+    def __init__(self, features: Tensor) -> None:
+        self.features = features
+
+
+class Returning(nn.Module):
+    """Returns its result in an object."""
+
+    def __init__(self, wrap: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.a, self.b, self.wrap = nn.Linear(4, 4), nn.Linear(4, 2), wrap
+
+    def forward(self, x: Tensor) -> Any:
+        return self.wrap(self.b(self.a(x).relu()))
+
+
+@pytest.mark.parametrize(
+    ("wrap", "why"),
+    [(lambda y: Output(y, [2 * y]), ""), (Opaque, "Opaque")],
+    ids=["a dataclass", "an object"],
+)
+def test_a_model_may_return_an_object(wrap: Callable[[Tensor], Any], why: str) -> None:
+    x = torch.randn(3, 4, dtype=torch.float64)
+    converted = gl.convert(built(lambda: Returning(wrap)))
+    penalty, expected = gl.GradL1(converted, 0.1, 0.1), converted(x).features
+    loss = converted(x).features.square().sum()
+    assert float(penalty(loss).detach()) > 0
+    torch.testing.assert_close(converted(x).features, expected)
+    found = converted._compiled_call_impl.reason
+    assert why in found if why else found == ""
+
+
+def test_a_plan_whose_values_change_in_every_pass_gives_way_to_the_modules() -> None:
+    converted, x = gl.convert(built(Switched)), images()
+    found = []
+    for step in range(25):
+        converted.factor = 1.0 + step
+        found.append(reason(converted, x))
+    assert found[0] == ""
+    assert "changed in each of several passes" in found[-1]
 
 
 def _fresh(converted: nn.Module, x: Tensor) -> Any:

@@ -162,7 +162,10 @@ class WeightQuantizer(_Quantizer):
             if clip.dim() != 2 or clip.shape[0] not in (1, MAX_BITS):
                 raise ValueError(f"clip must have shape (1 or {MAX_BITS}, channels), got {tuple(clip.shape)}")
             if self.axis is None and clip.shape[1] != 1:
-                raise ValueError(f"a single range for the tensor needs one column, got {clip.shape[1]}")
+                raise ValueError(
+                    f"a single range for the tensor needs one column, got {clip.shape[1]}; ranges of "
+                    "channels need a model converted with per_channel=True"
+                )
             if not bool((clip.isfinite() & (clip >= 0)).all()):
                 raise ValueError("clip must be finite and 0 or more")
         self.clip = None if clip is None else clip.detach()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -92,16 +93,41 @@ def call(model: nn.Module, batch: Any, forward: Forward | None = None) -> Any:
     The first entry of a tuple or list is the input, and a mapping holds the keyword arguments. For other
     calls, pass ``forward(model, batch)``. Sites that get a tensor of the batch, or an argument of the model,
     are marked as sites of the network's input.
+
+    Raises:
+        TypeError: the model does not accept the batch; the message says how batches are passed.
     """
     if forward is None and isinstance(batch, tuple | list):
         batch = batch[0]
     batch = moved(model, batch)
+    if forward is None:
+        _check_call(model, batch)
     with _inputs_marked(model):
         if forward is None:
             return model(**batch) if isinstance(batch, Mapping) else model(batch)
         for value in tree_leaves(batch):
             _mark(value)
         return forward(model, batch)
+
+
+def _check_call(model: nn.Module, batch: Any) -> None:
+    """Check that the model accepts a batch, before its own error says less."""
+    if type(batch).__module__ == "numpy":
+        raise TypeError("a batch is a NumPy array; pass tensors, such as torch.from_numpy(batch)")
+    if model._forward_pre_hooks:  # they may change the arguments
+        return
+    try:
+        signature = inspect.signature(model.forward)
+    except ValueError:  # not a function of Python
+        return
+    try:
+        signature.bind(**batch) if isinstance(batch, Mapping) else signature.bind(batch)
+    except TypeError as error:
+        raise TypeError(
+            f"{type(model).__name__} cannot be called with a batch: {error}. The first entry of a tuple or "
+            "list is its input, and a mapping holds its keyword arguments; for other calls pass "
+            "forward=lambda model, batch: model(*batch)"
+        ) from error
 
 
 def call_with(model: nn.Module, inputs: Any, forward: Forward | None = None) -> Any:

@@ -284,6 +284,33 @@ def test_a_mapping_is_not_a_list_of_batches() -> None:
         gl.calibrate(gl.convert(Several()), {"left": LEFT})
 
 
+class Sum(nn.Module):
+    """Two inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.layer(x + y)
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ((torch.ones(2, 4), torch.ones(2, 4)), "Sum cannot be called .* 'y'.*pass forward=lambda"),
+        ({"x": torch.ones(2, 4), "other": 1}, "Sum cannot be called .*pass forward=lambda"),
+        (torch.ones(2, 4).numpy(), r"NumPy array; pass tensors, such as torch\.from_numpy"),
+    ],
+    ids=["two inputs", "another key", "an array"],
+)
+def test_a_batch_that_the_model_does_not_accept_is_explained(batch: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        gl.calibrate(gl.convert(Sum()), [batch])
+    pairs = [(torch.ones(2, 4), torch.ones(2, 4))]
+    gl.calibrate(gl.convert(Sum()), pairs, forward=lambda model, batch: model(*batch))
+
+
 def test_batches_made_in_inference_mode() -> None:
     model = gl.convert(Several().eval())
     with torch.inference_mode():

@@ -14,30 +14,13 @@ from gradl1_fast.conversion.tracing import share_sites
 from gradl1_fast.nn.arming import Arming
 from gradl1_fast.nn.foreign import foreign_twin, is_conv1d_of_transformers
 from gradl1_fast.nn.hooks import has_own_forward
-from gradl1_fast.nn.layers import (
-    QConv1d,
-    QConv2d,
-    QConv3d,
-    QConvTranspose1d,
-    QConvTranspose2d,
-    QConvTranspose3d,
-    QEmbedding,
-    QLinear,
-    QuantizedLayer,
-)
+from gradl1_fast.nn.layers import LAYERS, QuantizedLayer
 from gradl1_fast.nn.references import redirect
 from gradl1_fast.nn.sites import name_sites
 from gradl1_fast.nn.twins import copy_structure
 
 __all__ = ["convert"]
 
-LAYERS: dict[type[nn.Module], type[QuantizedLayer]] = {
-    layer.twin: layer
-    for layer in (
-        *(QConv1d, QConv2d, QConv3d, QConvTranspose1d, QConvTranspose2d, QConvTranspose3d),
-        *(QLinear, QEmbedding),
-    )
-}
 _WORTH_A_WARNING = 0.05
 
 

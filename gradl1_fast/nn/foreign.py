@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
 from gradl1_fast import functional as F
@@ -51,6 +52,7 @@ _BASES: dict[type[nn.Module], type[QuantizedLayer]] = {
 }
 
 
+_OF_EVERY_CLASS = ("__dict__", "__weakref__", "__module__", "__doc__")
 _NAMES = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 
 
@@ -126,7 +128,7 @@ class _Foreign(QuantizedLayer):
     @property
     def is_computed(self) -> bool:
         """Whether the weight is computed from parameters rather than being a parameter."""
-        return self.computes_weight
+        return self.computes_weight or super().is_computed
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Return the output of the foreign layer at the current width."""
@@ -170,7 +172,8 @@ def foreign_twin(module: nn.Module, *, per_channel: bool, arming: Arming) -> Qua
     layer._add_quantizers(per_channel, arming)
     if isinstance(layer, _Foreign):
         try:
-            layer.computes_weight = _weight_in_use(layer) is not layer.weight
+            with parametrize.cached():  # each look at a parametrized weight is another tensor otherwise
+                layer.computes_weight = _weight_in_use(layer) is not layer.weight
         except Exception:  # a foreign forward pass may raise anything; the layer is then not supported
             return None
     return layer
@@ -178,18 +181,31 @@ def foreign_twin(module: nn.Module, *, per_channel: bool, arming: Arming) -> Qua
 
 @functools.cache
 def _twin_class(foreign: type[nn.Module]) -> type[QuantizedLayer] | None:
-    base = _base_of(foreign)
-    if base is None:
-        return None
-    attributes = {
+    attributes: dict[str, Any] = {
         "twin": foreign,
         "__module__": foreign.__module__,
         "__reduce_ex__": _reduce,
         "__doc__": f"``{foreign.__name__}`` that can be quantized on demand and differentiated twice.",
     }
+    original = _original_of(foreign)
+    if original is not None:  # as PyTorch does, so that the parametrization can be removed
+        of_class: Any = original
+        inner = layers.LAYERS.get(original) or _twin_class(of_class)
+        own = {name: value for name, value in vars(foreign).items() if name not in _OF_EVERY_CLASS}
+        return inner and type(f"Parametrized{inner.__name__}", (inner,), {**own, **attributes})
+    base = _base_of(foreign)
+    if base is None:
+        return None
     if base is _Foreign and issubclass(foreign, nn.modules.conv._ConvTransposeNd):
         attributes["out_axis"] = 1
     return type(f"Q{foreign.__name__}", (base, foreign), attributes)
+
+
+def _original_of(foreign: type[nn.Module]) -> type[nn.Module] | None:
+    """Return the class from which ``torch.nn.utils.parametrize`` made a class; None for another one."""
+    is_made = foreign.__name__.startswith("Parametrized") and len(foreign.__bases__) == 1
+    has_tensors = any(isinstance(value, property) for value in vars(foreign).values())
+    return foreign.__bases__[0] if is_made and has_tensors else None
 
 
 def _base_of(foreign: type[nn.Module]) -> type[QuantizedLayer] | None:

@@ -17,6 +17,7 @@ from gradl1_fast.nn.sharing import pass_through
 from gradl1_fast.nn.twins import retype
 
 __all__ = [
+    "LAYERS",
     "RANGES_MARK",
     "QConv1d",
     "QConv2d",
@@ -333,3 +334,12 @@ class QEmbedding(_QEmbedding, nn.Embedding):
     def __init__(self, *args: Any, per_channel: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._add_quantizers(per_channel)
+
+
+LAYERS: dict[type[nn.Module], type[QuantizedLayer]] = {
+    layer.twin: layer
+    for layer in (
+        *(QConv1d, QConv2d, QConv3d, QConvTranspose1d, QConvTranspose2d, QConvTranspose3d),
+        *(QLinear, QEmbedding),
+    )
+}

@@ -350,3 +350,18 @@ def test_a_weight_that_is_parametrized_after_conversion() -> None:
     for model in (plain, converted):
         parametrize.remove_parametrizations(model[1], "weight")
     assert_equal_steps(plain, converted, loss_of(images()))
+
+
+@pytest.mark.parametrize("layer", [nn.Conv2d, Doubled])
+def test_a_parametrization_from_before_conversion_can_be_removed(layer: type[nn.Conv2d]) -> None:
+    models = [
+        built(lambda: nn.Sequential(nn.Conv2d(4, 4, 1), parametrizations.weight_norm(layer(4, 2, 1))))
+        for _ in range(2)
+    ]
+    plain, converted = models[0], gl.convert(models[1])
+    assert_equal_steps(plain, converted, loss_of(images()))
+    for model in (plain, converted):
+        parametrize.remove_parametrizations(model[1], "weight")
+    assert type(converted[1]) is type(gl.convert(layer(4, 2, 1)))
+    assert list(converted.state_dict()) == list(plain.state_dict())
+    assert_equal_steps(plain, converted, loss_of(images()))

@@ -27,9 +27,13 @@ def form(value: Any) -> Any:
         return tuple([(_entry(k), _entry(v)) for k, v in value.items()])
     if isinstance(value, _COLLECTIONS):
         return tuple(map(_entry, value))
-    if type(value).__module__ == "numpy" and getattr(value, "nbytes", _SMALL_ARRAY + 1) <= _SMALL_ARRAY:
+    if _is_of_numpy(value) and getattr(value, "nbytes", _SMALL_ARRAY + 1) <= _SMALL_ARRAY:
         return value.tobytes()
     return id(value)
+
+
+def _is_of_numpy(value: Any) -> bool:
+    return type(value).__module__ == "numpy"
 
 
 def _entry(value: Any) -> Any:
@@ -81,7 +85,7 @@ def _is_object(value: Any) -> bool:
 
 def _collect(value: Any, found: dict[int, Any]) -> None:
     """Add a collection or an object, and those inside of it."""
-    is_array = type(value).__module__ == "numpy"
+    is_array = _is_of_numpy(value)
     if id(value) in found or not (isinstance(value, _COLLECTIONS) or is_array or _is_object(value)):
         return
     found[id(value)] = value

@@ -97,14 +97,13 @@ def call(model: nn.Module, batch: Any, forward: Forward | None = None) -> Any:
     Raises:
         TypeError: the model does not accept the batch; the message says how batches are passed.
     """
-    if forward is None and isinstance(batch, tuple | list):
-        batch = batch[0]
-    batch = moved(model, batch)
     if forward is None:
+        batch = moved(model, batch[0] if isinstance(batch, tuple | list) else batch)
         _check_call(model, batch)
-    with _inputs_marked(model):
-        if forward is None:
+        with _inputs_marked(model):
             return model(**batch) if isinstance(batch, Mapping) else model(batch)
+    batch = moved(model, batch)
+    with _inputs_marked(model):
         for value in tree_leaves(batch):
             _mark(value)
         return forward(model, batch)

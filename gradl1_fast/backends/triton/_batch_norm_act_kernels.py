@@ -376,11 +376,12 @@ def _batch_norm_act_double_backward_kernel(
     # Phase 2: d_weight, and the coefficients in d_x = of_xh * xh + of_one + of_g * g + of_v * v.
     m = count.to(ACC)
     one_over_m = divide(tl.full((), 1, ACC), m)
-    a_over_m = of_channel(sums[0], strip, channels, 0, LAST, COLS, ACC) * one_over_m
-    b_over_m = of_channel(sums[1], strip, channels, 0, LAST, COLS, ACC) * one_over_m
-    p_over_m = of_channel(sums[2], strip, channels, 0, LAST, COLS, ACC) * one_over_m
-    q_over_m = of_channel(sums[3], strip, channels, 0, LAST, COLS, ACC) * one_over_m
-    s = of_channel(sums[4], strip, channels, 0, LAST, COLS, ACC)
+    row = tl.full((), 1, tl.int64) * channels  # of sums, which is (5, channels)
+    a_over_m = of_channel(sums, strip, channels, 0, LAST, COLS, ACC) * one_over_m
+    b_over_m = of_channel(sums + row, strip, channels, 0, LAST, COLS, ACC) * one_over_m
+    p_over_m = of_channel(sums + 2 * row, strip, channels, 0, LAST, COLS, ACC) * one_over_m
+    q_over_m = of_channel(sums + 3 * row, strip, channels, 0, LAST, COLS, ACC) * one_over_m
+    s = of_channel(sums + 4 * row, strip, channels, 0, LAST, COLS, ACC)
     of_g = g_gamma * r
     if TRAINING:
         gamma_r2 = gamma_r * r

@@ -76,6 +76,11 @@ class Launches:
         return self._on_tiles(kernel, ACTIVATION=self._activation)
 
     @cached_property
+    def double_backward_finish(self) -> Launch:
+        """Launch for the five sums of each channel from the partials, into one tensor."""
+        return _launch.finisher(self._dtype, self.cut.splits, self.cut.channels, stacked=5)
+
+    @cached_property
     def double_backward(self) -> Launch:
         """Launch for the cotangents."""
         options = {"ACTIVATION": self._activation, "TRAINING": self._training}

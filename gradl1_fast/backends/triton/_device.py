@@ -66,14 +66,41 @@ def sign(x):
 
 
 @triton.jit
+def _sum_of_rows(
+    partials, k, rows, columns, column, ACC: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
+):
+    """Return the sum over the rows of entry ``k`` of ``partials``, in a fixed order."""
+    total = tl.zeros((ROWS, COLS), ACC)
+    for start in range(0, rows, ROWS):
+        row = start + tl.arange(0, ROWS).to(tl.int64)
+        at = (k * rows + row)[:, None] * columns + column[None, :]
+        in_bounds = (row < rows)[:, None] & (column < columns)[None, :]
+        total += tl.load(partials + at, mask=in_bounds, other=0)
+    return tl.sum(total, axis=0)
+
+
+@triton.jit
 def finish_kernel(partials, outs, rows, columns, ACC: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Sum ``partials`` of ``(len(outs), rows, columns)`` over its rows, in a fixed order."""
+    """Sum ``partials`` of ``(len(outs), rows, columns)`` over its rows, each k into ``outs[k]``."""
     column = tl.program_id(0).to(tl.int64) * COLS + tl.arange(0, COLS)
     for k in tl.static_range(len(outs)):
-        total = tl.zeros((ROWS, COLS), ACC)
-        for start in range(0, rows, ROWS):
-            row = start + tl.arange(0, ROWS).to(tl.int64)
-            at = (k * rows + row)[:, None] * columns + column[None, :]
-            in_bounds = (row < rows)[:, None] & (column < columns)[None, :]
-            total += tl.load(partials + at, mask=in_bounds, other=0)
-        tl.store(outs[k] + column, tl.sum(total, axis=0), mask=column < columns)
+        total = _sum_of_rows(partials, k, rows, columns, column, ACC, ROWS, COLS)
+        tl.store(outs[k] + column, total, mask=column < columns)
+
+
+@triton.jit
+def stacked_finish_kernel(
+    partials,
+    out,
+    rows,
+    columns,
+    COUNT: tl.constexpr,
+    ACC: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """Sum ``partials`` of ``(COUNT, rows, columns)`` over its rows into ``out`` of ``(COUNT, columns)``."""
+    column = tl.program_id(0).to(tl.int64) * COLS + tl.arange(0, COLS)
+    for k in tl.static_range(COUNT):
+        total = _sum_of_rows(partials, k, rows, columns, column, ACC, ROWS, COLS)
+        tl.store(out + (k * columns + column), total, mask=column < columns)

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gradl1_fast._dtypes import sum_dtype
-from gradl1_fast.backends.triton._device import finish_kernel
+from gradl1_fast.backends.triton._device import finish_kernel, stacked_finish_kernel
 
 BLOCK = 1024
 OPTIONS = {"enable_fp_fusion": False, "num_warps": 4}
@@ -130,11 +130,16 @@ class Launch:
             self._found[kind] = compiled[self._grid], [self._arguments[name] for name in names]
 
 
-def finisher(dtype: torch.dtype, rows: int, columns: int) -> Launch:
-    """Return the launch that sums values of ``(k, rows, columns)`` over the rows into ``k`` tensors."""
+def finisher(dtype: torch.dtype, rows: int, columns: int, stacked: int = 0) -> Launch:
+    """Return the launch that sums values of ``(k, rows, columns)`` over the rows.
+
+    Its results go into ``k`` tensors, or with ``stacked=k`` into one of ``(k, columns)``.
+    """
     width = min(triton.next_power_of_2(columns), 32)
     sizes = {"rows": rows, "columns": columns, "ROWS": 1024 // width, "COLS": width}
-    return Launch(finish_kernel, triton.cdiv(columns, width), **sizes, ACC=acc(dtype), **OPTIONS)
+    kernel = stacked_finish_kernel if stacked else finish_kernel
+    count = {"COUNT": stacked} if stacked else {}
+    return Launch(kernel, triton.cdiv(columns, width), **sizes, **count, ACC=acc(dtype), **OPTIONS)
 
 
 def finish(values: Tensor, outs: tuple[Tensor, ...]) -> None:

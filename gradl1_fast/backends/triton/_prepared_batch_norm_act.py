@@ -42,6 +42,7 @@ class BatchNormAct(Prepared):
         cut = self._launches.cut
         self._splits, self._channels, self._programs = cut.splits, cut.channels, cut.grid[0]
         self._vector = self._scalar.new_empty((cut.channels,))  # what results are made like
+        self._five = self._scalar.new_empty((5, cut.channels))
 
     def forward(
         self,
@@ -135,9 +136,9 @@ class BatchNormAct(Prepared):
             given = v, _dense(d_dweight), _dense(d_dbias), u, d_l1
             kind = kind_of(*given, g, x, a, *channels, scale, zero_point)
             saved = g, x, a, *channels, self._quantizer(scale, zero_point)
-            shares, sums = self._partials(5), self._scalar.new_empty((5, self._channels)).unbind()
+            shares, sums = self._partials(5), new(self._five)
             do.double_backward_sums(kind, v, *saved, shares)
-            do.finish(kind, shares, sums)
+            do.double_backward_finish(kind, shares, sums)
             d_dy, d_x, d_weight = new(x), new(x), new(self._vector)
             do.double_backward(kind, *given, *saved, sums, d_dy, d_x, d_weight)
             return d_dy, d_x, d_weight

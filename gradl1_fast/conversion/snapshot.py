@@ -51,7 +51,7 @@ class Snapshot:
                 return False
             if (module._modules or children) and tuple(module._modules.values()) != children:
                 return False
-            if attributes is not None and _attributes(module) != attributes:
+            if attributes is not None and _comparable(module) != attributes:
                 return False
         return self._values.hold()
 
@@ -63,8 +63,10 @@ def layers_in(modules: Iterable[nn.Module]) -> list[QuantizedLayer]:
 
 def _attributes(module: nn.Module) -> tuple[Any, ...] | None:
     """Return a comparable form of a container's attributes; None for a leaf."""
-    if is_leaf(module):
-        return None
+    return None if is_leaf(module) else _comparable(module)
+
+
+def _comparable(module: nn.Module) -> tuple[Any, ...]:
     return tuple([(name, form(value)) for name, value in _of_its_own(module)])
 
 

@@ -121,7 +121,8 @@ class QuantizedLayer(nn.Module):
                 self._record_weight(weight, self.arming.note_run())
             if not self.training and RANGES_MARK in vars(self.weight_quantizer):
                 self._warn_if_stale()
-        return weight if self.weight_quantizer.bits is None else self.weight_quantizer(weight)
+        quantizer: Any = self._modules["weight_quantizer"]  # faster than the attribute
+        return weight if quantizer.bits is None else quantizer(weight)
 
     def _warn_if_stale(self) -> None:
         """Warn once if the site has a width and its range is older than a change of the weight in place."""
@@ -145,9 +146,15 @@ class QuantizedLayer(nn.Module):
     def _record_weight(self, weight: Tensor, number: int) -> None:
         """Record the weight in use, which may be computed, or passed by ``functional_call``."""
         if weight.requires_grad and torch.is_grad_enabled():
-            references = self._used_weights[1] if self._used_weights[0] == number else []
-            others = [r for r in references if r() is not None and r() is not weight]
-            self._used_weights = number, [*others, weakref.ref(weight)]
+            before, references = self._used_weights
+            if len(references) != 1 or references[0]() is not weight:
+                others = (
+                    [r for r in references if r() is not None and r() is not weight]
+                    if before == number
+                    else []
+                )
+                references = [*others, weakref.ref(weight)]
+            vars(self)["_used_weights"] = number, references  # faster than setting an attribute of a module
 
 
 _OWN_ATTRIBUTES = ("weight_quantizer", "input_quantizer", "arming", "was_called", "_used_weights")

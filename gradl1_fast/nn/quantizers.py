@@ -257,10 +257,11 @@ class ActivationQuantizer(_Quantizer):
     @property
     def state(self) -> tuple[Any, ...]:
         """The settings that must be equal for layers to share a result."""
+        buffers = self._buffers  # faster than attributes; read for every layer in every armed pass
         return (
             self.bits,
-            id(self.low),
-            id(self.high),
+            id(buffers["low"]),
+            id(buffers["high"]),
             self.observer,
             self.move,
             self.step_bits,

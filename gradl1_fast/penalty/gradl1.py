@@ -317,7 +317,7 @@ class GradL1:
         if any(norm is None for norm in activation_terms):  # layers may have joined another site
             self._sites = sites_of(self.model)
         current_sites = self.sites if sites else []
-        self.terms = {name: loss.new_zeros(()) for name in _names(weights, current_sites)}
+        self.terms = dict.fromkeys(_names(weights, current_sites), loss.new_zeros(()))
         of_weights = self._norms_of_weights(weights, weight_grads)
         of_sites = self._norms_at_sites(sites, activation_terms)
         if self.share is not None and not self.share.is_fixed:
@@ -334,8 +334,10 @@ class GradL1:
         if not pairs:
             return None
         norms = self._weighted_norms([term for term, _ in pairs], [grad for _, grad in pairs])
-        for (term, _), norm in zip(pairs, norms.detach(), strict=True):
-            self.terms[term.name] = self.terms[term.name] + norm
+        by_name: dict[str, Tensor] = {}
+        for (term, _), norm in zip(pairs, norms.detach().unbind(), strict=True):
+            by_name[term.name] = by_name[term.name] + norm if term.name in by_name else norm
+        self.terms |= by_name
         return norms.sum()
 
     def _weighted_norms(self, terms: list[WeightTerm], grads: list[Tensor]) -> Tensor:

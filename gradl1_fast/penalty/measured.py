@@ -67,8 +67,8 @@ def weight_terms(layers: Mapping[str, QuantizedLayer]) -> list[WeightTerm]:
     terms: dict[int, WeightTerm] = {}
     for name, layer in layers.items():
         for tensor in _weights_of(layer):
-            if tensor.requires_grad:
-                terms.setdefault(id(tensor), WeightTerm(name_of_weight(name), layer, tensor))
+            if tensor.requires_grad and id(tensor) not in terms:
+                terms[id(tensor)] = WeightTerm(name_of_weight(name), layer, tensor)
     return list(terms.values())
 
 

@@ -14,6 +14,9 @@ from gradl1_fast.penalty.measured import WeightTerm
 
 __all__ = ["can_be_together", "weight_steps"]
 
+_MOST_TAPS = 512
+_taps: dict[tuple[Any, ...], contract.Tap] = {}
+
 
 def can_be_together(terms: Sequence[WeightTerm]) -> bool:
     """Return whether :func:`weight_steps` supports the weights: each has one range for the tensor."""
@@ -43,7 +46,7 @@ def weight_steps(weights: Sequence[Tensor], bits: int) -> Tensor:
 class _Steps(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, bits: int, *weights: Tensor) -> Tensor:
-        taps = [contract.prepare_tap(resolve("tap", weight), weight) for weight in weights]
+        taps = [_tap_of(weight) for weight in weights]
         ends = torch.stack([tap.ends(weight) for tap, weight in zip(taps, weights, strict=True)])
         ctx.taps, ctx.bits = taps, bits
         ctx.save_for_backward(ends, *weights)
@@ -66,6 +69,17 @@ class _StepsBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> None:
         raise RuntimeError("gradl1_fast: the step of a weight has a first derivative only")
+
+
+def _tap_of(weight: Tensor) -> contract.Tap:
+    """Return the prepared tap of tensors like this one; weights keep their shape from step to step."""
+    backend = resolve("tap", weight)
+    key = backend, weight.shape, weight.stride(), weight.dtype, weight.device
+    if key not in _taps:
+        if len(_taps) >= _MOST_TAPS:
+            del _taps[next(iter(_taps))]
+        _taps[key] = contract.prepare_tap(backend, weight)
+    return _taps[key]
 
 
 def _unclamped(ends: Tensor, bits: int) -> Tensor:

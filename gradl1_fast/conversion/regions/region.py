@@ -226,11 +226,12 @@ def _state(module: Any) -> Any:
     """Return the state of a module that a program depends on, besides its parameters."""
     own: Any = module
     if isinstance(module, QuantizedLayer):
-        site = None if own.input_quantizer is None else (id(own.input_quantizer), own.input_quantizer.state)
+        quantizer: Any = module._modules.get("input_quantizer")
+        site = None if quantizer is None else (id(quantizer), quantizer.state)
         if isinstance(own, nn.Linear):
             return site
         return site, own.stride, own.padding, own.dilation, own.groups, own.padding_mode
-    return module.training, module.eps, module.track_running_stats, module.running_mean is None
+    return module.training, own.eps, own.track_running_stats, module._buffers.get("running_mean") is None
 
 
 def _why_not(tensors: tuple[Tensor, ...]) -> str:

@@ -80,7 +80,9 @@ def look(loss: Tensor, tensors: Mapping[str, Tensor]) -> Graph:
         if is_foreign[kind]:
             graph.functions.append(node)
         for edge in parents:
-            name = leaves.get(id(getattr(edge[0], "variable", None)), inner.get(edge))
+            name = leaves.get(id(getattr(edge[0], "variable", None)))
+            if name is None and inner:
+                name = inner.get(edge)
             if name is not None:
                 graph.users[name].append(node)
     return graph

@@ -131,8 +131,14 @@ def compare(
 
     Raises:
         ImportError: onnxruntime is not installed.
+        TypeError: the file is of another format; ``FORMATS[name].compare(file, inputs)`` compares any.
         ValueError: there are no inputs.
     """
+    if not hasattr(exported, "in_float"):  # of ONNX files alone
+        raise TypeError(
+            f"compare: expected the result of export_onnx, got {type(exported).__name__}; compare other "
+            "formats by gradl1_fast.quantization.export.formats.FORMATS[name].compare(file, inputs)"
+        )
     arguments = Arguments.of(inputs)
     if not arguments.size:
         raise ValueError("compare: there are no inputs")

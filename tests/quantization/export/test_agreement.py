@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from gradl1_fast.quantization.export import Agreement, compare, export_onnx
+from gradl1_fast.quantization.export.formats import FORMATS
 from tests.networks import NO_NORM
-from tests.quantization.export.models import calibrated, exported, inputs
+from tests.quantization.export.models import calibrated, exported, inputs, network
 
 onnx = pytest.importorskip("onnx", reason="export needs onnx")
 pytest.importorskip("onnxruntime", reason="export needs onnxruntime")
@@ -45,6 +46,8 @@ def test_a_good_file_has_no_faults_and_the_accuracy_of_the_simulation() -> None:
     assert found.accuracy == found.expected == pytest.approx(100 * 32 / 37)
     assert compare(file, x).accuracy is None
     assert not GOOD.faults()
+    with pytest.raises(TypeError, match=r"export_onnx.*FORMATS"):
+        compare(FORMATS["torch-export"].write(*network(NO_NORM), w=8, a=8), x)
 
 
 CHANGES = {

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import gradl1_fast
+from tests.full import FULL
 
 pytest.importorskip("setuptools", minversion="77", reason="builds the wheel")
 pytest.importorskip("pip", reason="installs the wheel")
@@ -32,6 +33,19 @@ penalty = gl.GradL1(model, lambda_w=0.1, lambda_a=0.1)
 loss = model(torch.randn(16, 4)).square().mean()
 (loss + penalty(loss)).backward()
 print(gl.__version__, float(penalty.value) > 0, *sorted(penalty.terms))
+"""
+
+
+KINDS = {
+    "pure": {"GRADL1_CUDA": "0", "GRADL1_HOST": "0"},
+    "host": {"GRADL1_CUDA": "0", "GRADL1_HOST": "1"},
+    "cuda": {"GRADL1_CUDA": "1", "GRADL1_HOST": "1", "GRADL1_CUDA_ARCHS": "90"},
+}
+
+
+FACTS = """
+from gradl1_fast.backends.compiled import _extension
+print("\\n".join(f"{name}: {value}" for name, value in _extension.describe().items()))
 """
 
 
@@ -54,9 +68,8 @@ def run(*command: object, cwd: Path, **settings: str) -> str:
     return done.stdout
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a wheel of pure Python, built from a copy of the sources."""
+def built(kind: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a wheel, built from a copy of the sources as ``make wheel`` builds it."""
     folder = tmp_path_factory.mktemp("sources")
     without = shutil.ignore_patterns("__pycache__", "*.so")
     for name in SOURCES:
@@ -66,13 +79,24 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         else:
             shutil.copy(path, folder)
     out = tmp_path_factory.mktemp("dist")
-    run(sys.executable, "-c", BUILD, out, cwd=folder, GRADL1_CUDA="0", GRADL1_HOST="0")
-    (built,) = out.iterdir()
-    return built
+    run(sys.executable, "-c", BUILD, out, cwd=folder, **KINDS[kind])
+    (found,) = out.iterdir()
+    return found
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a wheel of pure Python."""
+    return built("pure", tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of commands of a new environment with the wheel of pure Python in it."""
+    return environment(wheel, tmp_path_factory)
+
+
+def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of commands of a new environment with the wheel in it.
 
     Torch and other packages are those of this environment. They come last on the path, and the .pth files
@@ -139,3 +163,19 @@ def test_an_installed_wheel_has_the_command(installed: Path, tmp_path: Path) -> 
     shown = run(installed / "gradl1", "info", cwd=tmp_path, COLUMNS="200")
     assert gradl1_fast.__version__ in shown
     assert "reference" in shown
+
+
+@pytest.mark.skipif(not FULL, reason="compiling takes minutes: make full")
+@pytest.mark.parametrize("kind", ["host", "cuda"])
+def test_a_compiled_wheel_computes_where_it_is_installed(
+    kind: str, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+) -> None:
+    if kind == "cuda" and not shutil.which("nvcc"):
+        pytest.skip("needs nvcc")
+    wheel = built(kind, tmp_path_factory)
+    assert not wheel.name.endswith("any.whl")
+    python = environment(wheel, tmp_path_factory) / "python"
+    words = run(python, "-c", USE, cwd=tmp_path, GRADL1_BACKEND="host").split()
+    assert words == [gradl1_fast.__version__, "True", "0.weight", "2.input", "2.weight"]
+    facts = run(python, "-c", FACTS, cwd=tmp_path)
+    assert ("CUDA architectures: 90" in facts) == (kind == "cuda")

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from torch import nn
 
+from gradl1_fast.conversion.by_function import only_by_function
 from gradl1_fast.conversion.left import left_in_float, size_of
 from gradl1_fast.conversion.planned import install
 from gradl1_fast.conversion.trace import is_holder
-from gradl1_fast.conversion.tracing import share_sites
+from gradl1_fast.conversion.tracing import Part, parts_of, share_sites
 from gradl1_fast.nn.arming import Arming
 from gradl1_fast.nn.foreign import foreign_twin, is_conv1d_of_transformers
 from gradl1_fast.nn.hooks import has_own_forward
@@ -46,7 +47,8 @@ def convert(model: nn.Module, *, per_channel: bool = False) -> nn.Module:
 
     Returns:
         The converted model. :func:`gradl1_fast.report` lists the parts that stay in float. A warning names
-        them if they hold more than 5 % of the weights.
+        them if they hold more than 5 % of the weights. Weights that only functions read, as in
+        ``F.linear(x, self.qkv.weight)``, are among them.
 
     Raises:
         TypeError: ``model`` is not a module.
@@ -81,9 +83,10 @@ def convert(model: nn.Module, *, per_channel: bool = False) -> nn.Module:
     for module in converted.modules():
         if isinstance(module, QuantizedLayer):
             module.use(arming)
-    share_sites(converted)
+    parts = list(parts_of(converted))
+    share_sites(converted, parts)
     name_sites(converted)
-    _warn_if_left_in_float(converted)
+    _warn_if_left_in_float(converted, parts)
     return converted
 
 
@@ -155,8 +158,10 @@ def _warn_if_per_tensor(model: nn.Module, per_channel: bool) -> None:
         )
 
 
-def _warn_if_left_in_float(model: nn.Module) -> None:
+def _warn_if_left_in_float(model: nn.Module, parts: Sequence[Part]) -> None:
     sizes = left_in_float(model)
+    for name, kind in only_by_function(model, parts).items():
+        sizes[f"{name} (used by {kind})"] = model.get_submodule(name).weight.numel()
     share = sum(sizes.values()) / max(size_of(model), 1)
     if share > _WORTH_A_WARNING:
         names = ", ".join(sizes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from torch import fx, nn
@@ -70,13 +70,13 @@ def parts_of(model: nn.Module, name: str = "") -> Iterator[Part]:
         yield from parts_of(model.get_submodule(path), f"{name}.{path}".removeprefix("."))
 
 
-def share_sites(model: nn.Module) -> None:
-    """Make layers with the same input tensor share a site, where tracing shows it."""
+def share_sites(model: nn.Module, parts: Iterable[Part]) -> None:
+    """Make layers with the same input tensor share a site, where the traced parts of the model show it."""
     if isinstance(model, QuantizedLayer):
         if model.input_quantizer is not None:
             model.input_quantizer.is_input = model.input_quantizer.is_known = True
         return
-    for part in parts_of(model):
+    for part in parts:
         if part.traced is not None:
             _share(part.container, part.traced.graph, is_root=part.container is model)
 

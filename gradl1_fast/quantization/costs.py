@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from gradl1_fast._shown import Grid, Shown
+from gradl1_fast.conversion.by_function import quantizable_layers
 from gradl1_fast.nn.foreign import used_weight
 from gradl1_fast.nn.layers import QEmbedding, QuantizedLayer
 from gradl1_fast.nn.sites import named_layers, named_quantizers
@@ -63,6 +64,9 @@ class Costs(Shown):
 def costs(model: nn.Module, example: Any = None, *, forward: Forward | None = None) -> Costs:
     """Count the weights of a converted model and, by running an example, its multiplications.
 
+    Weights that stay in float at every width are not counted: those outside of this library's layers, and
+    those that only functions read.
+
     Args:
         model: a converted model.
         example: a batch as for :func:`gradl1_fast.calibrate`; the result is for one example. If None,
@@ -79,10 +83,10 @@ def costs(model: nn.Module, example: Any = None, *, forward: Forward | None = No
         >>> costs.weights, costs.size({"0": 4}), costs.products
         ({'0': 8}, 4.0, {'0': 8})
     """
-    layers = named_layers(model)
-    if not layers:
+    if not named_layers(model):
         raise ValueError("the model has no layers of this library: call gradl1_fast.convert(model) first")
     refuse_sliced(model, "costs")
+    layers = quantizable_layers(model)
     first: dict[int, str] = {}
     for name, layer in layers.items():
         first.setdefault(_identity(layer), name)

@@ -151,7 +151,8 @@ def search(
         model: a converted model, calibrated if activations are quantized, in the mode in which it is to be
             evaluated.
         evaluate: takes the model and returns a number.
-        size: budget for the bytes of the weights. Activations keep their widths.
+        size: budget for the bytes of the weights, as counted by :func:`gradl1_fast.costs`. Activations keep
+            their widths.
         bit_operations: budget for the sum over all products of weight bits times input bits, for one
             example; the search chooses the widths of weights and activations. Give this or ``size``.
         example: a batch as for :func:`gradl1_fast.calibrate`, required with ``bit_operations``.

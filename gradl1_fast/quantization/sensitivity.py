@@ -15,7 +15,8 @@ from gradl1_fast._progress import track
 from gradl1_fast._report import palette
 from gradl1_fast._report.figures import new_figure, save, tidy
 from gradl1_fast._shown import Grid, Shown
-from gradl1_fast.nn.sites import named_layers, named_quantizers
+from gradl1_fast.conversion.by_function import quantizable_layers
+from gradl1_fast.nn.sites import named_quantizers
 from gradl1_fast.quantization.bits import INPUT_BITS, bits, check_width, width_at
 
 __all__ = ["Sensitivity", "SensitivityRow", "sensitivity", "site_widths"]
@@ -120,7 +121,8 @@ def sensitivity(
     Args:
         model: a converted, calibrated model, in the mode for evaluation.
         evaluate: takes the model and returns a number.
-        w: widths of the weights to evaluate; empty to skip weights.
+        w: widths of the weights to evaluate; empty to skip weights. Weights that only functions read stay in
+            float and are skipped.
         a: widths of the activations to evaluate; empty to skip activations. Sites that no value reached in
             calibration are skipped.
         input_bits: minimum bits of the network's input, None skips it; see :func:`gradl1_fast.set_bits`.
@@ -148,7 +150,7 @@ def sensitivity(
                 raise TypeError(f"sensitivity: {kind}: float is always evaluated, give numbers of bits")
             check_width(f"sensitivity: {kind}", width)
     check_width("sensitivity: input_bits", input_bits)
-    trials = [("w", name, b) for name in named_layers(model) for b in w]
+    trials = [("w", name, b) for name in quantizable_layers(model) for b in w]
     trials += [("a", name, b) for name, tried in site_widths(model, a, input_bits).items() for b in tried]
 
     def found() -> float:

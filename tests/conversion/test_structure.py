@@ -18,6 +18,7 @@ from tests.conversion.models import MODELS, Base
 from tests.conversion.runs import assert_equal_runs, assert_equal_steps, built, images, loss_of, run
 from tests.gradients import assert_gradients
 from tests.networks import RESNET, VGG
+from tests.quantization.export.models import OfDict
 
 EVERY = {**MODELS, **CHANGING}
 each_model = pytest.mark.parametrize("name", EVERY)
@@ -214,6 +215,13 @@ def test_a_layer_with_a_replaced_forward_stays_in_float_and_is_named() -> None:
         converted = gl.convert(model)
     assert torch.equal(converted(images()), model(images()))
     assert type(converted.conv1) is nn.Conv2d
+
+
+def test_a_weight_that_only_a_function_reads_is_named() -> None:
+    with pytest.warns(
+        UserWarning, match=r"17% of the weights stay in float.*: by_function \(used by linear\)"
+    ):
+        gl.convert(OfDict())
 
 
 def test_an_encoder_that_reads_weights_directly_is_not_converted() -> None:

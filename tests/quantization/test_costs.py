@@ -9,6 +9,7 @@ from torch import nn
 import gradl1_fast as gl
 from gradl1_fast.nn.sites import named_quantizers
 from tests.networks import MOBILENET, NETWORKS, VGG, Network
+from tests.quantization.export.models import OfDict
 
 CONVS = {"0": (4, 3 * 9, 64), "3": (6, 4 * 9, 64), "7": (8, 6 * 9, 16)}  # outputs, weights of one, places
 LINEARS = {"12": (10, 32, 1), "14": (5, 10, 1)}
@@ -89,6 +90,28 @@ def test_embeddings_are_weights_without_multiplications_and_transposed_ones_mult
     assert counted.products == {"words": 0, "up": 5 * 4 * 3 * 3, "head": 7 * 42}
     assert counted.inputs["words"] is None
     assert counted == gl.costs(model, [ids], forward=lambda model, batch: model(ids=batch[0]))
+
+
+def test_a_weight_that_only_a_function_reads_is_neither_counted_nor_quantized_alone() -> None:
+    batch = {"a": torch.randn(3, 4), "b": torch.randn(3, 4)}
+    called = {"a": 12, "b": 12, "last": 6}
+    model = gl.convert(OfDict().eval())
+    assert gl.costs(model, batch, forward=lambda m, batch: m(batch)).products == called
+    assert gl.costs(model).weights == called
+    assert [row.name for row in gl.sensitivity(model, lambda m: 1.0, a=()).rows] == list(called)
+    assert list(gl.search(model, lambda m: 1.0, size=30).best.w) == list(called)
+
+
+def test_a_weight_that_a_function_reads_too_is_counted() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.layer = nn.Embedding(7, 4), nn.Linear(4, 4)
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return nn.functional.linear(self.layer(self.words(ids)), self.words.weight)
+
+    assert gl.costs(gl.convert(Tied())).weights == {"words": 28, "layer": 16}
 
 
 def test_a_computed_weight_counts_once_each() -> None:

@@ -147,6 +147,8 @@ class _Tracer(fx.Tracer):
             return a.node
         if isinstance(a, dict) and type(a) is not dict:  # fx would convert it to a dict
             raise NotTraceableError(f"it creates a {type(a).__name__}")
+        if isinstance(a, torch.Generator):  # fx would store it as an attribute of the container
+            raise NotTraceableError("it draws random numbers from a generator of its own")
         if isinstance(a, Tensor) and not isinstance(a, nn.Parameter):
             raise NotTraceableError("it creates a tensor that does not depend on its input")
         return super().create_arg(a)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten
 
 from gradl1_fast.conversion.unchanged import attributes_restored
-from gradl1_fast.nn.second_pass import RandomState, buffers_kept
+from gradl1_fast.nn.second_pass import buffers_kept, random_state_kept
 
 __all__ = ["difference"]
 
@@ -43,12 +43,8 @@ def difference(
 def _results(
     module: nn.Module, function: Callable[..., Any], args: tuple[Any, ...]
 ) -> tuple[list[Any], TreeSpec]:
-    randomness = RandomState()
-    try:
-        with buffers_kept(module), attributes_restored(module):
-            return tree_flatten(function(*(x.clone() for x in args)))
-    finally:
-        randomness.replay()
+    with random_state_kept(), buffers_kept(module), attributes_restored(module):
+        return tree_flatten(function(*(x.clone() for x in args)))
 
 
 def _is_same(a: Any, b: Any) -> bool:

@@ -22,6 +22,7 @@ from gradl1_fast import functional as F
 from gradl1_fast.nn import layers
 from gradl1_fast.nn.arming import Arming, is_armed
 from gradl1_fast.nn.layers import QuantizedLayer
+from gradl1_fast.nn.second_pass import random_state_kept
 from gradl1_fast.nn.sharing import pass_through
 from gradl1_fast.nn.twins import retype
 
@@ -250,7 +251,7 @@ def _weight_in_use(layer: QuantizedLayer) -> Tensor:
 
     forward: Any = layer.twin.forward
     try:
-        with _Weights(found, armed=False):
+        with random_state_kept(), _Weights(found, armed=False):
             forward(layer, _small_input(layer))
     except _Found as result:
         return result.args[0]

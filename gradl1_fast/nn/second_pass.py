@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-__all__ = ["RandomState", "buffers_kept", "shifted"]
+__all__ = ["RandomState", "buffers_kept", "random_state_kept", "shifted"]
 
 
 class RandomState:
@@ -23,6 +25,38 @@ class RandomState:
         torch.set_rng_state(self.cpu)
         if self.cuda:
             torch.cuda.set_rng_state_all(self.cuda)
+
+
+class _Generators(TorchFunctionMode):
+    """Records the state of each generator that is passed to a function, before the function draws."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._states: dict[torch.Generator, Tensor] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, torch.Generator) and value not in self._states:
+                self._states[value] = value.get_state()
+        return func(*args, **kwargs)
+
+    def replay(self) -> None:
+        """Restore the recorded states."""
+        for generator, state in self._states.items():
+            generator.set_state(state)
+
+
+@contextlib.contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Restore the default generators, and those that were passed to functions, after the block."""
+    randomness, generators = RandomState(), _Generators()
+    try:
+        with generators:
+            yield
+    finally:
+        generators.replay()
+        randomness.replay()
 
 
 @contextlib.contextmanager

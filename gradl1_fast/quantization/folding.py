@@ -13,7 +13,7 @@ from gradl1_fast._shown import Grid, Shown
 from gradl1_fast.nn.copies import copy_converted
 from gradl1_fast.nn.layers import QuantizedLayer
 from gradl1_fast.nn.references import redirect
-from gradl1_fast.nn.second_pass import RandomState
+from gradl1_fast.nn.second_pass import random_state_kept
 from gradl1_fast.nn.sites import named_layers
 from gradl1_fast.quantization._modes import Forward, call_with, evaluation
 from gradl1_fast.quantization.absorption import Absorption, is_batch_norm
@@ -148,10 +148,8 @@ def fold_batch_norm(model: nn.Module, inputs: Any = None, *, forward: Forward | 
 def _watched(model: nn.Module, inputs: Any, forward: Forward | None) -> Watch:
     norms = [m for m in model.modules() if is_batch_norm(m)]
     watch = Watch(named_layers(model).values(), norms)
-    randomness = RandomState()
-    with evaluation(model):
+    with random_state_kept(), evaluation(model):
         watch.run(lambda: call_with(model, inputs, forward))
-    randomness.replay()
     return watch
 
 
@@ -192,11 +190,9 @@ def _compare(
     before: nn.Module, after: nn.Module, inputs: Any, forward: Forward | None
 ) -> tuple[float, float]:
     """Return the largest difference between the outputs, and the largest output."""
-    randomness = RandomState()
     outputs: list[list[Tensor]] = []
     for model in (before, after):
-        randomness.replay()
-        with evaluation(model):
+        with random_state_kept(), evaluation(model):
             outputs.append(tensors_of(call_with(model, inputs, forward)))
     if not outputs[0]:
         raise TypeError("fold_batch_norm: the output holds no tensor to compare")

@@ -136,6 +136,40 @@ def test_an_untraceable_module_does_not_prevent_the_plan_of_its_parent() -> None
     assert_equal_steps(built(make), gl.convert(built(make)), loss_of(images()), steps=4)
 
 
+GENERATOR = torch.Generator()
+
+
+class WithGenerator(nn.Module):
+    """Draws from a generator of its own, and from a global one."""
+
+    def __init__(self, shape: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.generator, self.shape = torch.Generator(), shape
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape = self.shape(x)
+        return x * torch.rand(shape, generator=self.generator) + torch.rand(shape, generator=GENERATOR)
+
+    def state(self) -> Tensor:
+        return torch.cat([self.generator.get_state(), GENERATOR.get_state()])
+
+
+@pytest.mark.parametrize("shape", [lambda x: x.shape, lambda x: 5], ids=["of the input", "constant"])
+def test_the_pass_that_compares_draws_once_from_other_generators(shape: Callable[[Tensor], Any]) -> None:
+    plain = built(lambda: model(drawn, inside=WithGenerator(shape)))
+    converted = gl.convert(built(lambda: model(drawn, inside=WithGenerator(shape))))
+    states = []
+    for each in (plain, converted):
+        GENERATOR.manual_seed(3)
+        each.inside.generator.manual_seed(4)
+        if each is converted:
+            assert reason(each) == ""
+        else:
+            each(images())
+        states.append(each.inside.state())
+    assert torch.equal(*states)
+
+
 SETTINGS = {"gain": [1.5]}
 
 

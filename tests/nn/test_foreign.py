@@ -340,6 +340,24 @@ def test_conv1d_is_known_by_name_and_module() -> None:
     assert type(converted[1]) is Conv1D
 
 
+class Noisy(nn.Linear):
+    """Adds noise to its weight."""
+
+    generator = torch.Generator()
+
+    def forward(self, x: Tensor) -> Tensor:
+        noise = torch.randn(self.weight.shape, generator=self.generator) + torch.randn([])
+        return F.linear(x, self.weight + noise, self.bias)
+
+
+def test_conversion_and_reading_a_weight_draw_no_random_numbers() -> None:
+    model = nn.Sequential(Noisy(3, 3), nn.Linear(3, 2))
+    before = torch.get_rng_state(), Noisy.generator.get_state()
+    used_weight(gl.convert(model)[0])
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert torch.equal(Noisy.generator.get_state(), before[1])
+
+
 def test_a_weight_that_is_parametrized_after_conversion() -> None:
     models = [built(lambda: nn.Sequential(nn.Conv2d(4, 4, 1), nn.Conv2d(4, 2, 1))) for _ in range(2)]
     plain, converted = models[0], gl.convert(models[1])

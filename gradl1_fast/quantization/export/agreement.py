@@ -53,7 +53,7 @@ class Agreement(_shown.Shown):
         where: name of the quantized activation with the largest difference.
         differing: share of the codes that differ.
         outputs: largest difference of two outputs, relative to the largest output.
-        top_1: share of the inputs for which the index of the largest output is the same.
+        top_1: share of the inputs for which the same index has the largest output, alone or in a tie.
         end_to_end: largest difference of two outputs end to end, relative to the largest output.
         accuracy: accuracy of the file in percent, if labels were given.
         expected: accuracy of the simulation in percent.
@@ -289,7 +289,7 @@ class _Tally:
         mine, other = (
             x[0].reshape(size, -1) if len(x[0]) == size else x[0].reshape(1, -1) for x in (ours, theirs)
         )
-        same = mine.argmax(1) == other.argmax(1)
+        same = (_is_largest(mine) & _is_largest(other)).any(1)
         self.same += int(same.sum()) * size // len(same)
         if labels is not None:
             before = self.right or (0, 0)
@@ -325,6 +325,11 @@ class _Tally:
             accuracy=right[0],
             expected=right[1],
         )
+
+
+def _is_largest(outputs: Tensor) -> Tensor:
+    """Return where each row has its largest value, which may be in several places."""
+    return outputs == outputs.amax(1, keepdim=True)
 
 
 def _apart(ours: list[Tensor], theirs: list[Tensor]) -> float:

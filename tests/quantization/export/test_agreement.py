@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from gradl1_fast.quantization.export import Agreement, compare, export_onnx
+from gradl1_fast.quantization.export.agreement import compare_model
 from gradl1_fast.quantization.export.formats import FORMATS
 from tests.networks import NO_NORM
 from tests.quantization.export.models import calibrated, exported, inputs, network
@@ -108,6 +110,17 @@ def test_each_call_of_a_layer_is_compared_and_a_shared_activation_is_one() -> No
     found = compare(with_constant("linear.bias.scale", lambda v: v * 1.001, file), x, fused=False)
     assert found.codes == 1
     assert found.outputs < 1e-6 < found.end_to_end
+
+
+@pytest.mark.parametrize(
+    ("outputs", "share"),
+    [([1.0, 1.0, 0.0], 1), ([1 - 2**-24, 1.0, 0.0], 1), ([1.0, 1 - 2**-24, 0.0], 1), ([0.0, 0.0, 1.0], 0)],
+)
+def test_rounding_does_not_decide_between_classes_that_tie(outputs: list[float], share: float) -> None:
+    one, other = (lambda x: torch.tensor([outputs])), (lambda x: torch.tensor([[1.0, 1.0, 0.0]]))
+    for file, simulation in ((one, other), (other, one)):
+        prepared: Any = SimpleNamespace(model=simulation)
+        assert compare_model(file, prepared, torch.ones(1, 2)).top_1 == share
 
 
 def test_there_must_be_inputs() -> None:

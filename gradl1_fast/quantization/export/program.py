@@ -205,7 +205,8 @@ def _place(error: Exception, model: torch.nn.Module) -> str:
     place, trace_ = "", error.__traceback__
     while trace_ is not None:
         owner = trace_.tb_frame.f_locals.get("self")
-        if trace_.tb_frame.f_code.co_name == "forward" and names.get(id(owner)):
+        # _call_impl is PyTorch's caller of forward(), whose own first argument may have another name.
+        if trace_.tb_frame.f_code.co_name in ("forward", "_call_impl") and names.get(id(owner)):
             place = f"{names[id(owner)]} ({type(owner).__name__})"
         trace_ = trace_.tb_next
     return place or "the model"

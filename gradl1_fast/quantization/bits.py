@@ -13,7 +13,16 @@ from gradl1_fast.nn.sites import named_layers, named_quantizers
 from gradl1_fast.quantization.freshness import warn_if_stale
 from gradl1_fast.quantization.kept import use_values
 
-__all__ = ["INPUT_BITS", "Widths", "bits", "check_width", "set_bits", "width_at", "widths_of"]
+__all__ = [
+    "INPUT_BITS",
+    "Widths",
+    "bits",
+    "check_input_bits",
+    "check_width",
+    "set_bits",
+    "width_at",
+    "widths_of",
+]
 
 Widths = int | None | Mapping[str, int | None]
 INPUT_BITS = 8
@@ -34,12 +43,13 @@ def set_bits(model: nn.Module, *, w: Widths, a: Widths, input_bits: int | None =
             error when a value reaches it.
         input_bits: minimum bits of the network input if ``a`` is a single width, because quantizing an image
             below 8 bits costs more than quantizing any activation; None keeps the input in float.
-            ``a=None`` means float everywhere, and a mapping sets each site exactly.
+            ``a=None`` means float everywhere. A mapping sets each site exactly, so only the default is
+            accepted with one.
 
     Raises:
         TypeError: a width is not an int or None.
         ValueError: a width is out of range, or wider than what was read of an any-bit file, a name is
-            unknown, or the model has no quantizers.
+            unknown, ``input_bits`` is given with a mapping, or the model has no quantizers.
         RuntimeError: no activation has a range yet, or a named one has none. The model is then unchanged.
 
     Examples:
@@ -61,7 +71,7 @@ def set_bits(model: nn.Module, *, w: Widths, a: Widths, input_bits: int | None =
     activations = named_quantizers(model)
     if not weights and not activations:
         raise ValueError("the model has no quantizers: call gradl1_fast.convert(model) first")
-    check_width("input_bits", input_bits)
+    check_input_bits(a, input_bits)
     w_by_name, a_by_name = _by_name("w", w, weights), _by_name("a", a, activations)
     if not isinstance(a, Mapping):
         a_by_name = {name: width_at(q, a, input_bits) for name, q in activations.items()}
@@ -122,6 +132,16 @@ def check_width(name: str, value: int | None) -> None:
     """Check a width: an int from 1 to 16, or None for float."""
     if value is not None:
         check.bits(value, f"{name} (None for float)")
+
+
+def check_input_bits(a: Widths, input_bits: int | None) -> None:
+    """Check the minimum bits of the network's input, which has no effect if ``a`` is a mapping."""
+    check_width("input_bits", input_bits)
+    if isinstance(a, Mapping) and input_bits != INPUT_BITS:
+        raise ValueError(
+            f"input_bits = {input_bits}: a is a mapping, which sets each site exactly; give the width of the "
+            "network's input in it, or a single width for a"
+        )
 
 
 def _by_name(kind: str, widths: Widths, valid: Mapping[str, object]) -> Mapping[str, int | None]:

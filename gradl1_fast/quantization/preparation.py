@@ -17,7 +17,15 @@ from gradl1_fast.nn.layers import QEmbedding, QuantizedLayer
 from gradl1_fast.nn.sites import named_layers, named_quantizers
 from gradl1_fast.quantization._modes import Forward, call, evaluation, lasting
 from gradl1_fast.quantization.bias_correction import correct_bias
-from gradl1_fast.quantization.bits import INPUT_BITS, Widths, bits, check_width, set_bits, width_at
+from gradl1_fast.quantization.bits import (
+    INPUT_BITS,
+    Widths,
+    bits,
+    check_input_bits,
+    check_width,
+    set_bits,
+    width_at,
+)
 from gradl1_fast.quantization.calibration import calibrate, calibrate_weights, set_per_channel
 from gradl1_fast.quantization.kept import forget_width
 from gradl1_fast.quantization.ranges.base import Range
@@ -198,6 +206,7 @@ def _widths(
     input_bits: int | None,
 ) -> dict[str, Any]:
     """Return the arguments of ``set_bits``."""
+    check_input_bits(a, input_bits)
     if ends is None:
         return {"w": w, "a": a, "input_bits": input_bits}
     assert not isinstance(w, Mapping)

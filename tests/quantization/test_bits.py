@@ -171,6 +171,17 @@ def test_the_network_input_keeps_more_bits(
         gl.set_bits(model, w=4, a=4, input_bits=0)
 
 
+@pytest.mark.parametrize("input_bits", [4, None])
+@pytest.mark.parametrize("a", [{}, {"0.input": 6}])
+def test_input_bits_beside_widths_by_name_are_refused(a: dict[str, int], input_bits: int | None) -> None:
+    model, x = calibrated(), VGG.batch()[0]
+    with pytest.raises(ValueError, match=r"input_bits = .*: a is a mapping"):
+        gl.set_bits(model, w=4, a=a, input_bits=input_bits)
+    with pytest.raises(ValueError, match=r"input_bits = .*: a is a mapping"):
+        gl.prepare(model, [x], w=4, a=a, input_bits=input_bits)
+    assert widths(model) == {("w", None), ("a", None), ("input", None)}
+
+
 class TwoHeads(nn.Module):
     """A head that evaluation does not use."""
 

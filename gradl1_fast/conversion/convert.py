@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Sequence
 
 from torch import nn
 
 from gradl1_fast.conversion.by_function import only_by_function
 from gradl1_fast.conversion.left import left_in_float, size_of
 from gradl1_fast.conversion.planned import install
-from gradl1_fast.conversion.trace import is_holder
 from gradl1_fast.conversion.tracing import Part, parts_of, share_sites
 from gradl1_fast.nn.arming import Arming
-from gradl1_fast.nn.foreign import foreign_twin, is_conv1d_of_transformers
-from gradl1_fast.nn.hooks import has_own_forward
+from gradl1_fast.nn.convertible import convertible
+from gradl1_fast.nn.foreign import foreign_twin
 from gradl1_fast.nn.layers import LAYERS, QuantizedLayer
 from gradl1_fast.nn.references import redirect
-from gradl1_fast.nn.sites import name_sites
+from gradl1_fast.nn.sites import name_sites, named_layers
 from gradl1_fast.nn.twins import copy_structure
 
 __all__ = ["convert"]
@@ -71,7 +71,7 @@ def convert(model: nn.Module, *, per_channel: bool = False) -> nn.Module:
         raise TypeError(f"gradl1_fast.convert: the model must be a torch.nn.Module, got {model!r:.100}")
     _refuse_wrapped(model)
     _refuse_lazy(model)
-    if not any(map(_is_convertible, _own_modules(model))):
+    if not any(True for _ in convertible(model)):
         if any(isinstance(m, QuantizedLayer) for m in model.modules()):
             _warn_if_per_tensor(model, per_channel)
             return model
@@ -79,10 +79,13 @@ def convert(model: nn.Module, *, per_channel: bool = False) -> nn.Module:
             "gradl1_fast.convert: the model has no layer to convert (convolution, linear layer or embedding)"
         )
     arming = Arming(install)
+    arming.known.update(convertible(model))
     converted = _replaced(copy_structure(model), per_channel, arming)
     for module in converted.modules():
         if isinstance(module, QuantizedLayer):
             module.use(arming)
+    arming.converted = weakref.ref(converted)
+    arming.known.update(convertible(converted))
     parts = list(parts_of(converted))
     share_sites(converted, parts)
     name_sites(converted)
@@ -107,29 +110,11 @@ def _refuse_lazy(model: nn.Module) -> None:
             )
 
 
-def _own_modules(tree: nn.Module) -> Iterator[nn.Module]:
-    """Yield the modules, except those inside modules of torch.nn, which may read weights directly."""
-    yield tree
-    if is_holder(tree) or not type(tree).__module__.startswith("torch.nn"):
-        for child in tree.children():
-            yield from _own_modules(child)
-
-
-def _is_convertible(module: nn.Module) -> bool:
-    if isinstance(module, QuantizedLayer) or has_own_forward(module):
-        return False
-    if isinstance(module, nn.Embedding):
-        # PyTorch's second derivative ignores scale_grad_by_freq; max_norm changes the weight in place, and
-        # sparse changes the layout of gradients.
-        return not (module.scale_grad_by_freq or module.sparse or module.max_norm is not None)
-    return isinstance(module, tuple(LAYERS)) or is_conv1d_of_transformers(module)
-
-
 def _replaced(tree: nn.Module, per_channel: bool, arming: Arming) -> nn.Module:
     """Replace each layer by its twin; return the root, which may itself be a twin."""
     twins: dict[int, nn.Module] = {}
-    for module in list(_own_modules(tree)):
-        if id(module) not in twins and _is_convertible(module):
+    for module in list(convertible(tree)):
+        if id(module) not in twins:
             twin = _twin(module, per_channel, arming)
             if twin is not None:
                 twins[id(module)] = twin
@@ -159,9 +144,9 @@ def _warn_if_per_tensor(model: nn.Module, per_channel: bool) -> None:
 
 
 def _warn_if_left_in_float(model: nn.Module, parts: Sequence[Part]) -> None:
-    sizes = left_in_float(model)
+    sizes, layers = left_in_float(model), named_layers(model)
     for name, kind in only_by_function(model, parts).items():
-        sizes[f"{name} (used by {kind})"] = model.get_submodule(name).weight.numel()
+        sizes[f"{name} (used by {kind})"] = layers[name].weight.numel()
     share = sum(sizes.values()) / max(size_of(model), 1)
     if share > _WORTH_A_WARNING:
         names = ", ".join(sizes)

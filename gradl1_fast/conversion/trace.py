@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from gradl1_fast.conversion.unchanged import NotTraceableError, Watched, attributes_unchanged, unchanged
+from gradl1_fast.nn.convertible import is_holder
 from gradl1_fast.nn.foreign import is_conv1d_of_transformers
 from gradl1_fast.nn.hooks import has_hooks, has_own_forward
 from gradl1_fast.nn.layers import QuantizedLayer
 from gradl1_fast.nn.quantizers import ActivationQuantizer, WeightQuantizer
 
-__all__ = ["IN_PLACE_OPERATORS", "Traced", "is_holder", "is_leaf", "trace"]
+__all__ = ["IN_PLACE_OPERATORS", "Traced", "is_leaf", "trace"]
 
 # The functions behind ``a += b`` and other augmented assignments.
 IN_PLACE_OPERATORS = {
@@ -57,11 +58,6 @@ def is_leaf(module: nn.Module) -> bool:
     if isinstance(module, (*_OURS, *_PRODUCTS)) or is_conv1d_of_transformers(module):
         return True
     return type(module).__module__.startswith("torch.nn") and not is_holder(module)
-
-
-def is_holder(module: nn.Module) -> bool:
-    """Return whether a module of torch.nn is only a container of modules."""
-    return type(module) is nn.Module or isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict)
 
 
 def trace(container: nn.Module) -> Traced:

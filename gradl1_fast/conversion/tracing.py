@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from torch import fx, nn
 
 from gradl1_fast.conversion.graphs import changes_in_place, kind_of, layer_of, module_of, operation_of
-from gradl1_fast.conversion.trace import Traced, is_holder, is_leaf, trace
+from gradl1_fast.conversion.trace import Traced, is_leaf, trace
 from gradl1_fast.conversion.unchanged import NotTraceableError
+from gradl1_fast.nn.convertible import is_holder
 from gradl1_fast.nn.layers import QuantizedLayer
 from gradl1_fast.nn.quantizers import ActivationQuantizer
 from gradl1_fast.nn.sharing import join

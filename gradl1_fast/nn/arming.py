@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -31,6 +32,9 @@ class Arming:
         passes: the number of armed forward passes; all passes before a call of a penalty count as one.
         notes: records of tensors that passed through a site, see :mod:`gradl1_fast.nn.sharing`. They are
             dropped at the end of a forward pass, because a result may keep its tensor alive through a graph.
+        converted: returns the model that was converted, or None, also for a copy.
+        known: its float layers that conversion saw, or that a warning named; see
+            :mod:`gradl1_fast.nn.convertible`.
         requested: the gradients that a penalty requests while it differentiates a loss: ``"weights"`` for
             weights and sites, ``"activations"`` for sites only. ``"all"`` outside of a penalty.
     """
@@ -40,6 +44,8 @@ class Arming:
         self.has_run = False
         self.passes = 0
         self.notes: Any = WeakIdKeyDictionary()
+        self.converted: Callable[[], nn.Module | None] = lambda: None
+        self.known: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self.requested = "all"
         self._requests: dict[int, tuple[bool, bool]] = {}
         self._now = self._before = (False, False)

@@ -15,6 +15,7 @@ from gradl1_fast import _checks as check
 from gradl1_fast._shown import html
 from gradl1_fast.functional import l1_norm
 from gradl1_fast.nn.arming import Arming, armings_of, requesting
+from gradl1_fast.nn.convertible import warn_of_added_layers
 from gradl1_fast.nn.sites import named_layers
 from gradl1_fast.ops import second_derivatives
 from gradl1_fast.penalty.checks.custom_functions import gradients
@@ -41,7 +42,8 @@ class GradL1:
     W_l are the weights of the quantizable layers that require a gradient, as their forward pass uses them.
     Y_l are the inputs of the layers, except the input of the network, each counted once, and dL/dY_l is the
     gradient from these layers. Both are taken at the current width. Create the penalty before the forward
-    pass, which it arms, and create it again after adding layers to the model. A layer that a step does not
+    pass, which it arms, and create it again after adding layers to the model and converting it again; a
+    warning names layers that were added and not converted. A layer that a step does not
     use contributes zero. The loss should be the mean over the mini-batch.
 
     The penalty is 1-homogeneous in the loss: with a ``GradScaler``, pass the scaled loss. Sums of gradients
@@ -126,6 +128,7 @@ class GradL1:
         self._armings = list(armings_of(model.modules()))
         self._lambda_w, self._lambda_a = _coefficients(self.share, lambda_w, lambda_a, self.sites)
         check_model(self)
+        warn_of_added_layers("GradL1", model)
         self._start()
 
     def __repr__(self) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from gradl1_fast._progress import track
 from gradl1_fast.conversion.products import warn_of_float_products
+from gradl1_fast.nn.convertible import warn_of_added_layers
 from gradl1_fast.nn.foreign import used_weight
 from gradl1_fast.nn.quantizers import ActivationQuantizer, Observer, WeightQuantizer
 from gradl1_fast.nn.sites import named_layers, named_quantizers
@@ -42,7 +43,7 @@ def calibrate(
 
     If tracing could not, the pass also finds which layers receive the same tensor, and which receive the
     network input. A layer that no batch reaches, such as an auxiliary head that is not used in evaluation,
-    gets no range; a warning names its site.
+    gets no range; a warning names its site. Another one names layers that were added after the conversion.
 
     Args:
         model: a converted model.
@@ -74,6 +75,7 @@ def calibrate(
         >>> gl.calibrate(model, pairs, forward=lambda model, batch: model(batch["left"] - batch["right"]))
     """
     quantizers_of(model)
+    warn_of_added_layers("calibrate", model)
     method = choose("calibrate", ranges)
     if isinstance(method, BatchNormStatistics):
         if batches is not None:

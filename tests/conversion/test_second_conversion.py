@@ -52,6 +52,41 @@ def test_new_layers_are_converted_and_penalised(change: str) -> None:
     assert_equal_steps(changed(change, TWO_BLOCKS.make()), again, loss_of(x))
 
 
+def penalised(model: nn.Module) -> None:
+    gl.GradL1(model, 0.1, 0.1)
+
+
+def calibrated(model: nn.Module) -> None:
+    gl.calibrate(model, [TWO_BLOCKS.batch()[0]])
+
+
+@each_change
+@pytest.mark.parametrize("use", [penalised, calibrated])
+def test_a_new_layer_in_float_is_named_once(change: str, use: Callable[[nn.Module], None]) -> None:
+    model = changed(change, gl.convert(TWO_BLOCKS.make()))
+    (name,) = plain_layers(model)
+    with pytest.warns(UserWarning, match=rf"{name} was added .* call gradl1_fast\.convert") as caught:
+        use(model)
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".* was added after")
+        use(model)
+        use(gl.convert(model))
+
+
+def test_layers_that_are_in_float_on_purpose_give_no_warning() -> None:
+    plain = TWO_BLOCKS.make()
+    plain.stem[0].forward = plain.stem[0].forward
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".* was added after")
+        model = gl.convert(plain)
+        penalised(model)
+        model.fc = plain.fc
+        calibrated(model)
+        part = nn.Sequential(gl.convert(TWO_BLOCKS.make()), nn.Linear(5, 2).double())
+        penalised(part)
+
+
 @each_change
 def test_existing_layers_keep_quantizers_ranges_and_widths(change: str) -> None:
     model = gl.convert(TWO_BLOCKS.make())

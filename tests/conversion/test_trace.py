@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 import gradl1_fast as gl
-from gradl1_fast.conversion.trace import is_holder, is_leaf, trace
+from gradl1_fast.conversion.trace import is_leaf, trace
 from gradl1_fast.conversion.tracing import parts_of
 from gradl1_fast.conversion.unchanged import NotTraceableError
+from gradl1_fast.nn.convertible import is_holder
 from tests.conversion import changing, models
 from tests.conversion.changing import CHANGING, OutputsListed, ScaleOptional
 from tests.conversion.models import MODELS, Base

@@ -1,10 +1,12 @@
-"""Progress bars where there is a terminal to show them."""
+"""Progress bars where there is a terminal to show them; on request, lines elsewhere."""
 
 from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Iterable, Iterator, Sized
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
@@ -12,7 +14,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-__all__ = ["bars", "track"]
+__all__ = ["bars", "lines", "track"]
+
+_SECONDS = 1.0  # between two lines
 
 
 @contextlib.contextmanager
@@ -47,7 +51,7 @@ def track(items: Iterable[T], what: str, *, total: int | None = None, show: bool
     """Yield the items, with a bar on standard error if it is a terminal and rich is installed.
 
     While another bar is being shown there is none. ``total`` is the number of items, where they do not
-    know it themselves.
+    know it themselves. In a block of :func:`lines`, there are lines elsewhere.
     """
     if show and sys.stderr.isatty():
         try:
@@ -60,4 +64,50 @@ def track(items: Iterable[T], what: str, *, total: int | None = None, show: bool
             with contextlib.suppress(LiveError):  # raised before the first item, or never
                 yield from rich_track(items, what, total, console=Console(stderr=True), transient=True)
                 return
-    yield from items
+    printer = _printer.get()
+    yield from items if printer is None or not show else printer.follow(items, what, total)
+
+
+@contextlib.contextmanager
+def lines() -> Iterator[None]:
+    """Let :func:`track` print lines on standard error inside the block, if that is not a terminal."""
+    token = _printer.set(None if sys.stderr.isatty() else _Printer())
+    try:
+        yield
+    finally:
+        _printer.reset(token)
+
+
+class _Printer:
+    """Prints the progress of the outermost of several nested loops, at most once a second."""
+
+    def __init__(self) -> None:
+        self._is_busy = False
+
+    def follow(self, items: Iterable[T], what: str, total: int | None) -> Iterator[T]:
+        """Yield the items, and print a line before the first one and after each."""
+        if self._is_busy:
+            yield from items
+            return
+        self._is_busy = True
+        try:
+            yield from self._followed(items, what, len(items) if isinstance(items, Sized) else total)
+        finally:
+            self._is_busy = False
+
+    def _followed(self, items: Iterable[T], what: str, total: int | None) -> Iterator[T]:
+        start = last = time.monotonic()
+        _print(f"{what}: {total or 'some'} to do")
+        for done, item in enumerate(items, 1):
+            yield item
+            now = time.monotonic()
+            if done == total or now - last >= _SECONDS:
+                last = now
+                _print(f"{what}: {done}{f' of {total}' if total else ''} done in {now - start:.0f} s")
+
+
+_printer: ContextVar[_Printer | None] = ContextVar("printer", default=None)
+
+
+def _print(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

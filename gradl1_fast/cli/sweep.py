@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from gradl1_fast._progress import lines
 from gradl1_fast._report.figures import width_name
 from gradl1_fast._report.page import check_packages, write
 from gradl1_fast.cli._console import fail, table
@@ -89,7 +90,8 @@ def sweep(
             size=size,
         )
         run = runs.load(folder)
-        results = sweeps.run(run.model, run.data, settings)
+        with lines():
+            results = sweeps.run(run.model, run.data, settings)
         path = out or folder / "sweep.html"
         title = f"{run.config.model.name} on {run.config.data.name}, at every width"
         write(path, sweep_report.report(title, results))

@@ -7,9 +7,9 @@ from torch.nn.modules import batchnorm, instancenorm, normalization
 
 from gradl1_fast.nn.layers import QuantizedLayer
 
-__all__ = ["left_in_float", "size_of"]
+__all__ = ["NORMALISATIONS", "left_in_float", "size_of"]
 
-_NORMALISATIONS = (
+NORMALISATIONS = (
     *(batchnorm._NormBase, instancenorm._InstanceNorm),
     *(normalization.GroupNorm, normalization.LayerNorm, normalization.RMSNorm),
 )
@@ -24,7 +24,7 @@ def left_in_float(model: nn.Module) -> dict[str, int]:
     seen = set(quantized)
     sizes: dict[str, int] = {}
     for name, module in model.named_modules():
-        if isinstance(module, (QuantizedLayer, *_NORMALISATIONS)):
+        if isinstance(module, (QuantizedLayer, *NORMALISATIONS)):
             continue
         weights = [p for p in module._parameters.values() if _is_weight(p) and id(p) not in seen]
         seen.update(map(id, weights))

@@ -18,7 +18,7 @@ from gradl1_fast.nn.foreign import used_weight
 from gradl1_fast.nn.quantizers import ActivationQuantizer, Observer, WeightQuantizer
 from gradl1_fast.nn.sites import named_layers, named_quantizers
 from gradl1_fast.quantization._modes import Forward, evaluation, run
-from gradl1_fast.quantization.freshness import remember_weights
+from gradl1_fast.quantization.freshness import remember_ranges
 from gradl1_fast.quantization.ranges.base import MinMax, Range
 from gradl1_fast.quantization.ranges.batch_norm import BatchNormStatistics
 from gradl1_fast.quantization.ranges.choice import choose
@@ -86,7 +86,7 @@ def calibrate(
     else:
         ranges_by_name = _from_data(model, batches, method, forward)
     _set_all(quantizers_of(model), ranges_by_name)
-    remember_weights(named_layers(model).values())
+    remember_ranges(model)
     missing = [name for name, ends in ranges_by_name.items() if ends is None]
     if missing:
         warnings.warn(

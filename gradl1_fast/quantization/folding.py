@@ -19,7 +19,7 @@ from gradl1_fast.quantization._modes import Forward, call_with, evaluation
 from gradl1_fast.quantization.absorption import Absorption, is_batch_norm
 from gradl1_fast.quantization.adjacency import Neighbours
 from gradl1_fast.quantization.folded import remember_norm
-from gradl1_fast.quantization.freshness import is_fresh, remember_weights
+from gradl1_fast.quantization.freshness import forget_weights, is_fresh, remember_weights
 from gradl1_fast.quantization.kept import settle_values
 from gradl1_fast.quantization.rounding.kept import rescaled
 from gradl1_fast.quantization.watching import Watch, tensors_of
@@ -165,7 +165,7 @@ def _fold(result: Folding, neighbours: Neighbours) -> None:
             result.refused[name] = reason
             continue
         remember_norm(layer, norm)
-        fresh = is_fresh(layer)
+        fresh = is_fresh(layer) and is_fresh(norm)
         with rescaled(layer) as dropped:
             if not absorption.apply():
                 result.without_range.append(name_of_layer)
@@ -173,6 +173,7 @@ def _fold(result: Folding, neighbours: Neighbours) -> None:
             result.without_rounding.append(name_of_layer)
         if fresh:
             remember_weights([layer])
+        forget_weights([absorption.rest])  # which may be a copy of the batch norm, with other gammas
         _replace(result.model, norm, absorption.rest)
         result.folded[name] = name_of_layer
 

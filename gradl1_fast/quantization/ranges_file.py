@@ -19,7 +19,7 @@ from gradl1_fast.nn.rounded import MadeFor
 from gradl1_fast.nn.sites import named_layers
 from gradl1_fast.quantization._sites import Stored, by_quantizer, every_site, same_range
 from gradl1_fast.quantization.calibration import quantizers_of
-from gradl1_fast.quantization.freshness import remember_weights, warn_if_stale
+from gradl1_fast.quantization.freshness import remember_ranges, warn_if_stale
 from gradl1_fast.quantization.rounding.entries import checked_codes, codes_entries, take_codes
 from gradl1_fast.quantization.rounding.kept import drop_rounding
 from gradl1_fast.quantization.sliced import refuse_sliced
@@ -112,7 +112,7 @@ def load_ranges(model: nn.Module, path: str | os.PathLike[str]) -> None:
         weight.set_clip(entries.get(f"{name}.clip"))
     for name, layer in named_layers(model).items():
         _set_codes(layer, codes[name], device)
-    remember_weights(named_layers(model).values())
+    remember_ranges(model)
 
 
 def _set_codes(layer: QuantizedLayer, codes: list[tuple[int, Tensor, MadeFor]], device: torch.device) -> None:

@@ -9,9 +9,8 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 from gradl1_fast.nn.quantizers import ActivationQuantizer
-from gradl1_fast.nn.sites import named_layers
 from gradl1_fast.quantization.calibration import observed, quantizers_of, set_range
-from gradl1_fast.quantization.freshness import remember_weights
+from gradl1_fast.quantization.freshness import remember_ranges
 from gradl1_fast.quantization.ranges.base import InHindsight, MovingAverage, Range
 from gradl1_fast.quantization.ranges.choice import choose
 
@@ -50,7 +49,7 @@ def track_ranges(model: nn.Module, ranges: str | MovingAverage = "in_hindsight")
         yield model
     for tracker in trackers.values():
         tracker.apply()
-    remember_weights(named_layers(model).values())
+    remember_ranges(model)
 
 
 class _Tracker:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import gradl1_fast as gl
+from tests.conversion.lookalikes import BatchNormAct2d
 from tests.networks import VGG
 
 MESSAGE = r"the weights of .* have changed since the activation ranges were calibrated: call .*calibrate"
@@ -38,6 +39,18 @@ def load_others(model: nn.Module) -> nn.Module:
     return model
 
 
+def from_vector(model: nn.Module) -> nn.Module:
+    vector = nn.utils.parameters_to_vector(model.parameters())
+    nn.utils.vector_to_parameters(vector * 1.01, model.parameters())
+    return model
+
+
+def gammas(model: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        model[1].weight.mul_(1.5)
+    return model
+
+
 def replace(model: nn.Module) -> nn.Module:
     model[3].weight = nn.Parameter(model[3].weight.detach() * 1.01)
     return model
@@ -49,6 +62,9 @@ STALE: dict[str, Callable[[nn.Module], nn.Module]] = {
     "training what was pickled": lambda model: train(pickle.loads(pickle.dumps(model))),
     "other weights": load_others,
     "another parameter": replace,
+    "parameters from a vector": from_vector,
+    "the gammas of a batch norm": gammas,
+    "the gammas of a pickled copy": lambda model: gammas(pickle.loads(pickle.dumps(model))),
     "training a folded copy": lambda model: train(gl.fold_batch_norm(model).model),
     "training an equalized copy": lambda model: train(
         (lambda m: gl.calibrate(m, [VGG.batch(torch.float32)]) or m)(gl.equalize(model).model)
@@ -93,6 +109,10 @@ FRESH: dict[str, Callable[[nn.Module], nn.Module]] = {
     "copy": copy.deepcopy,
     "pickle": lambda model: pickle.loads(pickle.dumps(model)),
     "the same weights loaded": saved_and_loaded,
+    "the same parameters from a vector": lambda model: (
+        nn.utils.vector_to_parameters(nn.utils.parameters_to_vector(model.parameters()), model.parameters())
+        or model
+    ),
     "half": lambda model: model.half(),
     "half and back": lambda model: model.half().float(),
     "bfloat16": lambda model: copy.deepcopy(model).bfloat16(),
@@ -110,6 +130,17 @@ FRESH: dict[str, Callable[[nn.Module], nn.Module]] = {
 @pytest.mark.parametrize("case", FRESH)
 def test_operations_that_change_no_weight_give_no_warning(case: str) -> None:
     assert_silent(FRESH[case](calibrated()))
+
+
+def test_folding_a_batch_norm_with_an_activation_is_no_change_and_hides_none() -> None:
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3), BatchNormAct2d(4), nn.Conv2d(4, 2, 3)).eval()
+    nn.init.constant_(plain[1].weight, 2.0)
+    model, x = gl.convert(plain), torch.randn(2, 3, 8, 8)
+    gl.calibrate(model, [x])
+    assert_silent(gl.fold_batch_norm(model).model)
+    gammas(model)
+    with pytest.warns(UserWarning, match=MESSAGE):
+        gl.set_bits(gl.fold_batch_norm(model).model, w=4, a=4)
 
 
 def test_loaded_ranges_belong_to_the_current_weights(tmp_path: Path) -> None:
@@ -176,7 +207,7 @@ def test_embeddings_and_computed_weights_count() -> None:
             gl.set_bits(model, w=4, a=4)
 
 
-@pytest.mark.parametrize("change", [train, load_others], ids=lambda change: change.__name__)
+@pytest.mark.parametrize("change", [train, load_others, from_vector], ids=lambda change: change.__name__)
 def test_widths_that_were_set_before_the_weights_changed_give_a_warning(
     change: Callable[[nn.Module], nn.Module],
 ) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from gradl1_fast.nn.second_pass import RandomState, buffers_kept, shifted
@@ -67,7 +68,7 @@ class GradientL1AtASAM(GradientL1):
             model, lambda_w=lambda_w, lambda_a=lambda_a, scale=scale, every=every, step_bits=step_bits
         )
         self.passes, self.compilable = 2, False
-        self._rise: Tensor | None = None
+        self._rise = torch.zeros(())
 
     @classmethod
     def needs_second_order(cls, settings: Mapping[str, Any]) -> bool:
@@ -76,12 +77,9 @@ class GradientL1AtASAM(GradientL1):
 
     def backward(self, closure: Closure, scale: Scale = identity) -> Terms:
         """See :meth:`Method.backward`. The closure is called twice if the step has a penalty."""
-        self._rise = None
+        self._rise = torch.zeros(())
         terms = super().backward(closure, scale)
-        if self._rise is None:
-            return terms
-        rise = self._rise / factor_of(scale, self._rise)
-        return replace(terms, penalty=terms.penalty + rise)
+        return replace(terms, penalty=terms.penalty + self._rise / factor_of(scale, terms.loss))
 
     def _backward(self, closure: Closure) -> Tensor:
         of_w, of_a = self.penalty.lambda_w, self.penalty.lambda_a

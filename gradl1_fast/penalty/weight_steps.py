@@ -83,14 +83,19 @@ def _tap_of(weight: Tensor) -> contract.Tap:
 
 
 def _unclamped(ends: Tensor, bits: int) -> Tensor:
-    return torch.maximum(-ends[:, 0].clamp(max=0), ends[:, 1].clamp(min=0)) / max(2 ** (bits - 1) - 1, 1)
+    return torch.maximum(-ends[:, 0], ends[:, 1]) / _codes(bits)  # 0 or more, since low <= high
 
 
 def _d_ends(d_steps: Tensor, ends: Tensor, bits: int) -> Tensor:
     """Return the gradients of both ends, one row per weight."""
-    below, above = -ends[:, 0].clamp(max=0), ends[:, 1].clamp(min=0)
     passed = _unclamped(ends, bits) >= torch.finfo(ends.dtype).tiny
-    d = torch.where(passed, d_steps / max(2 ** (bits - 1) - 1, 1), 0)
-    of_high = (above > below).to(d.dtype) + 0.5 * (above == below)
-    d_low = torch.where(ends[:, 0] <= 0, d * (of_high - 1), 0)
-    return torch.stack([d_low, torch.where(ends[:, 1] >= 0, d * of_high, 0)], 1)
+    d = torch.where(passed, d_steps / _codes(bits), 0)
+    half = torch.full_like(d, 0.5)
+    d_high = d * torch.heaviside(
+        ends[:, 0] + ends[:, 1], half
+    )  # the larger magnitude gets it, equal ones half
+    return torch.stack([d_high - d, d_high], 1)
+
+
+def _codes(bits: int) -> int:
+    return max(2 ** (bits - 1) - 1, 1)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import nn
 
 import gradl1_fast as gl
+from gradl1_fast.nn.quantizers import WeightQuantizer
+from gradl1_fast.penalty.weight_steps import weight_steps
 from tests.penalty.small import curved, data, linears
 
 AT_1_BIT = "cannot penalise 0.weight at 1 bit: use float or at least 2 bits"
@@ -105,3 +109,28 @@ def test_penalties_on_weights_alone_need_not_agree_on_the_scale() -> None:
     by_step, plain = gl.GradL1(model, 1.0, 0.0), gl.GradL1(model, 1.0, 0.0, scale="none")
     loss = curved(model)
     assert by_step(loss) < plain(loss)
+
+
+EXTREMES = [
+    [1, -1, 0.5],
+    [2, 1, 2],
+    [-3, -3, -1],
+    [0, 0, 0],
+    [1e-320, 0, 0],
+    [1, -2, -2],
+    [math.nan, 1, 2],
+    [math.inf, 1, -2],
+]
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_steps_of_weights_together_equal_those_of_each_quantizer(bits: int) -> None:
+    together = [torch.tensor(values, dtype=torch.float64, requires_grad=True) for values in EXTREMES]
+    steps = weight_steps(together, bits)
+    (steps * torch.arange(1, len(steps) + 1)).sum().backward()
+    for i, (weight, step) in enumerate(zip(together, steps, strict=True), 1):
+        alone = weight.detach().clone().requires_grad_()
+        expected = WeightQuantizer(per_channel=False, out_axis=0).step(alone, bits)
+        (i * expected).backward()
+        torch.testing.assert_close(step, expected, rtol=1e-15, atol=0, equal_nan=True)
+        torch.testing.assert_close(weight.grad, alone.grad, rtol=1e-15, atol=0, equal_nan=True)

@@ -213,7 +213,5 @@ def _unclamped_steps(ends: Tensor, bits: int) -> Tensor:
 def _d_ends(d_steps: Tensor, ends: Tensor, bits: int) -> Tensor:
     """Return the gradients of the ends, ``(sites, 2)``."""
     mask = _unclamped_steps(ends, bits) >= torch.finfo(ends.dtype).tiny
-    d = torch.where(mask, d_steps, 0)
-    d_high = torch.where(ends[:, 1] >= 0, d / (2**bits - 1), 0)
-    d_low = torch.where(ends[:, 0] <= 0, -d / (2**bits - 1), 0)
-    return torch.stack([d_low, d_high], 1)
+    d = torch.where(mask, d_steps, 0) / (2**bits - 1)
+    return torch.stack([torch.where(ends[:, 0] <= 0, -d, 0), torch.where(ends[:, 1] >= 0, d, 0)], 1)

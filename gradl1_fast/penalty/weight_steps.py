@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gradl1_fast._checks import is_traced_by_make_fx
 from gradl1_fast.backends import contract, resolve
+from gradl1_fast.penalty.checks.distributed import is_distributed
 from gradl1_fast.penalty.measured import WeightTerm
 
 __all__ = ["can_be_together", "weight_steps"]
@@ -40,6 +41,10 @@ def weight_steps(weights: Sequence[Tensor], bits: int) -> Tensor:
     :meth:`gradl1_fast.nn.quantizers.WeightQuantizer.step`. Differentiable once.
     """
     steps: Tensor = _Steps.apply(bits, *weights)
+    if steps.grad_fn is not None and not is_distributed():
+        # Let autograd visit this node last: its dense gradients then meet no activations in memory. On several
+        # ranks they would hold up the communication of all gradients.
+        steps.grad_fn._set_sequence_nr(0)
     return steps
 
 
@@ -90,10 +95,8 @@ def _d_ends(d_steps: Tensor, ends: Tensor, bits: int) -> Tensor:
     """Return the gradients of both ends, one row per weight."""
     passed = _unclamped(ends, bits) >= torch.finfo(ends.dtype).tiny
     d = torch.where(passed, d_steps / _codes(bits), 0)
-    half = torch.full_like(d, 0.5)
-    d_high = d * torch.heaviside(
-        ends[:, 0] + ends[:, 1], half
-    )  # the larger magnitude gets it, equal ones half
+    # The end of larger magnitude gets the gradient; equal ones get half of it each.
+    d_high = d * torch.heaviside(ends[:, 0] + ends[:, 1], torch.full_like(d, 0.5))
     return torch.stack([d_high - d, d_high], 1)
 
 

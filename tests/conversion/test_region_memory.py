@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import gradl1_fast as gl
+from bench.measure import peak_bytes
 from gradl1_fast.conversion.regions.operations import Operation, _Product, _Unary
 from tests.conversion.runs import built, images, loss_of
 from tests.conversion.test_regions import make
@@ -48,6 +50,24 @@ def test_the_double_backward_pass_frees_a_tangent_after_its_last_reader(
     (loss + penalty(loss)).backward()
     assert len(alive) > 12
     assert max(alive) <= 2
+
+
+def test_steps_of_quantization_do_not_raise_the_peak_of_memory() -> None:
+    """In this network the weights are a third of the activations."""
+    torch.manual_seed(0)
+    layers = [m for _ in range(4) for m in (nn.Conv2d(64, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU())]
+    x, peaks = torch.randn(2, 64, 16, 16), {}
+    for scale in ("none", "step"):
+        model = gl.convert(nn.Sequential(*copy.deepcopy(layers)).train())
+        penalty = gl.GradL1(model, 0.3, 0.2, scale)
+
+        def step(model: Any = model, penalty: Any = penalty) -> None:
+            model.zero_grad()
+            loss = model(x).square().mean()
+            (loss + penalty(loss)).backward()
+
+        peaks[scale] = peak_bytes(step, x.device)
+    assert peaks["step"] <= 1.02 * peaks["none"]
 
 
 def counting_tangents(original: Callable[..., None], alive: list[int]) -> Callable[..., None]:

@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))  # MkDocs loads this file by its path
 
 from mkdocs.structure.files import File, Files  # noqa: E402
 
-from docs_site import figures, formulas, method_figures  # noqa: E402
+from docs_site import figures, formulas, method_figures, tables  # noqa: E402
 
 # Files outside docs/ that the site shows, by their address there.
 OUTSIDE = {
@@ -61,8 +61,8 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Draw formulas, so that they need neither scripts nor fonts."""
-    return formulas.drawn(html)
+    """Draw formulas, so that they need neither scripts nor fonts, and prepare tables for narrow screens."""
+    return tables.readable(formulas.drawn(html))
 
 
 def on_post_page(output: str, page: Any, **_: Any) -> str:

@@ -98,7 +98,7 @@ def _ticks(low: float, high: float) -> list[float]:
 
 def _rule(x: float, bottom: float, at: float) -> str:
     line = f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" y2="{bottom:.1f}"/>'
-    return line + _text(x, bottom + 18, f"{at:+g}")
+    return line + _text(x, bottom + 18, f"{at:+g}" if at else "0")
 
 
 def _dot(x: float, y: float, regime: str, title: str) -> str:

@@ -16,7 +16,7 @@ pytest.importorskip("ziamath")
 import markdown
 from mkdocs.config import load_config
 
-from docs_site import figures, formulas, hooks
+from docs_site import figures, formulas, hooks, tables
 
 
 class Page:
@@ -96,6 +96,23 @@ def test_the_figure_of_widths_has_the_means_of_the_results() -> None:
     heights = [float(y) for y in re.findall(r'cy="([\d.]+)"', drawn)]
     assert len(heights) == len(figures.LINES) * len(figures.WIDTHS)
     assert heights[0] < heights[5]  # float stands above 2 bits
+
+
+@pytest.mark.parametrize(
+    ("cell", "wanted"),
+    [
+        ("<td>(8, 8) 88.1</td>", "<td>(8,\N{NO-BREAK SPACE}8) 88.1</td>"),
+        ("<th>(2, float)</th>", "<th>(2,\N{NO-BREAK SPACE}float)</th>"),
+        ("<td><code>f(8, 8)</code></td>", "<td><code>f(8, 8)</code></td>"),
+        ("<td><code>a/_b_c.py::d</code></td>", "<td><code>a/<wbr>_b_<wbr>c.py<wbr>::d</code></td>"),
+        ("<td>1e-03</td>", '<td class="whole">1e-03</td>'),
+        ('<td style="x">' + "a " * 20 + "</td>", '<td class="long" style="x">' + "a " * 20 + "</td>"),
+        ("<td>" + "a " * 80 + "</td>", '<td class="long longer">' + "a " * 80 + "</td>"),
+        ("<thead><tr></tr></thead>", "<thead><tr></tr></thead>"),
+    ],
+)
+def test_cells_of_tables_are_broken_where_a_reader_would(cell: str, wanted: str) -> None:
+    assert tables.readable(cell) == wanted
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,42 @@
+"""Tables of a page, prepared for narrow screens: where their cells may be broken, and which need room."""
+
+from __future__ import annotations
+
+import html
+import re
+
+__all__ = ["readable"]
+
+LONG, LONGER = 24, 140  # characters of a cell, from which extra.css gives it a least width
+_CELL = re.compile(r"<(?P<tag>t[dh])(?P<rest>(?: [^>]*)?)>(?P<inside>.*?)</(?P=tag)>", re.DOTALL)
+_TAG = re.compile(r"(<[^>]+>)")
+_PAIR = re.compile(r"(?<=\()(\d+|float), (?=(?:\d+|float)\))")
+_PATH = re.compile(r"(?<=/)(?=\w)|(?<=\w_)(?=\w)|(?=::)")
+
+
+def readable(page: str) -> str:
+    """Return a page whose tables keep pairs of widths together and break names at ``/``, ``_`` and ``::``."""
+    return _CELL.sub(_one, page)
+
+
+def _one(found: re.Match[str]) -> str:
+    tag, rest, inside = found["tag"], found["rest"], found["inside"]
+    text = html.unescape(_TAG.sub("", inside)).strip()
+    kind = _kind(text) if tag == "td" and "class=" not in rest else ""
+    return f"<{tag}{kind}{rest}>{_broken(inside)}</{tag}>"
+
+
+def _kind(text: str) -> str:
+    if len(text) >= LONG:
+        return ' class="long longer"' if len(text) >= LONGER else ' class="long"'
+    return ' class="whole"' if "-" in text and " " not in text else ""
+
+
+def _broken(inside: str) -> str:
+    parts, in_code = _TAG.split(inside), False
+    for place, part in enumerate(parts):
+        if part.startswith("<"):
+            in_code = part.startswith("<code") or (in_code and not part.startswith("</code"))
+        else:
+            parts[place] = _PATH.sub("<wbr>", part) if in_code else _PAIR.sub("\\1,\N{NO-BREAK SPACE}", part)
+    return "".join(parts)

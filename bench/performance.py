@@ -57,7 +57,8 @@ def main() -> None:
     for folder in _folders():
         rows = of_first_sizes(results.read(folder / "step"))
         first = _first(rows)
-        plots.save(plots.step([row for row in rows if row["provider"] in first]), folder / "step", "first")
+        chart = plots.step([row for row in rows if row["provider"] in first], columns=1, width=5.2)
+        plots.save(chart, folder / "step", "first")
     PAGE.write_text(page())
     INDEX.write_text(rewritten(INDEX.read_text()))
 
@@ -150,7 +151,7 @@ def _table(rows: Sequence[Row], cell: Callable[[Row, Row], str], providers: Sequ
     """Return a table with a line for each provider and a column for each workload."""
     workloads = list(dict.fromkeys((row["operation"], row["size"]) for row in rows))
     found = {(row["provider"], row["operation"], row["size"]): row for row in rows if row["dtype"] != "tf32"}
-    names = [f"{TITLES[operation]}<br><small>{size}</small>" for operation, size in workloads]
+    names = [f"{TITLES[operation]}<br><small>{_lines(size)}</small>" for operation, size in workloads]
     lines = ["| | " + " | ".join(names) + " |", "|---" * (len(workloads) + 1) + "|"]
     for provider in providers:
         cells = []
@@ -160,6 +161,11 @@ def _table(rows: Sequence[Row], cell: Callable[[Row, Row], str], providers: Sequ
         if any(value != "-" for value in cells):
             lines.append("| " + " | ".join([PROVIDERS[provider], *cells]) + " |")
     return lines
+
+
+def _lines(size: str) -> str:
+    """Return a size in a line for each of its parts."""
+    return size.replace(" × ", "\N{NO-BREAK SPACE}×\N{NO-BREAK SPACE}").replace(", ", ",<br>")
 
 
 def _scale(rows: Sequence[Row], place: str) -> str:

@@ -27,20 +27,26 @@ def save(figure: Any, folder: Path, name: str = "plot") -> None:
     (folder / f"{name}.svg").write_text(figures.svg(figure))
 
 
-def step(rows: Sequence[Row]) -> Any:
-    """Return bars of each provider's time over the plain step's, a panel for each workload."""
+def step(rows: Sequence[Row], columns: int = 2, width: float = 7.5) -> Any:
+    """Return bars of each provider's time over the plain step's, a panel for each workload.
+
+    Args:
+        rows: of the results.
+        columns: how many panels are side by side.
+        width: of a panel in inches.
+    """
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         if row["ratio_to_plain"] is not None:
             groups.setdefault((row["operation"], row["size"]), []).append(row)
-    columns = 2 if len(groups) > 1 else 1
+    columns = min(columns, len(groups))
     lines = -(-len(groups) // columns)
     tallest = max(len(group) for group in groups.values())
-    figure = figures.new_figure(7.5 * columns, lines * (0.24 * tallest + 1.1))
+    figure = figures.new_figure(width * columns, lines * (0.24 * tallest + 1.1))
     panels = figure.subplots(lines, columns, squeeze=False).flatten()
     for axes, ((network, size), group) in zip(panels, groups.items(), strict=False):
         _bars(axes, group)
-        axes.set_title(f"{TITLES[network]}, {size}", fontsize=10)
+        axes.set_title(f"{TITLES[network]}, {size}", fontsize=11)
     for axes in panels[len(groups) :]:
         axes.set_axis_off()
     return figure
@@ -58,15 +64,15 @@ def _bars(axes: Any, rows: Sequence[Row]) -> None:
     ]
     places = range(len(rows))
     axes.barh(places, values, xerr=spread, color=[_colour(row) for row in rows], ecolor="#333333", capsize=2)
-    axes.set_yticks(places, [row["provider"] for row in rows], fontsize=8)
+    axes.set_yticks(places, [row["provider"] for row in rows], fontsize=10)
     ends = [value + above for value, above in zip(values, spread[1], strict=True)]
     for place, value, end in zip(places, values, ends, strict=True):
         axes.annotate(
-            f"{value:.2f}", (end, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8
+            f"{value:.2f}", (end, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=10
         )
     axes.axvline(1, color="#333333", linewidth=0.8, linestyle=":")
-    axes.set_xlim(0, max(ends) * 1.12)
-    axes.set_xlabel("time of a step, plain step = 1", fontsize=9)
+    axes.set_xlim(0, max(ends) * 1.15)
+    axes.set_xlabel("time of a step, plain step = 1", fontsize=10)
     figures.tidy(axes)
 
 

@@ -42,7 +42,7 @@ def tap(x: Tensor, probe: Tensor) -> Tensor:
             measured, and nothing is paid.
 
     Returns:
-        ``x``, or a view of it: nothing is copied.
+        ``x`` or a view of it; nothing is copied.
 
     Raises:
         ValueError: the probe is not a scalar or on another device.
@@ -73,7 +73,7 @@ def scale_probe(probe: Tensor, scale: Tensor) -> Tensor:
         scale: a scalar; the double backward differentiates it, the first backward does not.
 
     Returns:
-        A scalar to be used as a probe: ``probe`` then receives ``scale * sum |dL/dy|``.
+        A scalar to be used as a probe; ``probe`` then receives ``scale * sum |dL/dy|``.
 
     Raises:
         ValueError: one of them is not a scalar, or they are on different devices.

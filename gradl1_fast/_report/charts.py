@@ -9,13 +9,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from gradl1_fast._report import palette
-from gradl1_fast._report.figures import GRID, INK, new_figure, tidy
+from gradl1_fast._report.figures import GRID, INK, SINGLE, new_figure, tidy
 from gradl1_fast._report.page import Key
 from gradl1_fast._report.palette import Style
 
-__all__ = ["LABELLED_FROM", "WIDTH", "Series", "bars", "curves", "differences", "keys", "lines", "spans"]
+__all__ = [
+    *("LABELLED_FROM", "WIDTH", "Series"),
+    *("bars", "curves", "differences", "keys", "legend", "lines", "spans"),
+]
 
 WIDTH = 5.2  # inches: text of 10 points stays legible on a phone
+BARS = 4.3  # what has long names beside it
 PANEL = (4.0, 2.8)  # a chart that has others beside it
 BANDS = 3  # more lines than these are drawn without bands, which would hide each other
 LABELLED_FROM, LEAST_END = 0.5, 5.0  # points
@@ -41,7 +45,14 @@ class Series:
 
 def keys(series: Sequence[Series]) -> list[Key]:
     """Return the legend of :func:`lines`."""
-    return [Key(each.name, each.style) for each in series]
+    return legend({each.name: each.style for each in series})
+
+
+def legend(styles: Mapping[str, Style]) -> list[Key]:
+    """Return a legend of lines; pale ones share an entry."""
+    pale = [style for style in styles.values() if style.colour == palette.PALE]
+    named = [Key(name, style) for name, style in styles.items() if style.colour != palette.PALE]
+    return named + [Key("other methods", style) for style in pale[:1]]
 
 
 def lines(series: Sequence[Series], widths: Sequence[str], baseline: str) -> Any:
@@ -92,7 +103,9 @@ def _dots(axes: Any, gains: Sequence[Sequence[float]], style: Style) -> None:
 
 def _line(axes: Any, x: Sequence[float], y: Sequence[float], style: Style, size: float = 4.5) -> None:
     dash = (0, tuple(map(float, style.dash.split()))) if style.dash else "-"
-    axes.plot(x, y, color=style.colour, linestyle=dash, marker=style.marker, markersize=size, linewidth=1.9)
+    order = 1.5 if style.colour == palette.PALE else 2  # behind the others
+    look = {"color": style.colour, "linestyle": dash, "linewidth": 1.9, "zorder": order}
+    axes.plot(x, y, marker=style.marker, markersize=size, **look)
 
 
 def differences(
@@ -122,7 +135,7 @@ def differences(
         _cell(axes, (columns.index(column), rows.index(row)), value, end, _signed(value))
     _frame(axes, rows, columns)
     for label in axes.get_yticklabels():
-        label.set_color(palette.GREY if label.get_text() in single else INK)
+        label.set_color(SINGLE if label.get_text() in single else INK)
     axes.set_ylabel(labels[0])
     axes.set_xlabel(labels[1])
     _scale(scale, end)
@@ -140,10 +153,10 @@ def _frame(axes: Any, rows: Sequence[str], columns: Sequence[str]) -> None:
 
 def _scale(axes: Any, end: float) -> None:
     """Draw the colours of some differences, each with its number."""
-    marks = [mark for mark in (1, 3, 10, 30) if mark < 0.8 * end] + [end]
+    marks = [1.0, 10.0 if end > 15 else 3.0, end]
     shown = [*(-mark for mark in reversed(marks)), 0.0, *marks]
     for place, value in enumerate(shown):
-        _cell(axes, (place, 0), value, end, _signed(value) or "0")
+        _cell(axes, (place, 0), value, end, f"{value:+.0f}" if value else "0")
     _frame(axes, [""], [""] * len(shown))
     axes.set_xlabel("points: more accurate to the right", fontsize=8)
 
@@ -195,6 +208,7 @@ def curves(
         axes.set_xscale("log", base=2)
     if "y" in log:
         axes.set_yscale("log", nonpositive="mask")
+        _plain_numbers(axes)
     if labels[0] == "epoch":
         axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel(labels[0])
@@ -203,6 +217,15 @@ def curves(
     axes.set_axisbelow(True)
     tidy(axes)
     return figure
+
+
+def _plain_numbers(axes: Any) -> None:
+    """Write 0.01 rather than a power at a logarithmic axis, and numbers in between only if it is short."""
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}" if high < 10 * low else "")
+    if 3 * low < high < 10 * low:
+        axes.yaxis.get_minor_locator().set_params(subs=(2, 5))
 
 
 def bars(
@@ -219,7 +242,7 @@ def bars(
         label: of the horizontal axis; without one the axis is hidden.
         texts: written at the ends of the bars.
     """
-    figure = new_figure(WIDTH, 0.75 + 0.27 * len(values))
+    figure = new_figure(BARS, 0.75 + 0.27 * len(values))
     axes = figure.subplots()
     places = range(len(values))
     axes.barh(places, list(values.values()), color=[colours[name] for name in values], height=0.65)
@@ -231,13 +254,13 @@ def bars(
     if not label:
         axes.set_xticks([])
         axes.spines["bottom"].set_visible(False)
-        axes.set_xlim(0, 1.35 * max(values.values()))
+        axes.set_xlim(0, 1.6 * max(values.values()))  # room for the texts
     return figure
 
 
 def spans(ends: Mapping[str, tuple[float, float]], colours: Mapping[str, str], label: str) -> Any:
     """Return a figure of ranges from low to high, linear near zero and logarithmic beyond 0.1."""
-    figure = new_figure(WIDTH, 0.75 + 0.27 * len(ends))
+    figure = new_figure(BARS, 0.75 + 0.27 * len(ends))
     axes = figure.subplots()
     for place, (name, (low, high)) in enumerate(ends.items()):
         axes.barh(place, high - low, left=low, color=colours[name], height=0.5)

@@ -9,14 +9,19 @@ from collections.abc import Mapping
 from typing import Any
 
 from gradl1_fast._extras import install
+from gradl1_fast._report.palette import PALE
 
-__all__ = ["GRID", "INK", "heat_map", "inline", "new_figure", "save", "svg", "tidy", "width_name"]
+__all__ = [
+    *("GRID", "INK", "SINGLE", "coloured", "heat_map", "inline", "new_figure", "save", "svg", "tidy"),
+    "width_name",
+]
 
 Width = tuple[int | None, int | None]
 
-# Inside a page these two become the page's colours of text and of lines, in its light and dark form.
-INK, GRID = "#000000", "#e3e6ea"
-_IN_A_PAGE = {INK: "currentColor", GRID: "var(--line)"}
+# Inside a page these become the page's colours of text, of lines, of what comes from a single seed and of
+# lines in the background, in its light and dark form.
+INK, GRID, SINGLE = "#000000", "#e3e6ea", "#6b7683"
+_IN_A_PAGE = {INK: "currentColor", GRID: "var(--line)", SINGLE: "var(--single)", PALE: "var(--pale)"}
 # Identifiers that are the same in every figure, fonts, and styles that would reach beyond the figure.
 _NOT_IN_A_PAGE = (
     re.compile(r"<style.*?</style>", re.DOTALL),
@@ -111,6 +116,11 @@ def inline(figure: Any, name: str) -> str:
         text = svg(figure, transparent=True)
     for pattern in _NOT_IN_A_PAGE:
         text = pattern.sub("", text)
+    return coloured(text)
+
+
+def coloured(text: str) -> str:
+    """Return a text with the colours that depend on the page replaced by the page's own."""
     for colour, own in _IN_A_PAGE.items():
         text = text.replace(colour, own)
     return text

@@ -10,7 +10,7 @@ from typing import Any
 from gradl1_fast import _files
 from gradl1_fast._extras import install
 from gradl1_fast._report import palette
-from gradl1_fast._report.figures import inline, new_figure
+from gradl1_fast._report.figures import coloured, inline, new_figure
 
 __all__ = [
     *("Chart", "Key", "Report", "Section", "Table", "Tile"),
@@ -77,7 +77,7 @@ class Chart:
     @property
     def wide(self) -> bool:
         """Whether two fit side by side rather than three."""
-        return self.figure.get_figwidth() > 5
+        return self.figure.get_figwidth() > 4.1
 
 
 @dataclass(frozen=True)
@@ -182,5 +182,5 @@ def _environment() -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["svg"] = svg
+    environment.filters |= {"svg": svg, "coloured": coloured}
     return environment

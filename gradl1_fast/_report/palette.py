@@ -40,15 +40,28 @@ class Style:
 
 
 def styles(names: Iterable[str]) -> dict[str, Style]:
-    """Return a style for each training method; a name begins with its role, as in ``qat-4``."""
+    """Return a style for each training method; a name begins with its role, as in ``qat-4``.
+
+    Methods without a role are pale if they are too many to be told apart.
+    """
+    names = list(names)
     found: dict[str, Style] = {}
     uses: dict[str, int] = {}
     others = 0
+    many = sum(_colour(name) is None for name in names) > len(OTHERS) * len(_DASHES)
     for place, name in enumerate(names):
-        colour = _ROLES.get(re.split(r"[-+@]", name)[0])
+        colour = _colour(name)
+        if colour is None and many:
+            found[name] = Style(PALE, marker="")
+            continue
         if colour is None:
             colour, others = OTHERS[others % len(OTHERS)], others + 1
         dash = _DASHES[uses.get(colour, 0) % len(_DASHES)]
         uses[colour] = uses.get(colour, 0) + 1
         found[name] = Style(colour, dash, _MARKERS[place % len(_MARKERS)])
     return found
+
+
+def _colour(name: str) -> str | None:
+    """Return the colour of the role of a method, if it has one."""
+    return _ROLES.get(re.split(r"[-+@]", name)[0])

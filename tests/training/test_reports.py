@@ -197,6 +197,20 @@ def test_methods_of_one_role_share_its_colour_and_differ_in_dashes() -> None:
     assert styles["gradl1"].dash != styles["gradl1-unscaled"].dash
 
 
+def test_of_many_methods_those_without_a_role_are_pale_and_share_an_entry() -> None:
+    others = [f"method-{number}" for number in range(13)]
+    styles = palette.styles(["plain", *others, "qat-4"])
+    assert {styles[name].colour for name in others} == {palette.PALE}
+    assert [key.name for key in charts.legend(styles)] == ["plain", "qat-4", "other methods"]
+    assert palette.PALE not in {style.colour for style in palette.styles(others[:12]).values()}
+
+
+def test_the_numbers_of_a_scale_leave_room() -> None:
+    figure = charts.differences({("a", "4"): -62.0}, ["a"], ["4"], ("", ""))
+    texts = [text.get_text() for text in figure.axes[1].texts]
+    assert texts == ["-62", "-10", "-1", "0", "+1", "+10", "+62"]
+
+
 @pytest.mark.parametrize(("gain", "shown", "ahead"), [(5.0, "+2.5", "1 of 2"), (-5.0, "-2.5", "0 of 2")])
 def test_losses_are_shown_like_gains(gain: float, shown: str, ahead: str) -> None:
     rows = demo.accuracy_rows(demo_results(gain))
@@ -248,6 +262,12 @@ def test_with_single_seeds_alone_nothing_is_named_best() -> None:
     assert "best" not in render(experiment.report(found))
     line = experiment_tables.verdict(found)[0]
     assert line == "per tensor, float, one seed: plain 80.0 %; gradl1 70.0 %."
+
+
+def test_a_sentence_on_many_single_seeds_names_the_penalty_and_plain_training() -> None:
+    methods = ["plain", "gradl1", "l2", "sam", "asam", "kure", "r2"]
+    found = Results([experiment_run(method, 0, 80.0) for method in methods])
+    assert experiment_tables.verdict(found)[0] == "per tensor, float, one seed: plain 80.0 %; gradl1 80.0 %."
 
 
 def test_differences_pair_equal_seeds() -> None:

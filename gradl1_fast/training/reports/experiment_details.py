@@ -38,7 +38,7 @@ def norms(results: Results) -> Section:
         for title, value in _NORMS.items()
     ]
     paragraph = text.NORMS.format(probed=results.runs[0].settings["probed"])
-    keys = [Key(method, style) for method, style in styles.items()]
+    keys = charts.legend(styles)
     return Section("Gradients over training", text=[paragraph], charts=figures, keys=keys)
 
 

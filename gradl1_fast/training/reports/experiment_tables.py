@@ -11,6 +11,7 @@ from gradl1_fast.training.reports.common import pair_name
 __all__ = ["accuracy_table", "best", "own_table", "single_rows", "singles", "times", "verdict"]
 
 Rows = list[tuple[str, ...]]
+FEW = 6  # methods that a sentence names: of more, only the penalty and plain training
 
 
 def accuracy_table(results: Results) -> tuple[tuple[str, ...], Rows]:
@@ -93,7 +94,8 @@ def _leader(results: Results, regime: str, w: int | None, a: int | None) -> str:
     leader = best(results, regime, w, a)
     single, spread = singles(results), {m: results.spread(m, regime, w, a) for m in results.methods}
     if leader is None:
-        values = "; ".join(f"{method} {spread[method]} %" for method in results.methods)
+        shown = [m for m in results.methods if len(results.methods) <= FEW or m in ("gradl1", "plain")]
+        values = "; ".join(f"{method} {spread[method]} %" for method in shown or results.methods)
         return f"{regime}, {pair_name(w, a)}, one seed: {values}."
     line = f"{regime}, {pair_name(w, a)}: best is {leader} ({spread[leader]} %)"
     others = [m for m in ("gradl1", "plain") if m in spread and m != leader]

@@ -131,9 +131,9 @@ def _single_tensors(results: Results) -> Section:
         ),
     ]
     text = [
-        "Left: the increase of the mean cross-entropy on the test images when only one tensor is "
-        f"quantized to {bits} bits and all others are in float. Right: the quantization step at {bits} "
-        "bits of the full range of the tensor, whatever range was chosen, times the l1 norm of the "
+        "First chart: the increase of the mean cross-entropy on the test images when only one tensor is "
+        f"quantized to {bits} bits and all others are in float. Second chart: the quantization step at "
+        f"{bits} bits of the full range of the tensor, whatever range was chosen, times the l1 norm of the "
         "gradient, on training images. Half of it is, to first order, the largest loss increase from "
         "quantizing only this tensor; the table compares it with the measured increase. The penalty with "
         'scale="step" reduces this quantity.'

@@ -165,7 +165,7 @@ def _table(rows: Sequence[Row], cell: Callable[[Row, Row], str], providers: Sequ
 
 def _lines(size: str) -> str:
     """Return a size in a line for each of its parts."""
-    return size.replace(" × ", "\N{NO-BREAK SPACE}×\N{NO-BREAK SPACE}").replace(", ", ",<br>")
+    return ",<br>".join(part.replace(" ", "\N{NO-BREAK SPACE}") for part in size.split(", "))
 
 
 def _scale(rows: Sequence[Row], place: str) -> str:

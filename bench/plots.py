@@ -46,7 +46,7 @@ def step(rows: Sequence[Row], columns: int = 2, width: float = 7.5) -> Any:
     panels = figure.subplots(lines, columns, squeeze=False).flatten()
     for axes, ((network, size), group) in zip(panels, groups.items(), strict=False):
         _bars(axes, group)
-        axes.set_title(f"{TITLES[network]}, {size}", fontsize=11)
+        axes.set_title(f"{TITLES[network]}, {size}", fontsize=10, loc="right")
     for axes in panels[len(groups) :]:
         axes.set_axis_off()
     return figure

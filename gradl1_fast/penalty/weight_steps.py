@@ -41,10 +41,11 @@ def weight_steps(weights: Sequence[Tensor], bits: int) -> Tensor:
     :meth:`gradl1_fast.nn.quantizers.WeightQuantizer.step`. Differentiable once.
     """
     steps: Tensor = _Steps.apply(bits, *weights)
-    if steps.grad_fn is not None and not is_distributed():
-        # Let autograd visit this node last: its dense gradients then meet no activations in memory. On several
-        # ranks they would hold up the communication of all gradients.
-        steps.grad_fn._set_sequence_nr(0)
+    node: Any = steps.grad_fn
+    if node is not None and not is_distributed():
+        # Let autograd visit this node last: its dense gradients then meet no activations in memory. On
+        # several ranks they would hold up the communication of all gradients.
+        node._set_sequence_nr(0)
     return steps
 
 

@@ -254,7 +254,7 @@ def bars(
     if not label:
         axes.set_xticks([])
         axes.spines["bottom"].set_visible(False)
-        axes.set_xlim(0, 1.6 * max(values.values()))  # room for the texts
+        axes.set_xlim(0, 1.6 * max(values.values()))  # space for the texts
     return figure
 
 

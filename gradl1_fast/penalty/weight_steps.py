@@ -74,7 +74,7 @@ class _StepsBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> None:
-        raise RuntimeError("gradl1_fast: the step of a weight has a first derivative only")
+        raise RuntimeError("gradl1_fast: first and second order gradients only, also of the step of a weight")
 
 
 def _tap_of(weight: Tensor) -> contract.Tap:

@@ -40,7 +40,8 @@ DOCS = Path(__file__).parent.parent / "docs"
 PAGES = (DOCS / "before-training.md", DOCS / "results" / "fashion-mnist.md")
 PLAIN = "plain"
 SEARCH = "fashion-mnist-depthwise-search"  # for a better recipe
-NAMES = ("fashion-mnist", "fashion-mnist-depthwise", "fashion-mnist-resnet", SEARCH)
+AT_ASAM = "fashion-mnist-depthwise-at-asam"  # the most promising of them
+NAMES = ("fashion-mnist", "fashion-mnist-depthwise", "fashion-mnist-resnet", SEARCH, AT_ASAM)
 
 Row = dict[str, Any]
 Kept = dict[str, Any]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +47,7 @@ class GradientL1(Method):
     family = Family.GRADIENTS
     second_order = True
     compilable = True
-    variants: ClassVar[tuple[Variant, ...]] = (
+    variants = (
         Variant(
             "gradl1", "gradient l1 penalty with each norm times its quantization step", keeps_recipe=True
         ),

@@ -63,7 +63,7 @@ class SignSAM(Method):
             return super().backward(closure, scale)
         randomness = RandomState()
         loss = closure()
-        moves = self.moves(scale(loss), size)
+        moves = self._moves(scale(loss), size)
         randomness.replay()
         with buffers_kept(self.model), contextlib.ExitStack() as stack:
             for weight, move in moves:
@@ -73,8 +73,7 @@ class SignSAM(Method):
         rise = moved.detach() / factor_of(scale, loss) - loss.detach()
         return Terms(loss.detach(), rise)
 
-    def moves(self, loss: Tensor, size: float) -> list[tuple[Tensor, Tensor]]:
-        """Return each weight with its move, given the loss with its graph."""
+    def _moves(self, loss: Tensor, size: float) -> list[tuple[Tensor, Tensor]]:
         layers = trainable_layers(self.model)
         weights = [leaf_of(layer) for layer in layers.values()]
         grads = torch.autograd.grad(loss, weights, allow_unused=True)

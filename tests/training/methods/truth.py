@@ -15,7 +15,6 @@ LAMBDAS = {"lambda_w": 0.3, "lambda_a": 0.2}
 SETTINGS: dict[str, dict[str, object]] = {
     "plain": {},
     "gradl1": {**LAMBDAS, "scale": "none"},
-    "gradl1-at-asam": {**LAMBDAS, "scale": "none", "rho": 0.1},
     "l2": LAMBDAS,
     "sam": {"epsilon": 0.01},
     "kure": {"coefficient": 0.7},
@@ -59,16 +58,6 @@ def _plain(network: Network, model: nn.Module) -> Gradients:
 def _gradl1(network: Network, model: nn.Module, **settings: object) -> Gradients:
     parameters = dict(model.named_parameters())
     return oracle.penalised_gradients(lambda: _measure(network, model), parameters, **settings).gradients
-
-
-def _gradl1_at_asam(network: Network, model: nn.Module, rho: float, **settings: object) -> Gradients:
-    weights = _weights(model)
-    grads = torch.autograd.grad(network.loss(model), weights)
-    norm = sum((w * g).square().sum() for w, g in zip(weights, grads, strict=True)).sqrt()
-    with torch.no_grad():
-        for weight, grad in zip(weights, grads, strict=True):
-            weight += rho * weight**2 * grad / norm
-    return _gradl1(network, model, **settings)
 
 
 def _l2(network: Network, model: nn.Module, lambda_w: float, lambda_a: float) -> Gradients:
@@ -141,7 +130,6 @@ def _on_symmetric_grid(w: Tensor, bits: int) -> Tensor:
 _TRUTHS: dict[str, Callable[..., Gradients]] = {
     "plain": _plain,
     "gradl1": _gradl1,
-    "gradl1-at-asam": _gradl1_at_asam,
     "l2": _l2,
     "sam": _sam,
     "kure": _kure,

@@ -11,7 +11,7 @@ LONG, LONGER = 24, 140  # characters of a cell, from which extra.css gives it a 
 _CELL = re.compile(r"<(?P<tag>t[dh])(?P<rest>(?: [^>]*)?)>(?P<inside>.*?)</(?P=tag)>", re.DOTALL)
 _TAG = re.compile(r"(<[^>]+>)")
 _PAIR = re.compile(r"(?<=\()(\d+|float), (?=(?:\d+|float)\))")
-_PATH = re.compile(r"(?<=/)(?=\w)|(?<=\w_)(?=\w)|(?=::)")
+_PATH = re.compile(r"(?<=/)(?=\w)|(?<=[^\W_]_)(?=[^\W_])|(?=::)")
 
 
 def readable(page: str) -> str:

@@ -18,12 +18,16 @@ _LITERAL = re.compile(r"::\n\n(?=    )")
 
 
 class Docstrings(griffe.Extension):
-    """Turns roles into links where the reference has the name, and `::` into a colon before code."""
+    """Turns roles into links where the reference has the name, and `::` into a colon before code.
+
+    griffe knows attributes as a section, and reads a section of class attributes as one with a title.
+    """
 
     def on_object(self, *, obj: Any, **_: Any) -> None:
         """Rewrite one docstring."""
         if obj.docstring is not None and obj.path.split(".")[0] == PACKAGE:
             text = _ROLE.sub(lambda role: _link(role, obj), obj.docstring.value)
+            text = text.replace("\nClass attributes:\n", "\nAttributes: Class attributes:\n")
             obj.docstring.value = _LITERAL.sub(":\n\n", text)
 
 

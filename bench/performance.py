@@ -185,7 +185,7 @@ def _operations(place: str) -> str:
     return "\n".join(
         [
             "\n### Operation by operation\n",
-            "Every sweep of every operation, by every backend and by plain PyTorch, against a copy.",
+            "Every pass of every operation, by every backend and by plain PyTorch, against a copy.",
             "",
             _chart("Bandwidth of each operation, and convolution's double backward", f"{place}/ops/plot.svg"),
             "",

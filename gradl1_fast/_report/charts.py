@@ -158,7 +158,7 @@ def _scale(axes: Any, end: float) -> None:
     for place, value in enumerate(shown):
         _cell(axes, (place, 0), value, end, f"{value:+.0f}" if value else "0")
     _frame(axes, [""], [""] * len(shown))
-    axes.set_xlabel("points: more accurate to the right", fontsize=8)
+    axes.set_xlabel("points: more accurate to the right", fontsize=9)
 
 
 def _cell(axes: Any, place: tuple[int, int], value: float, end: float, text: str) -> None:

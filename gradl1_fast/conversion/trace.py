@@ -77,6 +77,16 @@ def trace(container: nn.Module) -> Traced:
     return Traced(graph, tracer.untraced)
 
 
+def _by_position(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of a call with the tensor that passes the site of a layer in the first place."""
+    if args or not isinstance(module, QuantizedLayer) or module.input_name() not in kwargs:
+        return args, kwargs
+    rest = dict(kwargs)
+    return (rest.pop(module.input_name()),), rest
+
+
 def _defaults(container: nn.Module) -> dict[str, Any]:
     parameters = inspect.signature(type(container).forward).parameters.values()
     if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
@@ -121,7 +131,7 @@ class _Tracer(fx.Tracer):
         """Trace an inner module, or record it as one call."""
         path = self.path_of_module(m)
         if is_leaf(m):
-            return super().call_module(m, forward, args, kwargs)
+            return super().call_module(m, forward, *_by_position(m, args, kwargs))
         before = next(reversed(self.graph.nodes))
         try:
             inside = super().call_module

@@ -131,15 +131,18 @@ class _Foreign(QuantizedLayer):
         """Whether the weight is computed from parameters rather than being a parameter."""
         return self.computes_weight or super().is_computed
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the output of the foreign layer at the current width."""
-        x = pass_through(self, x)
+        if args:
+            args = pass_through(self, args[0]), *args[1:]
+        elif self.input_name() in kwargs:
+            kwargs[self.input_name()] = pass_through(self, kwargs[self.input_name()])
         armed = is_armed(self.arming)
         if not armed and self.weight_quantizer.bits is None:
             self.was_called = True
-            return super().forward(x, *args, **kwargs)
+            return super().forward(*args, **kwargs)
         with _Weights(self._quantized, armed):
-            return super().forward(x, *args, **kwargs)
+            return super().forward(*args, **kwargs)
 
 
 class _Conv1D(QuantizedLayer):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import warnings
 import weakref
 from collections.abc import Callable
@@ -100,6 +102,12 @@ class QuantizedLayer(nn.Module):
         """Return the torch twin with the same parameters, hooks and mode."""
         return retype(self, type(self), self.twin, without=_OWN_ATTRIBUTES)
 
+    @classmethod
+    @functools.cache
+    def input_name(cls) -> str:
+        """Return the name of the argument of ``forward`` that passes the site, which is the first one."""
+        return [*inspect.signature(cls.twin.forward).parameters, ""][1]
+
     @property
     def is_computed(self) -> bool:
         """Whether the weight is computed from parameters rather than being a parameter."""
@@ -163,9 +171,9 @@ _OWN_ATTRIBUTES = ("weight_quantizer", "input_quantizer", "arming", "was_called"
 class _QConv(QuantizedLayer):
     """Forward pass of the convolutions, with the geometry given by the attributes of the twin."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Return the result of the torch twin at the current width."""
-        x, weight = self._operands(x)
+        x, weight = self._operands(input)
         layer: Any = self
         if not is_armed(self.arming):
             return layer._conv_forward(x, weight, self.bias)
@@ -190,14 +198,14 @@ class _QConvTranspose(QuantizedLayer):
     out_axis = 1
     _function: ClassVar[Callable[..., Tensor]]
 
-    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """Return the result of the torch twin at the current width."""
         layer: Any = self
         dimensions = len(layer.kernel_size)
         output_padding = layer._output_padding(
-            x, output_size, layer.stride, layer.padding, layer.kernel_size, dimensions, layer.dilation
+            input, output_size, layer.stride, layer.padding, layer.kernel_size, dimensions, layer.dilation
         )
-        x, weight = self._operands(x)
+        x, weight = self._operands(input)
         if not is_armed(self.arming):
             function = type(self)._function
             return function(
@@ -225,9 +233,9 @@ class _QConvTranspose(QuantizedLayer):
 class _QLinear(QuantizedLayer):
     """Forward pass of the linear layer."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return ``x @ weight.T + bias`` at the current width."""
-        x, weight = self._operands(x)
+    def forward(self, input: Tensor) -> Tensor:
+        """Return ``input @ weight.T + bias`` at the current width."""
+        x, weight = self._operands(input)
         function = F.linear if is_armed(self.arming) else nn.functional.linear
         return function(x, weight, self.bias)
 

@@ -292,3 +292,33 @@ def test_unused_submodules_are_kept() -> None:
     assert list(converted.state_dict()) == list(model.state_dict())
     x = images()
     assert_equal_steps(built(Spare), gl.convert(built(Spare)), loss_of(x))
+
+
+class Scaled(nn.Linear):
+    """A layer of another library: its input may be given by name, behind another tensor."""
+
+    def forward(self, x: Tensor, scale: Tensor | float = 1.0) -> Tensor:
+        return nn.functional.linear(x, self.weight, self.bias) * scale
+
+
+class ByName(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.gate = nn.Linear(5, 4), nn.Linear(5, 6)
+        self.scaled, self.last = Scaled(4, 6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden, gate = self.first(input=x), self.gate(x).sigmoid()
+        return self.last(input=gate) + self.scaled(scale=gate, x=hidden)
+
+
+def test_a_tensor_given_by_name_passes_the_site_of_its_layer() -> None:
+    torch.manual_seed(0)
+    plain, x = ByName(), torch.randn(8, 5)
+    model = gl.convert(plain)
+    assert model.get_submodule("scaled").input_quantizer is not model.get_submodule("last").input_quantizer
+    assert torch.equal(model(x), plain(x))
+    penalty = gl.GradL1(model, 0.1, 0.1)
+    loss = model(x).square().mean()
+    (loss + penalty(loss)).backward()
+    assert {"scaled.input", "last.input"} <= set(penalty.terms)

@@ -71,7 +71,8 @@ def convert(model: nn.Module, *, per_channel: bool = False) -> nn.Module:
         raise TypeError(f"gradl1_fast.convert: the model must be a torch.nn.Module, got {model!r:.100}")
     _refuse_wrapped(model)
     _refuse_lazy(model)
-    if not any(True for _ in convertible(model)):
+    found = list(convertible(model))
+    if not found:
         if any(isinstance(m, QuantizedLayer) for m in model.modules()):
             _warn_if_per_tensor(model, per_channel)
             return model
@@ -79,7 +80,7 @@ def convert(model: nn.Module, *, per_channel: bool = False) -> nn.Module:
             "gradl1_fast.convert: the model has no layer to convert (convolution, linear layer or embedding)"
         )
     arming = Arming(install)
-    arming.known.update(convertible(model))
+    arming.known.update(found)
     converted = _replaced(copy_structure(model), per_channel, arming)
     for module in converted.modules():
         if isinstance(module, QuantizedLayer):

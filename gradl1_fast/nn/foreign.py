@@ -133,10 +133,11 @@ class _Foreign(QuantizedLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the output of the foreign layer at the current width."""
+        name = self.input_name()
         if args:
             args = pass_through(self, args[0]), *args[1:]
-        elif self.input_name() in kwargs:
-            kwargs[self.input_name()] = pass_through(self, kwargs[self.input_name()])
+        elif name in kwargs:
+            kwargs[name] = pass_through(self, kwargs[name])
         armed = is_armed(self.arming)
         if not armed and self.weight_quantizer.bits is None:
             self.was_called = True

@@ -156,11 +156,8 @@ class QuantizedLayer(nn.Module):
         if weight.requires_grad and torch.is_grad_enabled():
             before, references = self._used_weights
             if len(references) != 1 or references[0]() is not weight:
-                others = (
-                    [r for r in references if r() is not None and r() is not weight]
-                    if before == number
-                    else []
-                )
+                others = references if before == number else []
+                others = [r for r in others if r() is not None and r() is not weight]
                 references = [*others, weakref.ref(weight)]
             vars(self)["_used_weights"] = number, references  # faster than setting an attribute of a module
 

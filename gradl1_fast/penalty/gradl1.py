@@ -43,8 +43,8 @@ class GradL1:
     Y_l are the inputs of the layers, except the input of the network, each counted once, and dL/dY_l is the
     gradient from these layers. Both are taken at the current width. Create the penalty before the forward
     pass, which it arms, and create it again after adding layers to the model and converting it again; a
-    warning names layers that were added and not converted. A layer that a step does not
-    use contributes zero. The loss should be the mean over the mini-batch.
+    warning names layers that were added and not converted. A layer that a step does not use contributes
+    zero. The loss should be the mean over the mini-batch.
 
     The penalty is 1-homogeneous in the loss: with a ``GradScaler``, pass the scaled loss. Sums of gradients
     use at least float32, and the first backward pass runs outside autocast.

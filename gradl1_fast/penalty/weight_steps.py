@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -14,9 +16,6 @@ from gradl1_fast.penalty.checks.distributed import is_distributed
 from gradl1_fast.penalty.measured import WeightTerm
 
 __all__ = ["can_be_together", "weight_steps"]
-
-_MOST_TAPS = 512
-_taps: dict[tuple[Any, ...], contract.Tap] = {}
 
 
 def can_be_together(terms: Sequence[WeightTerm]) -> bool:
@@ -78,14 +77,16 @@ class _StepsBackward(torch.autograd.Function):
 
 
 def _tap_of(weight: Tensor) -> contract.Tap:
-    """Return the prepared tap of tensors like this one; weights keep their shape from step to step."""
     backend = resolve("tap", weight)
-    key = backend, weight.shape, weight.stride(), weight.dtype, weight.device
-    if key not in _taps:
-        if len(_taps) >= _MOST_TAPS:
-            del _taps[next(iter(_taps))]
-        _taps[key] = contract.prepare_tap(backend, weight)
-    return _taps[key]
+    return _tap_like(backend, weight.shape, weight.stride(), weight.dtype, weight.device)
+
+
+@functools.lru_cache(maxsize=512)
+def _tap_like(
+    backend: ModuleType, shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> contract.Tap:
+    """Return a prepared tap; weights keep their shape from step to step."""
+    return contract.prepare_tap(backend, torch.empty_strided(shape, stride, dtype=dtype, device=device))
 
 
 def _unclamped(ends: Tensor, bits: int) -> Tensor:

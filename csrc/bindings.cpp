@@ -30,6 +30,7 @@ void define_pass(py::module_& m, const Engine& e) {
         expect_known<Pass>(memory);
         auto request = prepared.request;
         Pass::read(request, Spans(memory, e.in_host_memory));
+        check_addresses(request);
         launch(e.*Pass::function, request, where_of(where.ptr()));
     });
     m.def((std::string("prepare_") + Pass::name).c_str(),

@@ -66,6 +66,9 @@ Extent scratch(const Request& r) {
     return {r.scratch_bytes / 8, 8};
 }
 
+inline Extent addresses(const Taps& r) { return {r.count, sizeof(Address)}; }
+inline Extent all_ends(const Taps& r) { return sums(r, 4 * r.count); }
+inline Extent all_ends_gradients(const Taps& r) { return sums(r, 2 * r.count); }
 inline Extent norms(const L1Norm& r) { return {r.count, r.wide ? 8 : 4}; }
 
 }  // namespace table
@@ -163,6 +166,25 @@ GRADL1_PASSES(GRADL1_PASS)
 #undef GRADL1_NAME_FIELD
 
 }  // namespace pass
+
+// What a pass asks of memory that it finds by addresses in its memory.
+template <class Request>
+void check_addresses(const Request&) {}
+
+inline void check_address(const void* address, const char* name, Extent extent, bool needed) {
+    if (!address && !needed) return;
+    memory(py::make_tuple(reinterpret_cast<Address>(address), extent.count * extent.size), name, extent);
+}
+
+template <>
+inline void check_addresses<Taps>(const Taps& r) {
+    for (std::int64_t i = 0; i < r.count; ++i) {
+        const Extent extent{r.numels[i], size_of(r.dtype)};
+        check_address(at(r.x, i), "x", extent, true);
+        check_address(at(r.dy, i), "dy", extent, false);
+        if (r.total) check_address(at(r.total, i), "total", extent, true);
+    }
+}
 
 // What a pass asks of its settings beyond their types.
 template <class Pass>

@@ -12,6 +12,8 @@
     PASS(tap_double_backward, Tap)                      \
     PASS(tap_ends, Tap)                                 \
     PASS(tap_add_ends_gradient, Tap)                    \
+    PASS(taps_ends, Taps)                               \
+    PASS(taps_add_ends_gradients, Taps)                 \
     PASS(fake_quantize_forward, FakeQuantize)           \
     PASS(fake_quantize_backward, FakeQuantize)          \
     PASS(fake_quantize_double_backward, FakeQuantize)   \
@@ -45,6 +47,22 @@
     FIELD(ends, ends, needed)                      \
     FIELD(d_ends, ends_gradient, needed)           \
     FIELD(total, tensor, needed)                   \
+    FIELD(scratch, scratch, own_on_host)
+
+// The passes of the same names over many tensors, one after the other.
+#define GRADL1_SETTINGS_Taps(SETTING) SETTING(dtype) SETTING(numels)
+
+#define GRADL1_FIELDS_taps_ends(FIELD) \
+    FIELD(x, addresses, needed)        \
+    FIELD(ends, all_ends, needed)      \
+    FIELD(scratch, scratch, own_on_host)
+
+#define GRADL1_FIELDS_taps_add_ends_gradients(FIELD) \
+    FIELD(dy, addresses, optional)                   \
+    FIELD(x, addresses, needed)                      \
+    FIELD(ends, all_ends, needed)                    \
+    FIELD(d_ends, all_ends_gradients, needed)        \
+    FIELD(total, addresses, needed)                  \
     FIELD(scratch, scratch, own_on_host)
 
 #define GRADL1_SETTINGS_FakeQuantize(SETTING) SETTING(dtype) SETTING(layout) SETTING(code_min) SETTING(code_max)

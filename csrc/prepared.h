@@ -68,6 +68,7 @@ void run(const PreparedPass<Pass>& prepared, PyObject* const* arguments, Py_ssiz
     }
     auto request = prepared.request;
     Pass::read(request, Addresses(given.data(), prepared.engine.in_host_memory));
+    check_addresses(request);
     launch(prepared.engine.*Pass::function, request, where_of(arguments[0]));
 }
 

@@ -22,6 +22,34 @@ struct Tap {
     std::int64_t scratch_bytes;
 };
 
+struct Taps {  // many tensors of one type
+    DType dtype;
+    const std::int64_t* numels;
+    std::int64_t count;
+    const void *x, *dy, *total;  // lists of addresses; one of dy may be 0
+    const void* d_ends;
+    void* ends;
+    void* scratch;
+    std::int64_t scratch_bytes;
+};
+
+// Address number i of a list.
+GRADL1_FN void* at(const void* addresses, std::int64_t i) {
+    return addresses ? reinterpret_cast<void*>(static_cast<const std::uintptr_t*>(addresses)[i]) : nullptr;
+}
+
+// The tap of tensor number i; passes over a tensor follow one another, so scratch serves all.
+GRADL1_FN Tap tap_of(const Taps& r, std::int64_t i) {
+    const std::int64_t sum = r.dtype == DType::float64 ? 8 : 4;
+    Tap t{};
+    t.dtype = r.dtype, t.layout = {1, 1, r.numels[i]};
+    t.x = at(r.x, i), t.dy = at(r.dy, i), t.total = at(r.total, i);
+    t.ends = static_cast<char*>(r.ends) + i * 4 * sum;
+    t.d_ends = r.d_ends ? static_cast<const char*>(r.d_ends) + i * 2 * sum : nullptr;
+    t.scratch = r.scratch, t.scratch_bytes = r.scratch_bytes;
+    return t;
+}
+
 struct FakeQuantize {
     DType dtype;
     Layout layout;

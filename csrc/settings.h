@@ -1,6 +1,7 @@
 // Settings of a pass, read from a dict by name. Each must be there, and no other.
 #pragma once
 
+#include <algorithm>
 #include <vector>
 
 #include "checks.h"
@@ -12,6 +13,14 @@ inline void set(double& setting, const py::handle& value) { setting = value.cast
 inline void set(DType& setting, const py::handle& value) { setting = dtype_of(value.cast<int>()); }
 inline void set(Layout& setting, const py::handle& value) { setting = layout_of(value.cast<py::tuple>()); }
 inline void set(Activation& setting, const py::handle& value) { setting = activation_of(value.cast<int>()); }
+
+// The number of elements of each tensor, none of which is empty.
+inline void set(std::vector<std::int64_t>& setting, const py::handle& value) {
+    for (const py::handle& entry : value.cast<py::list>()) {
+        const auto numel = layout_of(py::make_tuple(1, 1, entry)).inner;
+        setting.push_back(numel);
+    }
+}
 
 // A piece is (dtype, numel, x, v); v, which is paired with x, may be None.
 inline void set(std::vector<Piece>& setting, const py::handle& value) {
@@ -66,7 +75,13 @@ struct L1Settings {  // which own the pieces
     bool wide;
 };
 
+struct TapsSettings {
+    DType dtype;
+    std::vector<std::int64_t> numels;
+};
+
 GRADL1_DEFINE_READ_SETTINGS(Tap, Tap)
+GRADL1_DEFINE_READ_SETTINGS(Taps, TapsSettings)
 GRADL1_DEFINE_READ_SETTINGS(FakeQuantize, FakeQuantize)
 GRADL1_DEFINE_READ_SETTINGS(L1Norm, L1Settings)
 GRADL1_DEFINE_READ_SETTINGS(BatchNormAct, BatchNormAct)
@@ -92,6 +107,24 @@ struct Prepared {
         check_settings(request);
         request.scratch_bytes = e.scratch_bytes(request.layout);
     }
+};
+
+template <>
+struct Prepared<Taps> {
+    const Engine& engine;
+    TapsSettings settings{};
+    Taps request{};
+
+    Prepared(const Engine& e, const py::dict& given) : engine(e) {
+        read_settings(given, settings);
+        request.dtype = settings.dtype, request.numels = settings.numels.data();
+        request.count = static_cast<std::int64_t>(settings.numels.size());
+        for (const std::int64_t numel : settings.numels) {
+            request.scratch_bytes = std::max(request.scratch_bytes, e.scratch_bytes({1, 1, numel}));
+        }
+    }
+    Prepared(const Prepared&) = delete;  // the request points into the settings
+    Prepared& operator=(const Prepared&) = delete;
 };
 
 template <>

@@ -69,4 +69,12 @@ void tap_add_ends_gradient(const Tap& r, Where where) {
     });
 }
 
+void taps_ends(const Taps& r, Where where) {
+    for (std::int64_t i = 0; i < r.count; ++i) tap_ends(tap_of(r, i), where);
+}
+
+void taps_add_ends_gradients(const Taps& r, Where where) {
+    for (std::int64_t i = 0; i < r.count; ++i) tap_add_ends_gradient(tap_of(r, i), where);
+}
+
 }  // namespace gradl1::cuda

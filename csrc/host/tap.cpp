@@ -61,5 +61,13 @@ void tap_add_ends_gradient(const Tap& r, int threads) {
     });
 }
 
+void taps_ends(const Taps& r, int threads) {
+    for (std::int64_t i = 0; i < r.count; ++i) tap_ends(tap_of(r, i), threads);
+}
+
+void taps_add_ends_gradients(const Taps& r, int threads) {
+    for (std::int64_t i = 0; i < r.count; ++i) tap_add_ends_gradient(tap_of(r, i), threads);
+}
+
 }  // namespace GRADL1_ISA
 }  // namespace gradl1::host

@@ -17,6 +17,8 @@ values, as in ``torch.amin`` and ``torch.amax``.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Protocol
 
@@ -29,9 +31,12 @@ __all__ = [
     "BatchNormAct",
     "FakeQuantize",
     "Tap",
+    "Taps",
     "prepare_batch_norm_act",
     "prepare_fake_quantize",
     "prepare_tap",
+    "prepare_taps",
+    "signs_of_ends",
 ]
 
 
@@ -111,6 +116,24 @@ class Tap(Protocol):
         """Return ``dy`` plus the gradient that ``d_ends`` gives ``x``."""
 
 
+class Taps:
+    """The taps of several tensors. A backend may replace it to serve all tensors in one call."""
+
+    def __init__(self, taps: Sequence[Tap]) -> None:
+        self._taps = taps
+
+    def ends(self, xs: Sequence[Tensor]) -> Tensor:
+        """Return the ends of each tensor, ``(n, 4)``."""
+        return torch.stack([tap.ends(x) for tap, x in zip(self._taps, xs, strict=True)])
+
+    def add_ends_gradients(
+        self, dys: Sequence[Tensor | None], xs: Sequence[Tensor], ends: Tensor, d_ends: Tensor
+    ) -> list[Tensor]:
+        """Return each ``dy`` plus the gradient that its row of ``d_ends`` gives ``x``."""
+        rows = zip(self._taps, dys, xs, ends.unbind(), d_ends.unbind(), strict=True)
+        return [tap.add_ends_gradient(dy, x, end, d) for tap, dy, x, end, d in rows]
+
+
 class FakeQuantize(Protocol):
     """Per-tensor fake quantization."""
 
@@ -132,6 +155,17 @@ class FakeQuantize(Protocol):
         zero_point: Tensor,
     ) -> Tensor:
         """Return ``d_dy``."""
+
+
+def signs_of_ends(ends: Tensor) -> Tensor:
+    """Return ``[-1, 1]``, the signs of the smallest and the largest value, in the type of ``ends``."""
+    return _signs(ends.dtype, ends.device)
+
+
+@functools.lru_cache(maxsize=8)
+def _signs(dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # the tensor is kept for later steps
+        return torch.tensor([-1.0, 1.0], dtype=dtype, device=device)
 
 
 def prepare_batch_norm_act(
@@ -168,6 +202,13 @@ def prepare_tap(backend: ModuleType, x: Tensor) -> Tap:
     prepare = getattr(backend, "prepare_tap", None)
     prepared = None if prepare is None or not x.numel() else prepare(x)
     return _Tap(backend) if prepared is None else prepared
+
+
+def prepare_taps(backend: ModuleType, xs: Sequence[Tensor]) -> Taps:
+    """Prepare the taps of tensors like ``xs``, in this order."""
+    prepare = getattr(backend, "prepare_taps", None)
+    prepared: Taps | None = None if prepare is None else prepare(xs)
+    return Taps([prepare_tap(backend, x) for x in xs]) if prepared is None else prepared
 
 
 def prepare_fake_quantize(backend: ModuleType, x: Tensor, codes: tuple[int, int]) -> FakeQuantize:

@@ -347,7 +347,7 @@ class GradL1:
         """Return the norm of each gradient, multiplied by the step of its weight with ``scale="step"``."""
         if self.scale == "none" or not can_be_together(terms):
             return l1_norm([self._by_step(term, grad) for term, grad in zip(terms, grads, strict=True)])
-        return l1_norm(grads) * weight_steps([term.tensor for term in terms], self.step_bits)
+        return l1_norm(grads) * weight_steps([term.tensor for term in terms], grads, self.step_bits)
 
     def _by_step(self, term: WeightTerm, grad: Tensor) -> Tensor:
         """Return the gradient of a weight, multiplied by the weight's step with ``scale="step"``."""

@@ -33,13 +33,51 @@ def can_be_together(terms: Sequence[WeightTerm]) -> bool:
     )
 
 
-def weight_steps(weights: Sequence[Tensor], bits: int) -> Tensor:
+def weight_steps(weights: Sequence[Tensor], grads: Sequence[Tensor], bits: int) -> Tensor:
     """Return the step at ``bits`` for the range of each weight, in the type of sums.
 
     The gradient goes to the largest magnitude and is shared evenly among equal values, as in
     :meth:`gradl1_fast.nn.quantizers.WeightQuantizer.step`. Differentiable once.
+
+    Args:
+        weights: the weights.
+        grads: the gradient of each. A region that computed some adds the gradients of their steps to those of
+            the weights in its last backward pass; autograd adds the others, as dense tensors.
+        bits: the bit width.
     """
-    steps: Tensor = _Steps.apply(bits, *weights)
+    groups = _by_region(weights, grads)
+    if len(groups) == 1:
+        ((region, members),) = groups.items()
+        return _steps(weights, grads, bits, region, members)
+    steps: list[Any] = [None] * len(weights)
+    for region, members in groups.items():
+        of_group = _steps(weights, grads, bits, region, members).unbind()
+        for (number, _), step in zip(members, of_group, strict=True):
+            steps[number] = step
+    return torch.stack(steps)
+
+
+_Members = list[tuple[int, int]]  # the numbers of weights, and their indices in a region
+
+
+def _by_region(weights: Sequence[Tensor], grads: Sequence[Tensor]) -> dict[Any, _Members]:
+    """Return the weights of each region, by what its first backward pass carries; None without a region."""
+    groups: dict[Any, _Members] = {}
+    for number, (weight, grad) in enumerate(zip(weights, grads, strict=True)):
+        region = getattr(grad.grad_fn, "weights_of_region", None)
+        index = None if region is None else region.index(weight, grad.output_nr)
+        groups.setdefault(None if index is None else region, []).append((number, index or 0))
+    return groups
+
+
+def _steps(
+    weights: Sequence[Tensor], grads: Sequence[Tensor], bits: int, region: Any, members: _Members
+) -> Tensor:
+    """Return the steps of the weights of one region, or of those outside of regions."""
+    if region is not None:
+        steps: Tensor = _RegionSteps.apply(bits, region, [i for _, i in members], grads[members[0][0]])
+        return steps
+    steps = _Steps.apply(bits, *[weights[number] for number, _ in members])
     node: Any = steps.grad_fn
     if node is not None and not is_distributed():
         # Let autograd visit this node last: its dense gradients then meet no activations in memory. On
@@ -48,28 +86,54 @@ def weight_steps(weights: Sequence[Tensor], bits: int) -> Tensor:
     return steps
 
 
+class _RegionSteps(torch.autograd.Function):
+    """The steps of weights of a region, which adds their gradients itself."""
+
+    @staticmethod
+    def forward(ctx: Any, bits: int, region: Any, indices: list[int], grad: Tensor) -> Tensor:
+        # `grad` gives this node an edge to the first backward pass of the region. The last one then runs
+        # after this node's backward, and for each tensor that the gradients of the steps can reach.
+        ends = region.ends(indices)
+        steps, unlimited = _measured(ends, bits)
+        ctx.bits, ctx.region, ctx.indices = bits, region, indices
+        ctx.save_for_backward(ends, unlimited)
+        return steps
+
+    @staticmethod
+    def backward(ctx: Any, d_steps: Tensor) -> tuple[None, ...]:
+        ends, unlimited = ctx.saved_tensors
+        with torch.no_grad():  # the last backward pass refuses a third derivative
+            ctx.region.defer(ctx.indices, ends, _d_ends(d_steps, ends, unlimited, ctx.bits))
+        return None, None, None, None
+
+
 class _Steps(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, bits: int, *weights: Tensor) -> Tensor:
-        taps = [_tap_of(weight) for weight in weights]
-        ends = torch.stack([tap.ends(weight) for tap, weight in zip(taps, weights, strict=True)])
-        ctx.taps, ctx.bits = taps, bits
-        ctx.save_for_backward(ends, *weights)
-        return _unclamped(ends, bits).clamp(min=torch.finfo(ends.dtype).tiny)
+        ctx.bits, ctx.taps = bits, contract.Taps([_tap_of(weight) for weight in weights])
+        ends = ctx.taps.ends(weights)
+        steps, unlimited = _measured(ends, bits)
+        ctx.save_for_backward(ends, unlimited, *weights)
+        return steps
 
     @staticmethod
     def backward(ctx: Any, d_steps: Tensor) -> tuple[Tensor | None, ...]:
-        ends, *weights = ctx.saved_tensors
-        return None, *_StepsBackward.apply(d_steps, ctx.taps, ctx.bits, ends, *weights)
+        return None, *_StepsBackward.apply(d_steps, ctx.taps, ctx.bits, *ctx.saved_tensors)
 
 
 class _StepsBackward(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, d_steps: Tensor, taps: list[contract.Tap], bits: int, ends: Tensor, *weights: Tensor
+        ctx: Any,
+        d_steps: Tensor,
+        taps: contract.Taps,
+        bits: int,
+        ends: Tensor,
+        unlimited: Tensor,
+        *weights: Tensor,
     ) -> tuple[Tensor, ...]:
-        rows = zip(taps, weights, ends, _d_ends(d_steps, ends, bits).unbind(), strict=True)
-        return tuple(tap.add_ends_gradient(None, weight, row, d) for tap, weight, row, d in rows)
+        none, d_ends = [None] * len(weights), _d_ends(d_steps, ends, unlimited, bits)
+        return tuple(taps.add_ends_gradients(none, weights, ends, d_ends))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> None:
@@ -89,17 +153,18 @@ def _tap_like(
     return contract.prepare_tap(backend, torch.empty_strided(shape, stride, dtype=dtype, device=device))
 
 
-def _unclamped(ends: Tensor, bits: int) -> Tensor:
-    return torch.maximum(-ends[:, 0], ends[:, 1]) / _codes(bits)  # 0 or more, since low <= high
+def _measured(ends: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Return the steps, and what they would be without a lower limit."""
+    unlimited = ends[:, :2].abs().amax(1) / _codes(bits)
+    return unlimited.clamp(min=torch.finfo(ends.dtype).tiny), unlimited
 
 
-def _d_ends(d_steps: Tensor, ends: Tensor, bits: int) -> Tensor:
+def _d_ends(d_steps: Tensor, ends: Tensor, unlimited: Tensor, bits: int) -> Tensor:
     """Return the gradients of both ends, one row per weight."""
-    passed = _unclamped(ends, bits) >= torch.finfo(ends.dtype).tiny
-    d = torch.where(passed, d_steps / _codes(bits), 0)
+    d = torch.where(unlimited >= torch.finfo(ends.dtype).tiny, d_steps, 0) / (2 * _codes(bits))
     # The end of larger magnitude gets the gradient; equal ones get half of it each.
-    d_high = d * torch.heaviside(ends[:, 0] + ends[:, 1], torch.full_like(d, 0.5))
-    return torch.stack([d_high - d, d_high], 1)
+    longer = ends[:, :2].sum(1, keepdim=True).sign()  # 1 if the high end is the longer one, -1 if the low one
+    return (longer + contract.signs_of_ends(ends)) * d.unsqueeze(1)
 
 
 def _codes(bits: int) -> int:

@@ -40,6 +40,11 @@ def calls_of(backend: Any, a: Arguments) -> Iterator[Call]:
     yield "tap_double_backward", tap.double_backward, (a.v, a.c, a.dy)
     yield "tap_ends", tap.ends, (a.x,)
     yield "tap_add_ends_gradient", tap.add_ends_gradient, (a.dy, a.x, ends, a.d_ends)
+    if hasattr(backend, "prepare_taps"):  # one call for several tensors
+        taps, pair = contract.prepare_taps(backend, [a.x, a.x]), [a.x, a.x]
+        both = torch.stack([ends, ends]), torch.stack([a.d_ends, a.d_ends])
+        yield "taps_ends", taps.ends, (pair,)
+        yield "taps_add_ends_gradients", taps.add_ends_gradients, (pair, pair, *both)
     quantize = contract.prepare_fake_quantize(backend, a.x, CODES)
     yield "fake_quantize_forward", quantize.forward, grid
     yield "fake_quantize_backward", quantize.backward, (a.dy, *grid, True)

@@ -165,6 +165,20 @@ def assert_ends_of_tap(a: Arguments, backend: Any, tolerance: float) -> None:
                 tap.add_ends_gradient(dy, x, ends, a.d_ends), expected, tolerance, "gradient of ends"
             )
 
+    _assert_taps([a.x, a.x.relu(), a.dy], [a.dy, None, a.v], a.d_ends, backend)
+
+
+def _assert_taps(xs: list[Tensor], dys: list[Tensor | None], d_ends: Tensor, backend: Any) -> None:
+    """Check the taps of several tensors against those of each."""
+    own = contract.prepare_taps(backend, xs)
+    generic = contract.Taps([contract.prepare_tap(backend, x) for x in xs])
+    ends = own.ends(xs)
+    assert_same(ends, generic.ends(xs), "ends of taps")
+    d_ends = torch.stack([(i + 1) * d_ends for i in range(len(xs))])
+    for given in (dys, [None] * len(xs)):
+        actual, expected = (taps.add_ends_gradients(given, xs, ends, d_ends) for taps in (own, generic))
+        assert_same(tuple(actual), tuple(expected), "gradients of ends")
+
 
 def true_ends(y: Tensor) -> Tensor:
     """Return the ends by PyTorch's own reductions."""

@@ -167,6 +167,62 @@ def test_memory_that_is_missing_is_named(function: Prepared, loops: Any) -> None
             function.call(loops, without)
 
 
+TAPS = {"dtype": FLOAT32, "numels": [COUNT, COUNT]}
+ADDRESSES = 16  # bytes of a list of two
+
+
+def addresses(room: Room, *tensors: Memory | int) -> tuple[int, int]:
+    """Return the memory of a list of addresses: of memory, or as they are given."""
+    values = [t if isinstance(t, int) else room(t)[0] for t in tensors]
+    room.kept.append((ctypes.c_uint64 * len(values))(*values))
+    return ctypes.addressof(room.kept[-1]), 8 * len(values)
+
+
+@pytest.mark.parametrize(
+    ("spoiled", "message"),
+    [
+        ({"x": None}, "x is missing"),
+        ({"total": None}, "total is missing"),
+        ({"ends": None}, "ends is missing"),
+        ({"d_ends": None}, "d_ends is missing"),
+        ({"x": (tensor("x"), 0)}, "x has no memory"),
+        ({"x": (tensor("x"), 2)}, "x is not aligned"),
+        ({"dy": (2, 0)}, "dy is not aligned"),
+        ({"total": (0, tensor("total"))}, "total has no memory"),
+        ({"x": (tensor("x"),)}, f"x has 8 bytes, needs {ADDRESSES}"),
+        ({"ends": Memory("ends", 31)}, "ends has 31 bytes, needs 32"),
+        ({"d_ends": Memory("d_ends", 15)}, "d_ends has 15 bytes, needs 16"),
+    ],
+)
+def test_addresses_of_several_tensors_are_checked(spoiled: Any, message: str, loops: Any) -> None:
+    room = Room()
+    given = {
+        "dy": (tensor("dy"), 0),
+        "x": (tensor("x"), tensor("x")),
+        "ends": Memory("ends", 32),
+        "d_ends": Memory("d_ends", 16),
+        "total": (tensor("total"), tensor("total")),
+    }
+
+    def one(m: Any) -> tuple[int, int]:
+        return room(m) if isinstance(m, Memory) else addresses(room, *m)
+
+    def run(memory: dict[str, Any]) -> None:
+        spans = {name: m and one(m) for name, m in memory.items()}
+        loops.taps_add_ends_gradients(WHERE, TAPS, **spans)
+
+    run(given)
+    run(given | {"dy": None})
+    with pytest.raises(ValueError, match=message):
+        run(given | spoiled)
+
+
+@pytest.mark.parametrize("numels", [[0], [COUNT, -1], [2**61]])
+def test_sizes_of_several_tensors_are_checked(numels: list[int], loops: Any) -> None:
+    with pytest.raises(ValueError, match=r"negative or too large|no elements"):
+        loops.prepare_taps_ends(TAPS | {"numels": numels})
+
+
 def test_one_cotangent_is_needed(loops: Any) -> None:
     room = Room()
     function = next(f for f in ALL if f.name == "fake_quantize_double_backward")

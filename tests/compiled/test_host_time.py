@@ -22,6 +22,7 @@ RESULTS = {
     "batch_norm_act_backward of ends": 4,
     "batch_norm_act_double_backward": 3,
     "fake_quantize_backward": 2,
+    "taps_add_ends_gradients": 2,
 }
 WITHOUT_SCRATCH = {"tap_double_backward"}
 FUNCTIONS = 64  # a loop over each tensor of a call would take more

@@ -150,6 +150,14 @@ def test_ends_of_a_tap(passes: Counter) -> None:
     assert passes(tap.add_ends_gradient, None, X, torch.ones(4), torch.ones(2)) == ([1, 0], [1])
 
 
+def test_ends_of_several_taps(passes: Counter) -> None:
+    taps = contract.prepare_taps(compiled, [X, X])
+    assert passes(taps.ends, [X, X]) == ([1, 1], [])
+    gradients = (torch.ones(2, 4), torch.ones(2, 2))
+    assert passes(taps.add_ends_gradients, [X, X], [X, X], *gradients) == ([1, 1, 1, 1, 0, 0], [1, 1])
+    assert passes(taps.add_ends_gradients, [None, X], [X, X], *gradients) == ([1, 1, 1, 0, 0], [1, 1])
+
+
 def test_l1_norm(passes: Counter) -> None:
     assert passes("l1_norm_forward", [X, X]) == ([1, 1], [])
     assert passes("l1_norm_backward", torch.ones(2), [X, X]) == ([1, 1, 0, 0], [1, 1])

@@ -209,6 +209,7 @@ def test_a_call_asks_torch_for_its_results_and_nothing_else(host: ModuleType) ->
         host, a.x, training=True, eps=1e-5, activation="relu", with_residual=True, codes=None, with_ends=True
     )
     tap, quantize = contract.prepare_tap(host, a.x), contract.prepare_fake_quantize(host, a.x, (0, 15))
+    taps, pair = contract.prepare_taps(host, [a.x, a.x]), [a.x, a.x]
     forward = (a.x, a.weight, a.bias, None, None, a.residual, None, None)
     y, _, mean, rstd, ends = op.forward(*forward)
     saved = (a.dy, a.x, y, a.weight, a.bias, mean, rstd, None, None)
@@ -221,6 +222,9 @@ def test_a_call_asks_torch_for_its_results_and_nothing_else(host: ModuleType) ->
     assert results(tap.double_backward, a.v, a.c, a.dy) == 1
     assert results(tap.ends, a.x) == 1
     assert results(tap.add_ends_gradient, a.dy, a.x, ends, a.d_ends) == 1
+    both = torch.stack([ends, ends]), torch.stack([a.d_ends, a.d_ends])
+    assert results(taps.ends, pair) == 1
+    assert results(taps.add_ends_gradients, pair, pair, *both) == 2
     assert results(quantize.forward, *grid) == 1
     assert results(quantize.backward, a.dy, *grid, True) == 2
     assert results(quantize.double_backward, a.v, a.c, a.dy, *grid) == 1

@@ -113,7 +113,7 @@ def assert_the_same_whatever_the_values(backend: str, device: torch.device, scal
     """Check that a step asks for no value, prepares nothing, and asks for the same with any batch."""
     training, asked = trained(backend, device, scale), []
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("prepare_batch_norm_act", "prepare_fake_quantize", "prepare_tap"):
+        for name in ("prepare_batch_norm_act", "prepare_fake_quantize", "prepare_tap", "prepare_taps"):
             patch.setattr(contract, name, None)
         for factor in (1.0, -1e3, 0.0):
             training.x.mul_(factor)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import gradl1_fast as gl
 from gradl1_fast.conversion.regions import region as regions
+from gradl1_fast.penalty import weight_steps
 from tests.conversion.models import Base, model
 from tests.conversion.runs import assert_equal_steps, built, images, loss_of
 
@@ -238,6 +239,64 @@ def test_every_gradient_of_the_loss_may_be_differentiated() -> None:
         return [p.grad for p in parameters]
 
     assert_same_bits(*compared("residual", run), rtol=1e-12)
+
+
+def doubled(m: nn.Module) -> None:
+    m.get_parameter("conv1.weight").register_hook(lambda grad: 2 * grad)
+
+
+def tied(m: nn.Module) -> None:
+    m.conv2.weight = m.conv1.weight
+
+
+def at_width(m: nn.Module) -> None:
+    gl.set_bits(m, w=4, a=None)
+
+
+def outside(m: nn.Module) -> None:
+    m.conv2.padding_mode = "reflect"
+
+
+@pytest.mark.parametrize(
+    ("change", "by_region"),
+    [
+        (lambda m: None, [True]),
+        (doubled, [True, False]),
+        (tied, [True, False]),
+        (at_width, [False]),
+        (outside, [True, False]),
+    ],
+    ids=["as it is", "a hook", "tied", "at a width", "a layer outside"],
+)
+def test_steps_of_weights_are_differentiated_by_the_region_only_where_it_gave_their_gradients(
+    change: Callable[[nn.Module], None], by_region: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    groups: list[set[bool]] = []
+
+    def noted(weights: Any, grads: Any) -> Any:
+        found = group(weights, grads)
+        groups.append({region is not None for region in found})
+        return found
+
+    def run(converted: nn.Module) -> Gradients:
+        change(converted)
+        return gradients(converted, images(), "step", together)[2]
+
+    group = weight_steps._by_region
+    monkeypatch.setattr(weight_steps, "_by_region", noted)
+    assert_same_bits(*compared("residual", run), rtol=1e-12)
+    assert groups == [set(by_region), {False}]
+
+
+def test_two_penalties_on_weights_add_up_in_a_region() -> None:
+    def run(converted: nn.Module, *lambdas: float) -> Gradients:
+        penalties = [gl.GradL1(converted, lambda_w, 0.0) for lambda_w in lambdas]
+        loss = loss_of(images())(converted)
+        sum(penalty(loss) for penalty in penalties).backward()
+        return [p.grad for p in converted.parameters()]
+
+    one, two = (gl.convert(built(make("residual"))) for _ in range(2))
+    assert_same_bits(run(one, 0.5), run(two, 0.2, 0.3), rtol=1e-12)
 
 
 def test_third_order_is_refused() -> None:

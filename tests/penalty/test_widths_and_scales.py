@@ -126,7 +126,7 @@ EXTREMES = [
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
 def test_steps_of_weights_together_equal_those_of_each_quantizer(bits: int) -> None:
     together = [torch.tensor(values, dtype=torch.float64, requires_grad=True) for values in EXTREMES]
-    steps = weight_steps(together, bits)
+    steps = weight_steps(together, together, bits)
     (steps * torch.arange(1, len(steps) + 1)).sum().backward()
     for i, (weight, step) in enumerate(zip(together, steps, strict=True), 1):
         alone = weight.detach().clone().requires_grad_()

@@ -11,7 +11,7 @@ from types import ModuleType
 import torch
 
 from gradl1_fast.backends.compiled._extension import describe, engine
-from gradl1_fast.backends.compiled._prepared import prepare_fake_quantize, prepare_tap
+from gradl1_fast.backends.compiled._prepared import prepare_fake_quantize, prepare_tap, prepare_taps
 from gradl1_fast.backends.compiled._prepared_batch_norm_act import prepare_batch_norm_act
 from gradl1_fast.backends.compiled.batch_norm_act import (
     batch_norm_act_backward,
@@ -41,6 +41,7 @@ __all__ = [
     "prepare_batch_norm_act",
     "prepare_fake_quantize",
     "prepare_tap",
+    "prepare_taps",
     "tap_backward",
     "tap_double_backward",
 ]

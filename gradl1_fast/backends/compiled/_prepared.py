@@ -8,16 +8,34 @@ copies where they differ from what was prepared.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from gradl1_fast._dtypes import sum_dtype
+from gradl1_fast.backends import contract
 from gradl1_fast.backends.compiled import tap
-from gradl1_fast.backends.compiled._tensors import Settings, dense, engine_for, new_vector, settings_of, where
+from gradl1_fast.backends.compiled._tensors import (
+    DTYPES,
+    Settings,
+    dense,
+    engine_for,
+    new_vector,
+    settings_of,
+    where,
+)
 
-__all__ = ["FakeQuantize", "Prepared", "Tap", "prepare_fake_quantize", "prepare_tap"]
+__all__ = [
+    "FakeQuantize",
+    "Prepared",
+    "Tap",
+    "Taps",
+    "prepare_fake_quantize",
+    "prepare_tap",
+    "prepare_taps",
+]
 
 
 class Prepared:
@@ -119,6 +137,76 @@ class Tap(Prepared):
         return total
 
 
+class Taps(contract.Taps):
+    """The taps of several tensors of one type, all served in one call."""
+
+    def __init__(self, xs: Sequence[Tensor]) -> None:
+        first, numels = xs[0], [x.numel() for x in xs]
+        engine, settings = engine_for(first), {"dtype": DTYPES[first.dtype], "numels": numels}
+        self._strides, self._dtype = [x.stride() for x in xs], first.dtype
+        self._ends = engine.prepare_taps_ends(settings)
+        self._add_ends_gradients = engine.prepare_taps_add_ends_gradients(settings)
+        self._four = new_vector(first, len(xs), 4)  # what results are made like
+        # The CPU loops have scratch memory of their own.
+        on_host = engine.in_host_memory
+        self._scratch_size = 0 if on_host else max(engine.scratch_bytes((1, 1, n)) for n in numels) // 8
+
+    def ends(self, xs: Sequence[Tensor]) -> Tensor:
+        """Return the ends of each tensor, ``(n, 4)``."""
+        xs, ends = _resolved(xs), torch.empty_like(self._four)
+        x, scratch = _addresses(xs), self._scratch(ends)
+        self._ends(where(ends), x=_start(x), ends=ends.data_ptr(), scratch=_address(scratch))
+        return ends
+
+    def add_ends_gradients(
+        self, dys: Sequence[Tensor | None], xs: Sequence[Tensor], ends: Tensor, d_ends: Tensor
+    ) -> list[Tensor]:
+        """Return each ``dy`` plus the gradient that its row of ``d_ends`` gives ``x``."""
+        xs, totals = _resolved(xs), [torch.empty_like(x) for x in xs]
+        grads = [
+            None if dy is None else self._as_prepared(dy, x, strides)
+            for dy, x, strides in zip(dys, xs, self._strides, strict=True)
+        ]
+        d_ends, scratch = d_ends.to(ends.dtype).contiguous(), self._scratch(ends)
+        dy, x, total = _addresses(grads), _addresses(xs), _addresses(totals)
+        self._add_ends_gradients(
+            where(ends),
+            dy=_start(dy),
+            x=_start(x),
+            ends=ends.data_ptr(),
+            d_ends=d_ends.data_ptr(),
+            total=_start(total),
+            scratch=_address(scratch),
+        )
+        return totals
+
+    def _scratch(self, like: Tensor) -> Tensor | None:
+        """Return memory for partial results; None on the host."""
+        return like.new_empty((self._scratch_size,), dtype=torch.float64) if self._scratch_size else None
+
+    def _as_prepared(self, dy: Tensor, x: Tensor, strides: tuple[int, ...]) -> Tensor:
+        if dy.dtype is self._dtype and dy.stride() == strides and not dy.is_neg():
+            return dy
+        return torch.empty_like(x).copy_(dy)
+
+
+def _resolved(xs: Sequence[Tensor]) -> list[Tensor]:
+    return [x.resolve_neg() if x.is_neg() else x for x in xs]
+
+
+def _addresses(tensors: Sequence[Tensor | None]) -> array[int]:
+    """Return the addresses of tensors as memory that a pass reads; 0 stands for None."""
+    return array("Q", map(_address, tensors))
+
+
+def _address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def _start(addresses: array[int]) -> int:
+    return addresses.buffer_info()[0]
+
+
 class FakeQuantize(Prepared):
     """Fake quantization with one scale and zero point for the tensor."""
 
@@ -196,6 +284,12 @@ class FakeQuantize(Prepared):
 def prepare_tap(x: Tensor) -> Tap | None:
     """Prepare the tap of tensors like ``x``; None if their memory has gaps."""
     return Tap(x) if dense(x) is x else None
+
+
+def prepare_taps(xs: Sequence[Tensor]) -> Taps | None:
+    """Prepare the taps of tensors like ``xs``; None if the memory of one has gaps, or they differ in type."""
+    same = len({(x.dtype, x.device) for x in xs}) == 1
+    return Taps(xs) if same and all(dense(x) is x for x in xs) else None
 
 
 def prepare_fake_quantize(x: Tensor, codes: tuple[int, int]) -> FakeQuantize | None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from gradl1_fast.conversion.regions.passes import Deferred, Saved, task
 from gradl1_fast.conversion.regions.program import Program
+from gradl1_fast.conversion.regions.weights import WeightsOfRegion
 from gradl1_fast.nn.arming import Arming
 
 __all__ = ["run"]
@@ -83,6 +84,7 @@ class _RegionBackward(torch.autograd.Function):
         args: Any = list(values[program.inputs :])
         (of_inputs, of_args), terms, record = program.first_backward(saved, args, dys, requested)
         ctx.program, ctx.saved, ctx.record = program, saved, record
+        ctx.weights_of_region = WeightsOfRegion(program, saved, args)
         ctx.save_for_backward(*dys, *values)
         ctx.set_materialize_grads(False)
         return *_required(program, [*of_inputs, *of_args]), *terms

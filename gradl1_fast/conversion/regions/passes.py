@@ -13,6 +13,7 @@ A region runs in four passes. For each operation ``y = op(x)``:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,18 +33,21 @@ class Saved:
     Attributes:
         by_operation: the values that each operation saves.
         steps: ``(sites,)``, the quantization step at each measured site; None without ``scale="step"``.
-        ends: ``(sites, 2)``, the smallest and largest value at each measured site; None without
-            ``scale="step"``.
-        deferred: the cotangents that double backward passes defer to the last backward pass, each with the
-            number of its graph task.
+        unlimited: ``(sites,)``, the steps without their lower limit; None without ``scale="step"``.
+        ends: ``(sites, 4)``, the ends of the tensor at each measured site; None without ``scale="step"``.
+        ends_of_slots: the same ends, by the slot of the tensor.
+        deferred: the cotangents that double backward passes, and the steps of weights, defer to the last
+            backward pass, each with the number of its graph task.
     """
 
-    __slots__ = ("by_operation", "deferred", "ends", "steps")
+    __slots__ = ("by_operation", "deferred", "ends", "ends_of_slots", "steps", "unlimited")
 
     def __init__(self, count: int) -> None:
         self.by_operation: list[Any] = [None] * count
         self.steps: Tensor | None = None
+        self.unlimited: Tensor | None = None
         self.ends: Tensor | None = None
+        self.ends_of_slots: dict[int, Tensor] = {}
         self.deferred: list[tuple[int, Deferred]] = []
 
 
@@ -54,19 +58,23 @@ class Deferred:
     Attributes:
         of_slots: the cotangent of each tensor, or None.
         of_ends: ``(2,)``, the cotangents of the tensor's smallest and largest value.
+        of_weights: the indices of some parameters, their ends, and ``(n, 2)``, the cotangents of the smallest
+            and the largest value of each; see :mod:`gradl1_fast.conversion.regions.weights`.
     """
 
     of_slots: list[Tensor | None]
     of_ends: dict[int, Tensor] = field(default_factory=dict)
+    of_weights: list[tuple[Sequence[int], Tensor, Tensor]] = field(default_factory=list)
 
     def add(self, other: Deferred) -> None:
-        """Add the cotangents deferred by another double backward pass of the same graph task."""
+        """Add other cotangents that were deferred in the same graph task."""
         for slot, value in enumerate(other.of_slots):
             total = self.of_slots[slot]
             if value is not None:
                 self.of_slots[slot] = value if total is None else total + value
         for slot, value in other.of_ends.items():
             self.of_ends[slot] = self.of_ends[slot] + value if slot in self.of_ends else value
+        self.of_weights = [*self.of_weights, *other.of_weights]
 
 
 class Record:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from gradl1_fast.backends import contract, resolve
 from gradl1_fast.conversion.regions.measuring import Measurement
 from gradl1_fast.conversion.regions.operations import Operation
 from gradl1_fast.conversion.regions.passes import (
@@ -57,6 +58,7 @@ class Program:
         self.measured, self.requires_grad = measured, requires_grad
         self._active, self._reversed = active, active[::-1]
         self._last_read = _last_read(active, keep=outputs)
+        self._taps: dict[tuple[int, ...], contract.Taps] = {}
         self.step_bits = _step_bits(measured)
         needed = {slot for operation in operations for slot in operation.keeps()}
         self.is_needed = [slot in needed for slot in range(inputs)] + [True] * (len(requires_grad) - inputs)
@@ -70,8 +72,9 @@ class Program:
             operation.forward(run)
         update_statistics(run.statistics)
         if saved is not None and self.step_bits is not None:
+            saved.ends_of_slots = run.ends
             saved.ends = torch.stack([run.ends[measurement.slot] for measurement in self.measured])
-            saved.steps = _steps(saved.ends, self.step_bits)
+            saved.steps, saved.unlimited = _measured(saved.ends, self.step_bits)
         return [run.values[slot] for slot in self.outputs]
 
     def first_backward(
@@ -93,14 +96,12 @@ class Program:
         run = Backward(
             saved.by_operation, args, [None] * self.slots if deferred is None else deferred.of_slots
         )
-        if deferred is not None and deferred.of_ends and saved.ends is not None:
-            run.d_ends = deferred.of_ends
-            run.ends = {
-                measurement.slot: row
-                for measurement, row in zip(self.measured, saved.ends.unbind(), strict=True)
-            }
+        if deferred is not None and deferred.of_ends:
+            run.d_ends, run.ends = deferred.of_ends, saved.ends_of_slots
         self._add_output_gradients(run, dys)
         self._backward(run, free=not keeps_graph())
+        if deferred is not None:
+            self._add_ends_gradients(run, deferred)
         return run.grads[: self.inputs], run.of_args
 
     def double_backward(
@@ -135,6 +136,22 @@ class Program:
         )
         return [run.tangents[slot] for slot in self.outputs], (of_inputs, run.of_args), run.deferred
 
+    def taps(self, indices: Sequence[int], args: Sequence[Tensor]) -> contract.Taps:
+        """Return the taps of some parameters, prepared once."""
+        key = tuple(indices)
+        if key not in self._taps:
+            weights = [args[index] for index in indices]
+            self._taps[key] = contract.prepare_taps(resolve("tap", weights[0]), weights)
+        return self._taps[key]
+
+    def _add_ends_gradients(self, run: Backward, deferred: Deferred) -> None:
+        """Add the gradients of the ends of weights to those of the weights."""
+        for indices, ends, d_ends in deferred.of_weights:
+            weights, grads = [run.args[i] for i in indices], [run.of_args[i] for i in indices]
+            totals = self.taps(indices, run.args).add_ends_gradients(grads, weights, ends, d_ends)
+            for index, total in zip(indices, totals, strict=True):
+                run.of_args[index] = total
+
     def _add_output_gradients(self, run: Backward, dys: Sequence[Tensor | None]) -> None:
         for slot, dy in zip(self.outputs, dys, strict=True):
             if dy is not None:
@@ -156,8 +173,7 @@ class Program:
         template = next((norm for norm in norms if norm is not None), None)
         if saved.steps is None or template is None:
             return norms
-        zero = torch.zeros_like(template)
-        record.l1 = torch.stack([zero if norm is None else norm for norm in norms])
+        record.l1 = torch.stack(_without_none(norms, template))
         terms = (record.l1 * saved.steps).unbind()
         return [None if norm is None else term for norm, term in zip(norms, terms, strict=True)]
 
@@ -170,13 +186,19 @@ class Program:
             return
         if record.l1 is None or all(d is None for d in d_terms):
             return
-        zero = torch.zeros_like(record.l1[0])
-        d = torch.stack([zero if term is None else term for term in d_terms])
+        d = torch.stack(_without_none(d_terms, record.l1))
         run.d_l1 = dict(enumerate((d * saved.steps).unbind()))
-        d_ends = _d_ends(d * record.l1, saved.ends, self.step_bits)  # type: ignore[arg-type]
+        d_ends = _d_ends(d * record.l1, saved.ends, saved.unlimited, self.step_bits)  # type: ignore[arg-type]
         run.deferred.of_ends = {
             measurement.slot: row for measurement, row in zip(self.measured, d_ends.unbind(), strict=True)
         }
+
+
+def _without_none(values: Sequence[Tensor | None], like: Tensor) -> list[Tensor]:
+    """Return the scalars with 0 in place of None, in the type of ``like``."""
+    missing = any(value is None for value in values)
+    zero = like.new_zeros(()) if missing else like
+    return [zero if value is None else value for value in values]
 
 
 def _last_read(operations: Sequence[Operation], keep: Sequence[int]) -> list[list[int]]:
@@ -200,18 +222,17 @@ def _step_bits(measured: Sequence[Measurement]) -> int | None:
     return next(iter(widths), None)
 
 
-def _steps(ends: Tensor, bits: int) -> Tensor:
-    """Return the step for each row of ends, computed as in ``functional.quantization_grid``."""
-    return _unclamped_steps(ends, bits).clamp(min=torch.finfo(ends.dtype).tiny)
+def _measured(ends: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Return the step for each row of ends, and what it would be without a lower limit.
+
+    Computed as in ``functional.quantization_grid``.
+    """
+    unlimited = ((ends[:, :2] * contract.signs_of_ends(ends)).clamp_(min=0) / (2**bits - 1)).sum(1)
+    return unlimited.clamp(min=torch.finfo(ends.dtype).tiny), unlimited
 
 
-def _unclamped_steps(ends: Tensor, bits: int) -> Tensor:
-    low, high = ends[:, 0].clamp(max=0), ends[:, 1].clamp(min=0)
-    return high / (2**bits - 1) - low / (2**bits - 1)
-
-
-def _d_ends(d_steps: Tensor, ends: Tensor, bits: int) -> Tensor:
+def _d_ends(d_steps: Tensor, ends: Tensor, unlimited: Tensor, bits: int) -> Tensor:
     """Return the gradients of the ends, ``(sites, 2)``."""
-    mask = _unclamped_steps(ends, bits) >= torch.finfo(ends.dtype).tiny
-    d = torch.where(mask, d_steps, 0) / (2**bits - 1)
-    return torch.stack([torch.where(ends[:, 0] <= 0, -d, 0), torch.where(ends[:, 1] >= 0, d, 0)], 1)
+    d = torch.where(unlimited >= torch.finfo(ends.dtype).tiny, d_steps, 0) / (2**bits - 1)
+    signs = contract.signs_of_ends(ends)
+    return torch.where(ends[:, :2] * signs >= 0, d.unsqueeze(1) * signs, 0)

@@ -86,7 +86,7 @@ def functions(call: Callable[..., Any], arguments: tuple[Any, ...]) -> int:
     return count
 
 
-def allocations(call: Callable[..., Any], arguments: tuple[Any, ...], tries: int = 3) -> float:
+def allocations(call: Callable[..., Any], arguments: tuple[Any, ...], tries: int = 12) -> float:
     """Return the time of a call in allocations of a result; the least of several tries, side by side."""
     x = torch.empty(4)
     found = [_seconds(call, arguments) / _seconds(torch.empty_like, (x,)) for _ in range(tries)]

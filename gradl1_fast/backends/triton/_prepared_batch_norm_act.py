@@ -101,14 +101,16 @@ class BatchNormAct(Prepared):
             dx, dresidual, sums = new(x), new(x) if own_residual else None, self._partials(2 + with_l1)
             channels = weight, bias, mean, rstd
             do.backward_sums[with_l1](kind, g, x, a, *channels, quantizer, ends, d_ends, dresidual, sums)
-            dbias, dweight, *norms = (new(self._vector) for _ in range(2 + with_l1))
-            do.finish(kind, sums, (dbias, dweight, *norms))
+            dbias, dweight, norms = new(self._vector), new(self._vector), None
+            if with_l1:
+                norms = new(self._vector)
+            do.finish(kind, sums, (dbias, dweight) if norms is None else (dbias, dweight, norms))
             if dresidual is None:
                 rest = quantizer, ends, d_ends
                 do.backward[1](kind, g, x, *channels, *rest, dweight, dbias, dx)
             else:  # what goes to the residual has been masked already, and has its share of the ends
                 do.backward[0](kind, dresidual, x, *channels, None, None, None, dweight, dbias, dx)
-            return dx, dweight, dbias, dresidual, self._total(kind, norms[0]) if with_l1 else None
+            return dx, dweight, dbias, dresidual, None if norms is None else self._total(kind, norms)
 
     def double_backward(
         self,

@@ -38,6 +38,11 @@ class SensitivityRow:
     bits: int
     value: float
 
+    @property
+    def tensor(self) -> str:
+        """Name of the tensor: that of the site, or ``<layer>.weight``."""
+        return f"{self.name}.weight".removeprefix(".") if self.kind == "w" else self.name
+
 
 class Sensitivity(Shown):
     """Results of :func:`sensitivity`; ``print``, or a notebook, shows them as a table.
@@ -84,21 +89,19 @@ class Sensitivity(Shown):
 
     def figure(self, *, title: str = "") -> Any:
         """Return a figure with the change from float, one bar per tensor and width; requires matplotlib."""
-        names = list(dict.fromkeys((row.kind, row.name) for row in self.rows))
+        names = list(dict.fromkeys(row.tensor for row in self.rows))
         widths = sorted({row.bits for row in self.rows}, reverse=True)
         figure = new_figure(8, 1.2 + 0.16 * len(names) * (len(widths) + 1))
         axes = figure.subplots()
         for i, width in enumerate(widths):
             shown = [row for row in self.rows if row.bits == width]
-            positions = [names.index((r.kind, r.name)) + (i + 0.5) / (len(widths) + 1) for r in shown]
+            positions = [names.index(r.tensor) + (i + 0.5) / (len(widths) + 1) for r in shown]
             changes = [r.value - self.float_value for r in shown]
             colour = palette.OTHERS[i % len(palette.OTHERS)]
             axes.barh(positions, changes, 0.9 / (len(widths) + 1), color=colour, label=f"{width} bits")
         axes.axvline(0, color="black", linewidth=0.8)
-        labels = [f"{name} ({'weight' if kind == 'w' else 'activation'})" for kind, name in names]
-        axes.set_yticks(
-            [i + 0.5 * len(widths) / (len(widths) + 1) for i in range(len(names))], labels, fontsize=8
-        )
+        centres = [i + 0.5 * len(widths) / (len(widths) + 1) for i in range(len(names))]
+        axes.set_yticks(centres, [name.replace("$", r"\$") for name in names], fontsize=8)
         axes.set_ylim(len(names), 0)
         axes.set_xlabel("change from float, this tensor alone quantized")
         axes.set_title(title, fontsize=11)

@@ -187,6 +187,14 @@ def test_a_heat_map_has_no_number_where_the_change_is_under_half_a_point() -> No
     assert texts == {(0.5, 0.5): "", (1.5, 0.5): "-0.5", (0.5, 1.5): "+20"}
 
 
+def test_a_sweep_names_a_tensor_as_every_other_report_does() -> None:
+    report = sweep_report()
+    assert any("most sensitive tensor is 0.weight: at 4 bits" in line for line in report.sections[0].items)
+    labels = [label.get_text() for label in report.sections[2].charts[0].figure.axes[0].get_yticklabels()]
+    assert labels == ["0.weight", "0.input"]
+    assert [row[0] for row in report.sections[2].tables[0].rows] == ["0.input", "0.weight"]
+
+
 def test_methods_of_one_role_share_its_colour_and_differ_in_dashes() -> None:
     styles = palette.styles(["plain", "gradl1", "gradl1-unscaled", "qat-4", "kure", "plain@he-normal"])
     colours = [style.colour for style in styles.values()]

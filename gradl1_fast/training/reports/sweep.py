@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable
 
 from gradl1_fast import _environment
 from gradl1_fast._report import charts, palette
@@ -57,8 +57,8 @@ def found(results: Results) -> list[str]:
     if alone.rows:
         worst = max(alone.rows, key=lambda row: row.value)
         lines.append(
-            f"The most sensitive tensor is {worst.name} ({_kind(worst.kind)}): at {worst.bits} bits, it "
-            f"changes the loss by {worst.value - alone.float_value:+.4f} (float: {alone.float_value:.4f})."
+            f"The most sensitive tensor is {worst.tensor}: at {worst.bits} bits, it changes the loss by "
+            f"{worst.value - alone.float_value:+.4f} (float: {alone.float_value:.4f})."
         )
     if results.folding is not None:
         folding = results.folding
@@ -121,12 +121,12 @@ def _accuracies(results: Results) -> Section:
 
 def _single_tensors(results: Results) -> Section:
     bits, alone = results.settings.alone, results.alone
-    added = {_label(row.kind, row.name): row.value - alone.float_value for row in alone.rows}
-    norms = {_label(_kind_of(name, results), name): value for name, value in results.norms.items()}
+    added = {row.tensor: row.value - alone.float_value for row in alone.rows}
+    colours = _colours(results, [*added, *results.norms])
     figures = [
-        Chart(charts.bars(added, _colours(added), "loss added"), "Loss added by each tensor alone"),
+        Chart(charts.bars(added, colours, "loss added"), "Loss added by each tensor alone"),
         Chart(
-            charts.bars(norms, _colours(norms), "step × gradient l1 norm"),
+            charts.bars(results.norms, colours, "step × gradient l1 norm"),
             "Step times gradient norm of each tensor",
         ),
     ]
@@ -142,16 +142,13 @@ def _single_tensors(results: Results) -> Section:
     return Section("Single tensors", text=text, charts=figures, tables=[table], keys=_KEYS)
 
 
-def _colours(names: Mapping[str, float]) -> dict[str, str]:
-    return {name: _WEIGHT if name.endswith("(weight)") else _ACTIVATION for name in names}
+def _colours(results: Results, names: Iterable[str]) -> dict[str, str]:
+    sites = {row.tensor for row in results.alone.rows if row.kind == "a"}
+    return {name: _WEIGHT if name.endswith("weight") and name not in sites else _ACTIVATION for name in names}
 
 
 def _norm_rows(results: Results) -> list[tuple[str, str, str]]:
-    added = {
-        (f"{row.name}.weight".removeprefix(".") if row.kind == "w" else row.name): row.value
-        - results.alone.float_value
-        for row in results.alone.rows
-    }
+    added = {row.tensor: row.value - results.alone.float_value for row in results.alone.rows}
     ordered = sorted(results.norms.items(), key=lambda item: -item[1])
     return [
         (name, f"{norm / 2:.4g}", f"{added[name]:+.4g}" if name in added else "-") for name, norm in ordered
@@ -164,7 +161,7 @@ def _ranges(results: Results) -> Section:
         f"At {results.settings.alone} bits. The grid of a weight is symmetric around zero and includes its "
         "larger end."
     )
-    colours = {name: _WEIGHT if name.endswith("weight") else _ACTIVATION for name in results.ends}
+    colours = _colours(results, results.ends)
     figure = charts.spans(results.ends, colours, "range (linear from -0.1 to 0.1, logarithmic beyond)")
     chart, table = Chart(figure, "Range of each tensor"), Table(("tensor", "from", "to"), rows)
     return Section("Ranges", [text], charts=[chart], tables=[table], keys=_KEYS)
@@ -187,16 +184,3 @@ def _plan(plan: Plan) -> Section:
 def _settings(results: Results) -> list[tuple[str, str]]:
     values = vars(results.settings) | {"bits": ", ".join(map(width_name, results.settings.bits))}
     return [(name, str(value)) for name, value in values.items()]
-
-
-def _kind_of(name: str, results: Results) -> str:
-    activations = {row.name for row in results.alone.rows if row.kind == "a"}
-    return "a" if name in activations else "w"
-
-
-def _kind(kind: str) -> str:
-    return "weight" if kind == "w" else "activation"
-
-
-def _label(kind: str, name: str) -> str:
-    return f"{name.removesuffix('.weight') if kind == 'w' else name} ({_kind(kind)})"

@@ -189,6 +189,7 @@ def curves(
     labels: tuple[str, str],
     *,
     log: str = "",
+    floor: float | None = None,
     size: tuple[float, float] = PANEL,
 ) -> Any:
     """Return a figure of lines.
@@ -198,6 +199,7 @@ def curves(
         styles: of the lines, by name.
         labels: of the horizontal and the vertical axis.
         log: the axes with a logarithmic scale: ``""``, ``"x"``, ``"y"`` or ``"xy"``.
+        floor: the vertical axis starts here; None: as the values ask for.
         size: width and height in inches; by default several fit side by side.
     """
     figure = new_figure(*size)
@@ -208,6 +210,7 @@ def curves(
         axes.set_xscale("log", base=2)
     if "y" in log:
         axes.set_yscale("log", nonpositive="mask")
+        axes.set_ylim(bottom=floor)  # before the numbers, whose choice depends on it
         _plain_numbers(axes)
     if labels[0] == "epoch":
         axes.xaxis.get_major_locator().set_params(integer=True)

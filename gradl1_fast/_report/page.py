@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ __all__ = [
     *("Chart", "Key", "Report", "Section", "Table", "Tile"),
     *("check_packages", "prepare", "render", "write"),
 ]
+
+_JOINED = re.compile(r"(?<=\d) (?=%)|(?<=\d ±) (?=\d)")  # no line breaks here
 
 
 @dataclass(frozen=True)
@@ -67,12 +70,14 @@ class Chart:
         title: above it; it also names the figure to readers who cannot see it.
         caption: below it.
         keys: its legend.
+        scrolls: on a phone it keeps a width at which its small numbers are legible, and scrolls.
     """
 
     figure: Any
     title: str
     caption: str = ""
     keys: Sequence[Key] = ()
+    scrolls: bool = False
 
     @property
     def wide(self) -> bool:
@@ -162,7 +167,8 @@ def render(report: Report) -> str:
     Raises:
         ImportError: as for :func:`check_packages`.
     """
-    return _environment().get_template("page.html").render(report=report)
+    page = _environment().get_template("page.html").render(report=report)
+    return _JOINED.sub("\N{NO-BREAK SPACE}", page)
 
 
 def _environment() -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -169,6 +170,11 @@ def test_texts_are_escaped(page: str) -> None:
     assert "a &lt;small&gt;" in page
 
 
+def test_no_line_breaks_between_a_number_and_its_unit_or_deviation(page: str) -> None:
+    assert "0\N{NO-BREAK SPACE}%" in page
+    assert not re.search(r"\d %|\d ± ", page)
+
+
 def test_figures_are_drawn_in_the_colours_of_the_page_and_share_no_identifier(page: str) -> None:
     figures = [part.partition("</svg>")[0] + "</svg>" for part in page.split('role="img"')[1:]]
     figures = [figure[figure.index("<svg") :] for figure in figures]
@@ -193,6 +199,19 @@ def test_a_sweep_names_a_tensor_as_every_other_report_does() -> None:
     labels = [label.get_text() for label in report.sections[2].charts[0].figure.axes[0].get_yticklabels()]
     assert labels == ["0.weight", "0.input"]
     assert [row[0] for row in report.sections[2].tables[0].rows] == ["0.input", "0.weight"]
+
+
+def test_heat_maps_scroll_on_a_phone(page: str) -> None:
+    maps = page.count("differ by less than half a point")
+    assert page.count('class="scrolls"') == maps
+
+
+def test_an_axis_over_many_powers_has_numbers_at_the_powers_alone() -> None:
+    values = {"a": ([1.0, 2.0], [0.1, 0.2])}
+    figure = charts.curves(values, palette.styles(["a"]), ("x", "y"), log="y", floor=1e-4)
+    figure.draw_without_rendering()
+    assert {label.get_text() for label in figure.axes[0].get_yticklabels(minor=True)} <= {""}
+    assert figure.axes[0].get_ylim()[0] == 1e-4
 
 
 def test_methods_of_one_role_share_its_colour_and_differ_in_dashes() -> None:

@@ -138,6 +138,7 @@ def _heat(results: Results) -> Chart:
         "Penalised minus plain at every pair of widths, in points",
         "Means over the pairs. Blue: the penalised network is more accurate; orange: less. Cells without a "
         "number differ by less than half a point.",
+        scrolls=True,
     )
 
 

@@ -101,7 +101,7 @@ def _heat(results: Results, regime: str) -> list[Chart]:
         "Means over the seeds of the difference from plain training with the same seed; f: float. Blue: more "
         "accurate; orange: less. Cells without a number differ by less than half a point."
     )
-    return [Chart(figure, f"Difference from plain at each width, {regime}, in points", caption)]
+    return [Chart(figure, f"Difference from plain at each width, {regime}, in points", caption, scrolls=True)]
 
 
 def _shown(results: Results, method: str) -> str:

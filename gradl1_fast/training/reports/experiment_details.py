@@ -70,9 +70,7 @@ def _moves(results: Results, method: str) -> object:
         "quantized": ([c.size for c in quantized], [c.measured for c in quantized]),
     }
     labels = ("largest move, half steps at 4 bits", "change of the loss")
-    figure = charts.curves(lines, _MOVES, labels, log="xy")
-    figure.axes[0].set_ylim(bottom=1e-4)
-    return figure
+    return charts.curves(lines, _MOVES, labels, log="xy", floor=1e-4)
 
 
 def _means(results: Results, method: str, kind: str) -> list[Change]:

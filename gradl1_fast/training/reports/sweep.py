@@ -47,7 +47,7 @@ def found(results: Results) -> list[str]:
     lines = []
     if _float(results) is not None:
         exact = table[None, None]
-        lines.append(f"Float: {exact:.2f} % of {results.images} test images are classified correctly.")
+        lines.append(f"Float: {exact:.2f} % of {results.images:,} test images are classified correctly.")
         for width in results.settings.bits:
             if width is not None:
                 value = table[width, width]
@@ -105,7 +105,7 @@ def _heat(results: Results) -> list[Chart]:
         "Blue: more accurate than in float; orange: less. Cells without a number differ by less than half a "
         "point."
     )
-    return [Chart(figure, "Difference from float at every pair of widths, in points", caption)]
+    return [Chart(figure, "Difference from float at every pair of widths, in points", caption, scrolls=True)]
 
 
 def _accuracies(results: Results) -> Section:
@@ -162,7 +162,7 @@ def _ranges(results: Results) -> Section:
         "larger end."
     )
     colours = _colours(results, results.ends)
-    figure = charts.spans(results.ends, colours, "range (linear from -0.1 to 0.1, logarithmic beyond)")
+    figure = charts.spans(results.ends, colours, "range (logarithmic beyond ±0.1)")
     chart, table = Chart(figure, "Range of each tensor"), Table(("tensor", "from", "to"), rows)
     return Section("Ranges", [text], charts=[chart], tables=[table], keys=_KEYS)
 

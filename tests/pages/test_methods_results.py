@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import xml.etree.ElementTree as ET
 from typing import Any
 
@@ -51,6 +52,10 @@ def test_a_paragraph_tells_source_reconstruction_and_difference() -> None:
     assert "On `net`, in points over plain training: float +2.0, no data (4, 4) +2.0" in kure
     assert "Reconstruction: " in cpq
     assert "free steps (2, 4) -4.5" in cpq
+
+
+def test_every_sentence_of_a_paragraph_begins_with_a_capital() -> None:
+    assert re.findall(r"(?<!et al)\. [a-z]\w*", methods_results.paragraphs()) == []
 
 
 @pytest.mark.usefixtures("small")

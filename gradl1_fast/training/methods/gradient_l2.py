@@ -36,12 +36,12 @@ class GradientL2(Method):
         lambda_w: coefficient of the weights' term.
         lambda_a: coefficient of the activations' term.
 
-    Source: the comparison in arXiv 2002.07520.
+    Source: Alizadeh et al. 2020 (for comparison), arXiv 2002.07520.
     """
 
     name = "l2"
     text = "gradient l2 penalty, by double backpropagation"
-    source = "the comparison in arXiv 2002.07520"
+    source = "Alizadeh et al. 2020 (for comparison), arXiv 2002.07520"
     family = Family.GRADIENTS
     second_order = True
     variants = (Variant("l2", "gradient l2 penalty", {"lambda_w": 0.1, "lambda_a": 0.1}),)

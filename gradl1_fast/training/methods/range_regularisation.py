@@ -53,7 +53,7 @@ class RangeRegularisation(WeightPenalty):
 
     ``"max"`` is the largest magnitude; ``"margin"`` a learned limit plus the excess above it; ``"soft"`` a
     smooth difference of the ends with a learned temperature. The learned scalar is a parameter of the layer
-    in training. Reconstruction: the formulas of the last two are from memory.
+    in training. Reconstruction: the formulas of the margin and of the soft range are from memory.
 
     Args:
         model: a converted model.

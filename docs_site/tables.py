@@ -11,11 +11,12 @@ LONG, LONGER = 24, 140  # characters of a cell, from which extra.css gives it a 
 _CELL = re.compile(r"<(?P<tag>t[dh])(?P<rest>(?: [^>]*)?)>(?P<inside>.*?)</(?P=tag)>", re.DOTALL)
 _TAG = re.compile(r"(<[^>]+>)")
 _PAIR = re.compile(r"(?<=\()(\d+|float), (?=(?:\d+|float)\))")
-_PATH = re.compile(r"(?<=/)(?=\w)|(?<=[^\W_]_)(?=[^\W_])|(?=::)")
+_PATH = re.compile(r"(?<=/)(?=\w)|(?<=[^\W_]_)(?=[^\W_])|(?=::)|(?<=[a-z0-9])(?=[A-Z][a-z])")
+_DOTTED = re.compile(r"(?<=\w)(?=\.[^\W\d])|(?<=[^\W\d])(?=\.\d)")
 
 
 def readable(page: str) -> str:
-    """Return a page whose tables keep pairs of widths together and break names at ``/``, ``_`` and ``::``."""
+    """Return a page whose tables keep pairs of widths together and break names between their parts."""
     return _CELL.sub(_one, page)
 
 
@@ -32,11 +33,16 @@ def _kind(text: str) -> str:
     return ' class="whole"' if "-" in text and " " not in text else ""
 
 
+def _text(part: str) -> str:
+    """Return a text with breaks at the dots of paths, which are names of modules, and none inside pairs."""
+    return _DOTTED.sub("<wbr>", _PAIR.sub("\\1,\N{NO-BREAK SPACE}", part))
+
+
 def _broken(inside: str) -> str:
     parts, in_code = _TAG.split(inside), False
     for place, part in enumerate(parts):
         if part.startswith("<"):
             in_code = part.startswith("<code") or (in_code and not part.startswith("</code"))
         else:
-            parts[place] = _PATH.sub("<wbr>", part) if in_code else _PAIR.sub("\\1,\N{NO-BREAK SPACE}", part)
+            parts[place] = _PATH.sub("<wbr>", part) if in_code else _text(part)
     return "".join(parts)

@@ -36,7 +36,7 @@ FIGURES = {
 
 _LINK = re.compile(r"(?<=\]\()(?P<path>[^)#:\s]+)(?=[)#])")
 _LOADED = re.compile(r"<(?:script|link|img|iframe)\b[^>]*(?:src|href)=\"(?:https?:)?//[^>]*>")
-_DEVIATION = re.compile(r"(?<=\d ±) (?=\d)")
+_JOINED = re.compile(r"(?P<code><(pre|code|svg)\b.*?</\2>)|(?<=\d ±) (?=\d)|(?<=\d) (?=%)", re.DOTALL)
 _FIGURE = re.compile(r"<!-- figure: (?P<name>[a-z-]+) -->")
 
 
@@ -56,13 +56,17 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     folder = (ROOT / outside[source] if source in outside else ROOT / "docs" / source).parent
     up = "../" * source.count("/")
     moved = _LINK.sub(lambda link: _moved(link["path"], folder, up), markdown)
-    joined = _DEVIATION.sub("\N{NO-BREAK SPACE}", moved)  # in narrow columns, lines break before the sign
-    return _FIGURE.sub(lambda found: FIGURES[found["name"]](), joined)
+    return _FIGURE.sub(lambda found: FIGURES[found["name"]](), moved)
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Draw formulas, so that they need neither scripts nor fonts, and prepare tables for narrow screens."""
-    return tables.readable(formulas.drawn(html))
+    """Draw formulas, so that they need neither scripts nor fonts, and prepare the text for narrow screens."""
+    return tables.readable(formulas.drawn(joined(html)))
+
+
+def joined(html: str) -> str:
+    """Return a page in which no line breaks between a number and its unit or deviation."""
+    return _JOINED.sub(lambda found: found["code"] or "\N{NO-BREAK SPACE}", html)
 
 
 def on_post_page(output: str, page: Any, **_: Any) -> str:

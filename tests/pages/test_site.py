@@ -49,8 +49,14 @@ def test_items_after_a_block_of_code_stay_in_their_list(page: Path) -> None:
 
 
 def test_a_deviation_stays_with_its_sign() -> None:
-    row = hooks.on_page_markdown("| 91.4 ± 0.2 | mean ± deviation |", Page("index.md"))
-    assert row == "| 91.4 ±\N{NO-BREAK SPACE}0.2 | mean ± deviation |"
+    row = hooks.joined("<td>91.4 ± 0.2</td><td>mean ± deviation</td>")
+    assert row == "<td>91.4 ±\N{NO-BREAK SPACE}0.2</td><td>mean ± deviation</td>"
+
+
+def test_a_percentage_stays_with_its_sign_outside_code() -> None:
+    assert hooks.joined("<p>97.3 % of <code>97.3 %</code></p>") == (
+        "<p>97.3\N{NO-BREAK SPACE}% of <code>97.3 %</code></p>"
+    )
 
 
 def test_files_outside_docs_that_pages_need_are_there() -> None:
@@ -105,6 +111,8 @@ def test_the_figure_of_widths_has_the_means_of_the_results() -> None:
         ("<th>(2, float)</th>", "<th>(2,\N{NO-BREAK SPACE}float)</th>"),
         ("<td><code>f(8, 8)</code></td>", "<td><code>f(8, 8)</code></td>"),
         ("<td><code>a/_b_c.py::d</code></td>", "<td><code>a/<wbr>_b_<wbr>c.py<wbr>::d</code></td>"),
+        ("<td><code>BertModel</code></td>", "<td><code>Bert<wbr>Model</code></td>"),
+        ("<td>on a.0.b, 0.5</td>", "<td>on a<wbr>.0<wbr>.b, 0.5</td>"),
         ("<td>1e-03</td>", '<td class="whole">1e-03</td>'),
         ('<td style="x">' + "a " * 20 + "</td>", '<td class="long" style="x">' + "a " * 20 + "</td>"),
         ("<td>" + "a " * 80 + "</td>", '<td class="long longer">' + "a " * 80 + "</td>"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import textwrap
 from collections.abc import Iterable
 from importlib import metadata
 from typing import Any
@@ -46,6 +47,7 @@ REMARKS = {
     "fold": "not folded",
 }
 HEADER = ("identical", "penalty", "quantized", "planned", "folded", "widths", "export", "any-bit")
+NOTE = 160  # characters of a note at most
 NOT_APPLICABLE, NOT_MADE = "-", "·"
 PACKAGES = ("torch", "torchvision", "timm", "transformers", "onnxruntime")
 
@@ -91,7 +93,8 @@ def _count(column: str, members: list[Result]) -> str:
 def _row(item: tuple[str, Result]) -> tuple[str, ...]:
     name, result = item
     note = shortest_reason(result) or _remark(result)
-    return f"`{name}`", *(_cell(column, result) for column in HEADER), note.replace("|", "\\|")[:160]
+    short = textwrap.shorten(note, NOTE, placeholder=" ...").replace("|", "\\|")
+    return f"`{name}`", *(_cell(column, result) for column in HEADER), short
 
 
 def _remark(result: Result) -> str:

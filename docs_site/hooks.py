@@ -61,7 +61,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 def on_page_content(html: str, **_: Any) -> str:
     """Draw formulas, so that they need neither scripts nor fonts, and prepare the text for narrow screens."""
-    return tables.readable(formulas.drawn(joined(html)))
+    return tables.breakable(tables.readable(formulas.drawn(joined(html))))
 
 
 def joined(html: str) -> str:

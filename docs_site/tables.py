@@ -1,23 +1,33 @@
-"""Tables of a page, prepared for narrow screens: where their cells may be broken, and which need room."""
+"""A page prepared for narrow screens: where names may be broken, and which cells of tables need room."""
 
 from __future__ import annotations
 
 import html
 import re
 
-__all__ = ["readable"]
+__all__ = ["breakable", "readable"]
 
 LONG, LONGER = 24, 140  # characters of a cell, from which extra.css gives it a least width
 _CELL = re.compile(r"<(?P<tag>t[dh])(?P<rest>(?: [^>]*)?)>(?P<inside>.*?)</(?P=tag)>", re.DOTALL)
 _TAG = re.compile(r"(<[^>]+>)")
 _PAIR = re.compile(r"(?<=\()(\d+|float), (?=(?:\d+|float)\))")
-_PATH = re.compile(r"(?<=/)(?=\w)|(?<=[^\W_]_)(?=[^\W_])|(?=::)|(?<=[a-z0-9])(?=[A-Z][a-z])")
+_PATH = re.compile(
+    r"(?<=/)(?=\w)|(?<=[^\W_]_)(?=[^\W_])|(?=::)|(?<=[a-z0-9])(?=[A-Z][a-z])|(?<=\w\()(?=\w+=)"
+)
+_LONG_WORD = re.compile(r"\b[A-Za-z]{20,}")
+_HUMP = re.compile(r"(?<=[a-z])(?=[A-Z])")
+_CODE = re.compile(r"(?P<block><pre\b.*?</pre>)|(?<=<code>)[\w./:]{24,}(?=</code>)", re.DOTALL)
 _DOTTED = re.compile(r"(?<=\w)(?=\.[^\W\d])|(?<=[^\W\d])(?=\.\d)")
 
 
 def readable(page: str) -> str:
     """Return a page whose tables keep pairs of widths together and break names between their parts."""
     return _CELL.sub(_one, page)
+
+
+def breakable(page: str) -> str:
+    """Return a page whose long names in code, outside blocks, may be broken between their parts."""
+    return _CODE.sub(lambda found: found["block"] or _DOTTED.sub("<wbr>", _PATH.sub("<wbr>", found[0])), page)
 
 
 def _one(found: re.Match[str]) -> str:
@@ -34,8 +44,9 @@ def _kind(text: str) -> str:
 
 
 def _text(part: str) -> str:
-    """Return a text with breaks at the dots of paths, which are names of modules, and none inside pairs."""
-    return _DOTTED.sub("<wbr>", _PAIR.sub("\\1,\N{NO-BREAK SPACE}", part))
+    """Return a text with breaks at the dots of paths and inside long names, and none inside pairs."""
+    part = _DOTTED.sub("<wbr>", _PAIR.sub("\\1,\N{NO-BREAK SPACE}", part))
+    return _LONG_WORD.sub(lambda word: _HUMP.sub("<wbr>", word[0]), part)
 
 
 def _broken(inside: str) -> str:

@@ -112,6 +112,11 @@ def test_the_figure_of_widths_has_the_means_of_the_results() -> None:
         ("<td><code>f(8, 8)</code></td>", "<td><code>f(8, 8)</code></td>"),
         ("<td><code>a/_b_c.py::d</code></td>", "<td><code>a/<wbr>_b_<wbr>c.py<wbr>::d</code></td>"),
         ("<td><code>BertModel</code></td>", "<td><code>Bert<wbr>Model</code></td>"),
+        ("<td><code>Range(a=1)</code></td>", "<td><code>Range(<wbr>a=1)</code></td>"),
+        (
+            "<td>FullyShardedDataParallel</td>",
+            '<td class="long">Fully<wbr>Sharded<wbr>Data<wbr>Parallel</td>',
+        ),
         ("<td>on a.0.b, 0.5</td>", "<td>on a<wbr>.0<wbr>.b, 0.5</td>"),
         ("<td>1e-03</td>", '<td class="whole">1e-03</td>'),
         ('<td style="x">' + "a " * 20 + "</td>", '<td class="long" style="x">' + "a " * 20 + "</td>"),
@@ -121,6 +126,14 @@ def test_the_figure_of_widths_has_the_means_of_the_results() -> None:
 )
 def test_cells_of_tables_are_broken_where_a_reader_would(cell: str, wanted: str) -> None:
     assert tables.readable(cell) == wanted
+
+
+def test_long_names_in_code_are_broken_between_their_parts() -> None:
+    name = "gradl1_fast.training.load"
+    page = f"<pre><code>{name}</code></pre><p><code>{name}</code><code>gl.load</code></p>"
+    inside = "gradl1_<wbr>fast<wbr>.training<wbr>.load"
+    wanted = f"<pre><code>{name}</code></pre><p><code>{inside}</code><code>gl.load</code></p>"
+    assert tables.breakable(page) == wanted
 
 
 @pytest.mark.parametrize(

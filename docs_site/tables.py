@@ -16,7 +16,9 @@ _PATH = re.compile(
 )
 _LONG_WORD = re.compile(r"\b[A-Za-z]{20,}")
 _HUMP = re.compile(r"(?<=[a-z])(?=[A-Z])")
-_CODE = re.compile(r"(?P<block><pre\b.*?</pre>)|(?<=<code>)[\w./:]{24,}(?=</code>)", re.DOTALL)
+_CODE = re.compile(r"(?P<block><pre\b.*?</pre>)|(?<=<code>).*?(?=</code>)", re.DOTALL)
+_NAME = re.compile(r"[\w./:]{24,}")
+_OPTION = re.compile(r"(?<![\w-])--?[a-z][a-z-]*")
 _DOTTED = re.compile(r"(?<=\w)(?=\.[^\W\d])|(?<=[^\W\d])(?=\.\d)")
 
 
@@ -26,8 +28,14 @@ def readable(page: str) -> str:
 
 
 def breakable(page: str) -> str:
-    """Return a page whose long names in code, outside blocks, may be broken between their parts."""
-    return _CODE.sub(lambda found: found["block"] or _DOTTED.sub("<wbr>", _PATH.sub("<wbr>", found[0])), page)
+    """Return a page whose code outside blocks breaks long names between their parts, and no option."""
+    return _CODE.sub(lambda found: found["block"] or _inline(found[0]), page)
+
+
+def _inline(code: str) -> str:
+    if _NAME.fullmatch(code):
+        return _DOTTED.sub("<wbr>", _PATH.sub("<wbr>", code))
+    return _OPTION.sub(r'<span class="whole">\g<0></span>', code)
 
 
 def _one(found: re.Match[str]) -> str:

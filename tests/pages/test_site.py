@@ -136,6 +136,12 @@ def test_long_names_in_code_are_broken_between_their_parts() -> None:
     assert tables.breakable(page) == wanted
 
 
+def test_an_option_in_code_stays_whole() -> None:
+    page = "<p><code>gradl1 train --penalty-epochs 2</code> -3</p>"
+    wanted = '<p><code>gradl1 train <span class="whole">--penalty-epochs</span> 2</code> -3</p>'
+    assert tables.breakable(page) == wanted
+
+
 @pytest.mark.parametrize(
     ("tag", "count"),
     [

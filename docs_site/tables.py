@@ -33,9 +33,12 @@ def breakable(page: str) -> str:
 
 
 def _inline(code: str) -> str:
-    if _NAME.fullmatch(code):
-        return _DOTTED.sub("<wbr>", _PATH.sub("<wbr>", code))
-    return _OPTION.sub(r'<span class="whole">\g<0></span>', code)
+    parts = _TAG.split(code)
+    for place, part in enumerate(parts):
+        if not part.startswith("<"):
+            whole = _OPTION.sub(r'<span class="whole">\g<0></span>', part)
+            parts[place] = _NAME.sub(lambda name: _DOTTED.sub("<wbr>", _PATH.sub("<wbr>", name[0])), whole)
+    return "".join(parts)
 
 
 def _one(found: re.Match[str]) -> str:

@@ -130,10 +130,12 @@ def test_cells_of_tables_are_broken_where_a_reader_would(cell: str, wanted: str)
 
 def test_long_names_in_code_are_broken_between_their_parts() -> None:
     name = "gradl1_fast.training.load"
-    page = f"<pre><code>{name}</code></pre><p><code>{name}</code><code>gl.load</code></p>"
+    page = f"<pre><code>{name}</code></pre><p><code>{name}(path)</code><code>gl.load</code></p>"
     inside = "gradl1_<wbr>fast<wbr>.training<wbr>.load"
-    wanted = f"<pre><code>{name}</code></pre><p><code>{inside}</code><code>gl.load</code></p>"
+    wanted = f"<pre><code>{name}</code></pre><p><code>{inside}(path)</code><code>gl.load</code></p>"
     assert tables.breakable(page) == wanted
+    link = f'<code><a href="#{name}">gl</a></code>'
+    assert tables.breakable(link) == link
 
 
 def test_an_option_in_code_stays_whole() -> None:

@@ -36,7 +36,7 @@ FIGURES = {
 
 _LINK = re.compile(r"(?<=\]\()(?P<path>[^)#:\s]+)(?=[)#])")
 _LOADED = re.compile(r"<(?:script|link|img|iframe)\b[^>]*(?:src|href)=\"(?:https?:)?//[^>]*>")
-_JOINED = re.compile(r"(?P<code><(pre|code|svg)\b.*?</\2>)|(?<=\d ±) (?=\d)|(?<=\d) (?=%)", re.DOTALL)
+_JOINED = re.compile(r"(?P<code><(pre|code|svg)\b.*?</\2>)|(?<=\d ±) (?=\d)|(?<=\d) (?=%|m?s\b)", re.DOTALL)
 _FIGURE = re.compile(r"<!-- figure: (?P<name>[a-z-]+) -->")
 
 

@@ -18,7 +18,7 @@ __all__ = [
     *("check_packages", "prepare", "render", "write"),
 ]
 
-_JOINED = re.compile(r"(?<=\d) (?=%)|(?<=\d ±) (?=\d)")  # no line breaks here
+_JOINED = re.compile(r"(?<=\d) (?=%|m?s\b)|(?<=\d ±) (?=\d)")  # no line breaks here
 
 
 @dataclass(frozen=True)

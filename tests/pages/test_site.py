@@ -53,9 +53,9 @@ def test_a_deviation_stays_with_its_sign() -> None:
     assert row == "<td>91.4 ±\N{NO-BREAK SPACE}0.2</td><td>mean ± deviation</td>"
 
 
-def test_a_percentage_stays_with_its_sign_outside_code() -> None:
-    assert hooks.joined("<p>97.3 % of <code>97.3 %</code></p>") == (
-        "<p>97.3\N{NO-BREAK SPACE}% of <code>97.3 %</code></p>"
+def test_a_number_stays_with_its_unit_outside_code() -> None:
+    assert hooks.joined("<p>97.3 % in 4 ms, <code>97.3 %</code></p>") == (
+        "<p>97.3\N{NO-BREAK SPACE}% in 4\N{NO-BREAK SPACE}ms, <code>97.3 %</code></p>"
     )
 
 

@@ -172,7 +172,7 @@ def test_texts_are_escaped(page: str) -> None:
 
 def test_no_line_breaks_between_a_number_and_its_unit_or_deviation(page: str) -> None:
     assert "0\N{NO-BREAK SPACE}%" in page
-    assert not re.search(r"\d %|\d ± ", page)
+    assert not re.search(r"\d %|\d m?s\b|\d ± ", page)
 
 
 def test_figures_are_drawn_in_the_colours_of_the_page_and_share_no_identifier(page: str) -> None:
@@ -313,8 +313,8 @@ def test_quick_runs_have_times_and_losses_that_are_not_zero() -> None:
     epochs = [Epoch(1, 2.0, 0.0, 10.0, 0.04), Epoch(2, 1.0, 0.1, 30.0, 0.16)]
     quick = replace(runs[0], method="l2", epochs=epochs)
     page = render(experiment.report(Results([*runs, quick])))
-    assert "20 s, 1.0×" in page
-    assert "0.16 s, 0.0×" in page
+    assert "20\N{NO-BREAK SPACE}s, 1.0×" in page
+    assert "0.16\N{NO-BREAK SPACE}s, 0.0×" in page
     small = replace(runs[0], alone=[Alone("0.weight", 3, -1e-5, 80.0)])
     assert experiment_details.alone(Results([small])).tables[0].rows == [("0.weight", "+0.000")]
 

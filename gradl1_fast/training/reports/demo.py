@@ -164,12 +164,16 @@ def _cost(speeds: list[Speed]) -> Section:
     for speed in speeds:
         texts = {kind: f"{speed.median(kind):.1f} ms, {speed.ratio(kind):.1f}×" for kind in speed.times}
         medians = {kind: speed.median(kind) for kind in speed.times}
-        figures.append(Chart(charts.bars(medians, _STEP_COLOURS, texts=texts), speed.network))
-    tables = [Table((speed.network, "median", "to plain"), speed_rows(speed)) for speed in speeds]
+        figures.append(Chart(charts.bars(medians, _STEP_COLOURS, texts=texts), _capital(speed.network)))
+    tables = [Table((_capital(speed.network), "median", "to plain"), speed_rows(speed)) for speed in speeds]
     disagreement = max(speed.disagreement for speed in speeds)
     same = f"The relative difference between the two penalties is {disagreement:.0e}."
     text = f"{_COST} {same if disagreement else 'The two penalties are equal.'}"
     return Section("Cost of a training step", text=[text], charts=figures, tables=tables)
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _procedure(settings: Settings) -> list[str]:

@@ -92,7 +92,7 @@ class Average:
     the decay is at most ``(n + 1) / (n + 10)``. Whole numbers, such as counts of batches, are not averaged.
 
     Entries are paired by name. ``torch.optim.swa_utils.AveragedModel`` pairs parameters and buffers by
-    position, and a method may add some in the course of the training.
+    position, and fails with methods that add some in the course of the training.
 
     Args:
         model: whose state dict is averaged.

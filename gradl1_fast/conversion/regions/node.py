@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradl1_fast.conversion.regions.passes import Deferred, Saved, task
+from gradl1_fast.conversion.regions.passes import Saved
 from gradl1_fast.conversion.regions.program import Program
 from gradl1_fast.conversion.regions.weights import WeightsOfRegion
 from gradl1_fast.nn.arming import Arming
@@ -60,7 +60,7 @@ class _Region(torch.autograd.Function):
         *tensors, token = ctx.saved_tensors  # raises if the graph was freed, or a tensor was changed
         program, dys = ctx.program, grads[:-1]
         tensors = tensors[: len(program.requires_grad)]
-        deferred = _take_deferred(ctx.saved)
+        deferred = ctx.saved.take_deferred()
         if torch.is_grad_enabled() and deferred is None:
             values = _RegionBackward.apply(program, ctx.saved, ctx.arming.requested, *dys, *tensors, token)
             return None, None, *values
@@ -101,7 +101,7 @@ class _RegionBackward(torch.autograd.Function):
                 list(tensors[inputs:]),
                 (cotangents[:inputs], cotangents[inputs:count], cotangents[count:]),
             )
-        ctx.saved.deferred.append((task(), deferred))
+        ctx.saved.defer(deferred)
         d_dys = [d if dy is not None else None for d, dy in zip(d_dys, ctx.saved_tensors, strict=False)]
         grads = [*d_dys, *_required(program, [*of_inputs, *of_args])]
         if torch.is_grad_enabled():
@@ -132,16 +132,3 @@ def _refuse_third_order(grads: Sequence[Tensor | None], tensors: Sequence[Tensor
 
 def _required(program: Program, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
     return [grad if required else None for grad, required in zip(grads, program.requires_grad, strict=True)]
-
-
-def _take_deferred(saved: Saved) -> Deferred | None:
-    """Return the cotangents deferred by the current graph task, and drop those of other tasks."""
-    current, total = task(), None
-    for number, deferred in saved.deferred:
-        if number == current:
-            if total is None:
-                total = deferred
-            else:
-                total.add(deferred)
-    saved.deferred = []
-    return total

@@ -36,11 +36,9 @@ class Saved:
         unlimited: ``(sites,)``, the steps without their lower limit; None without ``scale="step"``.
         ends: ``(sites, 4)``, the ends of the tensor at each measured site; None without ``scale="step"``.
         ends_of_slots: the same ends, by the slot of the tensor.
-        deferred: the cotangents that double backward passes, and the steps of weights, defer to the last
-            backward pass, each with the number of its graph task.
     """
 
-    __slots__ = ("by_operation", "deferred", "ends", "ends_of_slots", "steps", "unlimited")
+    __slots__ = ("_deferred", "by_operation", "ends", "ends_of_slots", "steps", "unlimited")
 
     def __init__(self, count: int) -> None:
         self.by_operation: list[Any] = [None] * count
@@ -48,7 +46,21 @@ class Saved:
         self.unlimited: Tensor | None = None
         self.ends: Tensor | None = None
         self.ends_of_slots: dict[int, Tensor] = {}
-        self.deferred: list[tuple[int, Deferred]] = []
+        self._deferred: dict[int, list[Deferred]] = {}
+
+    def defer(self, deferred: Deferred) -> None:
+        """Keep cotangents for the last backward pass of the running graph task.
+
+        Those of other tasks stay: a hook may run a task of its own inside another one.
+        """
+        self._deferred.setdefault(task(), []).append(deferred)
+
+    def take_deferred(self) -> Deferred | None:
+        """Return the sum of the cotangents that were deferred in the running graph task."""
+        first, *others = self._deferred.pop(task(), None) or [None]
+        for other in others:
+            first.add(other)  # type: ignore[union-attr]
+        return first
 
 
 @dataclass

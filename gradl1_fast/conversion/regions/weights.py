@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from gradl1_fast.conversion.regions.passes import Deferred, Saved, task
+from gradl1_fast.conversion.regions.passes import Deferred, Saved
 from gradl1_fast.conversion.regions.program import Program
 
 __all__ = ["WeightsOfRegion"]
@@ -51,4 +51,4 @@ class WeightsOfRegion:
             d_ends: ``(n, 2)``, the gradients of the smallest and the largest value of each.
         """
         of_weights = [(indices, ends, d_ends)]
-        self._saved.deferred.append((task(), Deferred([None] * self._program.slots, of_weights=of_weights)))
+        self._saved.defer(Deferred([None] * self._program.slots, of_weights=of_weights))

@@ -34,6 +34,7 @@ REFUSED = {
     "FSDP1 afterwards, activations": "data is not allocated yet",
     "FSDP1 afterwards, flat": "GradL1: the memory of 0.weight was freed before both backward passes",
     "FSDP1 afterwards, flat, activations": "data is not allocated yet",
+    "static_graph": r"GradL1: DistributedDataParallel\(static_graph=True\) does not average",
     "SyncBatchNorm": "GradL1: 1 is a SyncBatchNorm, which has no second derivative on several ranks;",
 }
 

@@ -99,6 +99,14 @@ def with_synchronised_norms() -> None:
     gl.GradL1(gl.convert(nn.SyncBatchNorm.convert_sync_batchnorm(plain)), 0.1, 0.1)
 
 
+def with_a_static_graph(rank: int) -> None:
+    model = gl.convert(network())
+    penalty = gl.GradL1(model, 0.1, 0.1)
+    wrapped = nn.parallel.DistributedDataParallel(model, static_graph=True)
+    loss = loss_of(wrapped, rank)
+    (loss + penalty(loss)).backward()
+
+
 def refusals(rank: int) -> dict[str, str]:
     both, activations = LAMBDAS["both"], LAMBDAS["activations"]
     return {
@@ -110,6 +118,7 @@ def refusals(rank: int) -> dict[str, str]:
         "FSDP1 afterwards, flat": said(lambda: wrapped_afterwards(rank, False, both)),
         "FSDP1 afterwards, flat, activations": said(lambda: wrapped_afterwards(rank, False, activations)),
         "SyncBatchNorm": said(with_synchronised_norms),
+        "static_graph": said(lambda: with_a_static_graph(rank)),
     }
 
 

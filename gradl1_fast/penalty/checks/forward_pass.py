@@ -18,6 +18,7 @@ from gradl1_fast.penalty.checks.graph import (
     refuse_cut_region,
     refuse_other_scale,
     refuse_reentrant_checkpoint,
+    refuse_static_graph,
     refuse_width,
 )
 from gradl1_fast.penalty.measured import Site, WeightTerm
@@ -46,6 +47,7 @@ def check_forward_pass(
     hidden = _parameters_of_computed(penalty) if penalty.lambda_w else {}
     graph = look(loss, tensors | {site.name: site.probe for site in sites} | hidden)
     refuse_reentrant_checkpoint(graph)
+    refuse_static_graph(graph)
     refuse_once_differentiable(graph.functions)
     refuse_clamped(graph, tensors)
     for site in sites:

@@ -20,6 +20,7 @@ __all__ = [
     "refuse_cut_region",
     "refuse_other_scale",
     "refuse_reentrant_checkpoint",
+    "refuse_static_graph",
     "refuse_width",
     "require_gradients",
 ]
@@ -126,6 +127,24 @@ def refuse_reentrant_checkpoint(graph: Graph) -> None:
             "GradL1: a part of the model is checkpointed with use_reentrant=True, so the gradient of the "
             "penalty would be lost; set use_reentrant=False"
         )
+
+
+def refuse_static_graph(graph: Graph) -> None:
+    """Raise if the model is wrapped in ``DistributedDataParallel(static_graph=True)``.
+
+    In its first step it averages gradients when one backward pass ends: that is the penalty's, which has none.
+    The ranks then differ without an error.
+
+    Raises:
+        RuntimeError: says what to use instead.
+    """
+    for node in graph.functions:
+        is_sink = node._forward_cls.__name__ == "_DDPSink"
+        if is_sink and getattr(node.ddp_weakref(), "static_graph", False):
+            raise RuntimeError(
+                "GradL1: DistributedDataParallel(static_graph=True) does not average the gradients of a step "
+                "with two backward passes; set static_graph=False"
+            )
 
 
 def refuse_width(layer: str, bits: int) -> None:

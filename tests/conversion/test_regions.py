@@ -291,24 +291,24 @@ def test_steps_of_weights_are_differentiated_by_the_region_only_where_it_gave_th
 @pytest.mark.parametrize("scale", ["none", "step"])
 @pytest.mark.parametrize("of", ["loss", "penalty", "both"])
 def test_a_hook_may_differentiate_the_graph_during_its_backward_pass(of: str, scale: str) -> None:
-    found = []
-    for hooked in (False, True):
+    def run(hooked: bool) -> Gradients:
         converted = gl.convert(built(make("parted by what no region takes")))
         penalty = gl.GradL1(converted, 0.3, 0.2, scale=scale)
         loss = loss_of(images())(converted)
         value = penalty(loss)
         total = {"loss": loss, "penalty": value, "both": loss + value}[of]
-
-        def differentiate(grad: Tensor, total: Tensor = total, m: nn.Module = converted) -> None:
-            inner.append(torch.autograd.grad(total, m.get_parameter("conv1.weight"), retain_graph=True)[0])
-
         inner: list[Tensor] = []
-        if hooked:
-            converted.conv2.weight.register_hook(differentiate)  # of the second region
+
+        def differentiate(grad: Tensor) -> None:
+            inner.extend(torch.autograd.grad(total, converted.conv1.weight, retain_graph=True))
+
+        if hooked:  # while the first of two regions has yet to run
+            converted.conv2.weight.register_hook(differentiate)
         (loss + value).backward(retain_graph=True)
         assert len(inner) == hooked
-        found.append([p.grad for p in converted.parameters()])
-    assert_same_bits(*found, rtol=1e-12)
+        return [p.grad for p in converted.parameters()]
+
+    assert_same_bits(run(True), run(False), rtol=1e-12)
 
 
 def test_two_penalties_on_weights_add_up_in_a_region() -> None:

@@ -57,10 +57,10 @@ class Saved:
 
     def take_deferred(self) -> Deferred | None:
         """Return the sum of the cotangents that were deferred in the running graph task."""
-        first, *others = self._deferred.pop(task(), None) or [None]
-        for other in others:
-            first.add(other)  # type: ignore[union-attr]
-        return first
+        found = self._deferred.pop(task(), [])
+        for other in found[1:]:
+            found[0].add(other)
+        return found[0] if found else None
 
 
 @dataclass

@@ -132,8 +132,8 @@ def refuse_reentrant_checkpoint(graph: Graph) -> None:
 def refuse_static_graph(graph: Graph) -> None:
     """Raise if the model is wrapped in ``DistributedDataParallel(static_graph=True)``.
 
-    In its first step it averages gradients when one backward pass ends: that is the penalty's, which has none.
-    The ranks then differ without an error.
+    In its first step it averages gradients when a backward pass ends: here the penalty's first one, which
+    accumulates none. The ranks then differ without an error.
 
     Raises:
         RuntimeError: says what to use instead.

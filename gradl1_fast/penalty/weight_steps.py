@@ -36,8 +36,8 @@ def can_be_together(terms: Sequence[WeightTerm]) -> bool:
 def weight_steps(weights: Sequence[Tensor], grads: Sequence[Tensor], bits: int) -> Tensor:
     """Return the step at ``bits`` for the range of each weight, in the type of sums.
 
-    The gradient goes to the end of larger magnitude, half of it to each if both are equal, and is shared evenly
-    among the values equal to that end, as in :meth:`gradl1_fast.nn.quantizers.WeightQuantizer.step`.
+    The gradient goes to the end of larger magnitude, half of it to each if both are equal, shared evenly
+    among the values equal to it, as in :meth:`gradl1_fast.nn.quantizers.WeightQuantizer.step`.
     Differentiable once.
 
     Args:

@@ -105,8 +105,12 @@ def _runs(type_: IntegerType) -> bool:
 
 def integer_widths(layer: QuantizedLayer) -> tuple[int, int] | None:
     """Return the bits of weight and input if 8-bit integer kernels can compute a layer, otherwise None."""
-    if isinstance(layer, _ConvTransposeNd):  # onnxruntime has no integer kernel for it
-        return None
+    # onnxruntime has no integer kernel for a transposed convolution.
+    return None if isinstance(layer, _ConvTransposeNd) else _small_widths(layer)
+
+
+def _small_widths(layer: QuantizedLayer) -> tuple[int, int] | None:
+    """Return the bits of weight and input if both are quantized to at most 8 bits, otherwise None."""
     weight, inputs = layer.weight_quantizer.bits, layer.input_quantizer
     site = None if inputs is None else inputs.bits
     return None if weight is None or site is None or max(weight, site) > 8 else (weight, site)
@@ -126,8 +130,8 @@ def prevent_overflow(model: nn.Module) -> dict[str, int]:
     """Raise weight scales whose bias would not fit int32; return the number of raised scales by layer.
 
     Runtimes store a bias as a multiple of the product of the weight's and the input's scale. A channel with
-    vanishing weights and a bias, left by a dead batch norm, would overflow. At widths that are not computed
-    in integers, the file adds biases in float.
+    vanishing weights and a bias, left by a dead batch norm, would overflow. onnxruntime does so for
+    transposed convolutions too, although it computes them in float. Above 8 bits, it adds biases in float.
     """
     layers = named_layers(model).items()
     return {name: count for name, count in ((name, _raise_scales(layer)) for name, layer in layers) if count}
@@ -135,11 +139,13 @@ def prevent_overflow(model: nn.Module) -> dict[str, int]:
 
 def _raise_scales(layer: QuantizedLayer) -> int:
     weights, inputs = layer.weight_quantizer, layer.input_quantizer
-    bias, widths = getattr(layer, "bias", None), integer_widths(layer)
+    bias, widths = getattr(layer, "bias", None), _small_widths(layer)
     if bias is None or inputs is None or inputs.low is None or widths is None:
         return 0
     scale, _, _, q_max = weights.grid(used_weight(layer), widths[0])
     largest = bias.detach().abs()
+    if isinstance(layer, _ConvTransposeNd) and layer.groups > 1:  # the groups share their scales
+        largest = largest.reshape(layer.groups, -1).amax(0)
     least = largest / (inputs.grid(torch.float32, widths[1])[0] * _LARGEST_BIAS)
     least *= 2 ** shift_of(widths[0])
     if weights.axis is None:

@@ -191,18 +191,14 @@ class _Branch(nn.Module):
         return y + 1 if y.sum() > 0 else y
 
 
-def with_dead_channels(bias: float) -> nn.Module:
+def with_dead_channels(bias: float, transposed: bool = False, groups: int = 1) -> nn.Module:
     """A batch norm of which four channels are dead: gamma 1e-8 and a bias."""
     torch.manual_seed(0)
-    layers = [
-        *conv_norm(3, 16),
-        nn.ReLU(),
-        nn.Conv2d(16, 8, 3),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(8 * 36, 10),
-    ]
-    norm = layers[1]
+    first = conv_norm(3, 16)
+    if transposed:  # not first, where its input would be that of the network
+        first = [nn.Conv2d(3, 4, 3, padding=1), nn.ConvTranspose2d(4, 16, 3, 1, 1, groups=groups), first[1]]
+    layers = [*first, nn.ReLU(), nn.Conv2d(16, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 10)]
+    norm = layers[len(first) - 1]
     with torch.no_grad():
         norm.weight[:4] = 1e-8  # type: ignore[index]
         norm.bias[:4] = torch.linspace(0.2, bias, 4)  # type: ignore[index]

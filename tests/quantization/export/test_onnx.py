@@ -271,14 +271,21 @@ def test_a_default_session_that_overflows_is_told(w: int, can_overflow: bool) ->
     assert not compare(export_onnx(model, x, w=w, a=8), x, fused=False).overflows
 
 
-def test_a_dead_channel_keeps_its_bias_in_a_plain_session() -> None:
+@pytest.mark.parametrize("runtime", ["onnxruntime", "none"])
+@pytest.mark.parametrize(
+    ("kind", "raised"),
+    [({}, {"0": 4}), ({"transposed": True}, {"1": 4}), ({"transposed": True, "groups": 2}, {})],
+)
+def test_a_dead_channel_keeps_its_bias_in_a_plain_session(
+    kind: dict[str, Any], raised: dict[str, int], runtime: str
+) -> None:
     x = inputs(60, 3, 8, 8)
-    model = calibrated(with_dead_channels(1.0), x, per_channel=True)
+    model = calibrated(with_dead_channels(1.0, **kind), x, per_channel=True)
     with torch.no_grad():
         before = model(x)
-    file = export_onnx(model, x, w=8, a=8)
-    assert file.prepared.raised == {"0": 4}
-    assert any("4 weight scale(s) raised" in remark for remark in file.remarks)
+    file = export_onnx(model, x, w=8, a=8, runtime=runtime)
+    assert file.prepared.raised == raised  # two groups share scales, and the dead channels are of one
+    assert any("4 weight scale(s) raised" in remark for remark in file.remarks) == bool(raised)
     assert not compare(file, x).faults()
     (y,) = types.session(file.data).run(None, {"input": x.numpy()})
     assert float((torch.from_numpy(y).argmax(1) == before.argmax(1)).float().mean()) > 0.95

@@ -113,7 +113,9 @@ def _print_results(console: Console, results: sweeps.Results) -> None:
     widths = results.settings.bits
     header = ("weight bits", *(f"a {width_name(a)}" for a in widths))
     rows = [(width_name(w), *(f"{results.table[w, a]:.2f}" for a in widths)) for w in widths]
-    console.print("Test accuracy in %; widths of activations across:", table("", header, rows), "", sep="\n")
+    prepared = " after the free steps" if results.settings.prepare else ""
+    heading = f"Test accuracy in %{prepared}; widths of activations across:"
+    console.print(heading, table("", header, rows), "", sep="\n")
     for line in sweep_report.found(results):
         console.print(f"- {line}", highlight=False, markup=False)
     if results.plan is not None:

@@ -18,6 +18,7 @@ from gradl1_fast import _json
 from gradl1_fast._progress import track
 from gradl1_fast._report.figures import heat_map, new_figure, save, width_name
 from gradl1_fast._shown import Grid, Shown
+from gradl1_fast.nn.sites import named_layers
 from gradl1_fast.quantization._modes import lasting, moved
 from gradl1_fast.quantization.bits import INPUT_BITS, bits, check_width
 from gradl1_fast.quantization.freshness import warn_if_stale
@@ -170,6 +171,13 @@ def sweep(
         warnings.warn(
             f"sweep: evaluate changed {check.some(changed)}: was the model in training mode, where batch "
             "norms use the batch and update their statistics? Call model.eval() first",
+            stacklevel=2,
+        )
+    layers = named_layers(model)
+    if layers and not any(layer.was_called for layer in layers.values()):
+        warnings.warn(
+            f"sweep: {check.some(list(layers))} were not called, so nothing was quantized: a function that "
+            "uses the weight of a layer uses it in float",
             stacklevel=2,
         )
     return table

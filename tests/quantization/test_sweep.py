@@ -243,3 +243,18 @@ def test_invalid_numbers_of_workers(model: nn.Module, arguments: dict, message: 
 def test_workers_refuse_training_mode(model: nn.Module) -> None:
     with pytest.raises(ValueError, match="training mode"):
         gl.sweep(model.train(), logits, WIDTHS, workers=2)
+
+
+def test_layers_that_no_evaluation_called_are_named() -> None:
+    class ByFunction(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.outer = nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = nn.functional.linear(x, self.inner.weight)
+            return nn.functional.linear(y if y.sum() > 0 else -y, self.outer.weight)
+
+    model, x = gl.convert(ByFunction().eval().requires_grad_(False)), torch.randn(3, 4)
+    with pytest.warns(UserWarning, match=r"sweep: inner, outer were not called, so nothing was quantized"):
+        gl.sweep(model, lambda m: float(m(x).sum()), widths=[(8, None), (2, None)])

@@ -52,10 +52,13 @@ def pass_through(layer: QuantizedLayer, x: Tensor) -> Tensor:
 
     Raises:
         RuntimeError: the site has no range at a quantized width.
+        TypeError: the input is None.
     """
     quantizer = layer.input_quantizer
     if quantizer is None or quantizer.is_idle:
         return x
+    if x is None:
+        raise TypeError(f"{quantizer.name} must be a tensor, got None: was every input passed to the model?")
     if torch.compiler.is_compiling():
         return _while_compiling(quantizer, x)
     if x.is_inference():  # without a version, changes cannot be detected

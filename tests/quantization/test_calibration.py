@@ -317,3 +317,18 @@ def test_batches_made_in_inference_mode() -> None:
         gl.calibrate(model, [LEFT + 1])
     assert model.q.input_quantizer.is_input
     assert model.k.input_quantizer is model.q.input_quantizer
+
+
+def test_an_input_that_the_model_did_not_get_is_named() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 2)
+
+        def forward(self, ids: torch.Tensor, x: torch.Tensor | None = None) -> torch.Tensor:
+            return self.linear(x) + ids[:, None]
+
+    model, batch = gl.convert(Two().eval()), (torch.ones(2), torch.randn(2, 4))
+    with pytest.raises(TypeError, match=r"linear\.input must be a tensor, got None"):
+        gl.calibrate(model, [batch])  # the second entry counts as the labels
+    gl.calibrate(model, [{"ids": batch[0], "x": batch[1]}])

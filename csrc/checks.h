@@ -49,6 +49,15 @@ struct Extent {
     std::int64_t count, size;
 };
 
+// The memory at an address, which must be there and aligned to its elements.
+inline void* at_address(std::uintptr_t address, const char* name, Extent extent) {
+    if (extent.count && !address) throw py::value_error(std::string(name) + " has no memory");
+    if (address % static_cast<std::uintptr_t>(extent.size)) {
+        throw py::value_error(std::string(name) + " is not aligned");
+    }
+    return reinterpret_cast<void*>(address);
+}
+
 // The address of memory given as (address, bytes), which must be as large as its extent and aligned to its elements.
 inline void* memory(const py::handle& span, const char* name, Extent extent) {
     const auto pair = span.cast<py::tuple>();
@@ -59,11 +68,7 @@ inline void* memory(const py::handle& span, const char* name, Extent extent) {
         throw py::value_error(std::string(name) + " has " + std::to_string(bytes) + " bytes, needs " +
                               std::to_string(wanted));
     }
-    if (extent.count && !address) throw py::value_error(std::string(name) + " has no memory");
-    if (address % static_cast<std::uintptr_t>(extent.size)) {
-        throw py::value_error(std::string(name) + " is not aligned");
-    }
-    return reinterpret_cast<void*>(address);
+    return at_address(address, name, extent);
 }
 
 // The computation runs without the interpreter's lock; an error becomes a Python exception.

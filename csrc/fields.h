@@ -130,10 +130,7 @@ class Addresses {
         const Address address = given_[field.index];
         if (!address) return absent(field, in_host_memory_);
         expect_accepted(field);
-        if (address % static_cast<Address>(field.extent.size)) {
-            throw py::value_error(std::string(field.name) + " is not aligned");
-        }
-        return reinterpret_cast<void*>(address);
+        return at_address(address, field.name, field.extent);
     }
 
   private:
@@ -167,22 +164,17 @@ GRADL1_PASSES(GRADL1_PASS)
 
 }  // namespace pass
 
-// What a pass asks of memory that it finds by addresses in its memory.
+// What a pass asks of memory that it finds by addresses in its memory; in every call, so without Python objects.
 template <class Request>
 void check_addresses(const Request&) {}
-
-inline void check_address(const void* address, const char* name, Extent extent, bool needed) {
-    if (!address && !needed) return;
-    memory(py::make_tuple(reinterpret_cast<Address>(address), extent.count * extent.size), name, extent);
-}
 
 template <>
 inline void check_addresses<Taps>(const Taps& r) {
     for (std::int64_t i = 0; i < r.count; ++i) {
-        const Extent extent{r.numels[i], size_of(r.dtype)};
-        check_address(at(r.x, i), "x", extent, true);
-        check_address(at(r.dy, i), "dy", extent, false);
-        if (r.total) check_address(at(r.total, i), "total", extent, true);
+        const Extent needed{r.numels[i], size_of(r.dtype)}, optional{0, needed.size};
+        at_address(reinterpret_cast<Address>(at(r.x, i)), "x", needed);
+        at_address(reinterpret_cast<Address>(at(r.dy, i)), "dy", optional);
+        at_address(reinterpret_cast<Address>(at(r.total, i)), "total", r.total ? needed : optional);
     }
 }
 

@@ -20,6 +20,7 @@ from gradl1_fast.backends.compiled import tap
 from gradl1_fast.backends.compiled._tensors import (
     DTYPES,
     Settings,
+    beside,
     dense,
     engine_for,
     new_vector,
@@ -143,7 +144,6 @@ class Taps(contract.Taps):
     def __init__(self, xs: Sequence[Tensor]) -> None:
         first, numels = xs[0], [x.numel() for x in xs]
         engine, settings = engine_for(first), {"dtype": DTYPES[first.dtype], "numels": numels}
-        self._strides, self._dtype = [x.stride() for x in xs], first.dtype
         self._ends = engine.prepare_taps_ends(settings)
         self._add_ends_gradients = engine.prepare_taps_add_ends_gradients(settings)
         self._four = new_vector(first, len(xs), 4)  # what results are made like
@@ -163,10 +163,7 @@ class Taps(contract.Taps):
     ) -> list[Tensor]:
         """Return each ``dy`` plus the gradient that its row of ``d_ends`` gives ``x``."""
         xs, totals = _resolved(xs), [torch.empty_like(x) for x in xs]
-        grads = [
-            None if dy is None else self._as_prepared(dy, x, strides)
-            for dy, x, strides in zip(dys, xs, self._strides, strict=True)
-        ]
+        grads = [None if dy is None else beside(dy, x) for dy, x in zip(dys, xs, strict=True)]
         d_ends, scratch = d_ends.to(ends.dtype).contiguous(), self._scratch(ends)
         dy, x, total = _addresses(grads), _addresses(xs), _addresses(totals)
         self._add_ends_gradients(
@@ -183,11 +180,6 @@ class Taps(contract.Taps):
     def _scratch(self, like: Tensor) -> Tensor | None:
         """Return memory for partial results; None on the host."""
         return like.new_empty((self._scratch_size,), dtype=torch.float64) if self._scratch_size else None
-
-    def _as_prepared(self, dy: Tensor, x: Tensor, strides: tuple[int, ...]) -> Tensor:
-        if dy.dtype is self._dtype and dy.stride() == strides and not dy.is_neg():
-            return dy
-        return torch.empty_like(x).copy_(dy)
 
 
 def _resolved(xs: Sequence[Tensor]) -> list[Tensor]:

@@ -196,9 +196,7 @@ class Program:
 
 def _without_none(values: Sequence[Tensor | None], like: Tensor) -> list[Tensor]:
     """Return the scalars with 0 in place of None, in the type of ``like``."""
-    missing = any(value is None for value in values)
-    zero = like.new_zeros(()) if missing else like
-    return [zero if value is None else value for value in values]
+    return [like.new_zeros(()) if value is None else value for value in values]
 
 
 def _last_read(operations: Sequence[Operation], keep: Sequence[int]) -> list[list[int]]:

@@ -19,6 +19,7 @@ sys.path.insert(0, str(ROOT))  # MkDocs loads this file by its path
 from mkdocs.structure.files import File, Files  # noqa: E402
 
 from docs_site import figures, formulas, method_figures, tables  # noqa: E402
+from gradl1_fast._report.page import JOINED  # noqa: E402
 
 # Files outside docs/ that the site shows, by their address there.
 OUTSIDE = {
@@ -36,7 +37,7 @@ FIGURES = {
 
 _LINK = re.compile(r"(?<=\]\()(?P<path>[^)#:\s]+)(?=[)#])")
 _LOADED = re.compile(r"<(?:script|link|img|iframe)\b[^>]*(?:src|href)=\"(?:https?:)?//[^>]*>")
-_JOINED = re.compile(r"(?P<code><(pre|code|svg)\b.*?</\2>)|(?<=\d ±) (?=\d)|(?<=\d) (?=%|m?s\b)", re.DOTALL)
+_JOINED = re.compile(rf"(?P<code><(pre|code|svg)\b.*?</\2>)|{JOINED}", re.DOTALL)
 _FIGURE = re.compile(r"<!-- figure: (?P<name>[a-z-]+) -->")
 
 

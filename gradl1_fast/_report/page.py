@@ -14,11 +14,12 @@ from gradl1_fast._report import palette
 from gradl1_fast._report.figures import coloured, inline, new_figure
 
 __all__ = [
-    *("Chart", "Key", "Report", "Section", "Table", "Tile"),
+    *("JOINED", "Chart", "Key", "Report", "Section", "Table", "Tile"),
     *("check_packages", "prepare", "render", "write"),
 ]
 
-_JOINED = re.compile(r"(?<=\d) (?=%|m?s\b)|(?<=\d ±) (?=\d)")  # no line breaks here
+# The spaces between a number and its unit or deviation, where no line breaks.
+JOINED = r"(?<=\d) (?=%|m?s\b)|(?<=\d ±) (?=\d)"
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,7 @@ def render(report: Report) -> str:
         ImportError: as for :func:`check_packages`.
     """
     page = _environment().get_template("page.html").render(report=report)
-    return _JOINED.sub("\N{NO-BREAK SPACE}", page)
+    return re.sub(JOINED, "\N{NO-BREAK SPACE}", page)
 
 
 def _environment() -> Any:
